@@ -1,0 +1,43 @@
+"""Which device a run is for, by name, found without importing torch where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def threads() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's model name, e.g. `AMD EPYC 7763 64-Core Processor`."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    """The first CUDA device's name, or None. Torch (1.7 s) is imported only where a driver is present."""
+    if not any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")) and os.name == "posix":
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+
+
+def resolve(wanted: str) -> tuple[str, str]:
+    """(`cpu` or `cuda`, the device's model name) for `hardware.device`; ValueError where CUDA is asked for in vain."""
+    gpu = gpu_name() if wanted != "cpu" else None
+    if wanted == "cuda" and gpu is None:
+        raise ValueError("hardware.device=cuda: no CUDA device is visible here; use hardware.device=cpu")
+    return ("cuda", gpu) if gpu else ("cpu", cpu_name())

@@ -1,0 +1,20 @@
+"""Exceptions whose type tells the runner what to write into the record; everything else is classified by `runner`."""
+
+
+class Refused(ValueError):
+    """A check said no before anything was loaded: too little memory or time here. Recorded as `skipped`, not final.
+
+    `reason` is one word for the record: `memory` or `time`.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Unsupported(ValueError):
+    """A combination that cannot run on any machine of this kind. Recorded as `unsupported`, which is final."""
+
+
+class NotANumber(ArithmeticError):
+    """The loss or a gradient became NaN or infinite; the message names the step."""
