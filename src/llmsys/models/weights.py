@@ -1,0 +1,277 @@
+"""Where a model's weights lie, how they are read, and how they are left for the next run. Safetensors only.
+
+A folder of weights is what Hugging Face writes: `model.safetensors`, or `model.safetensors.index.json` and its shards,
+with `config.json` beside it. A run of ours leaves the same file with `weights.json` (what made it) in place of
+`config.json`. Nothing here unpickles anything: a folder that holds only `pytorch_model.bin` is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmsys import schema
+from llmsys import tensors as files
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "vocab*", "*.model"]
+LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
+NOT_OURS = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|cls\.|rotary_emb\.inv_freq$)")
+"""Keys of published files that this package's models do not have: pooler, heads of pre-training, computed buffers."""
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "rms_norm_eps": "norm_eps",
+    "layer_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+"""config.json -> the schema's field that must agree."""
+
+FIXED = {
+    "llama": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "bert": {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "type_vocab_size": 2},
+}
+"""config.json -> the one value that the family as built here has."""
+
+
+def find(cfg: schema.Model, results: str, run_folder: Callable[[str], Path] | None = None) -> Path | None:
+    """The folder of `cfg.weights`, None for `random`. Loads nothing, but may download a hub id: check memory first.
+
+    `run_folder(exp)` is the directory of that experiment's run under `results`. Raises ValueError for a folder that is
+    not there or holds no safetensors; LookupError for a package, a run or a hub id that this machine does not have.
+    Each message is one line and says what would help.
+    """
+    name = cfg.weights
+    if name == "random":
+        return None
+    if name.startswith("package:"):
+        module = name.removeprefix("package:")
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
+        if spec is None or spec.origin is None:
+            raise LookupError(
+                f"model.weights={name}: the package {module} is not installed; pip install 'llmsys[demo]'"
+            )
+        return _holds_weights(Path(spec.origin).parent / "model", name)
+    if name.startswith("run:"):
+        exp = name.removeprefix("run:")
+        assert run_folder is not None, "run:<exp> needs a run_folder"
+        folder = run_folder(exp) / "weights"
+        if (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(
+                f"model.weights={name}: that run left adapters, not a whole model; name one of method=full"
+            )
+        if not (folder / FILE).is_file():
+            where = "" if results == "results" else f" results={results}"
+            raise LookupError(
+                f"model.weights={name}: that run has not finished here; make it with: "
+                f"python -m llmsys +exp={exp}{where}"
+            )
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _holds_weights(folder, name)
+    if HUB_ID.match(name) and not name.startswith("."):
+        return _holds_weights(_hub(name), name)
+    raise ValueError(f"model.weights={name}: no such folder (and a hub id has the form owner/name)")
+
+
+def _holds_weights(folder: Path, name: str) -> Path:
+    if not (folder / FILE).is_file() and not (folder / INDEX).is_file():
+        raise ValueError(f"model.weights={name}: {folder} holds neither {FILE} nor {INDEX}")
+    return folder
+
+
+def _hub(name: str) -> Path:
+    """The hub's snapshot: from the local cache when it is whole there, else downloaded where there is a network."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ModuleNotFoundError:
+        raise LookupError(f"model.weights={name}: a hub id needs transformers; pip install 'llmsys[train]'") from None
+    try:
+        cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        if (cached / FILE).is_file() or (cached / INDEX).is_file():
+            _files(cached)  # a shard that is not there yet is a reason to go on downloading
+            return cached
+    except (errors.LocalEntryNotFoundError, ValueError):
+        pass  # not (wholly) in the cache: the network decides
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except errors.GatedRepoError:
+        raise LookupError(
+            f"model.weights={name}: the hub asks for an accepted licence and a login (hf auth login)"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise LookupError(f"model.weights={name}: no folder here and no such repository on the hub") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise LookupError(
+            f"model.weights={name}: not in the local Hugging Face cache, and the hub cannot be reached "
+            f"({type(error).__name__}); give a local folder instead"
+        ) from None
+
+
+def check_shape(cfg: schema.Model, folder: Path) -> None:
+    """Compares `config.json` beside the weights with the schema; ValueError names the first field that differs.
+
+    A folder without `config.json` (a run's) passes: there the tensors' own shapes are compared, in `read_into`.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, want in FIXED[cfg.family].items():
+        if theirs.get(key, want) != want:
+            raise ValueError(f"{path}: {key}={theirs[key]}, but model.family={cfg.family} as built here has {want}")
+    for key, ours in FIELDS.items():
+        if cfg.family == "bert" and key == "tie_word_embeddings":
+            continue  # BERT's tie is that of a head which is not built here
+        if theirs.get(key) is not None and theirs[key] != getattr(cfg, ours):
+            raise ValueError(f"{path}: {key}={theirs[key]}, but model.{ours}={getattr(cfg, ours)}")
+    layers = theirs.get("num_hidden_layers", cfg.num_layers)
+    if layers < cfg.num_layers:
+        raise ValueError(f"{path}: num_hidden_layers={layers}, but model.num_layers={cfg.num_layers}")
+    length = theirs.get("max_position_embeddings", cfg.max_length)
+    if length < cfg.max_length or (cfg.family == "bert" and length != cfg.max_length):
+        raise ValueError(f"{path}: max_position_embeddings={length}, but model.max_length={cfg.max_length}")
+    if cfg.family == "llama":
+        _check_rope(cfg, path, theirs)
+        head = theirs.get("head_dim") or cfg.hidden_size // cfg.num_heads
+        if head != cfg.hidden_size // cfg.num_heads:
+            raise ValueError(f"{path}: head_dim={head}, but model.hidden_size / num_heads is otherwise")
+
+
+def _check_rope(cfg: schema.Model, path: Path, theirs: dict[str, Any]) -> None:
+    """Rotary settings stand in one of two places, by the age of the file: flat, or under `rope_parameters`."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: rope_type={kind}, but only the default rotary embedding is built here")
+    theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    if float(theta) != cfg.rope_theta:
+        raise ValueError(f"{path}: rope_theta={theta}, but model.rope_theta={cfg.rope_theta}")
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        names = [FILE]
+    files = [folder / name for name in names]
+    for name, file in zip(names, files, strict=True):
+        if name != Path(name).name:
+            raise ValueError(f"{folder / INDEX}: names a file outside its folder: {name}")
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file, though {INDEX} names it")
+    return files
+
+
+@torch.no_grad()
+def read_into(model: nn.Module, folder: Path, cfg: schema.Model) -> set[str]:
+    """Copies the folder's tensors into the model's parameters in place, casting to their dtype.
+
+    Layers beyond `cfg.num_layers` are left out. Returns the names of parameters that are allowed to lack and do: the
+    classifier's. Raises ValueError naming keys that lack, that fit nothing, or whose shapes differ.
+    """
+    from safetensors import safe_open
+
+    parameters = dict(model.named_parameters())
+    left = set(parameters)
+    unknown = []
+    for file in _files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                name = _own_name(key, cfg)
+                if name is None:
+                    continue
+                if name not in parameters:
+                    unknown.append(key)
+                    continue
+                value, parameter = tensors.get_tensor(key), parameters[name]
+                if value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{file}: {key} has shape {tuple(value.shape)}, but model {cfg.name} wants "
+                        f"{tuple(parameter.shape)}"
+                    )
+                parameter.copy_(value)
+                left.discard(name)
+    if unknown:
+        raise ValueError(f"{folder}: keys that model {cfg.name} does not have: {_some(unknown)}")
+    fresh = {name for name in left if name.startswith("classifier.")}
+    if left - fresh:
+        raise ValueError(f"{folder}: keys that model {cfg.name} needs are missing: {_some(sorted(left - fresh))}")
+    return fresh
+
+
+def _own_name(key: str, cfg: schema.Model) -> str | None:
+    """Our name of a file's key, None for what is left out on purpose."""
+    if NOT_OURS.search(key):
+        return None
+    layer = LAYER.search(key)
+    if layer and int(layer[1]) >= cfg.num_layers:
+        return None
+    if cfg.family == "llama":
+        return None if cfg.tie_embeddings and key == "lm_head.weight" else key
+    if key.startswith(("embeddings.", "encoder.")):
+        key = "bert." + key
+    # The original TensorFlow names, still in some old files.
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def save(model_state: dict[str, torch.Tensor], folder: Path, meta: dict[str, Any]) -> Path:
+    """Writes `model_state` as `model.safetensors` and `meta` as `weights.json`; whole or not at all. Returns `folder`.
+
+    Both are written and synced in a temporary folder beside it, which then takes its place by a rename; an earlier
+    folder of that name is moved aside first, and removed when the new one is in place. Tensors that share their memory
+    (tied embeddings) are stored once, under the first name in the state's order; `read_into` ties them again. Raises
+    OSError (disk full) and then leaves nothing behind.
+    """
+    seen: set[tuple[object, ...]] = set()
+    state = {}
+    for name, tensor in model_state.items():
+        tensor = tensor.detach()
+        view = (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and view in seen:
+            continue
+        seen.add(view)
+        # A copy that owns its memory: safetensors refuses tensors that overlap, e.g. slices of one buffer.
+        state[name] = tensor.to("cpu", copy=True).contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    earlier = temporary.with_name(temporary.name + ".earlier")
+    try:
+        files.save(state, temporary / FILE)
+        (temporary / "weights.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        for path in (temporary / FILE, temporary / "weights.json", temporary):
+            files.sync(path)
+        temporary.chmod(0o755)  # mkdtemp makes it private, which would hide it from other users
+        if folder.exists():
+            folder.rename(earlier)  # moved aside, not removed: until the new one is in place nothing is lost
+        temporary.rename(folder)
+    finally:
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        for left in (temporary, earlier):
+            if left.exists():
+                shutil.rmtree(left)
+    files.sync(folder.parent)
+    return folder
