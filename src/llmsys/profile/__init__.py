@@ -1,0 +1,1 @@
+"""Measures: how long each part of a step takes (`spans`), where its memory goes (`memory`), on what (`environment`)."""

@@ -1,0 +1,78 @@
+"""What a run ran on, for its record: code version, packages, device, and the variables that change speed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmsys import device
+
+PACKAGES = ("llmsys", "torch", "transformers", "peft", "numpy", "scikit-learn", "safetensors", "sympy", "flash-attn")
+_PREFIXES = ("NCCL_", "OMP_", "MKL_", "CUDA_VISIBLE", "PYTORCH_", "KMP_")
+
+
+def describe(device_kind: str, threads: int) -> dict[str, Any]:
+    """The `env` block of a record."""
+    kind, name = device.resolve(device_kind)
+    return {
+        **_git(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "host": platform.node(),
+        "device": kind,
+        "device_name": name,
+        "device_count": _device_count(kind),
+        "driver": _driver() if kind == "cuda" else "",
+        "cpu": device.cpu_name(),
+        "cores": device.threads(),
+        "threads": threads,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 2),
+        "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_PREFIXES)},
+    }
+
+
+def _git() -> dict[str, Any]:
+    """Commit and whether the tree differs from it; empty outside a checkout of this project."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here.parents[1] / ".git").exists():
+        return {"git_sha": "", "git_dirty": False}
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "--", str(here)))}
+    except FileNotFoundError:  # a checkout on a machine without git
+        return {"git_sha": "", "git_dirty": False}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "torch" in sys.modules:
+        found["torch"] = sys.modules["torch"].__version__  # with the build: +cpu or +cu130
+    return found
+
+
+def _device_count(kind: str) -> int:
+    if kind == "cpu":
+        return 1
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _driver() -> str:
+    version = Path("/sys/module/nvidia/version")
+    return version.read_text().strip() if version.exists() else ""

@@ -1,0 +1,102 @@
+"""Bytes that can be counted by hand, and a probe that leaves no trace."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmsys.profile import memory
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+
+
+def test_saved_bytes_are_those_of_a_hand_count() -> None:
+    """Linear keeps x [5, 8] for dW; ReLU its output [5, 16], which the next layer keeps too: one storage, counted once.
+
+    Weights are kept as well, but they are there anyway.
+    """
+    model, x = two_layers(), torch.randn(5, 8)
+    assert memory.saved_tensors(model, lambda: model(x).sum()) == 4 * (5 * 8 + 5 * 16)
+
+
+def test_two_views_of_one_storage_count_once() -> None:
+    """h * h.T keeps both factors, which are one piece of memory."""
+    model, x = nn.Linear(4, 4, bias=False), torch.randn(4, 4)
+
+    def forward() -> Tensor:
+        h = model(x)
+        return (h * h.T).sum()
+
+    assert memory.saved_tensors(model, forward) == 4 * (16 + 16), "x for dW, and h"
+
+
+def test_a_frozen_layer_keeps_no_input() -> None:
+    """Which is all that LoRA-FA is about."""
+    model, x = two_layers(), torch.randn(5, 8)
+    model[0].requires_grad_(False)
+    assert memory.saved_tensors(model, lambda: model(x).sum()) == 4 * 5 * 16
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    """Neither the random stream (dropout draws from it) nor gradients, weights, or the model's mode."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).eval()
+    x = torch.randn(4, 8)
+    model(x).sum().backward()
+    state = torch.get_rng_state()
+    before: list[Tensor] = [t.clone() for p in model.parameters() for t in (p.detach(), p.grad) if t is not None]
+    assert memory.saved_tensors(model, lambda: model(x).sum()) > 4 * 4 * 8, "the dropout mask counts: it did train"
+    after = [t for p in model.parameters() for t in (p.detach(), p.grad) if t is not None]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not model.training
+
+
+def test_accounted_is_a_hand_count() -> None:
+    """8x16 frozen, 16x4 trained, a buffer of 3: AdamW keeps two moments and a 4-byte step for what is trained."""
+    model = two_layers()
+    model[0].requires_grad_(False)
+    model.register_buffer("extra", torch.zeros(3))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(torch.randn(5, 8)).sum().backward()
+    optimizer.step()
+    found = memory.accounted(model, optimizer, saved_bytes=100)
+    assert found == {
+        "weights_bytes": 4 * (128 + 64 + 3),
+        "gradients_bytes": 4 * 64,
+        "optimizer_bytes": 2 * 4 * 64 + 4,
+        "saved_bytes": 100,
+        "accounted_bytes": 4 * 195 + 4 * 64 + 516 + 100,
+    }
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+def test_paused_memory_does_not_count() -> None:
+    """200 MB during a pause leave the peak alone; 200 MB before the next pause do not. Where the mark can be reset."""
+    peak = memory.Peak(torch.device("cpu"))
+    peak.resume()
+    peak.pause()
+    torch.ones(50_000_000)
+    peak.resume()
+    peak.pause()
+    quiet = peak.summary
+    peak.resume()
+    torch.ones(50_000_000)
+    peak.pause()
+    if quiet["host_peak_reset"]:
+        assert peak.summary["host_peak_gib"] > quiet["host_peak_gib"] + 0.15
+    else:
+        assert peak.summary["host_peak_gib"] * memory.GIB == pytest.approx(memory.maxrss_bytes())
+
+
+def test_without_a_reset_the_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "reset_host_peak", lambda: False)
+    peak = memory.Peak(torch.device("cpu"))
+    peak.resume()
+    peak.pause()
+    assert peak.summary["host_peak_reset"] == 0
+    assert peak.summary["host_peak_gib"] * memory.GIB == memory.maxrss_bytes()
