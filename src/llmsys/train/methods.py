@@ -1,0 +1,44 @@
+"""The plain `Method`: every weight is trained. Also what all methods share: copying a named state into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Full:
+    """Full fine-tuning, or pre-training: everything has a gradient and optimizer state."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model.requires_grad_(True)
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        return trainable(model)
+
+    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        copy_into(self.state(model), state)
+
+    def save(self, model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
+        from llmsys.models import weights
+
+        weights.save(self.state(model), folder, meta)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name; one that is used twice (tied embeddings) once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def copy_into(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    """Copies `source` into the tensors of `target`, in place. ValueError where names or shapes differ."""
+    if target.keys() != source.keys():
+        odd = sorted(target.keys() ^ source.keys())
+        raise ValueError(f"the state does not fit the model: {len(odd)} names differ, e.g. {odd[0]}")
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, the state {tuple(source[name].shape)}")
+        tensor.copy_(source[name])

@@ -1,0 +1,144 @@
+"""The task `train`: checks in order of their price, then the loop, then what it cost.
+
+Order: config, data, memory, time, weights. What cannot run says so before anything large is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from llmsys import schema
+from llmsys.profile import memory
+from llmsys.train import checkpoint, checks
+from llmsys.train.loop import Loop, Outcome
+from llmsys.train.references import Majority, Probe, Reference
+from llmsys.train.reproducible import reproducible
+
+if TYPE_CHECKING:
+    from llmsys.context import Context
+    from llmsys.data import Dataset, Source
+
+NO_MATTER = ("results", "reuse", "force", "smoke", "baselines", "dispatch", "tracker")
+"""Settings that change nothing in what a step computes, so a checkpoint is good whatever they are."""
+
+
+def train(config: schema.Config, context: Context) -> dict[str, Any]:
+    """Trains and evaluates as `config` says, in `context.out`; returns what goes into the record.
+
+    ValueError for a setting that cannot be, Refused for too little memory or time, NotANumber for a diverged run.
+    """
+    from llmsys import data, models
+    from llmsys.data import tokenizer as tokenizers
+    from llmsys.models import weights
+
+    reference = context.method if isinstance(context.method, Reference) else None
+    lr = 0.0 if reference else checks.learning_rate(config)
+    source = data.open(config.data)
+    if reference and source.objective != "classification":
+        raise ValueError(
+            f"method={config.method.kind}: is for classification; {config.data.kind} is {source.objective}"
+        )
+    if isinstance(reference, Majority):
+        return {**reference.record(source), "data_hash": source.hash}
+    predicted = {} if reference else predict(config, context)
+    folder = weights.find(config.model, config.results, context.run_folder)
+    with reproducible(config.train.seed, context.threads, config.train.deterministic):
+        tokenizer = tokenizers.load(config.model.tokenizer, folder)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.model.tokenizer} has "
+                f"{tokenizer.vocab_size} tokens"
+            )
+        dataset = data.encode(source, tokenizer, config.train.length)
+        model = models.load(
+            config.model,
+            objective=source.objective,
+            num_labels=len(source.labels),
+            device=context.device,
+            seed=config.train.seed,
+            folder=folder,
+        )
+        if isinstance(reference, Probe):
+            return {**reference.record(config, context, model, dataset, source), "data_hash": source.hash}
+        return {**fit(config, context, model, dataset, source, lr, predicted), "data_hash": source.hash}
+
+
+def predict(config: schema.Config, context: Context) -> dict[str, float]:
+    """Predicted peak memory and step time for the record; Refused where either is too much."""
+    return {
+        "predicted_peak_gib": checks.check_memory(config, context.device) / memory.GIB,
+        "predicted_step_ms": checks.check_time(config, context.device),
+    }
+
+
+def fit(
+    config: schema.Config,
+    context: Context,
+    model: nn.Module,
+    dataset: Dataset,
+    source: Source,
+    lr: float,
+    predicted: dict[str, float],
+) -> dict[str, Any]:
+    """Prepares `model` (in place), trains it, saves it and measures it."""
+    from llmsys.models import recompute_blocks
+
+    model = context.method.prepare(model)
+    if config.train.recompute == "block":
+        recompute_blocks(model)
+    loop = Loop(config, context, model, dataset, lr, identity(config, source))
+    outcome = loop.run()
+    files = {}
+    if config.train.save_final:
+        meta = {"exp": config.name, "method": config.method.kind, "base": dataclasses.asdict(config.model)}
+        context.method.save(model, context.out / "weights", {**meta, "steps": config.train.steps})
+        files["weights"] = "weights"
+    summary, kernel = measure(config, loop, outcome)
+    checkpoint.remove(loop.folder)
+    return {
+        "summary": {**summary, **predicted},
+        "samples": loop.spans.samples,
+        "files": files,
+        "kernel": kernel,
+        "resumed_from_step": outcome.resumed_from_step,
+    }
+
+
+def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> tuple[dict[str, float], str]:
+    """(summary, attention kernel) of a finished loop. The probe step comes last, so it disturbs no measurement."""
+    from llmsys.models import kernel
+
+    spans = loop.spans
+    batch = {key: value.to(loop.device) for key, value in loop.micro_batches(0)[0].items()}
+    saved = memory.saved_tensors(loop.model, lambda: loop.forward(batch, 1)) if config.profile.probe else 0
+    accounted = memory.accounted(loop.model, loop.optimizer, saved)
+    if not config.profile.probe:
+        accounted = {key: value for key, value in accounted.items() if key not in ("saved_bytes", "accounted_bytes")}
+    with loop.mixed():
+        observed = kernel.observed(loop.model, batch)
+    seconds = spans.summary["step_ms_p50"] / 1e3
+    summary = {
+        "loss": outcome.loss,
+        **outcome.evaluation,
+        "tokens_per_s": outcome.tokens_per_step / seconds,
+        "samples_per_s": config.train.global_batch / seconds,
+        **spans.summary,
+        **loop.peak.summary,
+        **accounted,
+        "trainable_params": sum(p.numel() for p in loop.parameters),
+        "total_params": sum(p.numel() for p in loop.model.parameters()),
+        "timed_steps": len(spans.samples["step_ms"]),
+        "profiler_overhead_us_per_step": spans.overhead_us_per_step(),
+    }
+    return summary, observed
+
+
+def identity(config: schema.Config, source: Source) -> str:
+    """A hash of everything but the code that a step's result depends on: settings and data."""
+    plain = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_MATTER}
+    return hashlib.sha256(json.dumps([plain, source.hash], sort_keys=True).encode()).hexdigest()

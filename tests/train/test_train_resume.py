@@ -1,0 +1,110 @@
+"""A run killed at any moment and started again gives the curve of an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_harness as harness
+
+from llmsys.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    harness.run(out, harness.resumable())
+    return out
+
+
+def killed(out: Path, moment: str) -> None:
+    """Runs the harness in a process of its own until it kills itself."""
+    command = [sys.executable, harness.__file__, str(out), moment]
+    done = subprocess.run(command, check=False, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+@pytest.mark.parametrize(("moment", "resumes_at"), [("beat:5", 4), ("rename:4", 2), ("beat:1", None)])
+def test_killed_and_started_again(tmp_path: Path, undisturbed: Path, moment: str, resumes_at: int | None) -> None:
+    """Between checkpoints; while one is written but not yet renamed (the one before serves); before the first."""
+    killed(tmp_path, moment)
+    result = harness.run(tmp_path, harness.resumable())
+    assert harness.curve(tmp_path) == harness.curve(undisturbed)
+    weights = "weights/adapter_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (undisturbed / weights).read_bytes()
+    assert result["resumed_from_step"] == resumes_at
+    assert len(result["samples"]["step_ms"]) == 8 - (resumes_at or 0) - 1, "timings of the steps after resuming only"
+
+
+@pytest.mark.parametrize("change", ["code", "config"])
+def test_a_checkpoint_of_something_else_is_left_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    """Else a run would silently mix two programs or two settings."""
+
+    def stop(progress: dict[str, float]) -> None:
+        if progress.get("step") == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(tmp_path, harness.resumable(), listener=stop)
+    config, code = harness.resumable(), "of this code"
+    if change == "code":
+        code = "of other code"
+    else:
+        config.train.lr_scale = 2.0
+    with caplog.at_level(logging.WARNING):
+        assert harness.run(tmp_path, config, code_hash=code)["resumed_from_step"] is None
+    assert "left aside" in caplog.text
+    assert [row["step"] for row in harness.curve(tmp_path) if "loss" in row] == list(range(1, 9))
+
+
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    """The error that travels is an OSError, so that the runner can call it by its name."""
+    folder = tmp_path / "checkpoint"
+    checkpoint.save(folder, 1, {"w": torch.ones(8)}, {"note": "small"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save(folder, 2, {"w": torch.ones(1_000_000)}, {"note": "large"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    loaded = checkpoint.load(folder)
+    assert loaded is not None
+    assert torch.equal(loaded[0]["w"], torch.ones(8))
+
+
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "rename", "rmtree"])
+def test_a_crash_at_any_call_leaves_a_loadable_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Every system call at which a kill can fall, the removal of the older checkpoint included."""
+    folder = tmp_path / "checkpoint"
+    checkpoint.save(folder, 1, {"w": torch.ones(8)}, {})
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    owner = {"mkdir": Path, "fsync": os, "rename": os, "rmtree": checkpoint.shutil}[call]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, kill)
+        with pytest.raises(Killed):
+            checkpoint.save(folder, 2, {"w": torch.full((8,), 2.0)}, {})
+    loaded = checkpoint.load(folder)
+    assert loaded is not None
+    step = int(loaded[1]["step"])
+    assert torch.equal(loaded[0]["w"], torch.full((8,), float(step)))
+    checkpoint.save(folder, 3, {"w": torch.ones(8)}, {})
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"], "the next one sweeps up"
