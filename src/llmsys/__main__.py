@@ -1,0 +1,3 @@
+from llmsys.main import main
+
+main()

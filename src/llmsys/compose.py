@@ -1,0 +1,60 @@
+"""From `conf/` and overrides to plain configs: where Hydra and OmegaConf are used, and stop.
+
+`conf/` lies at the top of the repository and is copied into the wheel as `llmsys/conf`; it is found by path, never
+through importlib.resources, which in an editable install can see a stale copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from llmsys import schema
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions come as they are, for `messages` to put into one line
+
+PACKAGED = Path(__file__).parent / "conf"
+CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+
+
+def register() -> None:
+    """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for group, kinds in schema.SCHEMAS.items():
+        for kind, cls in kinds.items():
+            store.store(group=group, name=f"{group if kind == '*' else kind}_schema", node=cls)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A composed config as nested dicts, resolved and without Hydra's own part; a missing value is an error."""
+    from omegaconf import OmegaConf
+
+    composed = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain config that `python -m llmsys <overrides>` would run, for notebooks, tests and `run:<exp>`."""
+    import hydra
+
+    register()
+    with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return plain(hydra.compose("config", list(overrides)))
+
+
+def choices(group: str) -> dict[str, str]:
+    """The names in a config group with their one-line purpose: the first comment of the file."""
+    found = {}
+    for path in sorted((CONF / group).glob("*.yaml")):
+        comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+        found[path.stem] = next((c for c in comments if c and not c.startswith("@package")), "")
+    return found
+
+
+def groups() -> list[str]:
+    """The config groups there are."""
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir())

@@ -1,0 +1,60 @@
+"""What a task may use beside its config: its folder, its device, the parts chosen for it, and who listens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmsys.track.jsonl import JsonLines
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmsys.track import Sink
+    from llmsys.train.protocols import Engine, GradSync, Method
+
+
+@dataclass(kw_only=True)
+class Context:
+    """Handed to every task by the runner.
+
+    `beat` is to be called at every step: it feeds the progress bar and proves that the run is not stuck.
+    """
+
+    out: Path
+    device: torch.device
+    threads: int
+    code_hash: str
+    log: logging.Logger
+    method: Method
+    engine: Engine
+    grad_sync: GradSync
+    metrics: JsonLines
+    inputs: dict[str, str] = field(default_factory=dict)
+    mirrors: list[Sink] = field(default_factory=list)
+    listener: Callable[[dict[str, Any]], None] | None = None
+    last_beat: float = field(default_factory=time.monotonic)
+
+    def beat(self, **progress: float) -> None:
+        """Proof of progress, with what a progress bar shows: step, steps, loss, tokens_per_s, phase."""
+        self.last_beat = time.monotonic()
+        if self.listener and progress:
+            self.listener(dict(progress))
+
+    def track(self, row: dict[str, Any]) -> None:
+        """One row of metrics to the local file and to every mirror."""
+        self.metrics.row(row)
+        for mirror in self.mirrors:
+            mirror.row(row)
+
+    def trim_metrics(self, step: int) -> None:
+        """Cuts `metrics.jsonl` back to the rows of steps up to `step`, when a run resumes from there."""
+        self.metrics.trim(step)
+
+    def run_folder(self, exp: str) -> Path:
+        """The folder of the finished run of experiment `exp` that this run builds on."""
+        return Path(self.inputs[f"run:{exp}"])

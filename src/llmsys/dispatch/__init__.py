@@ -1,0 +1,74 @@
+"""Where a job runs: `inline` in this process, `process` in a fresh one of its own.
+
+`submit` is the same for one run and for a sweep. A folder is locked while its run is made, so that two runs of one id
+never meet: the second waits and then finds the first one's record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmsys.dispatch import inline, process
+from llmsys.job import FINAL, Job, Record, code_hash
+
+if TYPE_CHECKING:
+    from llmsys.dispatch.show import Show
+
+_PLACES = {"inline": inline.run, "process": process.run}
+
+
+def submit(jobs: Sequence[Job], show: Show) -> Iterator[Record]:
+    """Runs `jobs` one after another and yields each record as it comes; a finished run's record is yielded as it is.
+
+    KeyboardInterrupt passes through after the running job has been stopped and its record written and yielded.
+    """
+    for number, job in enumerate(jobs, 1):
+        with _locked(job, show) as lock:
+            record = finished(job)
+            if record is not None:
+                show.reused(job, record, number, len(jobs))
+                yield record
+                continue
+            show.start(job, number, len(jobs))
+            try:
+                record = _PLACES[job.config["dispatch"]["kind"]](job, show.progress, lock)
+            finally:
+                show.stop()
+            show.end(job, record)
+            yield record
+        if record.status == "interrupted":
+            raise KeyboardInterrupt
+
+
+def finished(job: Job) -> Record | None:
+    """The final record this job already left, if `reuse` allows to take it: none is, of other code, by default."""
+    reuse = job.config["reuse"]
+    if reuse == "never":
+        return None
+    record = Record.read(Path(job.out))
+    if record is None or record.status not in FINAL:
+        return None
+    return record if reuse == "any" or record.code_hash == code_hash() else None
+
+
+@contextlib.contextmanager
+def _locked(job: Job, show: Show) -> Iterator[int]:
+    """Holds the lock on the run's folder. The file descriptor is handed to the run's process: the lock lasts as long
+    as either lives, so an orphan of a killed parent still keeps others out."""
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            show.waiting(job)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+    finally:
+        os.close(lock)

@@ -1,0 +1,191 @@
+"""Runs a job in a fresh process group: nothing leaks from one run into the next, and nothing survives it.
+
+The child speaks over a pipe, one JSON object a line: signs of life, progress, and its record. The parent blocks on
+that pipe until the next deadline; it kills the whole tree when one passes, and when the pipe closes without a record it
+says why the child died.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmsys import job as jobs
+from llmsys.job import Job, Record
+from llmsys.profile import environment
+
+GRACE_S = 20.0
+"""How long an interrupted child may take to write its record before it is killed."""
+
+
+def run(job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Record:
+    """The job's record, always: the child's own, or one that says how the child ended.
+
+    `lock` is a file descriptor that the child inherits and keeps open as long as it lives.
+    """
+    start = time.monotonic()
+    kills_before = _kernel_oom_kills()
+    out = Path(job.out)
+    reader, writer = os.pipe()
+    log_start = (out / "log.txt").stat().st_size if (out / "log.txt").exists() else 0
+    with open(out / "log.txt", "ab") as log, os.fdopen(reader, "rb", buffering=0) as pipe:
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "llmsys.dispatch.worker", str(writer), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": str(job.config["train"]["threads"])},
+                pass_fds=(writer, lock),
+                start_new_session=True,
+            )
+        finally:
+            os.close(writer)
+        try:
+            verdict, record = _follow(job, child, pipe, progress, start)
+        finally:
+            _kill_tree(child)
+    if record is not None:
+        return record
+    if verdict is None:
+        verdict = _verdict(child.returncode, kills_before, (out / "log.txt"), log_start)
+    return _write(job, *verdict, seconds=time.monotonic() - start)
+
+
+Verdict = tuple[str, str, str]
+"""(status, reason, error)"""
+
+
+def _follow(
+    job: Job, child: subprocess.Popen[bytes], pipe: Any, progress: Callable[[dict[str, Any]], None], start: float
+) -> tuple[Verdict | None, Record | None]:
+    """Listens until the child is done or a deadline passes. None, None: the pipe closed without a record."""
+    settings = job.config["dispatch"]
+    deadline = start + settings["timeout_s"]
+    heard, idle_s, rest, record = time.monotonic(), 0.0, b"", None
+    interrupted = False
+    try:
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(dataclasses.asdict(job)).encode())
+        child.stdin.close()
+    except BrokenPipeError:
+        return None, None  # it died at once; its log says why
+    while True:
+        try:
+            now = time.monotonic()
+            wait = max(min(deadline, heard + settings["heartbeat_s"]) - now, 0)
+            if not select.select([pipe], [], [], wait)[0]:
+                # Judged only now that nothing is there to read: after a suspension the pipe is full, not silent.
+                silent = time.monotonic() - heard
+                if silent >= settings["heartbeat_s"]:
+                    return ("hang", "no heartbeat", f"no sign of life for {silent:.1f} s (dispatch.heartbeat_s)"), None
+            if time.monotonic() >= deadline:
+                if interrupted:
+                    return ("interrupted", "signal", f"stopped; it did not end by itself within {GRACE_S:g} s"), None
+                return ("timeout", "deadline", f"not done after dispatch.timeout_s={settings['timeout_s']:g} s"), None
+            if idle_s >= settings["stall_s"]:
+                return ("hang", "no progress", f"alive, but no step done for {idle_s:.0f} s (dispatch.stall_s)"), None
+            if not select.select([pipe], [], [], 0)[0]:
+                continue
+            chunk = pipe.read(65536)
+            if not chunk:
+                child.wait()
+                return None, record
+            heard = time.monotonic()
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                idle_s = message.get("idle_s", 0.0)
+                if "progress" in message:
+                    progress(message["progress"])
+                if "record" in message:
+                    record = Record(**message["record"])
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            os.killpg(child.pid, signal.SIGINT)
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+
+
+def _verdict(returncode: int, kills_before: int, log: Path, log_start: int) -> Verdict:
+    """How a child that left no record ended, from its exit code, the kernel's counter and what it printed last."""
+    with open(log, "rb") as file:
+        file.seek(log_start)
+        printed = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    last = printed[-1] if printed else ""
+    if any("bad_alloc" in line or "MemoryError" in line for line in printed[-20:]):
+        return "oom", "host memory", last
+    if returncode == -signal.SIGKILL and _kernel_oom_kills() > kills_before:
+        return "oom", "host memory", "killed by the kernel, which was out of memory"
+    if returncode < 0:
+        return "crashed", "signal", f"killed by {signal.Signals(-returncode).name}"
+    return "crashed", "exit", f"exit code {returncode} without a record; last line: {last}"
+
+
+def _write(job: Job, status: str, reason: str, error: str, seconds: float) -> Record:
+    out = Path(job.out)
+    (out / ".reserve").unlink(missing_ok=True)
+    before = Record.read(out)
+    record = Record(
+        name=job.config["name"],
+        run_id=job.run_id,
+        task=job.config["task"]["kind"],
+        status=status,
+        reason=reason,
+        error=error,
+        attempts=before.attempts + 1 if before else 1,
+        config=job.config,
+        env=environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"]),
+        code_hash=jobs.code_hash(),
+        seconds=round(seconds, 3),
+        world=job.config["train"]["world"],
+    )
+    record.write(out)
+    return record
+
+
+def _kernel_oom_kills() -> int:
+    """How many processes the kernel has killed for memory, as far as it tells."""
+    for path, key in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
+        if Path(path).exists():
+            for line in Path(path).read_text().splitlines():
+                if line.split()[0] == key:
+                    return int(line.split()[1])
+    return 0
+
+
+def _kill_tree(child: subprocess.Popen[bytes]) -> None:
+    """Ends the child, its process group, and descendants that made groups of their own."""
+    descendants = _descendants(child.pid)
+    for kill, target in ((os.killpg, child.pid), *((os.kill, pid) for pid in descendants)):
+        try:
+            kill(target, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue  # gone already
+    child.wait()
+
+
+def _descendants(root: int) -> list[int]:
+    """Process ids below `root`, from /proc; empty where there is none (the process group is killed anyway)."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, frontier = [], [root]
+    while frontier:
+        frontier = [pid for parent in frontier for pid in children.get(parent, [])]
+        found += frontier
+    return found

@@ -1,0 +1,146 @@
+"""A run before and after: `Job`, plain data that can be sent anywhere, and `Record`, what it left.
+
+A run's id is a hash of everything that can change its result: the full resolved config, the device's kind and
+model, and the content of local inputs. Rerunning a sweep therefore skips what is finished, and a CPU record never
+stands in for a GPU cell. Where a run is placed, who is told of it and how it may be reused are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmsys import device, schema
+from llmsys.files import write_atomic
+
+STATUSES = ("ok", "oom", "failed", "crashed", "timeout", "hang", "unsupported", "skipped", "interrupted")
+FINAL = ("ok", "oom", "unsupported")
+"""Never rerun: the same code and config on the same machine would end the same way."""
+HARMLESS = (*FINAL, "skipped")
+"""A sweep in which every run ended so has exit code 0."""
+
+_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "tracker")
+_PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Job:
+    """One run to be made. `config` is plain and resolved; `out` is the run's folder, absolute.
+
+    `inputs` are folders that other runs left and this one reads: `run:<exp>` -> that run's folder.
+    """
+
+    config: dict[str, Any]
+    run_id: str
+    out: str
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What a person calls this run: experiment, method, seed and id."""
+        method, seed = self.config["method"]["kind"], self.config["train"]["seed"]
+        return f"{self.config['name']} · {method} · seed {seed} · {self.run_id}"
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What a run left, as `record.json`, schema 1. `summary` has the unit in each key; `samples` are raw repeats."""
+
+    schema: int = 1
+    name: str
+    run_id: str
+    task: str
+    status: str
+    reason: str = ""
+    error: str = ""
+    attempts: int = 1
+    config: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, Any] = field(default_factory=dict)
+    code_hash: str = ""
+    data_hash: str = ""
+    kernel: str = ""
+    started: str = ""
+    seconds: float = 0.0
+    world: int = 1
+    resumed_from_step: int | None = None
+    summary: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status={self.status}: must be one of {', '.join(STATUSES)}")
+
+    def to_json(self) -> str:
+        """Readable JSON, in which a NaN or an infinity is an error: they are not JSON."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """The record of `text`; ValueError says which field does not belong to schema 1."""
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.get("schema") != 1:
+            raise ValueError("not a record of schema 1")
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)} in a record of schema 1")
+        return cls(**values)
+
+    def write(self, folder: Path) -> None:
+        """Writes `record.json` into `folder`, atomically."""
+        write_atomic(folder / "record.json", self.to_json() + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Record | None:
+        """The record in `folder`, or None where there is none. ValueError names a file that is none."""
+        path = folder / "record.json"
+        if not path.exists():
+            return None
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str]) -> str:
+    """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
+    identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
+    text = json.dumps([identity, device_name, content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
+    """The job of a composed config: checks it, resolves device and threads, hashes local inputs.
+
+    `inputs` as in `Job`. Raises ValueError, in one line that names the key, for anything wrong with the settings or
+    with the files they name.
+    """
+    from llmsys import data
+    from llmsys.models import fingerprint
+
+    config = copy.deepcopy(config)
+    kind, device_name = device.resolve(schema.build(config).hardware.device)
+    config["hardware"]["device"] = kind
+    config["train"]["threads"] = config["train"]["threads"] or device.threads()
+    typed = schema.build(config)
+    inputs = inputs or {}
+    content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
+    identifier = run_id(config, device_name=device_name, content=content)
+    out = Path(typed.results).expanduser().resolve() / typed.name / identifier
+    return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)
+
+
+@cache
+def code_hash() -> str:
+    """Twelve hex digits over the source of this package: a record made by other code is not taken for this code's."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,118 @@
+"""The command line: compose, check, make jobs, submit, print the table, exit code. Hydra stops here.
+
+Hydra composes (and, with -m, lists a sweep's jobs through our launcher); every job is composed and checked before the
+first one starts.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from llmsys import compose
+from llmsys.job import HARMLESS, Job, Record
+
+USAGE = """\
+Usage: python -m llmsys [+exp=NAME] [GROUP=CHOICE] [KEY=VALUE] ...
+       python -m llmsys -m +exp=NAME KEY=A,B ...       a sweep: every combination, and one table
+       python -m llmsys --cfg job +exp=NAME            show the settings, run nothing
+       python -m llmsys.results [FOLDER]               the table of everything under a folder; --help for pictures
+"""
+
+
+def help_text() -> str:
+    """Usage, experiments and the choices of every group; made from `conf/` without Hydra or torch."""
+    lines = [USAGE, "Experiments (+exp=NAME):"]
+    width = max(map(len, compose.choices("exp")), default=0)
+    lines += [f"  {name:{width}}  {purpose}" for name, purpose in compose.choices("exp").items()]
+    lines += ["", "Groups and their choices:"]
+    for group in compose.groups():
+        if group != "exp":
+            lines.append(f"  {group}={' | '.join(compose.choices(group))}")
+    lines += ["", "Every key of a group can be set: train.steps=20 model.num_layers=2. --cfg job shows them all."]
+    lines += ["A finished run is not run again; reuse=never does. --hydra-help for Hydra's own flags."]
+    return "\n".join(lines)
+
+
+def make_jobs(configs: Sequence[dict[str, Any]]) -> list[Job]:
+    """The jobs of composed configs, each once, in order. ValueError for the first setting that is wrong."""
+    from llmsys import job
+
+    jobs: dict[str, Job] = {}
+    for config in configs:
+        made = job.make(config, _inputs(config))
+        jobs.setdefault(made.out, made)
+    return list(jobs.values())
+
+
+def _inputs(config: dict[str, Any]) -> dict[str, str]:
+    """The folders of the runs this one builds on, found by their recomputed ids (`model.weights=run:<exp>`)."""
+    from llmsys import job
+
+    kind, _, exp = config["model"]["weights"].partition(":")
+    if kind != "run":
+        return {}
+    command = f"python -m llmsys +exp={exp}"
+    if exp not in compose.choices("exp"):
+        raise ValueError(f"model.weights=run:{exp}: no such experiment; there are {', '.join(compose.choices('exp'))}")
+    wanted = make_jobs([compose.compose([f"+exp={exp}", f"results={config['results']}"])])[0]
+    record = job.Record.read(Path(wanted.out))
+    if record is None or record.status != "ok":
+        raise ValueError(f"model.weights=run:{exp}: that run is not there yet; make it with: {command}")
+    return {f"run:{exp}": wanted.out}
+
+
+def submit(configs: Sequence[dict[str, Any]]) -> int:
+    """Runs the jobs, prints the table of their records, returns the exit code: 0, 130 (interrupted) or 1."""
+    from llmsys import dispatch, results
+    from llmsys.dispatch.show import Show
+
+    jobs = make_jobs(configs)
+    records: list[Record] = []
+    interrupted = False
+    try:
+        for record in dispatch.submit(jobs, Show()):
+            records.append(record)
+    except KeyboardInterrupt:
+        interrupted = True
+    results.show(records)
+    if interrupted:
+        return 130
+    return 0 if all(record.status in HARMLESS for record in records) else 1
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """`python -m llmsys`; see USAGE."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text())
+        return
+    from hydra import main as hydra_main
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from llmsys import messages
+
+    signal.signal(signal.SIGTERM, _stop)
+    compose.register()
+    configs: list[dict[str, Any]] = []
+
+    def collect(config: Any) -> None:
+        configs.append(compose.plain(config))
+
+    try:
+        hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()
+        code = submit(configs) if configs else 0
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        print(f"llmsys: {messages.one_line(error) or error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

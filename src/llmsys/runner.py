@@ -1,0 +1,162 @@
+"""`run(job)`: the only place that executes a task, and the only one that catches exceptions, to classify them.
+
+Out of memory is a result, not a crash: torch raises its own class on CUDA and a plain RuntimeError on a CPU. What
+the kernel kills leaves no exception at all; `dispatch.process` classifies that from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmsys import job as jobs
+from llmsys import schema, tasks, track, wiring
+from llmsys.context import Context
+from llmsys.errors import NotANumber, Refused, Unsupported
+from llmsys.files import write_atomic
+from llmsys.job import Job, Record
+from llmsys.profile import environment
+from llmsys.track.jsonl import JsonLines
+
+_NO_HOST_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "cannot allocate memory")
+_NO_DISK = (errno.ENOSPC, errno.EDQUOT)
+_RESERVE_BYTES = 256 * 1024
+"""Kept on disk during a run and freed before the record is written, so that a full disk can still be recorded."""
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """(status, reason) of what a task raised."""
+    text = str(error).lower()
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "signal"
+    if isinstance(error, Refused):
+        return "skipped", error.reason
+    if isinstance(error, Unsupported):
+        return "unsupported", "combination"
+    if isinstance(error, NotANumber):
+        return "failed", "nan"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: torch may not be installed
+        return "oom", "device memory"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "oom", "host memory"
+    if isinstance(error, RuntimeError) and any(words in text for words in _NO_HOST_MEMORY):
+        return "oom", "host memory"
+    if (isinstance(error, OSError) and error.errno in _NO_DISK) or "no space left on device" in text:
+        return "failed", "disk"
+    return "failed", type(error).__name__
+
+
+def run(
+    job: Job,
+    listener: Callable[[dict[str, Any]], None] | None = None,
+    on_context: Callable[[Context], None] = lambda _: None,
+) -> Record:
+    """Runs `job` in this process and returns its record, also written to its folder; raises only what it cannot record.
+
+    `listener` hears progress. `on_context` is shown the context before the task starts (a heartbeat watches it).
+    """
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    before = Record.read(out)
+    record = Record(
+        name=job.config["name"],
+        run_id=job.run_id,
+        task=job.config["task"]["kind"],
+        status="interrupted",
+        attempts=before.attempts + 1 if before else 1,
+        config=job.config,
+        code_hash=jobs.code_hash(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        world=job.config["train"]["world"],
+    )
+    start = time.perf_counter()
+    reserve = out / ".reserve"
+    sinks: list[track.Sink] = []
+    with _logger(out) as log:
+        try:
+            write_atomic(out / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
+            with open(reserve, "wb") as file:
+                file.write(b"\0" * _RESERVE_BYTES)
+            config = schema.build(job.config)
+            record.env = environment.describe(config.hardware.device, config.train.threads)
+            sinks.extend(track.mirrors(config.tracker, job))
+            context = _context(job, config, log, sinks, listener)
+            on_context(context)
+            result = tasks.find(config.task.kind)(config, context)
+            for key, value in result.items():
+                setattr(record, key, value)
+            record.to_json()  # a NaN among the results is a failure of the task, found here and not when it is written
+            record.status = "ok"
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place that catches all, to classify
+            record.status, record.reason = classify(error)
+            record.summary, record.samples, record.files = {}, {}, {}
+            record.error = _first_line(error)
+            if isinstance(error, Refused):
+                log.warning("%s", error)
+            else:
+                log.error("%s", "".join(traceback.format_exception(error)))
+        reserve.unlink(missing_ok=True)
+        record.seconds = round(time.perf_counter() - start, 3)
+        record.write(out)
+        for sink in sinks:
+            sink.finish(record)
+    return record
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, Refused):
+        return str(error)  # several lines: what is needed, what was found, what would run
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _context(
+    job: Job,
+    config: schema.Config,
+    log: logging.Logger,
+    sinks: list[track.Sink],
+    listener: Callable[[dict[str, Any]], None] | None,
+) -> Context:
+    import torch
+
+    torch.set_num_threads(config.train.threads)
+    return Context(
+        out=Path(job.out),
+        device=torch.device(config.hardware.device),
+        threads=config.train.threads,
+        code_hash=jobs.code_hash(),
+        log=log,
+        method=wiring.method(config.method),
+        engine=wiring.engine(config.engine),
+        grad_sync=wiring.grad_sync(config),
+        metrics=JsonLines(Path(job.out) / "metrics.jsonl"),
+        inputs=job.inputs,
+        mirrors=sinks,
+        listener=listener,
+    )
+
+
+@contextlib.contextmanager
+def _logger(out: Path) -> Iterator[logging.Logger]:
+    """A logger of this run, which writes to `log.txt` in its folder and nowhere else."""
+    log = logging.getLogger("llmsys")
+    handler = logging.FileHandler(out / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        log.info("run %s, process %d", out.name, os.getpid())
+        yield log
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,19 @@
+"""Which function runs a task: a name from the config to code that is imported only when it is run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+TASKS = {"train": "llmsys.train.task:train"}
+"""`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
+
+
+def find(kind: str) -> Callable[..., dict[str, Any]]:
+    """The task's function; ValueError lists the tasks there are."""
+    if kind not in TASKS:
+        raise ValueError(f"task.kind={kind}: must be one of {', '.join(TASKS)}")
+    module, _, name = TASKS[kind].partition(":")
+    function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
+    return function

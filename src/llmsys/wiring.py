@@ -1,0 +1,48 @@
+"""By name and late: which method, engine and gradient synchroniser a config means.
+
+The only shared file that knows the subsystems, so that `train` and `runner` need not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmsys import schema
+
+if TYPE_CHECKING:
+    from llmsys.train.protocols import Engine, GradSync, Method
+
+METHODS = {
+    "full": "llmsys.train.methods:Full",
+    "lora_peft": "llmsys.lorafa.peft_baselines:LoRA",
+    "lorafa_peft": "llmsys.lorafa.peft_baselines:LoRAFA",
+    "majority": "llmsys.train.references:Majority",
+    "probe": "llmsys.train.references:Probe",
+}
+ENGINES = {"local": "llmsys.train.engines:Local"}
+
+
+def _named(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def method(config: schema.Method) -> Method:
+    """The method of `method.kind`; `schema.build` has checked the name and its settings."""
+    cls = _named(METHODS[config.kind])
+    made: Method = cls(config) if isinstance(config, schema.Adapter) else cls()
+    return made
+
+
+def engine(config: schema.Engine) -> Engine:
+    """The engine of `engine.kind`."""
+    made: Engine = _named(ENGINES[config.kind])()
+    return made
+
+
+def grad_sync(config: schema.Config) -> GradSync:
+    """How gradients of several ranks are made one; on one rank, not at all."""
+    from llmsys.train.engines import NoSync
+
+    return NoSync()

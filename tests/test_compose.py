@@ -1,0 +1,115 @@
+"""Claims about the settings: they compose, their mistakes are one line, and asking for help costs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from llmsys import compose, schema
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+EXPERIMENTS = sorted(compose.choices("exp"))
+HEADER = ("# Paper:", "# Expected:", "# Hardware:", "# Command:")
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
+def test_every_experiment_composes_and_is_named_after_its_file(exp: str) -> None:
+    config = compose.compose([f"+exp={exp}"])
+    assert config["name"] == exp
+    assert config["smoke"], "says how it runs in seconds"
+    schema.build(config)
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
+def test_every_experiment_opens_with_its_header(exp: str) -> None:
+    lines = (compose.CONF / "exp" / f"{exp}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    comments = [line for line in lines if line.startswith("#")]
+    for field in HEADER:
+        assert any(line.startswith(field) for line in comments), field
+    assert any("Time:" in line for line in comments)
+    assert "EXPECTED" not in "".join(comments), "a placeholder"
+
+
+def test_every_choice_of_every_group_composes() -> None:
+    for group in compose.groups():
+        if group == "exp":
+            continue
+        for name in compose.choices(group):
+            values = compose.compose([f"{group}={name}", "data.path=x.jsonl", "data.labels=[a,b]"])[group]
+            kinds = schema.SCHEMAS[group]
+            cls = kinds.get("*") or kinds[values["kind"]]
+            cls(**values)
+
+
+def test_the_command_line_beats_the_experiment() -> None:
+    assert compose.compose(["+exp=lorafa_minilm", "train.steps=7"])["train"]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("+exp=lorafa_minlm", ["exp=lorafa_minlm", "lorafa_minilm"]),
+        ("exp=lorafa_minilm", ["+exp"]),
+        ("train.stpes=3", ["train.stpes", "train.steps"]),
+        ("+train.stpes=3", ["train.stpes", "steps"]),
+        ("modl=llama_tiny", ["modl", "model"]),
+        ("model=lama_tiny", ["model=lama_tiny", "llama_tiny"]),
+        ("train.steps=abc", ["train.steps=abc", "integer"]),
+        ("method.r=8", ["method.r"]),
+        ("train.schedule=cosin", ["train.schedule=cosin", "cosine"]),
+        ("train.micro_batch=3", ["train.global_batch=8"]),
+        ("data=jsonl", ["data.path"]),
+        ("data=jsonl data.path=nowhere.jsonl", ["nowhere.jsonl"]),
+        ("model.weights=run:pretrain_llama_6m", ["python -m llmsys +exp=pretrain_llama_6m"]),
+        ("model.weights=run:nothing", ["run:nothing", "pretrain_llama_6m"]),
+        ("model.weights=./nowhere", ["model.weights", "no such folder"]),
+        ("train.world=2 train.global_batch=16", ["train.world=2", "engine=local"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(llmsys: Run, argument: str, words: list[str]) -> None:
+    done = llmsys(*argument.split())
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("llmsys: ")
+    for word in words:
+        assert word in line
+
+
+def test_a_typo_in_a_users_own_experiment_is_one_line_too(llmsys: Run, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "mine.yaml").write_text("# @package _global_\nname: mine\ntrain: {stpes: 3}\n")
+    done = llmsys("--config-dir", str(tmp_path), "+exp=mine")
+    assert done.returncode == 1
+    assert "train.stpes" in done.stderr
+    assert "train.steps" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_lists_the_experiments_and_imports_neither_torch_nor_hydra() -> None:
+    code = (
+        "import sys; sys.argv = ['llmsys', '--help']\n"
+        "from llmsys.main import main; main()\n"
+        "assert not {'torch', 'hydra', 'transformers', 'omegaconf'} & set(sys.modules), 'heavy imports'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for exp, purpose in compose.choices("exp").items():
+        assert exp in done.stdout
+        assert purpose in done.stdout
+
+
+def test_the_command_line_imports_no_torch_before_a_run_starts() -> None:
+    """Torch takes seconds: composing and checking must not wait for it."""
+    code = (
+        "import sys; from llmsys import compose, main\n"
+        "main.make_jobs([compose.compose(['train.steps=1'])])\n"
+        "import llmsys.dispatch, llmsys.results\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

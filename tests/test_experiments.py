@@ -1,0 +1,50 @@
+"""Every experiment runs, at the size of its `smoke` overrides, to a record with the numbers it promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmsys import compose, job, runner
+
+EXPERIMENTS = sorted(compose.choices("exp"))
+ALWAYS = ("loss", "step_ms_p50", "samples_per_s", "saved_bytes", "accounted_bytes", "trainable_params", "host_peak_gib")
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
+def test_its_smoke_run_is_ok(exp: str, results: Path) -> None:
+    smoke = compose.compose([f"+exp={exp}"])["smoke"]
+    made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
+    record = runner.run(made)
+    assert record.status == "ok", record.error
+    for key in ALWAYS:
+        assert record.summary[key] > 0, key
+    assert record.kernel
+    estimate, measured = record.summary["predicted_peak_gib"] * 2**30, record.summary["accounted_bytes"]
+    assert estimate == pytest.approx(measured, rel=0.25), "small shapes: constants weigh; tests/cost is stricter"
+
+
+@pytest.mark.parametrize("method", ["full", "lora_peft", "lorafa_peft", "probe", "majority"])
+def test_every_method_of_the_demo_runs(method: str, results: Path) -> None:
+    smoke = compose.compose(["+exp=lorafa_minilm"])["smoke"]
+    made = job.make(compose.compose(["+exp=lorafa_minilm", *smoke, f"method={method}", f"results={results}"]))
+    record = runner.run(made)
+    assert record.status == "ok", record.error
+    assert 0 <= record.summary["macro_f1"] <= 1
+    n = 24
+    p = record.summary["accuracy"]
+    assert record.summary["accuracy_se"] == pytest.approx((p * (1 - p) / n) ** 0.5)
+
+
+def test_one_run_builds_on_the_weights_of_another(results: Path) -> None:
+    """`run:<exp>` finds the other run's weights by its recomputed id: here at smoke size, by its real folder."""
+    smoke = compose.compose(["+exp=pretrain_llama_6m"])["smoke"]
+    base = job.make(compose.compose(["+exp=pretrain_llama_6m", *smoke, f"results={results}"]))
+    assert runner.run(base).status == "ok"
+    tuned_smoke = [o for o in compose.compose(["+exp=lorafa_llama_6m"])["smoke"] if not o.startswith("model.weights")]
+    config = compose.compose(["+exp=lorafa_llama_6m", *tuned_smoke, f"results={results}"])
+    made = job.make(config, {"run:pretrain_llama_6m": base.out})
+    record = runner.run(made)
+    assert record.status == "ok", record.error
+    assert made.run_id != job.make(config, {"run:pretrain_llama_6m": str(results / "other")}).run_id

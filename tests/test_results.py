@@ -1,0 +1,97 @@
+"""Claims about tables: units, order, seeds, and rows that are kept though the run failed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmsys import compose, results
+from llmsys.job import Record
+
+
+def record(
+    method: str, seed: int = 0, status: str = "ok", data_hash: str = "d", scale: float = 1.0, **summary: float
+) -> Record:
+    overrides = (f"method={method}", f"train.seed={seed}", f"train.lr_scale={scale}")
+    config = compose.compose(["+exp=lorafa_minilm", *overrides])
+    return Record(
+        name="lorafa_minilm",
+        run_id=f"{method}{seed}{scale}",
+        task="train",
+        status=status,
+        reason="" if status == "ok" else "host memory",
+        config=config,
+        data_hash=data_hash,
+        summary=dict(summary),
+    )
+
+
+def accuracy(value: float, **more: float) -> dict[str, float]:
+    return {"accuracy": value, "accuracy_se": 0.01, "macro_f1": value, "accounted_bytes": 3 * 2**20, **more}
+
+
+def test_the_best_is_first_and_the_failed_keep_their_row() -> None:
+    made = record("full", status="oom"), record("majority", **accuracy(0.2)), record("probe", **accuracy(0.5))
+    rows = [results.row(r) for r in made]
+    headers, lines = results.table(rows)
+    assert [line[headers.index("method")] for line in lines] == ["probe", "majority", "full"]
+    assert lines[2][headers.index("status")] == "oom (host memory)"
+    assert lines[0][headers.index("accuracy % ± SE")] == "50.0 ± 1.0"
+    assert lines[0][headers.index("accounted memory MiB")] == "3.0"
+
+
+def test_data_of_other_content_is_marked() -> None:
+    rows = [results.row(record("probe", **accuracy(0.5))), results.row(record("full", data_hash="e", **accuracy(0.6)))]
+    assert "data_hash" in results.table(rows)[0]
+
+
+def test_seeds_are_averaged_and_the_best_rate_is_chosen() -> None:
+    values = {(0.4, 0): 0.5, (0.4, 1): 0.7, (1.0, 0): 0.65, (1.0, 1): 0.65, (1.0, 2): 0.65}
+    rows = [results.row(record("full", seed, scale=scale, **accuracy(v))) for (scale, seed), v in values.items()]
+    merged = results.over_seeds(rows)
+    found = [(m["seeds"], round(m["accuracy"], 3), round(m["accuracy_sd"], 3)) for m in merged]
+    assert found == [(2, 0.6, 0.141), (3, 0.65, 0.0)]
+    (chosen,) = results.best(merged, "accuracy")
+    assert chosen["lr"] == pytest.approx(2e-4)
+    (lowest,) = results.best([{**m, "val_loss": m["accuracy"]} for m in merged], "val_loss")
+    assert lowest["val_loss"] == pytest.approx(0.6)
+
+
+def test_reference_rows_have_no_learning_rate() -> None:
+    assert results.row(record("probe"))["lr"] is None
+
+
+def test_the_command_prints_tables_and_draws_pictures(tmp_path: Path) -> None:
+    for method, value in (("full", 0.6), ("probe", 0.5)):
+        folder = tmp_path / method
+        folder.mkdir()
+        record(method, **accuracy(value)).write(folder)
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "llmsys.results", *arguments], capture_output=True, text=True, check=False
+        )
+
+    assert "accounted memory MiB" in command(str(tmp_path)).stdout
+    assert command(str(tmp_path), "--markdown").stdout.startswith("| method |")
+    head, *body = command(str(tmp_path), "--csv").stdout.splitlines()
+    assert "accounted_bytes" in head.split(",")
+    assert len(body) == 2
+    drawn = command(str(tmp_path), "--plot", "accounted_bytes:accuracy")
+    assert Path(drawn.stdout.strip()).read_bytes().startswith(b"\x89PNG")
+    wrong = command(str(tmp_path), "--plot", "accounted_bytes:acuracy")
+    assert wrong.returncode == 1
+    assert "accuracy" in wrong.stderr
+    nothing = command(str(tmp_path / "full" / "nowhere"))
+    assert nothing.returncode == 1
+    assert "no such folder" in nothing.stderr
+
+
+def test_a_data_frame_has_identity_summary_and_config(tmp_path: Path) -> None:
+    record("full", **accuracy(0.6)).write(tmp_path)
+    frame = results.load(tmp_path)
+    assert frame.loc[0, "accuracy"] == 0.6
+    assert frame.loc[0, "config.train.length"] == 96
