@@ -1,0 +1,41 @@
+# make demo: install, run the main job, show its table and picture.  make test: install, ruff, types, tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test slow format clean
+
+demo: $(VENV)/.all
+	$(BIN)/python -m llmsys -m +exp=lorafa_minilm method=full,lora_peft,lorafa_peft
+	$(BIN)/python -m llmsys.results results/lorafa_minilm --plot accounted_bytes:accuracy
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and alone: a package that asks for torch must find this one and not pull another build.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.all: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[all]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.all
+	$(PIP) --editable '.[all,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
