@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import signal
@@ -88,7 +89,8 @@ def test_two_processes_with_one_id_make_one_run(results: Path) -> None:
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as waiting:
         assert waiting.stderr is not None
         assert "another process is making this run" in waiting.stderr.readline()
-        Record(name="scratch", run_id=made.run_id, task="train", status="ok", code_hash=job.code_hash()).write(out)
+        done = Record(name="scratch", run_id=made.run_id, task="train", status="ok", config=made.config)
+        dataclasses.replace(done, code_hash=job.code_hash()).write(out)
         os.close(lock)
         assert "done before (ok)" in waiting.stderr.read()
         assert waiting.wait() == 0
