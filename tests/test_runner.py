@@ -49,7 +49,7 @@ def test_torch_itself_runs_out_of_memory_as_the_classifier_expects() -> None:
 
 
 def test_a_failed_task_leaves_its_traceback_in_the_log(results: Path) -> None:
-    made = job.make(compose.compose([f"results={results}", "train.lr_by_method={}", "+train.lr_by_method.full=1e30"]))
+    made = job.make(compose.compose([f"results={results}", "train.lr_by_method.full=1e30", "train.clip=0"]))
     record = runner.run(made)
     assert (record.status, record.reason) == ("failed", "nan")
     assert "Traceback" in (Path(made.out) / "log.txt").read_text()

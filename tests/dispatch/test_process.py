@@ -74,7 +74,7 @@ def test_a_killed_worker_is_crashed_and_its_metrics_stay(results: Path) -> None:
 
 
 def test_a_stopped_worker_is_a_hang_and_is_killed(results: Path) -> None:
-    made = make(results, *LONG, "dispatch.heartbeat_s=2")
+    made = make(results, *LONG, "dispatch.heartbeat_s=8")
     pids: list[int] = []
 
     def stop(pid: int) -> None:
@@ -140,8 +140,8 @@ def test_a_worker_dies_with_its_parent(results: Path) -> None:
 
 def test_a_parent_that_was_suspended_does_not_take_the_pause_for_a_hang(results: Path) -> None:
     """After a suspension the pipe is full of signs of life: they are read before silence is judged."""
-    made = make(results, "train.steps=40", "train.threads=1", "dispatch.heartbeat_s=1")
-    record = run(made, lambda pid: time.sleep(2.5), step=1)  # the parent does not listen for longer than heartbeat_s
+    made = make(results, "train.steps=40", "train.threads=1", "dispatch.heartbeat_s=6")
+    record = run(made, lambda pid: time.sleep(8), step=1)  # the fault: for so long the parent does not listen
     assert record.status == "ok", record.error
 
 

@@ -34,9 +34,11 @@ def submit(jobs: Sequence[Job], show: Show) -> Iterator[Record]:
                 show.reused(job, record, number, len(jobs))
                 yield record
                 continue
-            show.start(job, number, len(jobs))
             try:
+                show.start(job, number, len(jobs))
                 record = _PLACES[job.config["dispatch"]["kind"]](job, show.progress, lock)
+            except KeyboardInterrupt:  # before the run began, or a second time while it was given time to stop
+                record = process.write_ending(job, "interrupted", "signal", "stopped at once")
             finally:
                 show.stop()
             show.end(job, record)

@@ -8,6 +8,7 @@ says why the child died.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import select
@@ -34,31 +35,38 @@ def run(job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Reco
     """
     start = time.monotonic()
     kills_before = _kernel_oom_kills()
-    out = Path(job.out)
+    log = Path(job.out) / "log.txt"
+    log_start = log.stat().st_size if log.exists() else 0
+    child, pipe = _start(job, log, lock)
+    try:
+        with pipe:
+            verdict, record = _follow(job, child, pipe, progress, start)
+    finally:
+        _kill_tree(child)
+    if record is not None:
+        return record
+    if verdict is None:
+        verdict = _verdict(child.returncode, kills_before, log, log_start)
+    return write_ending(job, *verdict, seconds=time.monotonic() - start)
+
+
+def _start(job: Job, log: Path, lock: int) -> tuple[subprocess.Popen[bytes], io.FileIO]:
+    """The child in a session of its own, and the pipe that it speaks over."""
     reader, writer = os.pipe()
-    log_start = (out / "log.txt").stat().st_size if (out / "log.txt").exists() else 0
-    with open(out / "log.txt", "ab") as log, os.fdopen(reader, "rb", buffering=0) as pipe:
+    with open(log, "ab") as output:
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", "llmsys.dispatch.worker", str(writer), str(os.getpid())],
                 stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 env={**os.environ, "OMP_NUM_THREADS": str(job.config["train"]["threads"])},
                 pass_fds=(writer, lock),
                 start_new_session=True,
             )
         finally:
             os.close(writer)
-        try:
-            verdict, record = _follow(job, child, pipe, progress, start)
-        finally:
-            _kill_tree(child)
-    if record is not None:
-        return record
-    if verdict is None:
-        verdict = _verdict(child.returncode, kills_before, (out / "log.txt"), log_start)
-    return _write(job, *verdict, seconds=time.monotonic() - start)
+    return child, io.FileIO(reader)
 
 
 Verdict = tuple[str, str, str]
@@ -66,7 +74,7 @@ Verdict = tuple[str, str, str]
 
 
 def _follow(
-    job: Job, child: subprocess.Popen[bytes], pipe: Any, progress: Callable[[dict[str, Any]], None], start: float
+    job: Job, child: subprocess.Popen[bytes], pipe: io.FileIO, progress: Callable[[dict[str, Any]], None], start: float
 ) -> tuple[Verdict | None, Record | None]:
     """Listens until the child is done or a deadline passes. None, None: the pipe closed without a record."""
     settings = job.config["dispatch"]
@@ -99,7 +107,8 @@ def _follow(
             chunk = pipe.read(65536)
             if not chunk:
                 child.wait()
-                return None, record
+                stopped = ("interrupted", "signal", "stopped before it could write a record")
+                return (stopped if interrupted else None), record
             heard = time.monotonic()
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
@@ -132,7 +141,8 @@ def _verdict(returncode: int, kills_before: int, log: Path, log_start: int) -> V
     return "crashed", "exit", f"exit code {returncode} without a record; last line: {last}"
 
 
-def _write(job: Job, status: str, reason: str, error: str, seconds: float) -> Record:
+def write_ending(job: Job, status: str, reason: str, error: str, seconds: float = 0.0) -> Record:
+    """Writes, and returns, the record of a run that could not write its own."""
     out = Path(job.out)
     (out / ".reserve").unlink(missing_ok=True)
     before = Record.read(out)
