@@ -28,6 +28,11 @@ GRACE_S = 20.0
 """How long an interrupted child may take to write its record before it is killed."""
 
 
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+"""glibc gives a large tensor back to the kernel when it is freed, and gets the next one page by page, zeroed: a step of
+MiniLM on two cores took 0.75 s so and 0.61 s with these. What the user has set wins; the record has both."""
+
+
 def run(job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Record:
     """The job's record, always: the child's own, or one that says how the child ended.
 
@@ -60,7 +65,7 @@ def _start(job: Job, log: Path, lock: int) -> tuple[subprocess.Popen[bytes], io.
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": str(job.config["train"]["threads"])},
+                env={**_KEEP_FREED_MEMORY, **os.environ, "OMP_NUM_THREADS": str(job.config["train"]["threads"])},
                 pass_fds=(writer, lock),
                 start_new_session=True,
             )

@@ -13,7 +13,7 @@ from typing import Any
 from llmsys import device
 
 PACKAGES = ("llmsys", "torch", "transformers", "peft", "numpy", "scikit-learn", "safetensors", "sympy", "flash-attn")
-_PREFIXES = ("NCCL_", "OMP_", "MKL_", "CUDA_VISIBLE", "PYTORCH_", "KMP_")
+_PREFIXES = ("NCCL_", "OMP_", "MKL_", "CUDA_VISIBLE", "PYTORCH_", "KMP_", "MALLOC_")
 
 
 def describe(device_kind: str, threads: int) -> dict[str, Any]:
