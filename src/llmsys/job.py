@@ -128,12 +128,22 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     kind, device_name = device.resolve(schema.build(config).hardware.device)
     config["hardware"]["device"] = kind
     config["train"]["threads"] = config["train"]["threads"] or device.threads()
+    _only_its_own_rate(config)
     typed = schema.build(config)
     inputs = inputs or {}
     content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
     identifier = run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)
+
+
+def _only_its_own_rate(config: dict[str, Any]) -> None:
+    """Leaves, in place, the learning rate of this run's method alone: another method's rate, or any rate where nothing
+    is trained by gradient, cannot change the result and must not make another run."""
+    method, train = config["method"]["kind"], config["train"]
+    train["lr_by_method"] = {key: value for key, value in train["lr_by_method"].items() if key == method}
+    if method in schema.CLOSED_FORM:
+        train["lr_by_method"], train["lr_scale"] = {}, 1.0
 
 
 @cache

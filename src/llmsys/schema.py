@@ -27,6 +27,9 @@ OBJECTIVES = {
 }
 """What a data set trains: next-token prediction or one label per text."""
 
+CLOSED_FORM = ("majority", "probe")
+"""Methods that train nothing by gradient: they have no learning rate and no steps."""
+
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
     if value not in allowed:

@@ -200,9 +200,8 @@ class Loop:
         wanted = {"schema": checkpoint.SCHEMA, "code_hash": self.context.code_hash, "identity": self.identity}
         for key, value in wanted.items():
             if values.get(key) != value:
-                self.context.log.warning(
-                    "%s: of another %s, so it is left aside; training from step 0", self.folder, key
-                )
+                self.context.log.warning("%s: of another %s, so it is removed; from step 0", self.folder, key)
+                checkpoint.remove(self.folder)
                 return 0
         self.context.method.load_state(self.model, checkpoint.unprefixed("model", tensors))
         checkpoint.unpack_optimizer(self.optimizer, checkpoint.unprefixed("optimizer", tensors), values["optimizer"])
