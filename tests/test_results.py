@@ -55,13 +55,43 @@ def test_seeds_are_averaged_and_the_best_rate_is_chosen() -> None:
     found = [(m["seeds"], round(m["accuracy"], 3), round(m["accuracy_sd"], 3)) for m in merged]
     assert found == [(2, 0.6, 0.141), (3, 0.65, 0.0)]
     (chosen,) = results.best(merged, "accuracy")
-    assert chosen["lr"] == pytest.approx(2e-4)
+    assert chosen["lr"] == pytest.approx(4e-4)
     (lowest,) = results.best([{**m, "val_loss": m["accuracy"]} for m in merged], "val_loss")
     assert lowest["val_loss"] == pytest.approx(0.6)
 
 
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_and_say_in_what() -> None:
+    made = [record("full", seed, **accuracy(0.5)) for seed in (0, 1)]
+    longer = [record("full", seed, **accuracy(0.6)) for seed in (0, 1)]
+    for each in longer:
+        each.config["train"]["steps"] = 500
+    merged = results.over_seeds([results.row(r) for r in (*made, *longer)])
+    assert [m["seeds"] for m in merged] == [2, 2]
+    headers, lines = results.table(merged)
+    assert sorted(line[headers.index("train.steps")] for line in lines) == ["250", "500"]
+
+
+def test_odd_records_keep_their_row_and_spoil_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / name for name in ("good", "bare", "other")]
+    for folder in folders:
+        folder.mkdir()
+    record("full", **accuracy(0.6)).write(folders[0])
+    Record(name="bare", run_id="b", task="train", status="crashed", reason="signal").write(folders[1])
+    (folders[2] / "record.json").write_text('{"schema": 2}')
+    rows = [results.row(r) for r in results.read(tmp_path)]
+    assert "crashed (signal)" in results.markdown(rows)
+    assert "left out" in capsys.readouterr().err
+
+
+def test_a_resumed_run_says_from_where_it_was_timed() -> None:
+    resumed = record("full", **accuracy(0.6))
+    resumed.resumed_from_step = 100
+    assert "timed from step 100" in results.markdown([results.row(resumed)])
+
+
 def test_reference_rows_have_no_learning_rate() -> None:
     assert results.row(record("probe"))["lr"] is None
+    assert results.row(record("full"))["lr"] == pytest.approx(4e-4)
 
 
 def test_the_command_prints_tables_and_draws_pictures(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmsys import compose, job, runner
-from llmsys.errors import NotANumber, Refused, Unsupported
+from llmsys.errors import NotANumber, Refused
 from llmsys.job import Record
 
 
@@ -30,7 +30,8 @@ class OutOfMemoryError(RuntimeError):
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ("oom", "host memory")),
         (NotANumber("loss is nan at step 3"), ("failed", "nan")),
         (Refused("needs 100 GiB", reason="memory"), ("skipped", "memory")),
-        (Unsupported("x with y"), ("unsupported", "combination")),
+        (RuntimeError("CUDA error: out of memory"), ("oom", "device memory")),
+        (RuntimeError("can't start new thread"), ("oom", "host memory")),
         (KeyboardInterrupt(), ("interrupted", "signal")),
         (RuntimeError("shape mismatch"), ("failed", "RuntimeError")),
     ],

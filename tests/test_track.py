@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmsys import compose, job, runner
-from llmsys.track import jsonl
+from llmsys.job import Record
+from llmsys.track import Mirror, jsonl
 
 
 def test_rows_are_cut_back_to_a_step_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
@@ -47,6 +49,26 @@ def test_wandb_offline_leaves_a_run_folder_without_key_or_network(
     runs = list((Path(made.out) / "wandb").glob(f"offline-run-*-{made.run_id}/run-{made.run_id}.wandb"))
     assert len(runs) == 1
     assert runs[0].stat().st_size > 0
+
+
+def test_a_mirror_that_fails_harms_no_run_and_is_told_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        calls = 0
+
+        def row(self, row: dict[str, Any]) -> None:
+            self.calls += 1
+            raise ConnectionError("no network")
+
+        def finish(self, record: Record) -> None:
+            self.calls += 1
+
+    sink = Broken()
+    mirror = Mirror(sink)
+    mirror.row({"step": 1})
+    mirror.row({"step": 2})
+    mirror.finish(Record(name="n", run_id="r", task="train", status="ok"))
+    assert sink.calls == 1
+    assert "no network" in caplog.text
 
 
 def test_a_missing_tracker_package_is_named_with_its_extra(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

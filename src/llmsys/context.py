@@ -37,7 +37,8 @@ class Context:
     inputs: dict[str, str] = field(default_factory=dict)
     mirrors: list[Sink] = field(default_factory=list)
     listener: Callable[[dict[str, Any]], None] | None = None
-    last_beat: float = field(default_factory=time.monotonic)
+    last_beat: float | None = None
+    """When the last step was done; None before the first: loading and downloading have no steps to be late with."""
 
     def beat(self, **progress: float) -> None:
         """Proof of progress, with what a progress bar shows: step, steps, loss, tokens_per_s, phase."""

@@ -12,9 +12,5 @@ class Refused(ValueError):
         self.reason = reason
 
 
-class Unsupported(ValueError):
-    """A combination that cannot run on any machine of this kind. Recorded as `unsupported`, which is final."""
-
-
 class NotANumber(ArithmeticError):
     """The loss or a gradient became NaN or infinite; the message names the step."""

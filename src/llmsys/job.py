@@ -8,8 +8,10 @@ stands in for a GPU cell. Where a run is placed, who is told of it and how it ma
 from __future__ import annotations
 
 import copy
+import datetime
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,8 @@ from llmsys.files import write_atomic
 STATUSES = ("ok", "oom", "failed", "crashed", "timeout", "hang", "unsupported", "skipped", "interrupted")
 FINAL = ("ok", "oom", "unsupported")
 """Never rerun: the same code and config on the same machine would end the same way."""
+UNFINISHED = "unfinished"
+"""The reason in the record of an attempt that has begun and not ended."""
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
@@ -96,6 +100,23 @@ class Record:
         write_atomic(folder / "record.json", self.to_json() + "\n")
 
     @classmethod
+    def begin(cls, job: Job) -> Record:
+        """The record of an attempt that has just begun: what is true of it if nothing more is ever written."""
+        return cls(
+            name=job.config["name"],
+            run_id=job.run_id,
+            task=job.config["task"]["kind"],
+            status="crashed",
+            reason=UNFINISHED,
+            error="this attempt ended without a word",
+            attempts=previous_attempts(Path(job.out)) + 1,
+            config=job.config,
+            code_hash=code_hash(),
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            world=job.config["train"]["world"],
+        )
+
+    @classmethod
     def read(cls, folder: Path) -> Record | None:
         """The record in `folder`, or None where there is none. ValueError names a file that is none."""
         path = folder / "record.json"
@@ -105,6 +126,22 @@ class Record:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def previous_attempts(out: Path) -> int:
+    """How often this run has been begun before."""
+    before = read_or_set_aside(out)
+    return before.attempts if before else 0
+
+
+def read_or_set_aside(out: Path) -> Record | None:
+    """The record in a run's folder; one that cannot be read is renamed and reported: it must not block the run."""
+    try:
+        return Record.read(out)
+    except ValueError as error:
+        logging.getLogger("llmsys").warning("%s; set aside as record.json.bad", error)
+        (out / "record.json").replace(out / "record.json.bad")
+        return None
 
 
 def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str]) -> str:
@@ -121,10 +158,11 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     `inputs` as in `Job`. Raises ValueError, in one line that names the key, for anything wrong with the settings or
     with the files they name.
     """
-    from llmsys import data
+    from llmsys import data, tasks
     from llmsys.models import fingerprint
 
     config = copy.deepcopy(config)
+    tasks.check(config["task"]["kind"])
     kind, device_name = device.resolve(schema.build(config).hardware.device)
     config["hardware"]["device"] = kind
     config["train"]["threads"] = config["train"]["threads"] or device.threads()

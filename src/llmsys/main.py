@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmsys import compose
+from llmsys import compose, schema
 from llmsys.job import HARMLESS, Job, Record
 
 USAGE = """\
@@ -44,6 +44,7 @@ def make_jobs(configs: Sequence[dict[str, Any]]) -> list[Job]:
 
     jobs: dict[str, Job] = {}
     for config in configs:
+        schema.build(config)
         made = job.make(config, _inputs(config))
         jobs.setdefault(made.out, made)
     return list(jobs.values())
@@ -60,9 +61,11 @@ def _inputs(config: dict[str, Any]) -> dict[str, str]:
     if exp not in compose.choices("exp"):
         raise ValueError(f"model.weights=run:{exp}: no such experiment; there are {', '.join(compose.choices('exp'))}")
     wanted = make_jobs([compose.compose([f"+exp={exp}", f"results={config['results']}"])])[0]
-    record = job.Record.read(Path(wanted.out))
+    record = job.read_or_set_aside(Path(wanted.out))
     if record is None or record.status != "ok":
         raise ValueError(f"model.weights=run:{exp}: that run is not there yet; make it with: {command}")
+    if not (Path(wanted.out) / "weights").is_dir():
+        raise ValueError(f"model.weights=run:{exp}: its weights are gone; make them with: {command} reuse=never")
     return {f"run:{exp}": wanted.out}
 
 
@@ -79,7 +82,8 @@ def submit(configs: Sequence[dict[str, Any]]) -> int:
             records.append(record)
     except KeyboardInterrupt:
         interrupted = True
-    results.show(records)
+    finally:
+        results.show(records)
     if interrupted:
         return 130
     return 0 if all(record.status in HARMLESS for record in records) else 1
@@ -110,7 +114,7 @@ def main() -> None:
     try:
         hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()
         code = submit(configs) if configs else 0
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"llmsys: {messages.one_line(error) or error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:

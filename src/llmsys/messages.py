@@ -43,7 +43,7 @@ def _choice(text: str) -> str | None:
     group_ = re.search(r"Could not (?:override|find) '([\w/]+)'\.?\s*(?:No match in the defaults list|$)", text, re.M)
     if group_:
         wanted = group_.group(1)
-        if wanted == "exp":
+        if wanted.rstrip("/") == "exp":
             return "exp: an experiment is added to the defaults, with a plus: +exp=NAME"
         return f"{wanted}: no such group or setting; {_nearest(wanted, [*compose.groups(), *_keys()])}"
     return None

@@ -8,197 +8,58 @@ Runs that failed or ran out of memory keep their row. Records of one data set wh
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmsys.job import Record
+from llmsys.rows import SHARED_KEYS, Row, best, numbers, over_seeds, row
+from llmsys.table import markdown, table, to_csv
 
 if TYPE_CHECKING:
     import pandas
 
-SHARED_KEYS = (
-    *("accuracy", "macro_f1", "loss", "tokens_per_s", "samples_per_s", "step_ms_p50", "peak_gib", "reserved_gib"),
-    *("host_peak_gib", "saved_bytes", "accounted_bytes", "trainable_params", "total_params"),
-    *("predicted_peak_gib", "predicted_step_ms"),
-)
-"""Summary keys that tasks share, spelled once."""
-
-Row = dict[str, Any]
-"""One line of a table: what identifies a run, and its summary under the summary's own keys."""
-
-IDENTITY = ("experiment", "model", "data", "data_hash", "method", "r", "lr", "seed", "status", "reason")
+__all__ = ["SHARED_KEYS", "best", "load", "markdown", "over_seeds", "plot", "read", "row", "show", "table", "to_csv"]
 
 
 def read(root: str | Path) -> list[Record]:
-    """All records under `root`, in the order of their paths. ValueError if there is no such folder or no record."""
+    """All records under `root`, in the order of their paths; what cannot be read is named on standard error.
+
+    ValueError if there is no such folder or no record below it.
+    """
     folder = Path(root)
     if not folder.is_dir():
         raise ValueError(f"{root}: no such folder")
-    records = [Record.read(path.parent) for path in sorted(folder.rglob("record.json"))]
+    records = []
+    for path in sorted(folder.rglob("record.json")):
+        try:
+            record = Record.read(path.parent)
+        except ValueError as error:
+            print(f"llmsys.results: left out: {error}", file=sys.stderr)
+            continue
+        if record is not None:
+            records.append(record)
     if not records:
         raise ValueError(f"{root}: no record.json below it; runs write them to results/<experiment>/<run id>/")
-    return [record for record in records if record is not None]
+    return records
 
 
 def load(root: str | Path = "results") -> pandas.DataFrame:
     """All records under `root` as a data frame: identity, summary, and the whole config as `config.<key>` columns."""
     import pandas
 
-    return pandas.DataFrame([{**row(r), "run_id": r.run_id, **_flat(r.config, "config.")} for r in read(root)])
+    rows = [(each, row(each)) for each in read(root)]
+    return pandas.DataFrame(
+        [
+            {**{k: v for k, v in r.items() if k != "config"}, "run_id": e.run_id, **_prefixed(r["config"])}
+            for e, r in rows
+        ]
+    )
 
 
-def row(record: Record) -> Row:
-    """One record as a line of a table. `lr` is the rate that this run's method was trained at."""
-    config, method = record.config, record.config["method"]
-    rate = config["train"]["lr_by_method"].get(method["kind"])
-    return {
-        "experiment": record.name,
-        "model": config["model"]["name"],
-        "data": config["data"]["kind"],
-        "data_hash": record.data_hash,
-        "method": method["kind"],
-        "r": method.get("r"),
-        "lr": rate * config["train"]["lr_scale"] if rate is not None and method["kind"] in _TRAINED else None,
-        "seed": config["train"]["seed"],
-        "status": record.status,
-        "reason": record.reason,
-        **record.summary,
-    }
-
-
-_TRAINED = ("full", "lora_peft", "lorafa_peft")
-"""Methods that have a learning rate."""
-
-
-def _flat(values: dict[str, Any], prefix: str) -> Row:
-    out: Row = {}
-    for key, value in values.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return out
-
-
-def over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Runs that differ in the seed only, as one row: means, deviations under `<key>_sd`, their number as `seeds`."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for each in rows:
-        groups.setdefault(tuple(each[key] for key in IDENTITY if key != "seed"), []).append(each)
-    merged = []
-    for members in groups.values():
-        mean: Row = {key: members[0][key] for key in IDENTITY} | {"seed": None, "seeds": len(members)}
-        for key in set.intersection(*(set(member) for member in members)) - set(IDENTITY):
-            values = [member[key] for member in members]
-            mean[key] = statistics.fmean(values)
-            mean[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        merged.append(mean)
-    return merged
-
-
-def best(rows: Sequence[Row], key: str) -> list[Row]:
-    """For each experiment and method the row with the best `key`: the largest, for losses and times the smallest."""
-    sign = -1 if any(word in key for word in ("loss", "_ms", "bytes", "gib", "perplexity")) else 1
-    chosen: dict[tuple[Any, ...], Row] = {}
-    for each in rows:
-        place = (each["experiment"], each["model"], each["data"], each["method"])
-        if key in each and (place not in chosen or sign * each[key] > sign * chosen[place][key]):
-            chosen[place] = each
-    if not chosen:
-        raise ValueError(f"--best {key}: no record has it; there are {', '.join(_numbers(rows))}")
-    return list(chosen.values())
-
-
-def _numbers(rows: Iterable[Row]) -> list[str]:
-    return sorted({key for each in rows for key in each if key not in IDENTITY})
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: shown if any row has its value."""
-
-    header: str
-    text: Callable[[Row], str | None]
-
-
-def _number(header: str, key: str, form: str, scale: float = 1.0) -> Column:
-    return Column(header, lambda row: form.format(row[key] * scale) if row.get(key) is not None else None)
-
-
-def _accuracy(row: Row) -> str | None:
-    if "accuracy" not in row:
-        return None
-    if "seeds" in row:
-        return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_sd']:.1f} ({row['seeds']} seeds)"
-    return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
-
-
-def _columns(rows: Sequence[Row]) -> list[Column]:
-    """What tells the rows apart first, then what they cost and reach."""
-    identity = [key for key in ("experiment", "model", "data", "seed") if len({each[key] for each in rows}) > 1]
-    hashes = {(each["data"], each["data_hash"]) for each in rows if each["data_hash"]}
-    if len(hashes) > len({data for data, _ in hashes}):
-        identity.append("data_hash")
-    rates: dict[str, set[Any]] = {}
-    for each in rows:
-        rates.setdefault(each["method"], set()).add(each["lr"])
-    mib = 1 / 2**20
-    columns = [Column(key, lambda row, key=key: None if row[key] is None else str(row[key])) for key in identity]  # type: ignore[misc]
-    columns += [Column("method", lambda row: row["method"] + (f" r={row['r']}" if row["r"] else ""))]
-    columns += [_number("lr", "lr", "{:.1e}")] if any(len(values) > 1 for values in rates.values()) else []
-    columns += [
-        Column("status", lambda row: None if row["status"] == "ok" else f"{row['status']} ({row['reason']})"),
-        _number("trainable parameters", "trainable_params", "{:,.0f}"),
-        _number("saved tensors MiB", "saved_bytes", "{:,.1f}", mib),
-        _number("accounted memory MiB", "accounted_bytes", "{:,.1f}", mib),
-        _number("peak GiB", "peak_gib", "{:.2f}"),
-        _number("peak RSS MiB", "host_peak_gib", "{:,.0f}", 1024),
-        _number("step ms", "step_ms_p50", "{:,.1f}"),
-        _number("samples/s", "samples_per_s", "{:,.1f}"),
-        _number("tokens/s", "tokens_per_s", "{:,.0f}"),
-    ]
-    if any("accuracy" in each for each in rows):
-        columns = [column for column in columns if column.header != "tokens/s"]
-        spread = "sd" if any("seeds" in each for each in rows) else "SE"
-        columns += [Column(f"accuracy % ± {spread}", _accuracy), _number("macro-F1 %", "macro_f1", "{:.1f}", 100)]
-    if any("perplexity" in each for each in rows):
-        columns += [_number("val loss", "val_loss", "{:.4f}"), _number("perplexity", "perplexity", "{:.2f}")]
-    return columns
-
-
-def _order(each: Row) -> tuple[Any, ...]:
-    quality = (-each.get("accuracy", 0.0), each.get("val_loss", 0.0))
-    return (each["status"] != "ok", *quality, each["method"], each["seed"] or 0)
-
-
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers with units, and cells: best accuracy (else lowest validation loss) first, runs that failed last."""
-    ordered = sorted(rows, key=_order)
-    filled = [(column.header, [column.text(each) for each in ordered]) for column in _columns(ordered)]
-    filled = [(header, cells) for header, cells in filled if any(cells)]
-    lines = [[cells[index] or "–" for _, cells in filled] for index in range(len(ordered))]
-    return [header for header, _ in filled], lines
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown."""
-    headers, lines = table(rows)
-    rule = ["---" if index == 0 else "---:" for index in range(len(headers))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headers, rule, *lines])
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """Every value under its own key, unrounded."""
-    keys = [*IDENTITY, *_numbers(rows)]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, keys, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+def _prefixed(config: Row) -> Row:
+    return {f"config.{key}": value for key, value in config.items()}
 
 
 def show(records: Sequence[Record]) -> None:
@@ -229,7 +90,7 @@ def plot(rows: Sequence[Row], x: str, y: str, path: Path) -> None:
 
     there = [each for each in rows if x in each and y in each]
     if not there:
-        raise ValueError(f"--plot {x}:{y}: no record has both; there are {', '.join(_numbers(rows))}")
+        raise ValueError(f"--plot {x}:{y}: no record has both; there are {', '.join(numbers(rows))}")
     scatter(there, x, y, path)
 
 
@@ -260,7 +121,7 @@ def main() -> None:
             print(markdown(rows) if arguments.markdown else to_csv(rows), end="\n" if arguments.markdown else "")
         else:
             _print(rows)
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         sys.exit(f"llmsys.results: {error}")
 
 

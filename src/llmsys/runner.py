@@ -7,9 +7,10 @@ the kernel kills leaves no exception at all; `dispatch.process` classifies that 
 from __future__ import annotations
 
 import contextlib
-import datetime
+import dataclasses
 import errno
 import logging
+import math
 import os
 import time
 import traceback
@@ -22,13 +23,14 @@ import yaml
 from llmsys import job as jobs
 from llmsys import schema, tasks, track, wiring
 from llmsys.context import Context
-from llmsys.errors import NotANumber, Refused, Unsupported
+from llmsys.errors import NotANumber, Refused
 from llmsys.files import write_atomic
 from llmsys.job import Job, Record
 from llmsys.profile import environment
 from llmsys.track.jsonl import JsonLines
 
-_NO_HOST_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "cannot allocate memory")
+_NO_HOST_MEMORY = ("allocate memory", "not enough memory", "std::bad_alloc", "can't start new thread")
+_NO_DEVICE_MEMORY = ("cuda error: out of memory", "cublas_status_alloc_failed")
 _NO_DISK = (errno.ENOSPC, errno.EDQUOT)
 _RESERVE_BYTES = 256 * 1024
 """Kept on disk during a run and freed before the record is written, so that a full disk can still be recorded."""
@@ -41,19 +43,23 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "interrupted", "signal"
     if isinstance(error, Refused):
         return "skipped", error.reason
-    if isinstance(error, Unsupported):
-        return "unsupported", "combination"
     if isinstance(error, NotANumber):
         return "failed", "nan"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: torch may not be installed
+    if type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and _says(text, _NO_DEVICE_MEMORY)
+    ):
         return "oom", "device memory"
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "oom", "host memory"
-    if isinstance(error, RuntimeError) and any(words in text for words in _NO_HOST_MEMORY):
+    if isinstance(error, RuntimeError) and _says(text, _NO_HOST_MEMORY):
         return "oom", "host memory"
     if (isinstance(error, OSError) and error.errno in _NO_DISK) or "no space left on device" in text:
         return "failed", "disk"
     return "failed", type(error).__name__
+
+
+def _says(text: str, phrases: tuple[str, ...]) -> bool:
+    return any(phrase in text for phrase in phrases)
 
 
 def run(
@@ -67,23 +73,13 @@ def run(
     """
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
-    before = Record.read(out)
-    record = Record(
-        name=job.config["name"],
-        run_id=job.run_id,
-        task=job.config["task"]["kind"],
-        status="interrupted",
-        attempts=before.attempts + 1 if before else 1,
-        config=job.config,
-        code_hash=jobs.code_hash(),
-        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        world=job.config["train"]["world"],
-    )
+    record = Record.begin(job)
     start = time.perf_counter()
     reserve = out / ".reserve"
     sinks: list[track.Sink] = []
     with _logger(out) as log:
         try:
+            record.write(out)  # so that an earlier record never stands beside this attempt's files
             write_atomic(out / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
             with open(reserve, "wb") as file:
                 file.write(b"\0" * _RESERVE_BYTES)
@@ -93,13 +89,10 @@ def run(
             context = _context(job, config, log, sinks, listener)
             on_context(context)
             result = tasks.find(config.task.kind)(config, context)
-            for key, value in result.items():
-                setattr(record, key, value)
-            record.to_json()  # a NaN among the results is a failure of the task, found here and not when it is written
-            record.status = "ok"
+            _check(result)
+            record = dataclasses.replace(record, status="ok", reason="", error="", **result)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place that catches all, to classify
             record.status, record.reason = classify(error)
-            record.summary, record.samples, record.files = {}, {}, {}
             record.error = _first_line(error)
             if isinstance(error, Refused):
                 log.warning("%s", error)
@@ -111,6 +104,17 @@ def run(
         for sink in sinks:
             sink.finish(record)
     return record
+
+
+_RESULTS = {"summary", "samples", "files", "kernel", "data_hash", "resumed_from_step"}
+"""What a task may say of its run; the rest of a record is the runner's."""
+
+
+def _check(result: dict[str, Any]) -> None:
+    assert result.keys() <= _RESULTS, f"a task returned {sorted(result.keys() - _RESULTS)}"
+    for key, value in result.get("summary", {}).items():
+        if not math.isfinite(value):
+            raise NotANumber(f"summary.{key} is {value}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -148,7 +152,7 @@ def _context(
 
 @contextlib.contextmanager
 def _logger(out: Path) -> Iterator[logging.Logger]:
-    """A logger of this run, which writes to `log.txt` in its folder and nowhere else."""
+    """The package's logger, which writes to `log.txt` in the run's folder as long as the run lasts."""
     log = logging.getLogger("llmsys")
     handler = logging.FileHandler(out / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +39,7 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
 
 
 def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
+    if not value >= least:
         raise ValueError(f"{key}={value}: must be at least {least:g}")
 
 
@@ -112,6 +114,9 @@ class Data:
         _one_of("data.kind", self.kind, tuple(OBJECTIVES))
         if not 1 <= self.val_percent <= 50:
             raise ValueError(f"data.val_percent={self.val_percent}: must lie between 1 and 50")
+        for key in ("min_lines", "max_train", "max_val"):
+            _at_least(f"data.{key}", getattr(self, key), 0)
+        _at_least("data.num_examples", self.num_examples, 2)
         if self.kind == "jsonl" and not self.path:
             raise ValueError("data.path: data=jsonl needs the path of a file, e.g. data.path=alpaca.jsonl")
         if self.kind == "code_packages" and len(self.labels) < 2:
@@ -223,6 +228,10 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _one_of("hardware.device", self.device, DEVICES)
+        for key in ("mem_gib", "tflops"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"hardware.{key}={value}: must be positive")
 
 
 @dataclass(kw_only=True)
@@ -230,8 +239,8 @@ class Dispatch:
     """Where a job runs and when it is given up.
 
     `timeout_s`: the deadline of the whole run. `heartbeat_s`: no sign of life for so long is a hang (a stopped
-    process). `stall_s`: alive, but no step finished for so long, is a hang too. `memory_gib` limits the process's
-    data segment (RLIMIT_DATA), so that running out of memory can be tried without harm.
+    process). `stall_s`: alive, but no step done for so long after an earlier one, is a hang too. `memory_gib` limits
+    the process's data segment (RLIMIT_DATA), so that running out of memory can be tried without harm.
     """
 
     kind: str = "process"
@@ -241,9 +250,10 @@ class Dispatch:
     memory_gib: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("timeout_s", "heartbeat_s", "stall_s"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"dispatch.{key}={getattr(self, key)}: must be positive")
+        for key in ("timeout_s", "heartbeat_s", "stall_s", "memory_gib"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"dispatch.{key}={value}: must be positive")
 
 
 @dataclass(kw_only=True)
@@ -264,6 +274,9 @@ class Profile:
 
     warmup: int = 3
     probe: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("profile.warmup", self.warmup, 0)
 
 
 @dataclass(kw_only=True)
@@ -289,6 +302,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("reuse", self.reuse, ("same_code", "any", "never"))
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name={self.name}: it names a folder; letters, digits, '_', '-' and '.' only")
+        if self.dispatch.kind == "inline" and self.dispatch.memory_gib is not None:
+            raise ValueError(
+                "dispatch.memory_gib: needs dispatch=process; a living process cannot be limited for a time"
+            )
         if self.model.dtype == "bf16" and self.train.precision == "fp32":
             raise ValueError("train.precision=fp32: with model.dtype=bf16 it must be bf16")
         if self.train.length > self.model.max_length:
@@ -322,7 +341,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 
 def build(plain: dict[str, Any]) -> Config:
-    """The typed config of a plain nested dict, as composed by Hydra or read back from a run's `config.json`.
+    """The typed config of a plain nested dict, as composed by Hydra or read back from a run's `config.yaml`.
 
     Raises ValueError, naming the dotted key, on an unknown key, an unknown kind or a value that a class refuses.
     """
@@ -344,4 +363,8 @@ def _make(cls: type, prefix: str, values: dict[str, Any]) -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3) or sorted(known)
             raise ValueError(f"{prefix}{key}: no such setting; there are {', '.join(near)}")
+    for key, value in values.items():
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{prefix}{key}={number}: must be a finite number")
     return cls(**values)

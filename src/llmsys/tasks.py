@@ -10,10 +10,15 @@ TASKS = {"train": "llmsys.train.task:train"}
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 
 
-def find(kind: str) -> Callable[..., dict[str, Any]]:
-    """The task's function; ValueError lists the tasks there are."""
+def check(kind: str) -> None:
+    """ValueError, listing the tasks there are, if `kind` is none; imports nothing."""
     if kind not in TASKS:
         raise ValueError(f"task.kind={kind}: must be one of {', '.join(TASKS)}")
+
+
+def find(kind: str) -> Callable[..., dict[str, Any]]:
+    """The task's function; ValueError lists the tasks there are."""
+    check(kind)
     module, _, name = TASKS[kind].partition(":")
     function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
     return function

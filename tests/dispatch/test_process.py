@@ -5,6 +5,8 @@ Every fault is real: signals, limits, a parent that dies. Progress messages are 
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import os
 import select
 import signal
@@ -93,11 +95,19 @@ def test_a_worker_past_its_deadline_is_a_timeout(results: Path) -> None:
 
 
 def test_alive_but_without_progress_is_a_hang(results: Path) -> None:
-    """One step that takes longer than `stall_s`: the process lives and says so, and is given up all the same."""
-    slow = ("model.hidden_size=512", "model.intermediate_size=2048", "model.num_layers=12", "train.length=512")
-    sizes = ("train.global_batch=64", "train.micro_batch=64", "train.threads=1", "train.steps=3")
-    record = run(make(results, *slow, *sizes, "dispatch.stall_s=4", "profile.probe=false"))
+    """Every step takes longer than `stall_s`: the process lives and says so, and is given up after its first."""
+    slow = (
+        "train.steps=300",
+        "model.hidden_size=256",
+        "model.intermediate_size=1024",
+        "train.length=512",
+        "train.micro_batch=8",
+    )
+    made = make(results, *LONG, *slow, "train.global_batch=8", "dispatch.stall_s=0.05", "profile.probe=false")
+    began: list[int] = []
+    record = run(made, began.append, step=1)
     assert (record.status, record.reason) == ("hang", "no progress")
+    assert began, "a step was done before: what came before the first does not count"
 
 
 def test_out_of_memory_under_a_limit_is_a_result(results: Path) -> None:
@@ -107,9 +117,22 @@ def test_out_of_memory_under_a_limit_is_a_result(results: Path) -> None:
 
 def test_an_interrupt_reaches_the_worker_which_writes_its_own_record(results: Path) -> None:
     made = make(results, *LONG)
-    record = run(made, lambda pid: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(made, lambda pid: os.kill(os.getpid(), signal.SIGINT))
+    record = Record.read(Path(made.out))
+    assert record is not None
     assert (record.status, record.reason) == ("interrupted", "signal")
-    assert record.env["threads"] == 1, "written by the worker, with its environment"
+    assert "Traceback" in (Path(made.out) / "log.txt").read_text(), "written by the worker"
+
+
+def test_an_interrupt_after_the_record_is_written_does_not_replace_it(results: Path) -> None:
+    """The moment between a worker's last write and its end, without a worker: the record is there, the verdict late."""
+    made = make(results, *LONG)
+    own = dataclasses.replace(Record.begin(made), status="ok", reason="", error="", env={"threads": 1})
+    own.write(Path(made.out))
+    assert process.write_ending(made, 1, "interrupted", "signal", "stopped at once", 0.0) == own
+    later = process.write_ending(made, 2, "crashed", "signal", "killed by SIGKILL", 0.0)
+    assert (later.status, later.attempts) == ("crashed", 2), "that record was of the attempt before"
 
 
 def test_a_run_again_counts_its_attempts(results: Path) -> None:
@@ -136,6 +159,9 @@ def test_a_worker_dies_with_its_parent(results: Path) -> None:
     parent.wait()
     parent.stdout.close()
     assert gone(pid)
+    (lock,) = results.rglob(".lock")
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_parent_that_was_suspended_does_not_take_the_pause_for_a_hang(results: Path) -> None:

@@ -110,11 +110,28 @@ def test_an_interrupted_sweep_ends_with_130_and_keeps_what_was_done(results: Pat
     assert sorted(r.status for r in records(results)) == ["interrupted", "ok"]
 
 
-def test_a_sweep_adds_its_baselines_once(results: Path) -> None:
-    from hydra_plugins.llmsys_launcher import _replaced
+def test_a_sweep_adds_its_baselines_once() -> None:
+    """Of the real launcher: two methods and two seeds, and for each seed one probe and one majority."""
+    code = (
+        "import sys; from llmsys import main\n"
+        "def show(configs):\n"
+        "    for made in main.make_jobs(configs): print(made.config['method']['kind'], made.config['train']['seed'])\n"
+        "    return 0\n"
+        "main.submit = show\n"
+        "sys.argv = ['llmsys', '-m', '+exp=lorafa_minilm', 'method=full,lora_peft', 'train.seed=0,1']\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    kinds = ["full", "lora_peft", "majority", "probe"]
+    assert sorted(done.stdout.split("\n")[:-1]) == [f"{kind} {seed}" for kind in kinds for seed in (0, 1)], done.stderr
 
-    assert _replaced(["+exp=a", "method=full", "train.seed=0"], "method=probe") == [
-        "+exp=a",
-        "train.seed=0",
-        "method=probe",
-    ]
+
+def test_a_damaged_record_is_set_aside_and_the_run_made(llmsys: Run, results: Path) -> None:
+    made = job.make(compose.compose([*SHORT, f"results={results}"]))
+    out = Path(made.out)
+    out.mkdir(parents=True)
+    (out / "record.json").write_text('{"schema": 1, "na')
+    done = llmsys(*SHORT)
+    assert done.returncode == 0, done.stderr
+    assert "record.json.bad" in done.stderr
+    assert [r.status for r in records(results)] == ["ok"]

@@ -53,17 +53,18 @@ def test_a_checkpoint_of_something_else_is_left_aside(
         if progress.get("step") == 5:
             raise KeyboardInterrupt
 
+    out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        harness.run(tmp_path, harness.resumable(), listener=stop)
-    config, code = harness.resumable(), "of this code"
-    if change == "code":
+        harness.run(out, harness.resumable(), listener=stop)
+    code = "of this code"
+    if change == "code_hash":
         code = "of other code"
     else:
-        config.train.lr_scale = 2.0
+        out = out.rename(tmp_path / "another run's id")
     with caplog.at_level(logging.WARNING):
-        assert harness.run(tmp_path, config, code_hash=code)["resumed_from_step"] is None
-    assert "left aside" in caplog.text
-    assert [row["step"] for row in harness.curve(tmp_path) if "loss" in row] == list(range(1, 9))
+        assert harness.run(out, harness.resumable(), code_hash=code)["resumed_from_step"] is None
+    assert f"of another {change}" in caplog.text
+    assert [row["step"] for row in harness.curve(out) if "loss" in row] == list(range(1, 9))
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:

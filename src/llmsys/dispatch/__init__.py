@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsys.dispatch import inline, process
-from llmsys.job import FINAL, Job, Record, code_hash
+from llmsys.job import FINAL, Job, Record, code_hash, previous_attempts, read_or_set_aside
 
 if TYPE_CHECKING:
     from llmsys.dispatch.show import Show
@@ -34,16 +34,19 @@ def submit(jobs: Sequence[Job], show: Show) -> Iterator[Record]:
                 show.reused(job, record, number, len(jobs))
                 yield record
                 continue
+            attempt = previous_attempts(Path(job.out)) + 1
+            stopped = False
             try:
                 show.start(job, number, len(jobs))
                 record = _PLACES[job.config["dispatch"]["kind"]](job, show.progress, lock)
-            except KeyboardInterrupt:  # before the run began, or a second time while it was given time to stop
-                record = process.write_ending(job, "interrupted", "signal", "stopped at once")
+            except KeyboardInterrupt:
+                stopped = True
+                record = process.write_ending(job, attempt, "interrupted", "signal", "stopped at once", 0.0)
             finally:
                 show.stop()
             show.end(job, record)
             yield record
-        if record.status == "interrupted":
+        if stopped or record.status == "interrupted":
             raise KeyboardInterrupt
 
 
@@ -52,7 +55,7 @@ def finished(job: Job) -> Record | None:
     reuse = job.config["reuse"]
     if reuse == "never":
         return None
-    record = Record.read(Path(job.out))
+    record = read_or_set_aside(Path(job.out))
     if record is None or record.status not in FINAL:
         return None
     return record if reuse == "any" or record.code_hash == code_hash() else None

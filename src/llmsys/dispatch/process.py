@@ -1,12 +1,13 @@
 """Runs a job in a fresh process group: nothing leaks from one run into the next, and nothing survives it.
 
-The child speaks over a pipe, one JSON object a line: signs of life, progress, and its record. The parent blocks on
-that pipe until the next deadline; it kills the whole tree when one passes, and when the pipe closes without a record it
-says why the child died.
+The child speaks over a pipe, one JSON object a line: signs of life and progress. The parent blocks on that pipe until
+the next deadline, and kills the whole tree when one passes. A run's record lies in its folder from its first moment,
+as unfinished; when the child has ended and it still is, the parent writes into it how the child ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -36,8 +37,10 @@ MiniLM on two cores took 0.75 s so and 0.61 s with these. What the user has set 
 def run(job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Record:
     """The job's record, always: the child's own, or one that says how the child ended.
 
-    `lock` is a file descriptor that the child inherits and keeps open as long as it lives.
+    `lock` is a file descriptor that the child inherits and keeps open as long as it lives. KeyboardInterrupt is passed
+    on after the child has ended; its record is then on disk.
     """
+    attempt = jobs.previous_attempts(Path(job.out)) + 1
     start = time.monotonic()
     kills_before = _kernel_oom_kills()
     log = Path(job.out) / "log.txt"
@@ -45,14 +48,14 @@ def run(job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Reco
     child, pipe = _start(job, log, lock)
     try:
         with pipe:
-            verdict, record = _follow(job, child, pipe, progress, start)
+            verdict = _follow(job, child, pipe, progress, start)
     finally:
         _kill_tree(child)
-    if record is not None:
-        return record
-    if verdict is None:
-        verdict = _verdict(child.returncode, kills_before, log, log_start)
-    return write_ending(job, *verdict, seconds=time.monotonic() - start)
+    verdict = verdict or _verdict(child.returncode, kills_before, log, log_start)
+    record = write_ending(job, attempt, *verdict, seconds=time.monotonic() - start)
+    if verdict[0] == "interrupted":
+        raise KeyboardInterrupt  # also where the child had just finished: the person wants no next run
+    return record
 
 
 def _start(job: Job, log: Path, lock: int) -> tuple[subprocess.Popen[bytes], io.FileIO]:
@@ -80,18 +83,15 @@ Verdict = tuple[str, str, str]
 
 def _follow(
     job: Job, child: subprocess.Popen[bytes], pipe: io.FileIO, progress: Callable[[dict[str, Any]], None], start: float
-) -> tuple[Verdict | None, Record | None]:
-    """Listens until the child is done or a deadline passes. None, None: the pipe closed without a record."""
+) -> Verdict | None:
+    """Listens until the child is done or a deadline passes; None if the child closed the pipe by itself."""
     settings = job.config["dispatch"]
     deadline = start + settings["timeout_s"]
-    heard, idle_s, rest, record = time.monotonic(), 0.0, b"", None
-    interrupted = False
-    try:
-        assert child.stdin is not None
+    heard, idle_s, rest, interrupted = time.monotonic(), 0.0, b"", False
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once; its log says why
         child.stdin.write(json.dumps(dataclasses.asdict(job)).encode())
         child.stdin.close()
-    except BrokenPipeError:
-        return None, None  # it died at once; its log says why
     while True:
         try:
             now = time.monotonic()
@@ -100,20 +100,19 @@ def _follow(
                 # Judged only now that nothing is there to read: after a suspension the pipe is full, not silent.
                 silent = time.monotonic() - heard
                 if silent >= settings["heartbeat_s"]:
-                    return ("hang", "no heartbeat", f"no sign of life for {silent:.1f} s (dispatch.heartbeat_s)"), None
+                    return "hang", "no heartbeat", f"no sign of life for {silent:.1f} s (dispatch.heartbeat_s)"
             if time.monotonic() >= deadline:
                 if interrupted:
-                    return ("interrupted", "signal", f"stopped; it did not end by itself within {GRACE_S:g} s"), None
-                return ("timeout", "deadline", f"not done after dispatch.timeout_s={settings['timeout_s']:g} s"), None
+                    return "interrupted", "signal", f"stopped; it did not end by itself within {GRACE_S:g} s"
+                return "timeout", "deadline", f"not done after dispatch.timeout_s={settings['timeout_s']:g} s"
             if idle_s >= settings["stall_s"]:
-                return ("hang", "no progress", f"alive, but no step done for {idle_s:.0f} s (dispatch.stall_s)"), None
+                return "hang", "no progress", f"alive, but no step done for {idle_s:.0f} s (dispatch.stall_s)"
             if not select.select([pipe], [], [], 0)[0]:
                 continue
             chunk = pipe.read(65536)
             if not chunk:
                 child.wait()
-                stopped = ("interrupted", "signal", "stopped before it could write a record")
-                return (stopped if interrupted else None), record
+                return ("interrupted", "signal", "stopped") if interrupted else None
             heard = time.monotonic()
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
@@ -121,13 +120,12 @@ def _follow(
                 idle_s = message.get("idle_s", 0.0)
                 if "progress" in message:
                     progress(message["progress"])
-                if "record" in message:
-                    record = Record(**message["record"])
         except KeyboardInterrupt:
             if interrupted:
                 raise
             interrupted = True
-            os.killpg(child.pid, signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)
             deadline = min(deadline, time.monotonic() + GRACE_S)
 
 
@@ -146,25 +144,22 @@ def _verdict(returncode: int, kills_before: int, log: Path, log_start: int) -> V
     return "crashed", "exit", f"exit code {returncode} without a record; last line: {last}"
 
 
-def write_ending(job: Job, status: str, reason: str, error: str, seconds: float = 0.0) -> Record:
-    """Writes, and returns, the record of a run that could not write its own."""
+def write_ending(job: Job, attempt: int, status: str, reason: str, error: str, seconds: float) -> Record:
+    """The record of a child that has ended: its own if it wrote one for this attempt, else one with this verdict."""
     out = Path(job.out)
     (out / ".reserve").unlink(missing_ok=True)
-    before = Record.read(out)
-    record = Record(
-        name=job.config["name"],
-        run_id=job.run_id,
-        task=job.config["task"]["kind"],
+    found = Record.read(out)
+    begun = found is not None and found.attempts == attempt
+    if found is not None and begun and found.reason != jobs.UNFINISHED:
+        return found
+    record = dataclasses.replace(
+        found if found is not None and begun else Record.begin(job),
         status=status,
         reason=reason,
         error=error,
-        attempts=before.attempts + 1 if before else 1,
-        config=job.config,
-        env=environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"]),
-        code_hash=jobs.code_hash(),
         seconds=round(seconds, 3),
-        world=job.config["train"]["world"],
     )
+    record.env = record.env or environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"])
     record.write(out)
     return record
 
@@ -180,7 +175,7 @@ def _kernel_oom_kills() -> int:
 
 
 def _kill_tree(child: subprocess.Popen[bytes]) -> None:
-    """Ends the child, its process group, and descendants that made groups of their own."""
+    """Ends the child, its process group, and, while it lives, descendants that made groups of their own."""
     descendants = _descendants(child.pid)
     for kill, target in ((os.killpg, child.pid), *((os.kill, pid) for pid in descendants)):
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import dataclasses
 import json
 import os
 import resource
@@ -38,7 +38,7 @@ class Pipe:
     def send(self, **message: Any) -> None:
         """One message, as one line of JSON."""
         view = memoryview(json.dumps(message).encode() + b"\n")
-        with self._lock:
+        with self._lock, contextlib.suppress(BrokenPipeError):
             while view:
                 view = view[os.write(self._descriptor, view) :]
 
@@ -46,12 +46,11 @@ class Pipe:
 def _signs_of_life(pipe: Pipe, every_s: float) -> list[Context]:
     """Starts a thread that tells the parent for how long no step was done; returns where to put the context."""
     watched: list[Context] = []
-    began = time.monotonic()
 
     def tell() -> None:
         while True:
-            last = watched[0].last_beat if watched else began
-            pipe.send(idle_s=time.monotonic() - last)
+            last = watched[0].last_beat if watched else None
+            pipe.send(idle_s=0.0 if last is None else time.monotonic() - last)
             time.sleep(every_s)
 
     threading.Thread(target=tell, daemon=True).start()
@@ -73,8 +72,7 @@ def main() -> None:
 
     from llmsys import runner
 
-    record = runner.run(job, lambda progress: pipe.send(progress=progress), watched.append)
-    pipe.send(record=dataclasses.asdict(record))
+    runner.run(job, lambda progress: pipe.send(progress=progress), watched.append)
 
 
 if __name__ == "__main__":

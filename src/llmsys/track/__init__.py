@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -23,4 +25,26 @@ def mirrors(config: Tracker, job: Job) -> list[Sink]:
         return []
     from llmsys.track.wandb import WandB
 
-    return [WandB(config, job)]
+    return [Mirror(WandB(config, job))]
+
+
+class Mirror:
+    """A sink that may fail without harm to the run: after its first failure it is left alone, and the log says so."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink: Sink | None = sink
+
+    def row(self, row: dict[str, Any]) -> None:
+        self._try(lambda sink: sink.row(row))
+
+    def finish(self, record: Record) -> None:
+        self._try(lambda sink: sink.finish(record))
+
+    def _try(self, call: Callable[[Sink], None]) -> None:
+        if self._sink is None:
+            return
+        try:
+            call(self._sink)
+        except Exception as error:  # noqa: BLE001  whatever a tracker's client raises, the local record stands
+            logging.getLogger("llmsys").warning("the tracker failed and is told no more: %s", error)
+            self._sink = None

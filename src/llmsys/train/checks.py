@@ -99,12 +99,14 @@ def alternatives(config: schema.Config, fits: Callable[[schema.Config], bool], t
     if config.name == "scratch":  # no experiment that would choose them again
         command = f"python -m llmsys model={config.model.name} data={config.data.kind}"
     else:
-        command = f"python -m llmsys +exp={config.name}"
-    if config.method.kind != "full":
-        command += f" method={config.method.kind}"
+        command = f"python -m llmsys +exp={config.name} data={config.data.kind}"
+    command += f" method={config.method.kind}"
+    if config.data.path:
+        command += f" data.path={config.data.path}"
     runs = []
     if config.smoke:
         runs.append(f"{command} {' '.join(config.smoke)}")
+    command += f" model.weights={config.model.weights}"
     for layers in _shorter(config.model.num_layers):
         smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
         if fits(smaller):

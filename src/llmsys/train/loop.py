@@ -46,12 +46,10 @@ class Outcome:
 
 
 class Loop:
-    """A prepared model with its optimizer; `run` trains it to the end. `identity` is what a checkpoint must match."""
+    """A prepared model with its optimizer; `run` trains it to the end."""
 
-    def __init__(
-        self, config: schema.Config, context: Context, model: nn.Module, dataset: Dataset, lr: float, identity: str
-    ) -> None:
-        self.config, self.context, self.dataset, self.identity = config, context, dataset, identity
+    def __init__(self, config: schema.Config, context: Context, model: nn.Module, dataset: Dataset, lr: float) -> None:
+        self.config, self.context, self.dataset = config, context, dataset
         self.device = context.device
         self.model = model
         self.wrapped = context.engine.wrap(model)
@@ -184,7 +182,7 @@ class Loop:
         }
         values = {
             "code_hash": self.context.code_hash,
-            "identity": self.identity,
+            "run_id": self.context.out.name,
             "optimizer": plain,
             "schedule": self.schedule.state_dict(),
             "random": random_plain,
@@ -197,7 +195,7 @@ class Loop:
         if found is None:
             return 0
         tensors, values = found
-        wanted = {"schema": checkpoint.SCHEMA, "code_hash": self.context.code_hash, "identity": self.identity}
+        wanted = {"schema": checkpoint.SCHEMA, "code_hash": self.context.code_hash, "run_id": self.context.out.name}
         for key, value in wanted.items():
             if values.get(key) != value:
                 self.context.log.warning("%s: of another %s, so it is removed; from step 0", self.folder, key)

@@ -6,8 +6,6 @@ Order: config, data, memory, time, weights. What cannot run says so before anyth
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,10 +19,7 @@ from llmsys.train.reproducible import reproducible
 
 if TYPE_CHECKING:
     from llmsys.context import Context
-    from llmsys.data import Dataset, Source
-
-NO_MATTER = ("results", "reuse", "force", "smoke", "baselines", "dispatch", "tracker")
-"""Settings that change nothing in what a step computes, so a checkpoint is good whatever they are."""
+    from llmsys.data import Dataset
 
 
 def train(config: schema.Config, context: Context) -> dict[str, Any]:
@@ -65,7 +60,7 @@ def train(config: schema.Config, context: Context) -> dict[str, Any]:
         )
         if isinstance(reference, Probe):
             return {**reference.record(config, context, model, dataset, source), "data_hash": source.hash}
-        return {**fit(config, context, model, dataset, source, lr, predicted), "data_hash": source.hash}
+        return {**fit(config, context, model, dataset, lr, predicted), "data_hash": source.hash}
 
 
 def predict(config: schema.Config, context: Context) -> dict[str, float]:
@@ -81,7 +76,6 @@ def fit(
     context: Context,
     model: nn.Module,
     dataset: Dataset,
-    source: Source,
     lr: float,
     predicted: dict[str, float],
 ) -> dict[str, Any]:
@@ -91,7 +85,7 @@ def fit(
     model = context.method.prepare(model)
     if config.train.recompute == "block":
         recompute_blocks(model)
-    loop = Loop(config, context, model, dataset, lr, identity(config, source))
+    loop = Loop(config, context, model, dataset, lr)
     outcome = loop.run()
     files = {}
     if config.train.save_final:
@@ -136,9 +130,3 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> tuple[dict[s
         "profiler_overhead_us_per_step": spans.overhead_us_per_step(),
     }
     return summary, observed
-
-
-def identity(config: schema.Config, source: Source) -> str:
-    """A hash of everything but the code that a step's result depends on: settings and data."""
-    plain = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_MATTER}
-    return hashlib.sha256(json.dumps([plain, source.hash], sort_keys=True).encode()).hexdigest()

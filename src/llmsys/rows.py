@@ -1,0 +1,97 @@
+"""One line of a table per record, and what is done with lines: means over seeds, the best of each method."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llmsys.job import Record
+
+SHARED_KEYS = (
+    *("accuracy", "accuracy_se", "macro_f1", "loss", "val_loss", "perplexity", "tokens_per_s", "samples_per_s"),
+    *("step_ms_p50", "peak_gib", "reserved_gib", "host_peak_gib", "saved_bytes", "accounted_bytes"),
+    *("trainable_params", "total_params", "predicted_peak_gib", "predicted_step_ms"),
+)
+"""Summary keys that tasks share, spelled once: the columns of tables, and what a test holds every experiment to."""
+
+Row = dict[str, Any]
+"""One line of a table: what identifies a run, its summary under the summary's own keys, and `config`, flattened."""
+
+IDENTITY = ("experiment", "model", "data", "data_hash", "device", "method", "r", "lr", "seed", "status", "reason")
+
+
+def row(record: Record) -> Row:
+    """One record as a line of a table. `lr` is the rate that this run's method was trained at, None where none was."""
+    config = _flat(record.config)
+    method = config.get("method.kind")
+    rate = config.get(f"train.lr_by_method.{method}")
+    return {
+        "experiment": record.name,
+        "model": config.get("model.name"),
+        "data": config.get("data.kind"),
+        "data_hash": record.data_hash,
+        "device": record.env.get("device_name"),
+        "method": method,
+        "r": config.get("method.r"),
+        "lr": None if rate is None else rate * config.get("train.lr_scale", 1.0),
+        "seed": config.get("train.seed"),
+        "status": record.status,
+        "reason": record.reason,
+        "resumed": record.resumed_from_step,
+        "config": config,
+        **record.summary,
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Row:
+    out: Row = {}
+    for key, value in values.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
+_SPOKEN_FOR = ("name", "results", "reuse", "force", "smoke", "baselines", "tracker.", "dispatch.", "train.lr_")
+"""Settings that change no result, or that have a column of their own; by how their keys begin."""
+
+
+def settings(each: Row, *, seed: bool) -> dict[str, str]:
+    """What was asked of a run, as text by key, but for `_SPOKEN_FOR` and, unless wanted, the seed."""
+    drop = _SPOKEN_FOR if seed else (*_SPOKEN_FOR, "train.seed")
+    return {key: str(value) for key, value in each["config"].items() if not key.startswith(drop)}
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Runs that differ in the seed and in nothing else, as one row: means, deviations as `<key>_sd`, `seeds`."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for each in rows:
+        identity = tuple(each[key] for key in IDENTITY if key != "seed")
+        groups.setdefault((*identity, *sorted(settings(each, seed=False).items())), []).append(each)
+    merged = []
+    for members in groups.values():
+        config = {key: value for key, value in members[0]["config"].items() if key != "train.seed"}
+        mean: Row = {key: members[0][key] for key in IDENTITY}
+        mean |= {"seed": None, "seeds": len(members), "resumed": None, "config": config}
+        for key in set.intersection(*(set(member) for member in members)) - set(mean):
+            values = [member[key] for member in members]
+            mean[key] = statistics.fmean(values)
+            mean[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        merged.append(mean)
+    return merged
+
+
+def best(rows: Sequence[Row], key: str) -> list[Row]:
+    """For each experiment and method the row with the best `key`: the largest, for losses and times the smallest."""
+    sign = -1 if any(word in key for word in ("loss", "_ms", "bytes", "gib", "perplexity")) else 1
+    chosen: dict[tuple[Any, ...], Row] = {}
+    for each in rows:
+        place = tuple(each[name] for name in ("experiment", "model", "data", "data_hash", "device", "method"))
+        if key in each and (place not in chosen or sign * each[key] > sign * chosen[place][key]):
+            chosen[place] = each
+    if not chosen:
+        raise ValueError(f"--best {key}: no record has it; there are {', '.join(numbers(rows))}")
+    return list(chosen.values())
+
+
+def numbers(rows: Iterable[Row]) -> list[str]:
+    return sorted({key for each in rows for key in each} - {*IDENTITY, "config", "resumed"})

@@ -1,0 +1,122 @@
+"""Lines as a table: which columns, in what order and unit; for the terminal, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmsys.rows import IDENTITY, Row, numbers, settings
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: shown if any row has its value."""
+
+    header: str
+    text: Callable[[Row], str | None]
+
+
+def _number(header: str, key: str, form: str, scale: float = 1.0) -> Column:
+    return Column(header, lambda row: form.format(row[key] * scale) if row.get(key) is not None else None)
+
+
+def _plain(key: str) -> Column:
+    return Column(key, lambda row: None if row[key] is None else str(row[key]))
+
+
+def _setting(key: str) -> Column:
+    return Column(key, lambda row: str(row["config"].get(key)))
+
+
+def _accuracy(row: Row) -> str | None:
+    if "accuracy" not in row:
+        return None
+    if "seeds" in row:
+        return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_sd']:.1f} ({row['seeds']} seeds)"
+    return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
+
+
+def _status(each: Row) -> str | None:
+    if each["status"] != "ok":
+        return f"{each['status']} ({each['reason']})"
+    return None if each["resumed"] is None else f"timed from step {each['resumed']}"
+
+
+def _identity(rows: Sequence[Row]) -> list[Column]:
+    """What tells the rows apart: columns that differ, and settings that differ among rows alike in these."""
+    names = [key for key in ("experiment", "model", "data", "device", "seed") if len({each[key] for each in rows}) > 1]
+    hashes = {(each["data"], each["data_hash"]) for each in rows if each["data_hash"]}
+    if len(hashes) > len({data for data, _ in hashes}):
+        names.append("data_hash")
+    columns = [_plain(key) for key in names]
+    alike: dict[tuple[Any, ...], list[dict[str, str]]] = {}
+    for each in rows:
+        place = tuple(each[key] for key in ("experiment", "model", "data", "method", "r"))
+        alike.setdefault(place, []).append(settings(each, seed=False))
+    varying = {
+        key for group in alike.values() for one in group for key in one if any(one[key] != o.get(key) for o in group)
+    }
+    return columns + [_setting(key) for key in sorted(varying)]
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """What tells the rows apart first, then what they cost and reach."""
+    columns = _identity(rows)
+    rates: dict[str, set[Any]] = {}
+    for each in rows:
+        rates.setdefault(each["method"], set()).add(each["lr"])
+    mib = 1 / 2**20
+    columns += [Column("method", lambda row: f"{row['method']}" + (f" r={row['r']}" if row["r"] else ""))]
+    columns += [_number("lr", "lr", "{:.1e}")] if any(len(values) > 1 for values in rates.values()) else []
+    columns += [
+        Column("status", _status),
+        _number("trainable parameters", "trainable_params", "{:,.0f}"),
+        _number("saved tensors MiB", "saved_bytes", "{:,.1f}", mib),
+        _number("accounted memory MiB", "accounted_bytes", "{:,.1f}", mib),
+        _number("peak GiB", "peak_gib", "{:.2f}"),
+        _number("peak RSS MiB", "host_peak_gib", "{:,.0f}", 1024),
+        _number("step ms", "step_ms_p50", "{:,.1f}"),
+        _number("samples/s", "samples_per_s", "{:,.1f}"),
+        _number("tokens/s", "tokens_per_s", "{:,.0f}"),
+    ]
+    if any("accuracy" in each for each in rows):
+        columns = [column for column in columns if column.header != "tokens/s"]
+        spread = "sd" if any("seeds" in each for each in rows) else "SE"
+        columns += [Column(f"accuracy % ± {spread}", _accuracy), _number("macro-F1 %", "macro_f1", "{:.1f}", 100)]
+    if any("perplexity" in each for each in rows):
+        columns += [_number("val loss", "val_loss", "{:.4f}"), _number("perplexity", "perplexity", "{:.2f}")]
+    return columns
+
+
+def _order(each: Row) -> tuple[Any, ...]:
+    quality = (-each.get("accuracy", 0.0), each.get("val_loss", 0.0))
+    return (each["status"] != "ok", *quality, str(each["method"]), each["seed"] or 0)
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers with units, and cells: best accuracy (else lowest validation loss) first, runs that failed last."""
+    ordered = sorted(rows, key=_order)
+    filled = [(column.header, [column.text(each) for each in ordered]) for column in _columns(ordered)]
+    filled = [(header, cells) for header, cells in filled if any(cells)]
+    lines = [[cells[index] or "–" for _, cells in filled] for index in range(len(ordered))]
+    return [header for header, _ in filled], lines
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as Markdown."""
+    headers, lines = table(rows)
+    rule = ["---" if index == 0 else "---:" for index in range(len(headers))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headers, rule, *lines])
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Every value under its own key, unrounded."""
+    keys = [*IDENTITY, *numbers(rows)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, keys, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
