@@ -57,11 +57,11 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in parts.items())
     raise Refused(
         f"{config.model.name} with method={config.method.kind} needs about {need / GIB:.2f} GiB ({kinds}); "
-        f"{where} has {have / GIB:.2f} GiB. "
+        f"{where} has {have / GIB:.2f} GiB.\n"
         + alternatives(
             config,
             fits=lambda smaller: kinds_and_peak(smaller, device)[1] <= have,
-            there=f"on a machine that has it, hardware.mem_gib={math.ceil(need / GIB)} says so",
+            there=f"On a machine that has the memory, hardware.mem_gib={math.ceil(need / GIB)} says so.",
         ),
         reason="memory",
     )
@@ -83,11 +83,11 @@ def check_time(config: schema.Config, device: torch.device) -> float:
         fitting = max(1, int(MAX_CPU_S / seconds(config)))
         raise Refused(
             f"{config.name}: {config.train.steps} steps of {config.model.name} need at least {total / 3600:.1f} hours "
-            f"at the {speed / 1e12:.3f} TFLOP/s of this CPU; more than one hour is not begun unasked. "
+            f"at the {speed / 1e12:.3f} TFLOP/s of this CPU; more than one hour is not begun unasked.\n"
             + alternatives(
                 config,
                 fits=lambda smaller: seconds(smaller) * config.train.steps <= MAX_CPU_S,
-                there=f"train.steps={fitting} fits into an hour",
+                there=f"train.steps={fitting} fits into an hour.",
             ),
             reason="time",
         )
@@ -113,7 +113,8 @@ def alternatives(config: schema.Config, fits: Callable[[schema.Config], bool], t
             runs.append(f"{command} model.num_layers={layers}")
             break
     runs.append(f"{command} force=true")
-    return f"What would run: `{'`, or `'.join(runs)}` (to try in spite of this); {there}."
+    commands = "\n".join(f"  {run}" for run in runs)
+    return f"What would run:\n{commands}   # in spite of this\n{there}"
 
 
 def _shorter(num_layers: int) -> list[int]:
