@@ -43,8 +43,8 @@ def test_killed_and_started_again(tmp_path: Path, undisturbed: Path, moment: str
     assert len(result["samples"]["step_ms"]) == 8 - (resumes_at or 0) - 1, "timings of the steps after resuming only"
 
 
-@pytest.mark.parametrize("change", ["code", "config"])
-def test_a_checkpoint_of_something_else_is_left_aside(
+@pytest.mark.parametrize("change", ["code_hash", "run_id"])
+def test_a_checkpoint_of_something_else_is_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     """Else a run would silently mix two programs or two settings."""
