@@ -55,7 +55,7 @@ def test_seeds_are_averaged_and_the_best_rate_is_chosen() -> None:
     found = [(m["seeds"], round(m["accuracy"], 3), round(m["accuracy_sd"], 3)) for m in merged]
     assert found == [(2, 0.6, 0.141), (3, 0.65, 0.0)]
     (chosen,) = results.best(merged, "accuracy")
-    assert chosen["lr"] == pytest.approx(4e-4)
+    assert chosen["lr"] == pytest.approx(2e-4)
     (lowest,) = results.best([{**m, "val_loss": m["accuracy"]} for m in merged], "val_loss")
     assert lowest["val_loss"] == pytest.approx(0.6)
 
@@ -91,7 +91,7 @@ def test_a_resumed_run_says_from_where_it_was_timed() -> None:
 
 def test_reference_rows_have_no_learning_rate() -> None:
     assert results.row(record("probe"))["lr"] is None
-    assert results.row(record("full"))["lr"] == pytest.approx(4e-4)
+    assert results.row(record("full"))["lr"] == pytest.approx(2e-4)
 
 
 def test_the_command_prints_tables_and_draws_pictures(tmp_path: Path) -> None:
