@@ -147,6 +147,7 @@ def read_or_set_aside(out: Path) -> Record | None:
 def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str]) -> str:
     """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
     identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
     text = json.dumps([identity, device_name, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -166,6 +167,9 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     kind, device_name = device.resolve(schema.build(config).hardware.device)
     config["hardware"]["device"] = kind
     config["train"]["threads"] = config["train"]["threads"] or device.threads()
+    most = 4 * device.threads()
+    if config["train"]["threads"] > most:
+        raise ValueError(f"train.threads={config['train']['threads']}: at most {most}, four times the cores there are")
     _only_its_own_rate(config)
     typed = schema.build(config)
     inputs = inputs or {}

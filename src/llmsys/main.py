@@ -98,6 +98,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text())
         return
+    import yaml
     from hydra import main as hydra_main
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -116,6 +117,9 @@ def main() -> None:
         code = submit(configs) if configs else 0
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"llmsys: {messages.one_line(error) or error}", file=sys.stderr)
+        code = 1
+    except yaml.YAMLError as error:
+        print(f"llmsys: a config file is not YAML: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

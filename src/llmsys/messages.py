@@ -15,11 +15,16 @@ from llmsys import compose, schema
 
 def one_line(error: BaseException) -> str | None:
     """What to tell the user of `error`; None if it is not a mistake in the settings."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
+    if isinstance(error, OverrideParseException):
+        key = str(error.override).partition("=")[0]
+        return (
+            f"{error.override}: cannot be read as KEY=VALUE; a value with spaces or signs needs quotes: \"{key}='...'\""
+        )
     chain: list[BaseException] = [error]
     cause = error.__cause__ or error.__context__
     while cause is not None and len(chain) < 5:

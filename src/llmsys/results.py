@@ -8,6 +8,7 @@ Runs that failed or ran out of memory keep their row. Records of one data set wh
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,10 +52,7 @@ def load(root: str | Path = "results") -> pandas.DataFrame:
 
     rows = [(each, row(each)) for each in read(root)]
     return pandas.DataFrame(
-        [
-            {**{k: v for k, v in r.items() if k != "config"}, "run_id": e.run_id, **_prefixed(r["config"])}
-            for e, r in rows
-        ]
+        [{**{k: v for k, v in r.items() if k != "config"}, **_prefixed(r["config"])} for e, r in rows]
     )
 
 
@@ -88,7 +86,7 @@ def plot(rows: Sequence[Row], x: str, y: str, path: Path) -> None:
     """A picture of summary key `y` over `x`, one labelled point a row, with standard errors or deviations as bars."""
     from llmsys.plot import scatter
 
-    there = [each for each in rows if x in each and y in each]
+    there = [each for each in rows if all(isinstance(each.get(key), int | float) for key in (x, y))]
     if not there:
         raise ValueError(f"--plot {x}:{y}: no record has both; there are {', '.join(numbers(rows))}")
     scatter(there, x, y, path)
@@ -97,7 +95,8 @@ def plot(rows: Sequence[Row], x: str, y: str, path: Path) -> None:
 def main() -> None:
     """`python -m llmsys.results`."""
     parser = argparse.ArgumentParser(prog="python -m llmsys.results", description="Tables and pictures of records.")
-    parser.add_argument("root", nargs="?", default="results", help="a folder with runs below it (default: results)")
+    root = os.environ.get("LLMSYS_RESULTS", "results")
+    parser.add_argument("root", nargs="?", default=root, help="a folder with runs below it (default: %(default)s)")
     parser.add_argument("--over-seeds", action="store_true", help="one row per group of seeds: mean ± sd")
     parser.add_argument("--best", metavar="KEY", help="of each method only the row with the best KEY, e.g. accuracy")
     form = parser.add_mutually_exclusive_group()
@@ -121,7 +120,7 @@ def main() -> None:
             print(markdown(rows) if arguments.markdown else to_csv(rows), end="\n" if arguments.markdown else "")
         else:
             _print(rows)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"llmsys.results: {error}")
 
 

@@ -27,6 +27,7 @@ def row(record: Record) -> Row:
     method = config.get("method.kind")
     rate = config.get(f"train.lr_by_method.{method}")
     return {
+        "run_id": record.run_id,
         "experiment": record.name,
         "model": config.get("model.name"),
         "data": config.get("data.kind"),
@@ -71,7 +72,7 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     for members in groups.values():
         config = {key: value for key, value in members[0]["config"].items() if key != "train.seed"}
         mean: Row = {key: members[0][key] for key in IDENTITY}
-        mean |= {"seed": None, "seeds": len(members), "resumed": None, "config": config}
+        mean |= {"run_id": "", "seed": None, "seeds": len(members), "resumed": None, "config": config}
         for key in set.intersection(*(set(member) for member in members)) - set(mean):
             values = [member[key] for member in members]
             mean[key] = statistics.fmean(values)
@@ -94,4 +95,4 @@ def best(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def numbers(rows: Iterable[Row]) -> list[str]:
-    return sorted({key for each in rows for key in each} - {*IDENTITY, "config", "resumed"})
+    return sorted({key for each in rows for key in each} - {*IDENTITY, "config", "resumed", "run_id"})

@@ -168,6 +168,12 @@ class Train:
             _at_least(f"train.{key}", getattr(self, key), 1)
         for key in ("threads", "checkpoint_every", "eval_every", "warmup_steps", "clip", "weight_decay", "seed"):
             _at_least(f"train.{key}", getattr(self, key), 0)
+        for key, rate in {**self.lr_by_method, "lr_scale": self.lr_scale}.items():
+            where = "train.lr_scale" if key == "lr_scale" else f"train.lr_by_method.{key}"
+            if not rate > 0:
+                raise ValueError(f"{where}={rate}: must be positive")
+        if self.seed >= 2**32:
+            raise ValueError(f"train.seed={self.seed}: must be less than 2**32")
         if self.global_batch % (self.micro_batch * self.world):
             raise ValueError(
                 f"train.global_batch={self.global_batch}: must be a multiple of "
@@ -302,7 +308,9 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("reuse", self.reuse, ("same_code", "any", "never"))
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
+        if not self.results:
+            raise ValueError("results: empty; it is the folder for results, e.g. results=results")
+        if not re.fullmatch(r"\w[\w.-]*", str(self.name)) or self.name is None:
             raise ValueError(f"name={self.name}: it names a folder; letters, digits, '_', '-' and '.' only")
         if self.dispatch.kind == "inline" and self.dispatch.memory_gib is not None:
             raise ValueError(
@@ -345,6 +353,8 @@ def build(plain: dict[str, Any]) -> Config:
 
     Raises ValueError, naming the dotted key, on an unknown key, an unknown kind or a value that a class refuses.
     """
+    if "exp" in plain:
+        raise ValueError("exp: the experiment's file must begin with the line '# @package _global_'")
     groups = {}
     for group, kinds in SCHEMAS.items():
         if not isinstance(plain.get(group), dict):

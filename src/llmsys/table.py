@@ -113,10 +113,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Every value under its own key, unrounded."""
-    keys = [*IDENTITY, *numbers(rows)]
+    """Every value under its own key, unrounded, and the whole config as `config.<key>`."""
+    config = sorted({key for each in rows for key in each["config"]})
+    keys = ["run_id", *IDENTITY, *numbers(rows), *(f"config.{key}" for key in config)]
     out = io.StringIO()
     writer = csv.DictWriter(out, keys, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**each, **{f"config.{key}": value for key, value in each["config"].items()}} for each in rows)
     return out.getvalue()

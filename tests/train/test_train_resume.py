@@ -67,6 +67,32 @@ def test_a_checkpoint_of_something_else_is_removed(
     assert [row["step"] for row in harness.curve(out) if "loss" in row] == list(range(1, 9))
 
 
+@pytest.mark.parametrize("damage", ["state.json", "state.safetensors", "metrics", "metrics byte"])
+def test_a_damaged_checkpoint_or_curve_starts_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """Never a curve with a hole in it, and never a run that can't be started any more."""
+
+    def stop(progress: dict[str, float]) -> None:
+        if progress.get("step") == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(tmp_path, harness.resumable(), listener=stop)
+    metrics = tmp_path / "metrics.jsonl"
+    if damage == "metrics":
+        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    elif damage == "metrics byte":
+        metrics.write_bytes(metrics.read_bytes().replace(b"loss", b"lo\xffs", 1))
+    else:
+        path = tmp_path / "checkpoint" / "step-00000004" / damage
+        path.write_bytes(path.read_bytes()[:-40])
+    with caplog.at_level(logging.WARNING):
+        assert harness.run(tmp_path, harness.resumable())["resumed_from_step"] is None
+    assert "training begins at step 0" in caplog.text
+    assert [row["step"] for row in harness.curve(tmp_path) if "loss" in row] == list(range(1, 9))
+
+
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     """The error that travels is an OSError, so that the runner can call it by its name."""
     folder = tmp_path / "checkpoint"

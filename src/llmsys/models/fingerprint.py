@@ -41,6 +41,8 @@ def content_hash(cfg: schema.Model, inputs: dict[str, str]) -> str:
 
 
 def _folder(folder: Path) -> str:
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.weights: no *.safetensors in {folder}")
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):
         if path.suffix == ".json":

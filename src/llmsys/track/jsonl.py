@@ -21,16 +21,27 @@ class JsonLines:
             file.write(json.dumps(row) + "\n")
 
     def trim(self, step: int) -> None:
-        """Keeps the rows whose `step` is at most `step`; a torn last line goes too."""
-        if self.path.exists():
-            kept = [row for row in read(self.path) if row.get("step", 0) <= step]
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        """Keeps the rows of steps 1 to `step`; a torn last line goes too. ValueError as `read`, unless nothing is kept."""
+        if step <= 0:
+            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self._until(step)))
+
+    def count(self, step: int) -> int:
+        """How many rows there are of steps 1 to `step`. ValueError as `read`."""
+        return len(self._until(step)) if self.path.exists() else 0
+
+    def _until(self, step: int) -> list[dict[str, Any]]:
+        return [row for row in read(self.path) if 1 <= row.get("step", 0) <= step]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a file; a last line that a crash cut off is left out, any other bad line is a ValueError."""
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not rows of metrics: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue

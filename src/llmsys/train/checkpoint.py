@@ -45,18 +45,27 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict[str, A
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors on the host, plain values) of the newest checkpoint; None where there is none."""
+    """(tensors on the host, plain values) of the newest checkpoint; None where there is none.
+
+    ValueError names one that cannot be read: no kill leaves that, but a failing disk or a hand may.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = newest(folder)
     if path is None:
         return None
-    return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the latest step; None where there is none."""
-    found = [p for p in folder.iterdir() if STEP.fullmatch(p.name)] if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file stands where checkpoints go; remove it")
+    found = [p for p in folder.iterdir() if STEP.fullmatch(p.name)] if folder.exists() else []
     return max(found, default=None)
 
 

@@ -183,6 +183,7 @@ class Loop:
         values = {
             "code_hash": self.context.code_hash,
             "run_id": self.context.out.name,
+            "metric_rows": self.context.metrics.count(step),
             "optimizer": plain,
             "schedule": self.schedule.state_dict(),
             "random": random_plain,
@@ -191,19 +192,30 @@ class Loop:
 
     def resume(self) -> int:
         """Loads the newest checkpoint that this code and config wrote; returns its step, 0 where there is none."""
-        found = checkpoint.load(self.folder)
-        if found is None:
+        if checkpoint.newest(self.folder) is None:
             return 0
-        tensors, values = found
-        wanted = {"schema": checkpoint.SCHEMA, "code_hash": self.context.code_hash, "run_id": self.context.out.name}
-        for key, value in wanted.items():
-            if values.get(key) != value:
-                self.context.log.warning("%s: of another %s, so it is removed; from step 0", self.folder, key)
-                checkpoint.remove(self.folder)
-                return 0
+        try:
+            tensors, values = checkpoint.load(self.folder) or ({}, {})
+            self._check_checkpoint(values)
+        except ValueError as error:
+            self.context.log.warning("%s; it is removed, and training begins at step 0", error)
+            checkpoint.remove(self.folder)
+            return 0
         self.context.method.load_state(self.model, checkpoint.unprefixed("model", tensors))
         checkpoint.unpack_optimizer(self.optimizer, checkpoint.unprefixed("optimizer", tensors), values["optimizer"])
         self.schedule.load_state_dict(values["schedule"])
         reproducible.set_streams(checkpoint.unprefixed("random", tensors), values["random"])
         self.context.log.info("resuming from step %d", values["step"])
         return int(values["step"])
+
+    def _check_checkpoint(self, values: dict[str, Any]) -> None:
+        """ValueError if a checkpoint is not of this code and run, or if rows of its metrics are gone."""
+        wanted = {"schema": checkpoint.SCHEMA, "code_hash": self.context.code_hash, "run_id": self.context.out.name}
+        for key, value in wanted.items():
+            if values.get(key) != value:
+                raise ValueError(f"{self.folder}: of another {key}")
+        found = self.context.metrics.count(values["step"])
+        if found != values["metric_rows"]:
+            raise ValueError(
+                f"{self.context.metrics.path}: {found} rows up to the checkpoint, not {values['metric_rows']}"
+            )
