@@ -15,14 +15,15 @@ from llmsys.track import Mirror, jsonl
 def test_rows_are_cut_back_to_a_step_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = jsonl.JsonLines(path)
-    for step in range(5):
+    for step in range(1, 5):
         lines.row({"step": step})
     with open(path, "a") as file:
         file.write('{"step": 5, "lo')
-    assert [row["step"] for row in jsonl.read(path)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in jsonl.read(path)] == [1, 2, 3, 4]
     lines.trim(2)
     lines.row({"step": 3})
-    assert [row["step"] for row in jsonl.read(path)] == [0, 1, 2, 3]
+    assert [row["step"] for row in jsonl.read(path)] == [1, 2, 3]
+    assert lines.count(2) == 2
 
 
 def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path) -> None:

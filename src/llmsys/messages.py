@@ -22,9 +22,7 @@ def one_line(error: BaseException) -> str | None:
         return None
     if isinstance(error, OverrideParseException):
         key = str(error.override).partition("=")[0]
-        return (
-            f"{error.override}: cannot be read as KEY=VALUE; a value with spaces or signs needs quotes: \"{key}='...'\""
-        )
+        return f"{error.override}: not KEY=VALUE; a value with spaces or signs needs quotes: \"{key}='...'\""
     chain: list[BaseException] = [error]
     cause = error.__cause__ or error.__context__
     while cause is not None and len(chain) < 5:

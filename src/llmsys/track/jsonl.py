@@ -21,7 +21,7 @@ class JsonLines:
             file.write(json.dumps(row) + "\n")
 
     def trim(self, step: int) -> None:
-        """Keeps the rows of steps 1 to `step`; a torn last line goes too. ValueError as `read`, unless nothing is kept."""
+        """Keeps the rows of steps 1 to `step`; a torn last line goes too. ValueError as `read`."""
         if step <= 0:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():

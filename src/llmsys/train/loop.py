@@ -216,6 +216,5 @@ class Loop:
                 raise ValueError(f"{self.folder}: of another {key}")
         found = self.context.metrics.count(values["step"])
         if found != values["metric_rows"]:
-            raise ValueError(
-                f"{self.context.metrics.path}: {found} rows up to the checkpoint, not {values['metric_rows']}"
-            )
+            rows = f"{found} rows up to the checkpoint, not {values['metric_rows']}"
+            raise ValueError(f"{self.context.metrics.path}: {rows}")
