@@ -170,8 +170,8 @@ class Train:
             _at_least(f"train.{key}", getattr(self, key), 0)
         for key, rate in {**self.lr_by_method, "lr_scale": self.lr_scale}.items():
             where = "train.lr_scale" if key == "lr_scale" else f"train.lr_by_method.{key}"
-            if not rate > 0:
-                raise ValueError(f"{where}={rate}: must be positive")
+            if not rate >= 0:
+                raise ValueError(f"{where}={rate}: must not be negative")
         if self.seed >= 2**32:
             raise ValueError(f"train.seed={self.seed}: must be less than 2**32")
         if self.global_batch % (self.micro_batch * self.world):

@@ -80,7 +80,7 @@ def test_only_the_right_parameters_move(tmp_path: Path, kind: str, family: str) 
         )
         model = context.method.prepare(model)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        Loop(config, context, model, dataset, 1e-2, "").run()
+        Loop(config, context, model, dataset, 1e-2).run()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     if kind == "full":
         # An embedding whose token or position never comes up has no gradient, but its tensor has.
