@@ -14,3 +14,7 @@ class Refused(ValueError):
 
 class NotANumber(ArithmeticError):
     """The loss or a gradient became NaN or infinite; the message names the step."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGINT, SIGTERM) and did, between two steps; the message says what was kept."""

@@ -59,7 +59,17 @@ def _key(text: str) -> str | None:
     if not re.search(r"Key '[^']*' (?:is )?not in|Could not override", text):
         return None
     key = full.group(1) if full else command.group(1) if command else ""
-    return f"{key}: no such setting; {_nearest(key, _keys())}" if key else None
+    if not key:
+        return None
+    group, _, inner = key.partition(".")
+    kinds = schema.SCHEMAS.get(group, {})
+    owners = [kind for kind, cls in kinds.items() if inner in {field.name for field in dataclasses.fields(cls)}]
+    if owners:
+        return f"{key}: is a setting of {group}.kind={' or '.join(owners)}"
+    parent = key.rpartition(".")[0]
+    if parent in _keys():
+        return f"{key}: a new entry is added with a plus: '+{parent}={{...}}'"
+    return f"{key}: no such setting; {_nearest(key, _keys())}"
 
 
 def _type(text: str) -> str | None:

@@ -10,6 +10,7 @@ from llmsys.job import Record
 
 SHARED_KEYS = (
     *("accuracy", "accuracy_se", "macro_f1", "loss", "val_loss", "perplexity", "tokens_per_s", "samples_per_s"),
+    *("bleu", "rouge1", "rouge2", "rougeL", "comm_bytes", "linear_weights_trained"),
     *("step_ms_p50", "peak_gib", "reserved_gib", "host_peak_gib", "saved_bytes", "accounted_bytes"),
     *("trainable_params", "total_params", "predicted_peak_gib", "predicted_step_ms"),
 )
@@ -18,7 +19,10 @@ SHARED_KEYS = (
 Row = dict[str, Any]
 """One line of a table: what identifies a run, its summary under the summary's own keys, and `config`, flattened."""
 
-IDENTITY = ("experiment", "model", "data", "data_hash", "device", "method", "r", "lr", "seed", "status", "reason")
+IDENTITY = (
+    *("experiment", "model", "data", "data_hash", "device", "engine", "network", "method", "r", "lr", "seed"),
+    *("status", "reason"),
+)
 
 
 def row(record: Record) -> Row:
@@ -33,6 +37,8 @@ def row(record: Record) -> Row:
         "data": config.get("data.kind"),
         "data_hash": record.data_hash,
         "device": record.env.get("device_name"),
+        "engine": engine(config),
+        "network": network(config, record.env.get("network", {})),
         "method": method,
         "r": config.get("method.r"),
         "lr": None if rate is None else rate * config.get("train.lr_scale", 1.0),
@@ -45,6 +51,26 @@ def row(record: Record) -> Row:
     }
 
 
+def engine(config: Row) -> str:
+    """An engine and, where there are several, its ranks: `local`, `ddp x 2`, `zero2 (offload: optimizer) x 2`."""
+    kind = config.get("engine.kind")
+    name = f"zero{config['engine.zero']}" if kind == "deepspeed" else str(kind)
+    if config.get("engine.offload", "none") != "none":
+        name += f" (offload: {config['engine.offload']})"
+    world = config.get("train.world", 1)
+    return name if world == 1 else f"{name} x {world}"
+
+
+def network(config: Row, found: dict[str, Any]) -> str:
+    """The links of a run in a word, and whether they were only asked for: `none`, `eth1g`, `20/100 Mbit (unshaped)`."""
+    up, down = config.get("network.up_mbit"), config.get("network.down_mbit")
+    if up is None or config.get("train.world", 1) == 1:
+        return "none"
+    name = str(config.get("network.name"))
+    name = f"{up:g}/{down:g} Mbit" if name == "none" else name
+    return name if found.get("shaped") else f"{name} (unshaped)"
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> Row:
     out: Row = {}
     for key, value in values.items():
@@ -52,7 +78,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Row:
     return out
 
 
-_SPOKEN_FOR = ("name", "results", "reuse", "force", "smoke", "baselines", "tracker.", "dispatch.", "train.lr_")
+_SPOKEN_FOR = (
+    *("name", "results", "reuse", "force", "smoke", "baselines", "tracker.", "dispatch.", "train.lr_", "data.make"),
+    *("engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network."),
+)
 """Settings that change no result, or that have a column of their own; by how their keys begin."""
 
 

@@ -47,14 +47,15 @@ def _status(each: Row) -> str | None:
 
 def _identity(rows: Sequence[Row]) -> list[Column]:
     """What tells the rows apart: columns that differ, and settings that differ among rows alike in these."""
-    names = [key for key in ("experiment", "model", "data", "device", "seed") if len({each[key] for each in rows}) > 1]
+    distinct = ("experiment", "model", "data", "device", "engine", "network", "seed")
+    names = [key for key in distinct if len({each[key] for each in rows}) > 1]
     hashes = {(each["data"], each["data_hash"]) for each in rows if each["data_hash"]}
     if len(hashes) > len({data for data, _ in hashes}):
         names.append("data_hash")
     columns = [_plain(key) for key in names]
     alike: dict[tuple[Any, ...], list[dict[str, str]]] = {}
     for each in rows:
-        place = tuple(each[key] for key in ("experiment", "model", "data", "method", "r"))
+        place = tuple(each[key] for key in ("experiment", "model", "data", "engine", "network", "method", "r"))
         alike.setdefault(place, []).append(settings(each, seed=False))
     varying = {
         key for group in alike.values() for one in group for key in one if any(one[key] != o.get(key) for o in group)
@@ -78,6 +79,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         _number("accounted memory MiB", "accounted_bytes", "{:,.1f}", mib),
         _number("peak GiB", "peak_gib", "{:.2f}"),
         _number("peak RSS MiB", "host_peak_gib", "{:,.0f}", 1024),
+        _number("exchanged MiB/step", "comm_bytes", "{:,.1f}", mib),
         _number("step ms", "step_ms_p50", "{:,.1f}"),
         _number("samples/s", "samples_per_s", "{:,.1f}"),
         _number("tokens/s", "tokens_per_s", "{:,.0f}"),
@@ -88,6 +90,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         columns += [Column(f"accuracy % ± {spread}", _accuracy), _number("macro-F1 %", "macro_f1", "{:.1f}", 100)]
     if any("perplexity" in each for each in rows):
         columns += [_number("val loss", "val_loss", "{:.4f}"), _number("perplexity", "perplexity", "{:.2f}")]
+    columns += [_number("BLEU", "bleu", "{:.1f}"), _number("ROUGE-L", "rougeL", "{:.3f}")]
     return columns
 
 

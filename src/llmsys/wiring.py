@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from llmsys import schema
 
 if TYPE_CHECKING:
+    import torch
+
+    from llmsys.comm.place import Place
     from llmsys.train.protocols import Engine, GradSync, Method
 
 METHODS = {
@@ -20,7 +23,13 @@ METHODS = {
     "majority": "llmsys.train.references:Majority",
     "probe": "llmsys.train.references:Probe",
 }
-ENGINES = {"local": "llmsys.train.engines:Local"}
+ENGINES = {
+    "local": "llmsys.train.engines.local:Local",
+    "ddp": "llmsys.train.engines.ddp:DDP",
+    "deepspeed": "llmsys.train.engines.zero:DeepSpeed",
+    "fsdp2": "llmsys.train.engines.fsdp2:FSDP2",
+    "tp": "llmsys.train.engines.tp:TP",
+}
 
 
 def _named(place: str) -> Any:
@@ -35,14 +44,14 @@ def method(config: schema.Method) -> Method:
     return made
 
 
-def engine(config: schema.Engine) -> Engine:
-    """The engine of `engine.kind`."""
-    made: Engine = _named(ENGINES[config.kind])()
+def engine(config: schema.Config, place: Place, device: torch.device) -> Engine:
+    """The engine of `engine.kind` for one rank, on its device."""
+    made: Engine = _named(ENGINES[config.engine.kind])(config, place, device)
     return made
 
 
 def grad_sync(config: schema.Config) -> GradSync:
     """How gradients of several ranks are made one; on one rank, not at all."""
-    from llmsys.train.engines import NoSync
+    from llmsys.train.engines.local import NoSync
 
     return NoSync()

@@ -1,0 +1,145 @@
+"""Every setting of a run, as dataclasses: types, defaults, units and the checks that need nothing but the values.
+
+Hydra composes `conf/` over these classes in the parent process, where a typo or a wrong type stops with the key's
+name; the result travels as a plain dict, and `build` makes the typed `Config` again wherever the run is executed.
+Nothing here imports anything heavy or does I/O: `--help`, the launcher and the cost models all read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmsys.schema import coherence
+from llmsys.schema.data import Data
+from llmsys.schema.fields import one_of
+from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
+from llmsys.schema.model import ConvNet, Model, Transformer
+from llmsys.schema.train import (
+    CLOSED_FORM,
+    DDP,
+    FSDP2,
+    Adapter,
+    DeepSpeed,
+    Engine,
+    Method,
+    Train,
+    accumulation,
+    data_world,
+)
+
+__all__ = [
+    "CLOSED_FORM",
+    "DDP",
+    "FSDP2",
+    "SCHEMAS",
+    "Adapter",
+    "Config",
+    "ConvNet",
+    "Data",
+    "DeepSpeed",
+    "Dispatch",
+    "Engine",
+    "Hardware",
+    "Method",
+    "Model",
+    "Network",
+    "Profile",
+    "Task",
+    "Tracker",
+    "Train",
+    "Transformer",
+    "accumulation",
+    "build",
+    "data_world",
+]
+
+
+@dataclass(kw_only=True)
+class Task:
+    """Which function runs; see `llmsys.tasks`."""
+
+    kind: str = "train"
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run, whole."""
+
+    name: str = "scratch"
+    results: str = "results"
+    reuse: str = "same_code"
+    force: bool = False
+    smoke: list[str] = field(default_factory=list)
+    baselines: list[str] = field(default_factory=list)
+    task: Task
+    model: Model
+    data: Data
+    train: Train
+    method: Method
+    engine: Engine
+    hardware: Hardware
+    network: Network
+    dispatch: Dispatch
+    tracker: Tracker
+    profile: Profile
+
+    def __post_init__(self) -> None:
+        one_of("reuse", self.reuse, ("same_code", "any", "never"))
+        if not self.results:
+            raise ValueError("results: empty; it is the folder for results, e.g. results=results")
+        if not re.fullmatch(r"\w[\w.-]*", str(self.name)) or self.name is None:
+            raise ValueError(f"name={self.name}: it names a folder; letters, digits, '_', '-' and '.' only")
+        coherence.check(self)
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "task": {"*": Task},
+    "model": {"transformer": Transformer, "convnet": ConvNet},
+    "data": {"*": Data},
+    "train": {"*": Train},
+    "method": {"full": Method, "majority": Method, "probe": Method, "lora_peft": Adapter, "lorafa_peft": Adapter},
+    "engine": {"local": Engine, "ddp": DDP, "deepspeed": DeepSpeed, "fsdp2": FSDP2, "tp": Engine},
+    "hardware": {"*": Hardware},
+    "network": {"*": Network},
+    "dispatch": {"inline": Dispatch, "process": Dispatch},
+    "tracker": {"none": Tracker, "wandb": Tracker},
+    "profile": {"*": Profile},
+}
+"""Group -> kind -> the class of its settings; `*` where every choice in the group shares one class."""
+
+
+def build(plain: dict[str, Any]) -> Config:
+    """The typed config of a plain nested dict, as composed by Hydra or read back from a run's `config.yaml`.
+
+    Raises ValueError, naming the dotted key, on an unknown key, an unknown kind or a value that a class refuses.
+    """
+    if "exp" in plain:
+        raise ValueError("exp: the experiment's file must begin with the line '# @package _global_'")
+    groups = {}
+    for group, kinds in SCHEMAS.items():
+        if not isinstance(plain.get(group), dict):
+            raise ValueError(f"{group}: missing; it is a group of settings")
+        values = plain[group]
+        cls = kinds.get("*") or kinds.get(values.get("kind"))
+        if cls is None:
+            raise ValueError(f"{group}.kind={values.get('kind')}: must be one of {', '.join(kinds)}")
+        groups[group] = _make(cls, group + ".", values)
+    return _make(Config, "", {**plain, **groups})
+
+
+def _make(cls: type, prefix: str, values: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3) or sorted(known)
+            raise ValueError(f"{prefix}{key}: no such setting; there are {', '.join(near)}")
+    for key, value in values.items():
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{prefix}{key}={number}: must be a finite number")
+    return cls(**values)

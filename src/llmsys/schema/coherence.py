@@ -1,0 +1,98 @@
+"""What settings of different groups say to each other. Each rule is one line of error that names the key to change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmsys.schema.data import OBJECTIVES
+from llmsys.schema.model import ConvNet, Transformer
+from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, accumulation, data_world
+
+if TYPE_CHECKING:
+    from llmsys.schema import Config
+
+TP_FAMILIES = ("llama", "bert", "roberta")
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for the first pair of settings that cannot go together."""
+    if config.dispatch.kind == "inline" and config.dispatch.memory_gib is not None:
+        raise ValueError("dispatch.memory_gib: needs dispatch=process; a living process cannot be limited for a time")
+    if config.dispatch.kind == "inline" and config.train.world > 1:
+        raise ValueError(f"train.world={config.train.world}: needs dispatch=process; dispatch=inline is one process")
+    _model(config)
+    _method(config)
+    _engine(config)
+    _network(config)
+
+
+def _model(config: Config) -> None:
+    model, train, data = config.model, config.train, config.data
+    if model.dtype == "bf16" and train.precision == "fp32":
+        raise ValueError("train.precision=fp32: with model.dtype=bf16 it must be bf16")
+    if isinstance(model, Transformer) and train.length > model.max_length:
+        raise ValueError(f"train.length={train.length}: model {model.name} takes at most {model.max_length}")
+    if model.objective not in OBJECTIVES[data.kind]:
+        fitting = [kind for kind, objectives in OBJECTIVES.items() if model.objective in objectives]
+        raise ValueError(
+            f"data.kind={data.kind}: model {model.name} ({model.family}) trains {model.objective}: "
+            f"use data={' or data='.join(fitting)}"
+        )
+    if data.kind == "hub" and model.objective not in _served(data.columns):
+        raise ValueError(f"data.columns={data.columns}: model {model.name} ({model.family}) trains {model.objective}")
+    if isinstance(model, ConvNet) and train.recompute != "none":
+        raise ValueError(f"train.recompute={train.recompute}: is for transformers, not for model {model.name}")
+
+
+def _served(columns: dict[str, str]) -> tuple[str, ...]:
+    if "label" in columns:
+        return ("classification",)
+    return ("causal_lm",) if "text" in columns else ("causal_lm", "seq2seq")
+
+
+def _method(config: Config) -> None:
+    model, method = config.model, config.method
+    if isinstance(method, Adapter) and isinstance(model, ConvNet):
+        raise ValueError(f"method.kind={method.kind}: adapters are for transformers, not for model {model.name}")
+    if model.quant != "none" and not isinstance(method, Adapter):
+        raise ValueError(f"model.quant={model.quant}: freezes the base, so it needs an adapter, not {method.kind}")
+    if model.quant != "none" and model.family == "gpt2":
+        raise ValueError(f"model.quant={model.quant}: is for linear layers, and those of model {model.name} are Conv1D")
+    if method.kind in CLOSED_FORM and (model.objective != "classification" or config.train.world != 1):
+        raise ValueError(f"method.kind={method.kind}: is for classification on one rank")
+
+
+def _engine(config: Config) -> None:
+    train, engine, model = config.train, config.engine, config.model
+    if engine.kind == "local" and train.world != 1:
+        raise ValueError(f"train.world={train.world}: engine=local runs on one rank")
+    shares = data_world(train, engine)
+    if train.global_batch % (train.micro_batch * shares) or not accumulation(train, engine):
+        raise ValueError(
+            f"train.global_batch={train.global_batch}: must be a multiple of "
+            f"micro_batch x world = {train.micro_batch} x {shares}"
+        )
+    if engine.kind == "tp":
+        if model.family not in TP_FAMILIES:
+            raise ValueError(f"engine.kind=tp: is for {', '.join(TP_FAMILIES)}, not for model {model.name}")
+        assert isinstance(model, Transformer)
+        for key in ("num_heads", "num_kv_heads", "intermediate_size"):
+            if getattr(model, key) % train.world:
+                raise ValueError(f"train.world={train.world}: must divide model.{key}={getattr(model, key)}")
+    if model.quant != "none" and engine.kind not in ("local", "ddp"):
+        raise ValueError(f"model.quant={model.quant}: needs engine=local or engine=ddp; {engine.kind} cuts weights")
+    shares_bf16 = model.dtype == "bf16" and (engine.kind == "fsdp2" or (isinstance(engine, DeepSpeed) and engine.zero))
+    if isinstance(model, ConvNet) and shares_bf16:
+        raise ValueError(
+            f"model.dtype=bf16: batch norm stays in fp32, and engine={engine.kind} needs one dtype: "
+            "model.dtype=fp32 train.precision=bf16"
+        )
+    if isinstance(engine, DeepSpeed) and engine.optimizer == "cpu_adam":
+        on_host = config.hardware.device == "cpu" or engine.offload != "none"
+        if config.hardware.device != "auto" and not on_host:
+            raise ValueError("engine.optimizer=cpu_adam: works in host memory: engine.offload=optimizer")
+
+
+def _network(config: Config) -> None:
+    if config.network.up_mbit is not None and config.network.shape and config.dispatch.kind == "inline":
+        raise ValueError("network.up_mbit: shaped links need dispatch=process; network.shape=false only predicts")

@@ -1,0 +1,105 @@
+"""Where a run happens and who watches: device, network, dispatch, tracker, profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmsys.schema.fields import at_least, one_of
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(kw_only=True)
+class Hardware:
+    """The device a run is for. `device=auto` is resolved before the run's id is computed.
+
+    `name` is a machine of `llmsys.cost.hardware`, for checks and predictions about another machine than this one;
+    `auto` is this one. `mem_gib`, `tflops` and `gbps` (GB/s to the next device in the machine) replace what is listed
+    or would be measured.
+    """
+
+    device: str = "auto"
+    name: str = "auto"
+    mem_gib: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("hardware.device", self.device, DEVICES)
+        _positive(self, "hardware", "mem_gib", "tflops", "gbps")
+
+
+@dataclass(kw_only=True)
+class Network:
+    """The link of each rank to all others. Null rates: as it is, nothing is shaped.
+
+    `up_mbit`, `down_mbit`: what a rank can send and receive, in 10**6 bits a second. `delay_ms`: added one way.
+    `shape`: put ranks on links that have these rates (`llmsys.comm.link`); false leaves them to predictions alone.
+    """
+
+    name: str = "none"
+    up_mbit: float | None = None
+    down_mbit: float | None = None
+    delay_ms: float = 0.0
+    shape: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "network", "up_mbit", "down_mbit")
+        at_least("network.delay_ms", self.delay_ms, 0)
+        if (self.up_mbit is None) != (self.down_mbit is None):
+            missing, given = ("up_mbit", "down_mbit") if self.up_mbit is None else ("down_mbit", "up_mbit")
+            raise ValueError(f"network.{missing}: missing; network.{given} is given, and a link has both")
+        if self.delay_ms and self.up_mbit is None:
+            raise ValueError(f"network.delay_ms={self.delay_ms}: needs network.up_mbit and network.down_mbit")
+
+
+@dataclass(kw_only=True)
+class Dispatch:
+    """Where a job runs and when it is given up.
+
+    `timeout_s`: the deadline of the whole run. `heartbeat_s`: no sign of life for so long is a hang (a stopped
+    process). `stall_s`: alive, but no step done for so long after an earlier one, is a hang too. `grace_s`: how long an
+    interrupted run may take to finish its step and write a checkpoint. `memory_gib` limits each process's data segment
+    (RLIMIT_DATA), so that running out of memory can be tried without harm.
+    """
+
+    kind: str = "process"
+    timeout_s: float = 7 * 24 * 3600.0
+    heartbeat_s: float = 60.0
+    stall_s: float = 1800.0
+    grace_s: float = 30.0
+    memory_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "dispatch", "timeout_s", "heartbeat_s", "stall_s", "grace_s", "memory_gib")
+
+
+@dataclass(kw_only=True)
+class Tracker:
+    """Who is told beside the local record. `wandb` is offline unless `mode` or WANDB_MODE says otherwise."""
+
+    kind: str = "none"
+    project: str = "llmsys"
+    mode: str = "offline"
+
+    def __post_init__(self) -> None:
+        one_of("tracker.mode", self.mode, ("offline", "online", "disabled"))
+
+
+@dataclass(kw_only=True)
+class Profile:
+    """What is measured: timings leave the first `warmup` steps out; `probe` counts saved tensors after training, and
+    the bytes that ranks exchange in the first of the steps left out."""
+
+    warmup: int = 3
+    probe: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("profile.warmup", self.warmup, 0)
+
+
+def _positive(settings: object, group: str, *keys: str) -> None:
+    for key in keys:
+        value = getattr(settings, key)
+        if value is not None and not value > 0:
+            raise ValueError(f"{group}.{key}={value}: must be positive")
