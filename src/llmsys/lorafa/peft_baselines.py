@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmsys import schema
@@ -35,19 +36,22 @@ class LoRA:
     def __init__(self, config: schema.Adapter) -> None:
         self.config = config
         self._targets: list[str] = []
+        self._transposed = False
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Injects the adapters in place and freezes all but them and the head. ValueError names unknown `targets`."""
         from peft import inject_adapter_in_model
 
-        from llmsys.models.surgery import linear_names
+        from llmsys.models.surgery import is_transposed, linear_names
 
         self._targets = linear_names(model, self.config.targets)
+        self._transposed = any(is_transposed(model.get_submodule(name)) for name in self._targets)
         model.requires_grad_(False)
         inject_adapter_in_model(self._peft_config(), model)
+        dtype = torch.float32 if self.config.dtype == "fp32" else next(model.parameters()).dtype  # of the embeddings
         for name, parameter in model.named_parameters():
-            if _adapter(name) and self.config.dtype == "fp32":
-                parameter.data = parameter.data.float()
+            if _adapter(name):
+                parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(_head(name) or "lora_B" in name or ("lora_A" in name and not self.freeze_a))
         return model
 
@@ -59,6 +63,7 @@ class LoRA:
             lora_alpha=self.config.alpha,
             lora_dropout=self.config.dropout,
             target_modules=list(self._targets),
+            fan_in_fan_out=self._transposed,
         )
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -68,11 +73,10 @@ class LoRA:
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         copy_into(self.state(model), state)
 
-    def save(self, model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
         """peft's own format, `adapter_model.safetensors` and `adapter_config.json`, with `meta` as `weights.json`."""
         from llmsys import tensors
 
-        state = self.state(model)
         named = {PEFT_PREFIX + name.replace(".default", ""): tensor for name, tensor in state.items()}
         config = self._peft_config()
         config.inference_mode = True

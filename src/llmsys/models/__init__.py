@@ -1,4 +1,4 @@
-"""Transformers by shape: random at any size on any device, or loaded from safetensors.
+"""Models by shape: random at any size on any device, or loaded from safetensors.
 
 `load` builds a model, `weights` finds, reads and writes the files, `surgery` finds layers by name, and `kernel` says
 which attention kernel really ran. The names are resolved late (PEP 562), so that importing the package costs nothing.
@@ -9,9 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {"load": "build", "resolve_attention": "build", "linear_names": "surgery", "recompute_blocks": "surgery"}
+_HOMES = {
+    "load": "build",
+    "resolve_attention": "build",
+    "skeleton": "build",
+    "blocks": "surgery",
+    "linear_names": "surgery",
+    "recompute_blocks": "surgery",
+}
 
-__all__ = ["linear_names", "load", "recompute_blocks", "resolve_attention"]
+__all__ = ["blocks", "linear_names", "load", "recompute_blocks", "resolve_attention", "skeleton"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,14 +6,11 @@ What `to_empty` leaves undefined is written here: parameters from the file or fr
 no file holds (rotary frequencies, kept in fp32 whatever the model's dtype, because a bf16 frequency has 8 bits and
 rotates distant tokens by a wrong angle; position and type ids).
 
-The initialiser is transformers' own: normal(0, 0.02) for linear and embedding weights, zero biases and padding rows,
-ones in norms. Each parameter draws from a generator seeded by (seed, its name): the first layers of a truncated model
-equal those of the full one, and the numbers do not depend on the order of construction.
+Batch norm stays in fp32 in a bf16 network: its running statistics move by a tenth of a difference, which 8 bits lose.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -23,13 +20,13 @@ import torch
 from torch import nn
 
 from llmsys import schema
-from llmsys.models import weights
+from llmsys.models import configs, published, quant, weights
+from llmsys.models.initialise import fill_buffers, initialise
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-INIT_STD = 0.02
-OBJECTIVE = {"llama": "causal_lm", "bert": "classification"}
+HEADS = ("task", "pretraining")
 
 
 def load(
@@ -45,90 +42,100 @@ def load(
 
     `folder` is what `weights.find` returned: None fills every parameter at random from `seed`; otherwise the
     safetensors in it are read, and only a classifier that they lack is random. `num_labels` matters to classification
-    only. Raises ValueError when the objective does not fit the family, or the files do not fit the shape.
+    and images only. Raises ValueError when the objective does not fit the family, or the files do not fit the shape.
     """
-    if objective != OBJECTIVE[cfg.family]:
-        raise ValueError(f"model.family={cfg.family}: trains {OBJECTIVE[cfg.family]}, not {objective}")
-    attention = resolve_attention(cfg.attention, device, cfg.dtype)
+    if objective != cfg.objective:
+        raise ValueError(f"model.family={cfg.family}: trains {cfg.objective}, not {objective}")
+    attention = ""
+    if isinstance(cfg, schema.Transformer):
+        attention = resolve_attention(cfg.attention, device, cfg.dtype, cfg.family)
     if folder is not None:
-        weights.check_shape(cfg, folder)
+        published.check_shape(cfg, folder)
     model = skeleton(cfg, num_labels=num_labels, attention=attention)
+    tied = _tied(model)
     model.to_empty(device=device)
-    if cfg.tie_embeddings and cfg.family == "llama":  # to_empty gave the two names a tensor each
-        model.lm_head.weight = model.model.embed_tokens.weight
-    _fill_buffers(model, device)
+    for alias, name in tied.items():  # to_empty gave each name a tensor of its own
+        owner, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(name))
+    fill_buffers(model, device)
     if folder is None:
         missing = {name for name, _ in model.named_parameters()}
     else:
         missing = weights.read_into(model, folder, cfg)
-    initialise(model, seed, missing)
-    model.attention_asked = cfg.attention
+    initialise(model, cfg, seed, missing)
+    quant.quantise(model, cfg, device)
+    if isinstance(cfg, schema.Transformer):
+        model.attention_asked = cfg.attention
+    if hasattr(model, "generation_config"):
+        model.generation_config.use_cache = True  # training keeps no cache; generation without one is quadratic
     return model.train()
 
 
-def skeleton(cfg: schema.Model, *, num_labels: int = 0, attention: str = "sdpa") -> Any:
-    """The model on the meta device: every name, shape and dtype, and not one byte of data."""
+def skeleton(cfg: schema.Model, *, num_labels: int = 0, attention: str = "sdpa", head: str = "task") -> Any:
+    """The model on the meta device: every name, shape and dtype, and not one byte of data.
+
+    `num_labels` classes (0: one of a text classifier, `model.num_classes` of a network for images). With
+    `head="pretraining"` BERT and RoBERTa have their papers' heads, as which they are counted: transformers'
+    BertForPreTraining and RobertaForMaskedLM, whose decoder is the embedding's own table.
+    """
+    assert head in HEADS, head
     with torch.device("meta"):
-        if cfg.family == "llama":
-            from transformers import LlamaForCausalLM
+        if isinstance(cfg, schema.ConvNet):
+            from llmsys.models import convnet
 
-            model: Any = LlamaForCausalLM(llama_config(cfg, attention))
+            model: Any = convnet.build(cfg, num_labels or cfg.num_classes)
         else:
-            from llmsys.models.bert import MeanPooledClassifier
-
-            model = MeanPooledClassifier(bert_config(cfg, attention), max(num_labels, 1), cfg.dropout)
-    return model.to(DTYPES[cfg.dtype])
-
-
-def llama_config(cfg: schema.Model, attention: str) -> Any:
-    """transformers' configuration of a llama shape. No pad id: padding is what the attention mask says."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        num_key_value_heads=cfg.num_kv_heads,
-        max_position_embeddings=cfg.max_length,
-        rms_norm_eps=cfg.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        tie_word_embeddings=cfg.tie_embeddings,
-        attention_dropout=cfg.dropout,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-        attn_implementation=attention,
-    )
+            assert isinstance(cfg, schema.Transformer)
+            model = _transformer(cfg, max(num_labels, 1), attention, head)
+    model = model.to(DTYPES[cfg.dtype])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    return model
 
 
-def bert_config(cfg: schema.Model, attention: str) -> Any:
-    """transformers' configuration of a bert shape; `dropout` is that of embeddings, sub-layers and attention alike."""
-    from transformers import BertConfig
+def _transformer(cfg: schema.Transformer, num_labels: int, attention: str, head: str) -> Any:
+    import transformers
 
-    return BertConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        max_position_embeddings=cfg.max_length,
-        layer_norm_eps=cfg.norm_eps,
-        hidden_dropout_prob=cfg.dropout,
-        attention_probs_dropout_prob=cfg.dropout,
-        use_cache=False,
-        attn_implementation=attention,
-    )
+    if cfg.family == "llama":
+        return transformers.LlamaForCausalLM(configs.llama(cfg, attention))
+    if cfg.num_kv_heads != cfg.num_heads:
+        raise ValueError(f"model.num_kv_heads={cfg.num_kv_heads}: {cfg.family} has num_heads={cfg.num_heads} of them")
+    if cfg.family == "gpt2":
+        model = transformers.GPT2LMHeadModel(configs.gpt2(cfg, attention))
+        model.loss_type = "ForCausalLM"  # transformers tells it from a class's name, and warns about this one's
+        return model
+    if cfg.family == "t5":
+        from llmsys.models.seq2seq import T5
+
+        return T5(configs.t5(cfg, attention))
+    from llmsys.models.classifier import TextClassifier
+
+    config = (configs.bert if cfg.family == "bert" else configs.roberta)(cfg, attention)
+    if head == "pretraining":
+        cls = transformers.BertForPreTraining if cfg.family == "bert" else transformers.RobertaForMaskedLM
+        return cls(config)
+    return TextClassifier(config, num_labels, cfg.pooling, configs.pad_id(cfg))
 
 
-def resolve_attention(asked: str, device: torch.device, dtype: str = "bf16") -> str:
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Every further name of a parameter -> its first."""
+    first: dict[nn.Parameter, str] = {}
+    return {
+        name: first[parameter]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(parameter, name) != name
+    }
+
+
+def resolve_attention(asked: str, device: torch.device, dtype: str = "bf16", family: str = "llama") -> str:
     """What transformers is told for `model.attention`: `flash_attention_2` needs its package, CUDA and bf16.
 
     Where one of them lacks, torch's own SDPA serves (on a GPU it has a flash kernel too): one log line says so, and
     `kernel.observed` puts what really ran into the record.
     """
+    if family == "t5" and asked != "eager":
+        return _t5_attention(asked)
     if asked != "flash_attention_2":
         return asked
     if device.type != "cuda":
@@ -143,43 +150,11 @@ def resolve_attention(asked: str, device: torch.device, dtype: str = "bf16") -> 
     return "sdpa"
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, seed: int, names: set[str]) -> None:
-    """Fills the parameters in `names` in place, as transformers would."""
-    owners = {
-        f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
-        for prefix, module in model.named_modules()
-        for leaf, _ in module.named_parameters(recurse=False)
-    }
-    for name, parameter in model.named_parameters():
-        if name not in names:
-            continue
-        module, leaf = owners[name]
-        if leaf == "bias":
-            parameter.zero_()
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator(device=parameter.device)
-            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            parameter.normal_(0.0, INIT_STD, generator=generator)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                parameter[module.padding_idx].zero_()
-        else:
-            assert "norm" in type(module).__name__.lower(), f"no initialiser for {name} of {type(module).__name__}"
-            parameter.fill_(1.0)
+def _t5_attention(asked: str) -> str:
+    """T5 adds a learnt bias to the scores, which flash-attn cannot; transformers before 5.2x has no SDPA for it."""
+    from transformers import T5PreTrainedModel
 
-
-def _fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Computes again what `to_empty` left undefined. Rotary modules are built anew on the device, in fp32."""
-    for prefix, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            with torch.device(device):
-                model.set_submodule(prefix, type(module)(module.config))
-            continue
-        for leaf, buffer in module.named_buffers(recurse=False):
-            if leaf == "position_ids":
-                buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand_as(buffer))
-            elif leaf == "token_type_ids":
-                buffer.zero_()
-            else:
-                raise AssertionError(f"no value for the buffer {prefix}.{leaf}")
+    got = "sdpa" if T5PreTrainedModel._supports_sdpa else "eager"
+    if asked != got:
+        log.warning("model.attention=%s: T5's position bias has no such kernel here; %s serves instead", asked, got)
+    return got

@@ -39,8 +39,11 @@ def observed(model: Any, batch: dict[str, Any]) -> str:
     """The kernel of one forward over `batch` in the model's present mode, e.g. `sdpa_flash_cpu` or `eager`.
 
     With gradients on, since they decide which kernels can serve; call it in the autocast context of the run. Where
-    something else ran than was asked for, the answer says so. Random state and gradients are left as they were.
+    something else ran than was asked for, the answer says so; where several did (T5: in self- and in cross-attention),
+    it names all. Empty for a network for images. Random state and gradients are left as they were.
     """
+    if "pixel_values" in batch:
+        return ""
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _Names() as seen:
         model(**batch)
@@ -48,10 +51,10 @@ def observed(model: Any, batch: dict[str, Any]) -> str:
     built: str = _config(model)._attn_implementation
     if not ran and any(name.startswith("flash_attn") for name in seen.names):
         ran = ["flash_attention_2"]
-    if not ran:
-        # Ours are the only softmaxes besides the loss's log_softmax; SDPA's math kernel is made of the same operators.
-        softmax = "aten::_softmax" in seen.names or "aten::_safe_softmax" in seen.names
-        ran = [{"eager": "eager", "sdpa": "sdpa_math"}.get(built, built) if softmax else built]
+    # Ours are the only softmaxes besides the loss's log_softmax; SDPA's math kernel is made of the same operators.
+    softmax = "aten::_softmax" in seen.names or "aten::_safe_softmax" in seen.names
+    if softmax or not ran:
+        ran.append({"eager": "eager", "sdpa": "sdpa_math"}.get(built, built) if softmax else built)
     word = "+".join(ran)
     asked = getattr(model, "attention_asked", built)
     return f"{word} (asked: {asked})" if asked == "flash_attention_2" != word else word

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -21,32 +22,15 @@ from torch import nn
 
 from llmsys import schema
 from llmsys import tensors as files
+from llmsys.models import published
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+HEAD = "classifier."
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "vocab*", "*.model"]
-LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
-NOT_OURS = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|cls\.|rotary_emb\.inv_freq$)")
-"""Keys of published files that this package's models do not have: pooler, heads of pre-training, computed buffers."""
 
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "rms_norm_eps": "norm_eps",
-    "layer_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-}
-"""config.json -> the schema's field that must agree."""
-
-FIXED = {
-    "llama": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "bert": {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "type_vocab_size": 2},
-}
-"""config.json -> the one value that the family as built here has."""
+log = logging.getLogger(__name__)
 
 
 def find(cfg: schema.Model, results: str, run_folder: Callable[[str], Path] | None = None) -> Path | None:
@@ -125,47 +109,6 @@ def _hub(name: str) -> Path:
         ) from None
 
 
-def check_shape(cfg: schema.Model, folder: Path) -> None:
-    """Compares `config.json` beside the weights with the schema; ValueError names the first field that differs.
-
-    A folder without `config.json` (a run's) passes: there the tensors' own shapes are compared, in `read_into`.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for key, want in FIXED[cfg.family].items():
-        if theirs.get(key, want) != want:
-            raise ValueError(f"{path}: {key}={theirs[key]}, but model.family={cfg.family} as built here has {want}")
-    for key, ours in FIELDS.items():
-        if cfg.family == "bert" and key == "tie_word_embeddings":
-            continue  # BERT's tie is that of a head which is not built here
-        if theirs.get(key) is not None and theirs[key] != getattr(cfg, ours):
-            raise ValueError(f"{path}: {key}={theirs[key]}, but model.{ours}={getattr(cfg, ours)}")
-    layers = theirs.get("num_hidden_layers", cfg.num_layers)
-    if layers < cfg.num_layers:
-        raise ValueError(f"{path}: num_hidden_layers={layers}, but model.num_layers={cfg.num_layers}")
-    length = theirs.get("max_position_embeddings", cfg.max_length)
-    if length < cfg.max_length or (cfg.family == "bert" and length != cfg.max_length):
-        raise ValueError(f"{path}: max_position_embeddings={length}, but model.max_length={cfg.max_length}")
-    if cfg.family == "llama":
-        _check_rope(cfg, path, theirs)
-        head = theirs.get("head_dim") or cfg.hidden_size // cfg.num_heads
-        if head != cfg.hidden_size // cfg.num_heads:
-            raise ValueError(f"{path}: head_dim={head}, but model.hidden_size / num_heads is otherwise")
-
-
-def _check_rope(cfg: schema.Model, path: Path, theirs: dict[str, Any]) -> None:
-    """Rotary settings stand in one of two places, by the age of the file: flat, or under `rope_parameters`."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: rope_type={kind}, but only the default rotary embedding is built here")
-    theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-    if float(theta) != cfg.rope_theta:
-        raise ValueError(f"{path}: rope_theta={theta}, but model.rope_theta={cfg.rope_theta}")
-
-
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -183,54 +126,53 @@ def _files(folder: Path) -> list[Path]:
 
 @torch.no_grad()
 def read_into(model: nn.Module, folder: Path, cfg: schema.Model) -> set[str]:
-    """Copies the folder's tensors into the model's parameters in place, casting to their dtype.
+    """Copies the folder's tensors into the model's parameters and statistics in place, casting to their dtype.
 
     Layers beyond `cfg.num_layers` are left out. Returns the names of parameters that are allowed to lack and do: the
-    classifier's. Raises ValueError naming keys that lack, that fit nothing, or whose shapes differ.
+    classifier's, which is new too (the log says so) where the file's has another number of classes. Raises ValueError
+    naming keys that lack, that fit nothing, whose shapes differ, or that are tied here and differ in the file.
     """
     from safetensors import safe_open
 
-    parameters = dict(model.named_parameters())
-    left = set(parameters)
+    targets = targets_of(model)
+    left = {name for name, _ in targets.values()}
     unknown = []
     for file in _files(folder):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                name = _own_name(key, cfg)
+                name = published.own_name(key, cfg)
                 if name is None:
                     continue
-                if name not in parameters:
+                if name not in targets:
                     unknown.append(key)
                     continue
-                value, parameter = tensors.get_tensor(key), parameters[name]
-                if value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{file}: {key} has shape {tuple(value.shape)}, but model {cfg.name} wants "
-                        f"{tuple(parameter.shape)}"
-                    )
-                parameter.copy_(value)
-                left.discard(name)
+                value, (first, target) = tensors.get_tensor(key), targets[name]
+                if value.shape != target.shape:
+                    problem = f"{file}: {key} has shape {tuple(value.shape)}, but model {cfg.name} wants"
+                    if first.startswith(HEAD) and value.shape[1:] == target.shape[1:]:
+                        log.warning("%s %s: the head begins anew", problem, tuple(target.shape))
+                        continue
+                    raise ValueError(f"{problem} {tuple(target.shape)}")
+                if first not in left and not torch.equal(value.to(target), target):
+                    raise ValueError(f"{file}: {key} is not {first}, to which model {cfg.name} ties it")
+                target.copy_(value)
+                left.discard(first)
     if unknown:
         raise ValueError(f"{folder}: keys that model {cfg.name} does not have: {_some(unknown)}")
-    fresh = {name for name in left if name.startswith("classifier.")}
+    fresh = {name for name in left if name.startswith(HEAD)}
     if left - fresh:
         raise ValueError(f"{folder}: keys that model {cfg.name} needs are missing: {_some(sorted(left - fresh))}")
     return fresh
 
 
-def _own_name(key: str, cfg: schema.Model) -> str | None:
-    """Our name of a file's key, None for what is left out on purpose."""
-    if NOT_OURS.search(key):
-        return None
-    layer = LAYER.search(key)
-    if layer and int(layer[1]) >= cfg.num_layers:
-        return None
-    if cfg.family == "llama":
-        return None if cfg.tie_embeddings and key == "lm_head.weight" else key
-    if key.startswith(("embeddings.", "encoder.")):
-        key = "bert." + key
-    # The original TensorFlow names, still in some old files.
-    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+def targets_of(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
+    """What a file fills: name -> (first name, tensor) of every parameter, by each of its names, and of every buffer
+    that is kept with the weights (batch norm's statistics)."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    kept = model.state_dict().keys()
+    buffers = {name: (name, buffer) for name, buffer in model.named_buffers() if name in kept}
+    named = model.named_parameters(remove_duplicate=False)
+    return {**{name: (first[parameter], parameter) for name, parameter in named}, **buffers}
 
 
 def _some(names: list[str]) -> str:
