@@ -11,8 +11,9 @@ import pytest
 
 from llmsys import data, schema
 from llmsys.data import corpus, functions
+from llmsys.data.code import DOCSTRING_INSTRUCTION
+from llmsys.data.examples import template
 from llmsys.data.neutral import Neutraliser, forms
-from llmsys.data.sources import DOCSTRING_INSTRUCTION, template
 
 CODE = {
     "code_lm": schema.Data(kind="code_lm"),

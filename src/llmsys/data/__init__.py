@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llmsys.data.examples import Example, Source
 from llmsys.data.sampling import order
-from llmsys.data.sources import Example, Source, content_hash, open
+from llmsys.data.sources import content_hash, open
 
 if TYPE_CHECKING:
-    from llmsys.data.batches import Dataset, Encoded, encode
+    from llmsys.data.batches import Dataset, Encoded, Split, encode
 
-__all__ = ["Dataset", "Encoded", "Example", "Source", "content_hash", "encode", "open", "order"]
+__all__ = ["Dataset", "Encoded", "Example", "Source", "Split", "content_hash", "encode", "open", "order"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Dataset", "Encoded", "encode"):  # torch takes 1.7 s to import; PEP 562
+    if name in ("Dataset", "Encoded", "Split", "encode"):  # torch takes 1.7 s to import; PEP 562
         from llmsys.data import batches
 
         return getattr(batches, name)

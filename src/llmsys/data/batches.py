@@ -5,69 +5,81 @@ the data, shifts them by one. -100 means no loss.
 
 Without prompts (`code_lm`, `synthetic`) texts are packed: <bos> text <eos> <bos> text ..., cut every L tokens, so that
 no position is wasted on padding. With prompts each example is a row of its own: <bos> prompt text <eos>, padded on the
-right, loss on text and <eos> only.
+right, loss on text and <eos> only. Source and target of seq2seq are in `pairs`, images in `pixels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from llmsys.data.sources import Example, Source
+from llmsys import schema
+from llmsys.data.examples import Example, Source
+from llmsys.data.ragged import FULL, IGNORE, Ragged
 from llmsys.data.tokenizer import Tokenizer
 
-IGNORE = -100
-_FULL = -1
 _TAIL = 24
 """Tokens kept of a cut prompt's end, so that "### Response:" is still there, in bytes too."""
 
 
+class Split(Protocol):
+    """What training and evaluation ask of a split, whatever it is made of."""
+
+    lengths: np.ndarray
+    """What each example costs, in tokens without padding; evaluation sorts by it."""
+
+    def __len__(self) -> int: ...
+
+    def batch(
+        self, indices: list[int], pad_to: int | None = FULL, seed: int | tuple[int, ...] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The arguments of the model's forward for these examples, on the host.
+
+        `pad_to`: the width of texts; by default the encoded length, so that every step has one shape; None: the longest
+        of this batch. `seed`: what augmentation is drawn from, together with each example's index; None: no
+        augmentation.
+        """
+        ...
+
+
 class Encoded:
-    """One split. Row `i` is `flat[starts[i]:starts[i + 1]]`, of which the first `prompts[i]` tokens carry no loss."""
+    """One split of texts. Row `i` of `flat` are tokens, of which the first `prompts[i]` carry no loss."""
 
     def __init__(
         self,
-        flat: np.ndarray,
-        starts: np.ndarray,
+        rows: Ragged,
         *,
         length: int,
         pad_id: int,
         prompts: np.ndarray | None = None,
         classes: np.ndarray | None = None,
     ) -> None:
-        self.flat, self.starts, self.prompts, self.classes = flat, starts, prompts, classes
+        self.rows, self.prompts, self.classes = rows, prompts, classes
         self.length, self.pad_id = length, pad_id
-        self.lengths = np.diff(starts)
-        """Tokens of each row, padding not counted; evaluation sorts by it."""
+        self.lengths = rows.lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, indices: list[int], pad_to: int | None = _FULL) -> dict[str, torch.Tensor]:
+    def batch(
+        self, indices: list[int], pad_to: int | None = FULL, seed: int | tuple[int, ...] | None = None
+    ) -> dict[str, torch.Tensor]:
         """`input_ids` [B, L], `labels` [B, L] or, for classes, [B]; `attention_mask` [B, L] where a row is padded and
-        always for classes. L is the encoded length, or `pad_to`; None: the longest row of this batch."""
-        assert indices
-        longest = int(self.lengths[indices].max())
-        width = longest if pad_to is None else self.length if pad_to == _FULL else pad_to
-        assert width >= longest, f"pad_to={width} is shorter than a row of {longest} tokens"
-        ids = np.full((len(indices), width), self.pad_id, dtype=np.int64)
-        mask = np.zeros((len(indices), width), dtype=np.int64)
-        labels = np.full((len(indices), width), IGNORE, dtype=np.int64)
-        for row, i in enumerate(indices):
-            tokens = self.flat[self.starts[i] : self.starts[i + 1]]
-            prompt = 0 if self.prompts is None else self.prompts[i]
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-            labels[row, prompt : len(tokens)] = tokens[prompt:]
+        always for classes. L is the encoded length, or `pad_to`; None: the longest row of this batch. There is nothing
+        to draw from `seed`."""
+        ids, mask = self.rows.padded(indices, self.length if pad_to == FULL else pad_to, self.pad_id)
         batch = {"input_ids": torch.from_numpy(ids)}
-        if self.classes is not None or (self.lengths[indices] < width).any():
-            batch["attention_mask"] = torch.from_numpy(mask)
+        if self.classes is not None or not mask.all():
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.classes is not None:
-            labels = self.classes[indices]
-        batch["labels"] = torch.from_numpy(labels)
+            batch["labels"] = torch.from_numpy(self.classes[indices])
+            return batch
+        if self.prompts is not None:
+            mask &= np.arange(ids.shape[1]) >= self.prompts[indices][:, None]
+        batch["labels"] = torch.from_numpy(np.where(mask, ids, IGNORE))
         return batch
 
 
@@ -75,21 +87,36 @@ class Encoded:
 class Dataset:
     """Both splits, ready for batches."""
 
-    train: Encoded
-    val: Encoded
+    train: Split
+    val: Split
 
 
-def encode(source: Source, tokenizer: Tokenizer, length: int) -> Dataset:
-    """Tokens of a source, rows of at most `length`. Raises ValueError if a split does not fill one packed row, or if
-    the tokenizer has no end of text, without which a model could not learn to stop."""
+def encode(source: Source, tokenizer: Tokenizer | None, train: schema.Train, model: schema.Model) -> Dataset:
+    """A source as `model` takes it: rows of at most `train.length` tokens (and targets of `train.target_length`), or
+    images of the model's size. `tokenizer` is None for images.
+
+    Raises ValueError if a split does not fill one packed row, if the tokenizer has no end of text, without which a
+    model could not learn to stop, or if images do not fit the model.
+    """
+    if source.objective == "images":
+        from llmsys.data.pixels import images
+
+        assert isinstance(model, schema.ConvNet), "the config's check"
+        return Dataset(*images(source, model))
+    assert tokenizer is not None
+    length = train.length
     if source.objective == "classification":
         return Dataset(*(_classes(split, tokenizer, length) for split in (source.train, source.val)))
     if tokenizer.eos_id is None:
-        raise ValueError("model.tokenizer: it has no eos_token, which causal language modelling needs")
+        raise ValueError("model.tokenizer: it has no eos_token, which language modelling needs")
     if length < 4:
         raise ValueError(f"train.length={length}: must be at least 4")
+    if source.objective == "seq2seq":
+        from llmsys.data.pairs import pairs
+
+        return Dataset(*(pairs(split, tokenizer, length, train.target_length) for split in (source.train, source.val)))
     if any(example.prompt for example in source.train):
-        return Dataset(*(_pairs(split, tokenizer, length) for split in (source.train, source.val)))
+        return Dataset(*(_prompted(split, tokenizer, length) for split in (source.train, source.val)))
     splits = []
     for name, split in (("training", source.train), ("validation", source.val)):
         packed = _packed(split, tokenizer, length)
@@ -109,10 +136,10 @@ def _packed(examples: list[Example], tokenizer: Tokenizer, length: int) -> Encod
     flat = np.concatenate(pieces)
     rows = len(flat) // length
     starts = np.arange(rows + 1, dtype=np.int64) * length
-    return Encoded(flat[: rows * length], starts, length=length, pad_id=tokenizer.pad_id)
+    return Encoded(Ragged(flat[: rows * length], starts), length=length, pad_id=tokenizer.pad_id)
 
 
-def _pairs(examples: list[Example], tokenizer: Tokenizer, length: int) -> Encoded:
+def _prompted(examples: list[Example], tokenizer: Tokenizer, length: int) -> Encoded:
     bos, eos = _ends(tokenizer)
     prompts = tokenizer.encode([example.prompt for example in examples])
     texts = tokenizer.encode([example.text for example in examples])
@@ -121,9 +148,8 @@ def _pairs(examples: list[Example], tokenizer: Tokenizer, length: int) -> Encode
         prompt, text = fit(prompt, [*text, *eos], length - len(bos))
         rows.append([*bos, *prompt, *text])
         prompt_lengths.append(len(bos) + len(prompt))
-    flat, starts = _flat(rows)
     return Encoded(
-        flat, starts, length=length, pad_id=tokenizer.pad_id, prompts=np.array(prompt_lengths, dtype=np.int64)
+        Ragged.of(rows), length=length, pad_id=tokenizer.pad_id, prompts=np.array(prompt_lengths, dtype=np.int64)
     )
 
 
@@ -143,23 +169,28 @@ def fit(prompt: list[int], text: list[int], budget: int) -> tuple[list[int], lis
 
 
 def _classes(examples: list[Example], tokenizer: Tokenizer, length: int) -> Encoded:
-    """[CLS] text [SEP], the text cut at its end."""
-    room = length - len(tokenizer.wrap([]))
-    if room < 1:
+    """[CLS] text [SEP], the text cut at its end; of two texts, [CLS] a [SEP] b [SEP], the longer one is cut."""
+    two = any(example.pair is not None for example in examples)
+    room = length - len(tokenizer.wrap([], [] if two else None))
+    if room < 1 + two:
         raise ValueError(f"train.length={length}: no room for text beside the tokenizer's special tokens")
-    tokens = tokenizer.encode([example.text for example in examples])
-    flat, starts = _flat(tokenizer.wrap(ids[:room]) for ids in tokens)
+    texts = tokenizer.encode([example.text for example in examples])
+    if two:
+        pairs = tokenizer.encode([example.pair or "" for example in examples])
+        fitted = (fit_two(a, b, room) for a, b in zip(texts, pairs, strict=True))
+        rows = Ragged.of(tokenizer.wrap(a, b) for a, b in fitted)
+    else:
+        rows = Ragged.of(tokenizer.wrap(ids[:room]) for ids in texts)
     classes = np.array([example.label for example in examples], dtype=np.int64)
-    return Encoded(flat, starts, length=length, pad_id=tokenizer.pad_id, classes=classes)
+    return Encoded(rows, length=length, pad_id=tokenizer.pad_id, classes=classes)
+
+
+def fit_two(a: list[int], b: list[int], budget: int) -> tuple[list[int], list[int]]:
+    """Two texts cut at their ends to `budget` tokens together, the longer one first, as GLUE is usually cut."""
+    a = a[: max(budget - budget // 2, budget - len(b))]
+    return a, b[: budget - len(a)]
 
 
 def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     assert tokenizer.eos_id is not None
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id], [tokenizer.eos_id]
-
-
-def _flat(rows: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    arrays = [np.array(row, dtype=np.int32) for row in rows]
-    starts = np.zeros(len(arrays) + 1, dtype=np.int64)
-    np.cumsum([len(array) for array in arrays], out=starts[1:])
-    return np.concatenate(arrays), starts

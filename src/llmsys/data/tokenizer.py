@@ -28,8 +28,9 @@ class Tokenizer(Protocol):
         """The text of ids, special tokens left out."""
         ...
 
-    def wrap(self, ids: list[int]) -> list[int]:
-        """Ids between the model's own special tokens: [CLS] ... [SEP], or <s> ..."""
+    def wrap(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        """Ids between the model's own special tokens: [CLS] ... [SEP], or <s> ...; of two texts, [CLS] ... [SEP] ...
+        [SEP], or <s> ... </s></s> ... </s>."""
         ...
 
 
@@ -48,8 +49,8 @@ class Bytes:
         """A sequence cut inside a character shows U+FFFD there."""
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
-    def wrap(self, ids: list[int]) -> list[int]:
-        return [257, *ids, 258]
+    def wrap(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        return [257, *ids, 258, *([] if pair is None else [*pair, 258])]
 
 
 class FromWeights:
@@ -84,6 +85,10 @@ class FromWeights:
         full = self._fast.encode("a", add_special_tokens=True).ids
         at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
         self._prefix, self._suffix = full[:at], full[at + len(bare) :]
+        two = self._fast.encode("a", "a", add_special_tokens=True).ids
+        self._joins = True
+        self._between = two[at + len(bare) : len(two) - len(self._suffix) - len(bare)]
+        self._joins = self.wrap(bare, bare) == two
 
     def _id(self, name: str | None) -> int | None:
         return None if name is None else self._fast.token_to_id(name)
@@ -94,8 +99,11 @@ class FromWeights:
     def decode(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=True)
 
-    def wrap(self, ids: list[int]) -> list[int]:
-        return [*self._prefix, *ids, *self._suffix]
+    def wrap(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        if pair is not None and not self._joins:
+            raise ValueError("model.tokenizer=weights: its tokenizer.json has no template for two texts")
+        second = [] if pair is None else [*self._between, *pair]
+        return [*self._prefix, *ids, *second, *self._suffix]
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
