@@ -9,22 +9,44 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from llmsys import schema
-from llmsys.models import linear_names, load, recompute_blocks
+from llmsys.cost import Case
+from llmsys.lorafa.peft_baselines import LoRA, LoRAFA
+from llmsys.models import load, recompute_blocks
+from llmsys.profile.memory import saved_tensors
+from llmsys.schema.model import CONVNETS
 
 CLASSES = 5
 LOCAL = schema.Engine()
 FULL = schema.Method(kind="full")
 
 
-def shape(**changes: Any) -> schema.Model:
+SMALL = {"hidden_size": 64, "num_layers": 3, "vocab_size": 700}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {**SMALL, "intermediate_size": 176},
+    "gpt2": {**SMALL, "intermediate_size": 256, "tie_embeddings": True},
+    "bert": {**SMALL, "intermediate_size": 176},
+    "roberta": {**SMALL, "intermediate_size": 176},
+    "t5": {**SMALL, "intermediate_size": 192, "tie_embeddings": True},
+    "resnet": {"depths": [1, 2], "widths": [16, 32]},
+    "vgg": {"depths": [1, 2], "widths": [16, 32], "block": "plain"},
+}
+
+
+def shape(family: str = "llama", **changes: Any) -> Any:
     """A model small enough to run and large enough that four-byte scalars do not matter."""
-    small = {"family": "llama", "vocab_size": 700, "hidden_size": 64, "intermediate_size": 176, "num_layers": 3}
-    return schema.Model(**{**small, **changes})
+    small = {**SHAPES[family], **changes}
+    if family in CONVNETS:
+        return schema.ConvNet(kind="convnet", family=family, num_classes=CLASSES, **small)
+    return schema.Transformer(family=family, **small)
 
 
 def training(**changes: Any) -> schema.Train:
-    """Two sequences of 96 tokens."""
-    return schema.Train(**{"micro_batch": 2, "global_batch": 2, "length": 96, **changes})
+    """Two sequences of 96 tokens, or two images."""
+    return schema.Train(**{"micro_batch": 2, "global_batch": 2, "length": 96, "target_length": 40, **changes})
+
+
+def case(model: schema.Model, train: schema.Train, how: schema.Method, **facts: Any) -> Case:
+    return Case(model, train, how, facts.pop("engine", LOCAL), num_labels=CLASSES, **facts)
 
 
 def method(kind: str, **changes: Any) -> schema.Method:
@@ -32,38 +54,26 @@ def method(kind: str, **changes: Any) -> schema.Method:
 
 
 def build(model: schema.Model, train: schema.Train, how: schema.Method) -> nn.Module:
-    """The model with peft's adapters, A frozen for LoRA-FA, and recomputation."""
-    built = load(
-        model,
-        objective="classification" if model.family == "bert" else "causal_lm",
-        num_labels=CLASSES,
-        device=torch.device("cpu"),
-        seed=0,
-        folder=None,
-    )
+    """The model as the method prepares it, with recomputation."""
+    built = load(model, objective=model.objective, num_labels=CLASSES, device=torch.device("cpu"), seed=0, folder=None)
     if isinstance(how, schema.Adapter):
-        from peft import LoraConfig, inject_adapter_in_model
-
-        config = LoraConfig(
-            r=how.r, lora_alpha=how.alpha, lora_dropout=how.dropout, target_modules=linear_names(built, how.targets)
-        )
-        built = inject_adapter_in_model(config, built)
-        for name, parameter in built.named_parameters():
-            if "lora_" in name and how.dtype == "fp32":
-                parameter.data = parameter.data.float()
-            if "lora_A" in name and how.kind == "lorafa_peft":
-                parameter.requires_grad_(False)
-            if name.startswith("classifier."):
-                parameter.requires_grad_(True)
+        (LoRA if how.kind == "lora_peft" else LoRAFA)(how).prepare(built)
     if train.recompute == "block":
         recompute_blocks(built)
     return built.train()
 
 
 def batch(model: schema.Model, train: schema.Train, padded: bool) -> dict[str, torch.Tensor]:
+    if isinstance(model, schema.ConvNet):
+        size = (train.micro_batch, model.channels, model.image_size, model.image_size)
+        return {"pixel_values": torch.rand(size), "labels": torch.zeros(train.micro_batch, dtype=torch.long)}
     ids = torch.randint(0, 300, (train.micro_batch, train.length))
-    labels = ids if model.family == "llama" else torch.zeros(train.micro_batch, dtype=torch.long)
-    result = {"input_ids": ids, "labels": labels}
+    labels = {
+        "causal_lm": ids,
+        "classification": torch.zeros(train.micro_batch, dtype=torch.long),
+        "seq2seq": torch.randint(0, 300, (train.micro_batch, train.target_length)),
+    }
+    result = {"input_ids": ids, "labels": labels[model.objective]}
     if padded:
         result["attention_mask"] = torch.ones_like(ids)
         result["attention_mask"][0, -16:] = 0
@@ -76,21 +86,14 @@ def autocast(model: schema.Model, train: schema.Train) -> torch.autocast:
 
 
 def saved_bytes(built: nn.Module, inputs: dict[str, torch.Tensor], context: torch.autocast) -> int:
-    """Bytes of all storages that autograd keeps in one forward, each once, parameters and buffers not."""
-    own = {t.untyped_storage().data_ptr() for t in [*built.parameters(), *built.buffers()]}
-    found: dict[int, int] = {}
-    alive = []  # a freed storage's address would be given out again
+    """Bytes of all storages that autograd, or a checkpoint, keeps in one forward."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        alive.append(tensor)
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def forward() -> torch.Tensor:
+        with context:
+            loss: torch.Tensor = built(**inputs).loss
+        return loss
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
-        built(**inputs)
-    return sum(found.values())
+    return saved_tensors(built, forward)
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> int:

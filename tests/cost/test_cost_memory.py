@@ -4,33 +4,57 @@ import itertools
 
 import pytest
 import torch
-from cost_harness import CLASSES, FULL, LOCAL, autocast, batch, build, method, saved_bytes, shape, training
+from cost_harness import CLASSES, FULL, LOCAL, autocast, batch, build, case, method, saved_bytes, shape, training
 
 from llmsys import schema
-from llmsys.cost import estimate, num_params, peak_bytes
-from llmsys.cost.memory import bytes_per_block, ledger, trainable_params
+from llmsys.cost import estimate, num_params, peak_bytes, trainable_params
+from llmsys.cost.memory import bytes_per_block, ledger
 
 METHODS = ("full", "lora_peft", "lorafa_peft")
+TRANSFORMERS = {
+    "llama": {"family": "llama"},
+    "gpt2": {"family": "gpt2"},
+    "bert": {"family": "bert"},
+    "bert_cls": {"family": "bert", "pooling": "cls"},
+    "roberta": {"family": "roberta"},
+    "roberta_cls": {"family": "roberta", "pooling": "cls"},
+    "t5": {"family": "t5"},
+}
+CONVNETS = {
+    "resnet": {"family": "resnet"},
+    "resnet_bottleneck": {"family": "resnet", "block": "bottleneck", "widths": [32, 64]},
+    "resnet_imagenet": {"family": "resnet", "stem": "imagenet", "image_size": 65},
+    "vgg": {"family": "vgg", "image_size": 33},
+}
+DTYPES = [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")]
 
 
 def _differs(model: schema.Model, train: schema.Train, how: schema.Method, padded: bool) -> str | None:
-    """A line when prediction and measurement differ by more than 1 % (they differ by 4 bytes, a scalar)."""
+    """A line when prediction and measurement differ by more than 4 bytes: the loss's count of labels, a scalar."""
     torch.manual_seed(0)
     measured = saved_bytes(build(model, train, how), batch(model, train, padded), autocast(model, train))
-    parts = ledger(model, train, how, num_labels=CLASSES, padded=padded)
+    parts = ledger(case(model, train, how, padded=padded))
     predicted = parts.kept + parts.logits
-    if abs(predicted / measured - 1) < 0.01:
+    if abs(predicted - measured) <= 4:
         return None
     return f"{model} {train} {how} padded={padded}: measured {measured}, predicted {predicted}"
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("dtype", "precision"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")])
-def test_saved_tensors_are_as_predicted(family: str, attention: str, dtype: str, precision: str) -> None:
-    model, train = shape(family=family, attention=attention, dtype=dtype), training(precision=precision)
+@pytest.mark.parametrize(("dtype", "precision"), DTYPES)
+def test_saved_tensors_are_as_predicted(name: str, attention: str, dtype: str, precision: str) -> None:
+    model = shape(**TRANSFORMERS[name], num_layers=2, attention=attention, dtype=dtype)
     for kind, padded in itertools.product(METHODS, (False, True)):
-        assert not _differs(model, train, method(kind), padded)
+        assert not _differs(model, training(precision=precision), method(kind), padded)
+
+
+@pytest.mark.parametrize("name", CONVNETS)
+@pytest.mark.parametrize(("dtype", "precision"), DTYPES)
+def test_saved_tensors_of_convolutions_are_as_predicted(name: str, dtype: str, precision: str) -> None:
+    for dropout in (0.0, 0.1):
+        model = shape(**CONVNETS[name], dtype=dtype, dropout=dropout)
+        assert not _differs(model, training(precision=precision), FULL, False)
 
 
 @pytest.mark.parametrize("kind", ["lora_peft", "lorafa_peft"])
@@ -43,12 +67,13 @@ def test_adapters_in_the_models_dtype_and_on_some_layers(kind: str) -> None:
         assert not _differs(model, training(), method(kind, targets=targets), True)
 
 
-@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("bert", "sdpa"), ("bert", "eager")])
-def test_dropout_masks_are_counted(family: str, attention: str) -> None:
-    for kind, dtype in itertools.product(METHODS, ("fp32", "bf16")):
-        model, train = shape(family=family, attention=attention, dtype=dtype, dropout=0.1), training(precision=dtype)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_dropout_masks_are_counted(name: str) -> None:
+    for attention, kind in itertools.product(("sdpa", "eager"), METHODS):
+        dtype = "bf16" if kind == "lora_peft" else "fp32"
+        model = shape(**TRANSFORMERS[name], num_layers=2, attention=attention, dtype=dtype, dropout=0.1)
         how = method(kind) if kind == "full" else method(kind, dropout=0.1)
-        assert not _differs(model, train, how, family == "bert")
+        assert not _differs(model, training(precision=dtype), how, model.family not in ("llama", "gpt2"))
 
 
 def test_grouped_heads_are_copied_only_under_a_mask() -> None:
@@ -56,15 +81,21 @@ def test_grouped_heads_are_copied_only_under_a_mask() -> None:
         assert not _differs(shape(num_kv_heads=2, attention=attention), training(), FULL, padded)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_recomputation_keeps_block_inputs_and_adds_one_live_block(family: str) -> None:
-    model, train = shape(family=family), training(recompute="block")
-    for kind in METHODS:
-        assert not _differs(model, train, method(kind), family == "bert")
-    plain = ledger(model, training(), FULL)
-    parts = ledger(model, train, FULL)
-    assert parts.activations == parts.kept + max(plain.blocks)
-    assert parts.activations < plain.activations
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_recomputation_keeps_block_inputs_and_adds_one_live_block(name: str) -> None:
+    """Also masks, positions and rotary tables, which a checkpoint's closure holds."""
+    train = training(recompute="block")
+    for attention, kind in itertools.product(("sdpa", "eager"), METHODS):
+        model = shape(**TRANSFORMERS[name], attention=attention)
+        assert not _differs(model, train, method(kind), kind != "lora_peft")
+    plain = ledger(case(model, training(), FULL))
+    parts = ledger(case(model, train, FULL))
+    assert max(plain.blocks) > parts.returns > 0.8 * max(plain.blocks), "all but the inputs, which are kept anyway"
+    assert parts.kept + parts.returns < plain.kept
+    facts = (FULL, LOCAL)
+    assert estimate(model, train, *facts)["activations"] == parts.kept, "as hooks see it"
+    grown = sum(estimate(model, train, *facts).values()) + parts.returns
+    assert peak_bytes(model, train, *facts) > grown - estimate(model, train, *facts)["gradients"]
 
 
 @pytest.mark.parametrize(
@@ -85,30 +116,31 @@ def test_bytes_per_block_are_the_table_of_the_research_note(kind: str, dtype: st
     assert found == pytest.approx(published, abs=0.06)
 
 
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_weights_gradients_and_optimizer_are_exact(family: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [*itertools.product(TRANSFORMERS, METHODS), *((name, "full") for name in CONVNETS)]
+)
+def test_weights_gradients_and_optimizer_are_exact(name: str, kind: str) -> None:
     for dtype in ("fp32", "bf16"):
-        model, train, how = shape(family=family, dtype=dtype), training(precision=dtype), method(kind)
+        model = shape(**{**TRANSFORMERS, **CONVNETS}[name], dtype=dtype)
+        train, how = training(precision=dtype), method(kind)
         built = build(model, train, how)
         trained = [p for p in built.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained)
-        built(**batch(model, train, family == "bert")).loss.backward()
+        built(**batch(model, train, False)).loss.backward()
         optimizer.step()
         found = estimate(model, train, how, LOCAL, num_labels=CLASSES)
-        assert found["weights"] == sum(p.nbytes for p in built.parameters())
+        assert found["weights"] == sum(t.nbytes for t in [*built.parameters(), *built.buffers()])
         assert found["gradients"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
         assert found["optimizer"] == sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         )
-        labels = CLASSES if family == "bert" else 0
-        assert trainable_params(model, how, labels) == sum(p.numel() for p in trained)
+        assert trainable_params(case(model, train, how)) == sum(p.numel() for p in trained)
 
 
 def test_lora_fa_of_7b_fits_where_full_does_not() -> None:
     # The paper's point at its size: one 80 GB device, batch 8 x 1024, bf16 (peft's example states 36 GB for LoRA-FA's
     # activations, its LoRA at 60 GB or more)
-    model = schema.Model(
+    model = schema.Transformer(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32,
         max_length=4096, dtype="bf16",
     )  # fmt: skip
@@ -133,15 +165,15 @@ def test_accumulated_gradients_are_alive_with_the_activations() -> None:
 def test_methods_that_train_nothing_in_the_model() -> None:
     model = shape(family="bert")
     probe = estimate(model, training(), schema.Method(kind="probe"), LOCAL, num_labels=CLASSES)
-    assert probe.pop("weights") == 4 * num_params(model, CLASSES)
+    assert probe.pop("weights") == 4 * num_params(model, CLASSES) + 2 * 8 * model.max_length
     assert set(probe.values()) == {0}
     assert set(estimate(model, training(), schema.Method(kind="majority"), LOCAL).values()) == {0}
 
 
 def test_what_is_not_known_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"engine.kind=ddp: no memory estimate"):
-        estimate(shape(), training(), FULL, schema.Engine(kind="ddp"))
-    with pytest.raises(ValueError, match=r"method.kind=galore: no memory estimate"):
+    with pytest.raises(ValueError, match=r"engine.kind=pipeline: no cost is known.*fsdp2"):
+        estimate(shape(), training(), FULL, schema.Engine(kind="pipeline"))
+    with pytest.raises(ValueError, match=r"method.kind=galore: no cost is known"):
         estimate(shape(), training(), schema.Method(kind="galore"), LOCAL)
     with pytest.raises(ValueError, match=r"method.targets=qproj.*q_proj"):
         estimate(shape(), training(), method("lora_peft", targets=["qproj"]), LOCAL)

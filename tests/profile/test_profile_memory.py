@@ -64,7 +64,7 @@ def test_accounted_is_a_hand_count() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(torch.randn(5, 8)).sum().backward()
     optimizer.step()
-    found = memory.accounted(model, optimizer, saved_bytes=100)
+    found = memory.accounted(memory.held_locally(model, optimizer), saved_bytes=100)
     assert found == {
         "weights_bytes": 4 * (128 + 64 + 3),
         "gradients_bytes": 4 * 64,
@@ -72,6 +72,41 @@ def test_accounted_is_a_hand_count() -> None:
         "saved_bytes": 100,
         "accounted_bytes": 4 * 195 + 4 * 64 + 516 + 100,
     }
+
+
+def test_a_storage_counts_once_and_for_the_first_kind_that_has_it() -> None:
+    """Two views of one buffer of 100 elements; a stand-in for gradients counts its elements."""
+    flat = torch.zeros(100)
+    held = {"weights": [flat[:10], flat[10:30]], "gradients": [torch.empty(30, device="meta")], "master": [flat]}
+    assert memory.accounted(held, 0) == {
+        "weights_bytes": 400,
+        "gradients_bytes": 120,
+        "master_bytes": 0,
+        "saved_bytes": 0,
+        "accounted_bytes": 520,
+    }
+
+
+def test_of_a_tensor_that_is_cut_over_ranks_the_local_part_counts() -> None:
+    """A mesh of one rank: what is saved, and held, is the DTensor's own memory, and its mesh is no tensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    from llmsys.comm.group import group
+    from llmsys.comm.place import LOOPBACK, Place, listen
+
+    listener, port = listen(LOOPBACK)
+    with group(Place(rank=0, world=1, store=(LOOPBACK, port), listener=listener), torch.device("cpu")):
+        mesh = init_device_mesh("cpu", (1,))
+        model = distribute_module(two_layers(), mesh)
+        x = distribute_tensor(torch.randn(5, 8), mesh, [Shard(0)])
+        assert memory.saved_tensors(model, lambda: model(x).sum()) == 4 * (5 * 8 + 5 * 16)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        model(x).sum().backward()
+        optimizer.step()
+        found = memory.accounted(memory.held_locally(model, optimizer), 0)
+    assert found["weights_bytes"] == found["gradients_bytes"] == 4 * (128 + 64)
+    assert found["optimizer_bytes"] == 2 * 4 * (128 + 64) + 2 * 4
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")

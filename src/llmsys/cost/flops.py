@@ -1,4 +1,4 @@
-"""How much arithmetic an optimizer step is: matrix products only, 2 FLOPs for a multiply-add.
+"""How much arithmetic an optimizer step is: matrix products and convolutions only, 2 FLOPs for a multiply-add.
 
 Forward: 2 N T for N weights in products over T tokens, and 4 B L L D a layer for attention (scores and mix; the whole
 square, as kernels are usually counted, though a causal one may skip half). Backward: each product once more for each
@@ -10,30 +10,26 @@ dA, dB and both inputs' (LoRA) or all but dA (LoRA-FA). A fused attention kernel
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from llmsys import schema
-from llmsys.cost import memory, shapes, walk
+from llmsys.cost import walk
+from llmsys.cost.case import Case, Facts
 
 
 def step_flops(
-    model: schema.Model,
-    train: schema.Train,
-    method: schema.Method,
-    *,
-    num_labels: int = 2,
-    padded: bool | None = None,
-    device: str = "cpu",
+    model: schema.Model, train: schema.Train, method: schema.Method, engine: schema.Engine, **facts: Unpack[Facts]
 ) -> float:
-    """FLOPs of one optimizer step on one rank: `train.accumulation` micro-batches, forward and backward.
+    """FLOPs of one optimizer step on one rank: its share of the micro-batches, forward and backward.
 
     The optimizer's own arithmetic, elementwise and far smaller, is left out. 0 for methods that train no weight of the
-    model; ValueError for a method that is not known here.
+    model. `facts`: see `Case`. ValueError for an engine or a method that is not known here.
     """
-    if method.kind in shapes.UNTRAINED:
+    case = Case(model, train, method, engine, **facts)
+    if not case.trains:
         return 0.0
-    if method.kind not in shapes.METHODS:
-        raise ValueError(f"method.kind={method.kind}: no FLOP count for it; there is one for {shapes.METHODS}")
-    tape, _ = walk.run(model, memory.setting(model, train, method, num_labels=num_labels, padded=padded, device=device))
+    tape = walk.run(case)
     total = sum(tape.forward.values()) + sum(tape.backward.values())
     if train.recompute == "block":
-        total += sum(flops for part, flops in tape.until_last_save.items() if part.startswith("block"))
-    return total * train.accumulation
+        total += sum(tape.until_last_save[block] for block in tape.blocks)
+    return total * schema.accumulation(train, engine)

@@ -1,108 +1,148 @@
-"""Every parameter of a family by name, from the published shape: the arithmetic that the other cost models stand on.
+"""Every parameter of a model by name, from the published shape: the arithmetic that the other cost models stand on.
 
-Letters: D model width, F feed-forward width, V vocabulary, K = D * num_kv_heads / num_heads width of keys and values,
-r low-rank width.
+Each family's own table is in `families`; here is what holds for all of them: which layers get adapters, what is
+trained, and what quantisation makes of a frozen weight.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from llmsys import schema
+from llmsys.cost.case import Case
+from llmsys.cost.families import FAMILIES, Linear, Shape
 
-ADAPTERS = ("lora_peft", "lorafa_peft")
-UNTRAINED = ("majority", "probe")
-METHODS = ("full", *ADAPTERS, *UNTRAINED)
+BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|block)\.\d+(?=\.|$)")
+"""Up to the end of a block's name; its leftmost match, since T5 and ResNet have a `layer.0` inside their blocks."""
 
 
-class Linear(NamedTuple):
-    """A linear layer of a block: its name inside the block, its input and output widths, whether it has a bias."""
+class Parameter(NamedTuple):
+    """One tensor of the model: `width` is bytes an element; `cut` the dimension that tensor parallelism divides."""
 
     name: str
-    n_in: int
-    n_out: int
-    bias: bool
+    shape: Shape
+    width: int
+    trained: bool = False
+    cut: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.width
+
+
+def parameters(model: schema.Model, num_labels: int = 0) -> dict[str, Shape]:
+    """Name -> shape of every parameter, as the built model names them; tied tensors once.
+
+    `num_labels`: classes of a text classifier, 0 leaves its head out.
+    """
+    return FAMILIES[model.family].parameters(model, num_labels)
+
+
+def num_params(model: schema.Model, num_labels: int = 0) -> int:
+    """Parameters of a model, by arithmetic; see `parameters`."""
+    return sum(math.prod(shape) for shape in parameters(model, num_labels).values())
 
 
 def linears(model: schema.Model) -> list[Linear]:
-    """The linear layers of one block, in the order in which the forward pass meets them."""
-    d, f = model.hidden_size, model.intermediate_size
-    k = d // model.num_heads * model.num_kv_heads
-    if model.family == "llama":
-        return [
-            Linear("self_attn.q_proj", d, d, False),
-            Linear("self_attn.k_proj", d, k, False),
-            Linear("self_attn.v_proj", d, k, False),
-            Linear("self_attn.o_proj", d, d, False),
-            Linear("mlp.gate_proj", d, f, False),
-            Linear("mlp.up_proj", d, f, False),
-            Linear("mlp.down_proj", f, d, False),
-        ]
-    return [
-        Linear("attention.self.query", d, d, True),
-        Linear("attention.self.key", d, d, True),
-        Linear("attention.self.value", d, d, True),
-        Linear("attention.output.dense", d, d, True),
-        Linear("intermediate.dense", d, f, True),
-        Linear("output.dense", f, d, True),
-    ]
+    """The linear layers of all blocks, in the model's order."""
+    return FAMILIES[model.family].linears(model)
 
 
-def adapted(model: schema.Model, method: schema.Method) -> set[str]:
-    """Names inside the block of the linear layers that get an adapter, by the rule of `models.surgery.linear_names`."""
-    if method.kind not in ADAPTERS:
-        return set()
-    assert isinstance(method, schema.Adapter)
-    names = [linear.name for linear in linears(model)]
-    if not method.targets:
-        return set(names)
-    chosen: set[str] = set()
-    for target in method.targets:
-        fits = {name for name in names if name == target or name.endswith("." + target)}
-        if not fits:
-            there = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+def blocks(model: schema.Model) -> list[str]:
+    """Names of the repeated blocks, by the rule of `models.surgery.blocks`."""
+    found = (BLOCK.search(name) for name in parameters(model))
+    return list(dict.fromkeys(match.string[: match.end()] for match in found if match))
+
+
+def adapted(case: Case) -> list[Linear]:
+    """The linear layers that get an adapter, by the rule of `models.surgery.linear_names`."""
+    if case.adapter is None:
+        return []
+    layers = linears(case.model)
+    for target in case.adapter.targets:
+        if not any(fits(layer.name, target) for layer in layers):
+            there = ", ".join(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in layers))
             raise ValueError(f"method.targets={target}: no such linear layer in the blocks; there are {there}")
-        chosen |= fits
-    return chosen
+    if not case.adapter.targets:
+        return layers
+    return [layer for layer in layers if any(fits(layer.name, target) for target in case.adapter.targets)]
 
 
-def parameters(model: schema.Model, num_labels: int = 0) -> dict[str, int]:
-    """Name -> number of elements of every parameter, as the built model names them; tied tensors once.
-
-    BERT: the encoder without its pooler, and with `num_labels` > 0 the linear classifier on the mean of its tokens.
-    """
-    d, table = model.hidden_size, {}
-    if model.family == "llama":
-        table["model.embed_tokens.weight"] = model.vocab_size * d
-        norms, prefix = ("input_layernorm", "post_attention_layernorm"), "model.layers"
-    else:
-        for name, rows in (("word", model.vocab_size), ("position", model.max_length), ("token_type", 2)):
-            table[f"bert.embeddings.{name}_embeddings.weight"] = rows * d
-        table |= {f"bert.embeddings.LayerNorm.{leaf}": d for leaf in ("weight", "bias")}
-        norms, prefix = ("attention.output.LayerNorm", "output.LayerNorm"), "bert.encoder.layer"
-    for i in range(model.num_layers):
-        for name, n_in, n_out, bias in linears(model):
-            table[f"{prefix}.{i}.{name}.weight"] = n_in * n_out
-            if bias:
-                table[f"{prefix}.{i}.{name}.bias"] = n_out
-        for name in norms:
-            table[f"{prefix}.{i}.{name}.weight"] = d
-            if model.family == "bert":
-                table[f"{prefix}.{i}.{name}.bias"] = d
-    if model.family == "llama":
-        table["model.norm.weight"] = d
-        if not model.tie_embeddings:
-            table["lm_head.weight"] = model.vocab_size * d
-    elif num_labels:
-        table |= {"classifier.weight": num_labels * d, "classifier.bias": num_labels}
-    return table
+def fits(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
 
 
-def adapter_parameters(model: schema.Model, method: schema.Method) -> tuple[list[int], list[int]]:
-    """Elements of each A (r x n_in) and of each B (n_out x r) over all blocks."""
-    chosen = adapted(model, method)
-    if not chosen:
-        return [], []
-    assert isinstance(method, schema.Adapter)
-    layers = [linear for linear in linears(model) if linear.name in chosen] * model.num_layers
-    return [method.r * linear.n_in for linear in layers], [method.r * linear.n_out for linear in layers]
+def is_head(name: str) -> bool:
+    """A classification head is new, so adapters train it in full."""
+    return name.split(".")[0] == "classifier"
+
+
+def held(case: Case) -> list[Parameter]:
+    """Every parameter of the model as `method` and `model.quant` leave it, adapters included."""
+    if case.method.kind == "majority":
+        return []
+    return [*_base(case), *_adapters(case)]
+
+
+def _base(case: Case) -> Iterator[Parameter]:
+    layers = {f"{layer.name}.weight": layer for layer in linears(case.model)}
+    for name, shape in parameters(case.model, case.labels).items():
+        trained = case.method.kind == "full" or (case.adapter is not None and is_head(name))
+        if name in layers and case.model.quant != "none":
+            yield Parameter(name, (packed_bytes(math.prod(shape), shape[0], case.model.quant),), 1)
+        else:
+            yield Parameter(name, shape, _width(case, name), trained, _cut(name, layers))
+    if case.model.quant == "nf4":
+        yield Parameter("nf4 tables", (16 + 256,), 4)
+
+
+def _width(case: Case, name: str) -> int:
+    """Batch norm stays in fp32 in a bf16 network."""
+    return 4 if isinstance(case.model, schema.ConvNet) and ".normalization." in name else case.width
+
+
+def _cut(name: str, layers: dict[str, Linear]) -> int | None:
+    """The dimension that tensor parallelism divides: none of a norm, an embedding, or a bias added after the sum."""
+    if name == "lm_head.weight":
+        return 0
+    stem, _, leaf = name.rpartition(".")
+    layer = layers.get(f"{stem}.weight")
+    if layer is None or (leaf == "bias" and layer.cut == 1):
+        return None
+    return layer.cut
+
+
+def packed_bytes(numel: int, rows: int, quant: str) -> int:
+    """Bytes of a quantised weight with its scales, as `models.quant` derives them."""
+    if quant == "int8":
+        return numel + 4 * rows
+    scales = -(-numel // 64)
+    return -(-numel // 2) + scales + 4 * -(-scales // 256) + 4
+
+
+def _adapters(case: Case) -> Iterator[Parameter]:
+    if case.adapter is None:
+        return
+    r, width = case.adapter.r, case.adapter_width
+    for layer in adapted(case):
+        # beside a matrix that is cut by outputs B is cut, beside one that is cut by inputs A is
+        a_cut, b_cut = (None, 0) if layer.cut == 0 else (1, None)
+        yield Parameter(f"{layer.name}.lora_A", (r, layer.n_in), width, case.method.kind == "lora_peft", a_cut)
+        yield Parameter(f"{layer.name}.lora_B", (layer.n_out, r), width, True, b_cut)
+
+
+def buffer_bytes(model: schema.Model) -> int:
+    """Bytes of what the model keeps beside its parameters (rotary frequencies, position ids, running statistics)."""
+    return FAMILIES[model.family].buffer_bytes(model)
+
+
+def trainable_params(case: Case) -> int:
+    """Parameters that the method trains."""
+    return sum(parameter.numel for parameter in held(case) if parameter.trained)

@@ -4,23 +4,33 @@ A forward pass over torch's autograd saves, operator by operator, what that oper
 gradient is wanted:
 
     y = x W^T        dW = dy^T x, dx = dy W      saves x if W is trained, W if x needs a gradient
+    convolution      as a product                the same
     s * u            ds = dy u,   du = dy s      saves u if s needs one, s if u does
     silu, gelu       dx = dy f'(x)               saves x
+    relu, tanh       dx = dy g(y)                saves its output y
     softmax          dx = y (dy - sum(dy y))     saves its output y
     RMSNorm (HF)     fp32 copy of x, 1/rms       saves both; with a trained weight also the normalised x
     LayerNorm        x, mean, 1/std              saves all three
+    BatchNorm        x, mean, 1/std by channel   saves all three
+    max pooling      dx goes to the largest      saves x and the int64 places
     dropout          dx = dy mask                saves the mask: 1 byte an element on CUDA, x's own width on a CPU
     fused attention  recomputes the scores       saves q, k, v, the output and one fp32 log-sum-exp a row
     eager attention                              saves q, k, v and the L x L probabilities
 
-A tensor saved twice costs once (the three projections of attention read one x), a cast copy is another tensor, and
-parameters cost nothing, being counted as weights. `Tape` plays these rules with tensors that have a size, a width in
-bytes, a flag `grad` and a storage number, which is what makes one description of a block serve every method: freezing
-a weight is one flag, and what is no longer saved follows. The same walk counts multiplications: 2 FLOPs for each
-multiply-add of a matrix product, forward; in the backward pass once more for each operand that needs a gradient.
+A tensor saved twice costs once (the three projections of attention read one x), a cast copy is another tensor, a view
+costs what it is a view of, and parameters cost nothing, being counted as weights. `Tape` plays these rules with tensors
+that have a size, a width in bytes, a flag `grad` and a storage number, which is what makes one description of a block
+serve every method: freezing a weight is one flag, and what is no longer saved follows. The same walk counts
+multiplications: 2 FLOPs for each multiply-add of a matrix product, forward; in the backward pass once more for each
+operand that needs a gradient.
 
 Autocast (fp32 weights, bf16 products): each product casts its fp32 operands, so what is saved is a bf16 copy for each
 product, and a bf16 copy of the weight wherever x needs a gradient.
+
+ZeRO-3 replaces `torch.nn.functional.linear` by a function of its own that keeps x, uncast, wherever anything of the
+product needs a gradient: a frozen layer's input too.
+
+Recomputation: of a checkpointed block only its inputs are held; what it saves comes back for its own backward pass.
 """
 
 from __future__ import annotations
@@ -39,30 +49,56 @@ class Tensor(NamedTuple):
 
 
 class Tape:
-    """Saved bytes and FLOPs by part of the model (`part` is set by the walker)."""
+    """Saved storages and FLOPs by part of the model.
 
-    def __init__(self, *, autocast: bool, cuda: bool) -> None:
+    `part` is where the walk is. `block` begins a part that can be recomputed, `elsewhere` one that cannot.
+    """
+
+    def __init__(self, *, autocast: bool, cuda: bool, zero_3: bool = False) -> None:
         self.autocast = autocast
         self.cuda = cuda
+        self.zero_3 = zero_3
         self.part = ""
-        self.saved: dict[str, int] = defaultdict(int)
+        self.blocks: list[str] = []
+        self.inputs: set[int] = set()
+        self.saved: dict[str, dict[int, None]] = defaultdict(dict)
         self.forward: dict[str, float] = defaultdict(float)
         self.backward: dict[str, float] = defaultdict(float)
         self.until_last_save: dict[str, float] = defaultdict(float)
-        self._seen: set[int] = set()
-        self._storages = 0
+        self._bytes: dict[int, int] = {}
+
+    def elsewhere(self, part: str) -> None:
+        """What follows belongs to `part`, which is not a repeated block."""
+        self.part = part
+
+    def block(self, part: str, *inputs: Tensor | None) -> None:
+        """What follows belongs to the block `part`, which is called with `inputs` (None: an argument left out)."""
+        self.part = part
+        self.blocks.append(part)
+        self.inputs |= {tensor.storage for tensor in inputs if tensor is not None}
+
+    def bytes_of(self, storages: set[int]) -> int:
+        return sum(self._bytes[storage] for storage in storages)
 
     def new(self, numel: int, width: int, grad: bool) -> Tensor:
         """A tensor in memory of its own."""
-        self._storages += 1
-        return Tensor(numel, width, grad, self._storages)
+        storage = len(self._bytes)
+        self._bytes[storage] = numel * width
+        return Tensor(numel, width, grad, storage)
 
-    def save(self, tensor: Tensor) -> None:
-        """Keeps `tensor` for the backward pass; free where its storage is kept already."""
+    def view(self, x: Tensor, numel: int) -> Tensor:
+        """`numel` elements of `x`'s memory."""
+        return Tensor(numel, x.width, x.grad, x.storage)
+
+    def like(self, x: Tensor, *others: Tensor) -> Tensor:
+        """An elementwise result: as wide as its widest operand."""
+        return self.new(x.numel, max(t.width for t in (x, *others)), any(t.grad for t in (x, *others)))
+
+    def save(self, *tensors: Tensor) -> None:
+        """Keeps `tensors` for the backward pass; free where their storage is kept already."""
         self.touch()
-        if tensor.storage not in self._seen:
-            self._seen.add(tensor.storage)
-            self.saved[self.part] += tensor.numel * tensor.width
+        for tensor in tensors:
+            self.saved[self.part][tensor.storage] = None
 
     def touch(self) -> None:
         """Notes that something is saved here: a checkpointed block is computed again only up to its last save."""
@@ -82,21 +118,35 @@ class Tape:
         self.backward[self.part] += flops * sum(grads)
 
     def linear(self, x: Tensor, n_in: int, n_out: int, width: int, trained: bool) -> Tensor:
-        """x [T, n_in] times a weight of `width` bytes an element -> [T, n_out]."""
+        """x [T, n_in] times a weight of `width` bytes an element -> [T, n_out], by `torch.nn.functional.linear`."""
+        rows = x.numel // n_in
+        if self.zero_3 and (trained or x.grad):
+            self.save(x)
+            self.count(2.0 * rows * n_in * n_out, trained, x.grad)
+            return self.new(rows * n_out, 2 if self.autocast else x.width, True)
+        return self.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, trained)
+
+    def product(self, x: Tensor, weights: int, numel: int, flops: float, width: int, trained: bool) -> Tensor:
+        """A linear map by a parameter of `weights` elements, `width` bytes each -> `numel` elements."""
         x = self.operand(x)
         if trained:
             self.save(x)
         if x.grad:
             self.touch()
             if self.autocast and width == 4:
-                self.save(self.new(n_in * n_out, 2, False))
-        rows = x.numel // n_in
-        self.count(2.0 * rows * n_in * n_out, trained, x.grad)
-        return self.new(rows * n_out, x.width, x.grad or trained)
+                self.save(self.new(weights, 2, False))
+        self.count(flops, trained, x.grad)
+        return self.new(numel, x.width, x.grad or trained)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Saves nothing; the wider of the two decides the result's width."""
-        return self.new(x.numel, max(x.width, y.width), x.grad or y.grad)
+    def convolution(self, x: Tensor, weights: int, numel: int, flops: float, width: int, trained: bool) -> Tensor:
+        """As `product`, but it keeps both operands wherever it keeps one."""
+        x = self.operand(x)
+        if trained or x.grad:
+            self.save(x)
+            if self.autocast and width == 4:
+                self.save(self.new(weights, 2, False))
+        self.count(flops, trained, x.grad)
+        return self.new(numel, x.width, x.grad or trained)
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor:
         """Elementwise product."""
@@ -104,13 +154,20 @@ class Tape:
             self.save(x)
         if x.grad:
             self.save(y)
-        return self.new(x.numel, max(x.width, y.width), x.grad or y.grad)
+        return self.like(x, y)
 
-    def pointwise(self, x: Tensor) -> Tensor:
-        """An activation (silu, gelu): its derivative reads its input."""
+    def from_input(self, x: Tensor) -> Tensor:
+        """An activation whose derivative reads its input (silu, gelu)."""
         if x.grad:
             self.save(x)
-        return self.new(x.numel, x.width, x.grad)
+        return self.like(x)
+
+    def from_output(self, x: Tensor) -> Tensor:
+        """An activation whose derivative reads its output (relu, tanh)."""
+        y = self.like(x)
+        if x.grad:
+            self.save(y)
+        return y
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """x times a random mask; nothing at all when p is 0."""
@@ -118,14 +175,13 @@ class Tape:
             return x
         if x.grad:
             self.save(self.new(x.numel, 1 if self.cuda else x.width, False))
-        return self.new(x.numel, x.width, x.grad)
+        return self.like(x)
 
     def rms_norm(self, x: Tensor, rows: int, trained: bool) -> Tensor:
         """transformers' LlamaRMSNorm: x in fp32 times 1/rms, cast back, times the weight."""
         wide = self.cast(x, 4)
         if x.grad:
-            self.save(wide)
-            self.save(self.new(rows, 4, True))
+            self.save(wide, self.new(rows, 4, True))
         normed = self.cast(self.new(x.numel, 4, x.grad), x.width)
         if trained:
             self.save(normed)
@@ -135,7 +191,12 @@ class Tape:
         """torch's layer_norm, which autocast runs in fp32."""
         x = self.cast(x, 4) if self.autocast else x
         if x.grad or trained:
-            self.save(x)
-            for _ in ("mean", "rstd"):
-                self.save(self.new(rows, 4 if self.cuda else x.width, True))
+            width = 4 if self.cuda else x.width
+            self.save(x, self.new(rows, width, True), self.new(rows, width, True))
+        return self.new(x.numel, x.width, x.grad or trained)
+
+    def batch_norm(self, x: Tensor, channels: int, trained: bool) -> Tensor:
+        """torch's batch_norm in training, with fp32 statistics."""
+        if x.grad or trained:
+            self.save(x, self.new(channels, 4, True), self.new(channels, 4, True))
         return self.new(x.numel, x.width, x.grad or trained)

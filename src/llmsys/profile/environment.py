@@ -12,7 +12,18 @@ from typing import Any
 
 from llmsys import device
 
-PACKAGES = ("llmsys", "torch", "transformers", "peft", "numpy", "scikit-learn", "safetensors", "sympy", "flash-attn")
+PACKAGES = (
+    "llmsys",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "numpy",
+    "scikit-learn",
+    "safetensors",
+    "sympy",
+    "flash-attn",
+)
 _PREFIXES = ("NCCL_", "OMP_", "MKL_", "CUDA_VISIBLE", "PYTORCH_", "KMP_", "MALLOC_")
 
 

@@ -1,13 +1,14 @@
 """Where memory goes: bytes that autograd saves, bytes that can be accounted for, and the peak that was seen.
 
-Peak RSS of a CPU run is mostly libraries and the allocator's habits; what a method really changes is
+Peak RSS of a CPU run is mostly libraries and the allocator's habits; what a method and an engine really change is
 
-    accounted = weights + gradients + optimizer state + tensors saved for the backward pass
+    accounted = weights + gradients + optimizer state (+ fp32 master weights) + tensors saved for the backward pass
 
-so that sum is what tables compare, and the peak stands beside it. The saved tensors are counted in one probe forward,
-outside the timed steps, by autograd's pack hooks: every storage once, parameters and buffers left out (they are held
-anyway). Under recomputation the blocks' own tensors never reach the hooks, but the blocks' inputs are kept alive by a
-closure: they are counted by a hook on those blocks.
+of one rank, so that sum is what tables compare, and the peak stands beside it. The saved tensors are counted in one
+probe forward, outside the timed steps, by autograd's pack hooks: every storage once, parameters and buffers left out
+(they are held anyway). Under recomputation the blocks' own tensors never reach the hooks, but the blocks' inputs are
+kept alive by a closure: they are counted by a hook on those blocks. What a rank holds otherwise is for its engine to
+say, as lists of real tensors; `held_locally` says it for a model that no engine has cut.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 GIB = 2**30
 
@@ -34,11 +36,13 @@ def saved_tensors(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     alive: list[Tensor] = []
 
     def note(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        # Read anew each time: an engine that gathers parameters on demand (ZeRO-3) moves them during the forward.
-        if storage.data_ptr() not in _held(model):
-            seen[str(tensor.device), storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())  # an address must not be handed out again while we count
+        # Read anew each time: engines that gather parameters on demand (ZeRO-3, FSDP2) move them during the forward.
+        own = {plain.untyped_storage().data_ptr() for weight in _weights(model) for plain in unwrapped(weight)}
+        for plain in unwrapped(tensor.detach()):
+            storage = plain.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[str(plain.device), storage.data_ptr()] = storage.nbytes()
+                alive.append(plain)  # an address must not be handed out again while we count
 
     def pack(tensor: Tensor) -> Tensor:
         note(tensor)
@@ -75,10 +79,6 @@ def _recomputes(module: nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer)
 
 
-def _held(model: nn.Module) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in _weights(model)}
-
-
 def _weights(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
@@ -99,18 +99,49 @@ def num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def accounted(model: nn.Module, optimizer: torch.optim.Optimizer, saved_bytes: int) -> dict[str, int]:
-    """`weights_bytes, gradients_bytes, optimizer_bytes, saved_bytes` and their sum, `accounted_bytes`.
+def unwrapped(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with memory of their own on this rank: a DTensor's local shard, a collective's result, or itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for part in (getattr(tensor, name) for name in names):
+        if isinstance(part, Tensor):  # a DTensor also names its mesh
+            yield from unwrapped(part)
 
-    Weights are all parameters and buffers, frozen ones too; gradients are one per trained parameter, in its dtype.
+
+def held_locally(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """What this rank holds of a model and its optimizer where the engine adds nothing of its own, by kind.
+
+    Weights are all parameters and buffers, frozen ones too. Gradients are one for each trained parameter, in its dtype,
+    as meta tensors: between steps there are none, and a step has them all. Of a DTensor the local shard counts.
     """
-    state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
-    parts = {
-        "weights_bytes": sum(num_bytes(t) for t in _weights(model)),
-        "gradients_bytes": sum(num_bytes(p) for p in model.parameters() if p.requires_grad),
-        "optimizer_bytes": sum(num_bytes(t) for t in state),
-        "saved_bytes": saved_bytes,
+    trained = [plain for p in model.parameters() if p.requires_grad for plain in unwrapped(p.detach())]
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return {
+        "weights": [plain for weight in _weights(model) for plain in unwrapped(weight.detach())],
+        "gradients": [torch.empty_like(plain, device="meta") for plain in trained],
+        "optimizer": [plain for value in state for plain in unwrapped(value.detach())],
     }
+
+
+def accounted(held: dict[str, list[Tensor]], saved_bytes: int) -> dict[str, int]:
+    """`<kind>_bytes` of each kind in `held`, `saved_bytes`, and their sum, `accounted_bytes`.
+
+    Each storage counts once and whole, for the first kind that has it; a meta tensor for its elements.
+    """
+    parts, seen = {}, set[tuple[str, int]]()
+    for kind, tensors in held.items():
+        parts[f"{kind}_bytes"] = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = (str(tensor.device), storage.data_ptr())
+            if tensor.is_meta:
+                parts[f"{kind}_bytes"] += num_bytes(tensor)
+            elif key not in seen:
+                seen.add(key)
+                parts[f"{kind}_bytes"] += storage.nbytes()
+    parts["saved_bytes"] = saved_bytes
     return {**parts, "accounted_bytes": sum(parts.values())}
 
 

@@ -1,0 +1,112 @@
+"""What attention keeps, by kernel: fused, eager, and the fallback that a CPU takes where no fused one serves.
+
+A fused kernel keeps its operands, its output and a log-sum-exp a row, and computes the scores again in the backward
+pass. The others keep the probabilities, B H L L of them. A CPU falls back where there is dropout, or where the bias on
+the scores is trained. Letters: B batch, L length, H heads, D model width.
+"""
+
+from __future__ import annotations
+
+from llmsys import schema
+from llmsys.cost.case import Case
+from llmsys.cost.tape import Tape, Tensor
+
+
+class Attention:
+    """softmax(q k^T + bias) v of one layer, for q [B queries, H head_dim] and k [B keys, kv_heads head_dim]."""
+
+    def __init__(self, case: Case, tape: Tape, q: Tensor, k: Tensor) -> None:
+        assert isinstance(case.model, schema.Transformer)
+        self.case, self.tape, self.model = case, tape, case.model
+        self.batch, self.heads = case.train.micro_batch, case.model.num_heads // case.cut
+        head_dim = case.model.hidden_size // case.model.num_heads
+        self.groups = case.model.num_heads // case.model.num_kv_heads
+        self.queries = q.numel // (self.batch * self.heads * head_dim)
+        self.keys = k.numel * self.groups // (self.batch * self.heads * head_dim)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        """`mask` as the model has it, [B, 1, queries, keys], a boolean one for fused kernels; `bias`: numbers of which
+        it is already a part."""
+        if self.model.attention == "eager":
+            return self.eager(q, k, v, mask, bias)
+        tape = self.tape
+        q, k, v = (tape.operand(x) for x in (q, k, v))
+        if bias is not None:
+            bias = tape.operand(bias)
+        elif mask is not None:  # becomes numbers, anew in each layer
+            bias = tape.new(mask.numel, q.width, False)
+        if mask is not None:  # a mask keeps the kernel from reading shared heads: transformers repeats them
+            k, v = self.repeat(k), self.repeat(v)
+        if not tape.cuda and (self.model.dropout or (bias is not None and bias.grad)):
+            return self.math(q, k, v)
+        return self.fused(q, k, v, bias)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        tape = self.tape
+        grad = q.grad or k.grad or v.grad
+        out = tape.new(q.numel, q.width, grad)
+        if grad:
+            tape.save(q, k, v, out, tape.new(self.batch * self.heads * self.queries, 4, True))
+            if bias is not None:
+                tape.save(bias)
+        product = self.flops(q)
+        tape.count(2 * product)
+        tape.backward[tape.part] += 5 * product * grad  # dq, dk, dv, dP and the scores once more
+        return out
+
+    def eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        """With the scores in memory. A batched product reads contiguous copies of its operands."""
+        tape = self.tape
+        llama = self.model.family == "llama"
+        scores = self.scores(q, self.repeat(k))
+        # llama's softmax is told fp32; the others' run in their input's width, to which an fp32 mask or bias may add
+        wide = llama or (tape.autocast and (tape.cuda or any(x is not None and x.width == 4 for x in (mask, bias))))
+        p = tape.new(scores.numel, 4 if wide else scores.width, scores.grad or (bias is not None and bias.grad))
+        if p.grad:
+            tape.save(p)
+        if self.model.family in ("llama", "gpt2"):  # which cast back to the dtype of q, and of v
+            p = tape.cast(p, q.width if llama else v.width)
+        out = self.mix(tape.dropout(p, self.model.dropout), self.repeat(v))
+        return tape.like(out)
+
+    def math(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """SDPA's fallback: everything in fp32, each head's keys copied, the scores in memory."""
+        tape, width = self.tape, q.width
+        q, k, v = (tape.cast(x, 4) for x in (q, self.repeat(k), self.repeat(v)))
+        scores = self.scores(q, k, cast=False)
+        p = tape.like(scores)
+        if p.grad:
+            tape.save(p)
+        out = self.mix(tape.dropout(p, self.model.dropout), v, cast=False)
+        return tape.cast(out, width)
+
+    def scores(self, q: Tensor, k: Tensor, *, cast: bool = True) -> Tensor:
+        """q k^T, [B, H, queries, keys]."""
+        q = self.tape.like(self.tape.operand(q) if cast else q)  # a contiguous copy, as k becomes one in `product`
+        return self.product(q, k, self.batch * self.heads * self.queries * self.keys, self.flops(q), cast)
+
+    def mix(self, p: Tensor, v: Tensor, *, cast: bool = True) -> Tensor:
+        """p v, [B, H, queries, head_dim]."""
+        p = self.tape.operand(p) if cast else p
+        numel = v.numel // self.keys * self.queries
+        return self.product(p, v, numel, 2.0 * numel * self.keys, cast)
+
+    def product(self, x: Tensor, y: Tensor, numel: int, flops: float, cast: bool) -> Tensor:
+        tape = self.tape
+        y = tape.like(tape.operand(y) if cast else y)
+        if y.grad:
+            tape.save(x)
+        if x.grad:
+            tape.save(y)
+        tape.count(flops, x.grad, y.grad)
+        return tape.new(numel, x.width, x.grad or y.grad)
+
+    def flops(self, q: Tensor) -> float:
+        """2 B queries keys D: one of the two products."""
+        return 2.0 * q.numel * self.keys
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """Grouped heads, each copied for the query heads that share it; as they are when there are as many."""
+        if self.groups == 1:
+            return x
+        return self.tape.new(x.numel * self.groups, x.width, x.grad)

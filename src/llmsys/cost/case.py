@@ -1,0 +1,90 @@
+"""What is predicted: a config, and the three facts about a run that its groups do not say.
+
+Every cost model takes (model, train, method, engine) and these facts as keywords; inside, all of it is one `Case`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from llmsys import schema
+
+ADAPTERS = ("lora_peft", "lorafa_peft")
+METHODS = ("full", *ADAPTERS, *schema.CLOSED_FORM)
+ENGINES = ("local", "ddp", "deepspeed", "fsdp2", "tp")
+
+
+class Facts(TypedDict, total=False):
+    """What data and device add to a config; see `Case`."""
+
+    num_labels: int
+    padded: bool | None
+    device: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config and what it runs on.
+
+    `num_labels`: classes of a classifier; 0 means two of a text, `model.num_classes` of an
+    image. `padded`: batches carry an attention mask; None means that they do
+    for bert, roberta and t5, and do not for llama and gpt2. `device`: `cpu` and `cuda` differ in dropout's masks and in
+    attention's kernels. Raises ValueError for a method or an engine that is not known here.
+    """
+
+    model: schema.Model
+    train: schema.Train
+    method: schema.Method
+    engine: schema.Engine
+    num_labels: int = 0
+    padded: bool | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for key, kind, known in (("method", self.method.kind, METHODS), ("engine", self.engine.kind, ENGINES)):
+            if kind not in known:
+                raise ValueError(f"{key}.kind={kind}: no cost is known for it; there is one for {', '.join(known)}")
+
+    @property
+    def labels(self) -> int:
+        """Classes of a classifier."""
+        return self.num_labels or (self.model.num_classes if isinstance(self.model, schema.ConvNet) else 2)
+
+    @property
+    def masked(self) -> bool:
+        return self.model.family in ("bert", "roberta", "t5") if self.padded is None else self.padded
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.model.dtype == "bf16" else 4
+
+    @property
+    def autocast(self) -> bool:
+        """fp32 weights, bf16 products."""
+        return self.train.precision == "bf16" and self.model.dtype == "fp32"
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained by gradient."""
+        return self.method.kind not in schema.CLOSED_FORM
+
+    @property
+    def adapter(self) -> schema.Adapter | None:
+        return self.method if isinstance(self.method, schema.Adapter) else None
+
+    @property
+    def zero(self) -> int:
+        """ZeRO's stage; 0 where nothing is shared."""
+        return self.engine.zero if isinstance(self.engine, schema.DeepSpeed) else 0
+
+    @property
+    def adapter_width(self) -> int:
+        """Bytes of an adapter's weight. ZeRO's slices are flat: DeepSpeed casts all of a bf16 model, adapters too."""
+        return 4 if self.adapter and self.adapter.dtype == "fp32" and not self.zero else self.width
+
+    @property
+    def cut(self) -> int:
+        """Into how many parts tensor parallelism cuts a matrix."""
+        return self.train.world if self.engine.kind == "tp" else 1

@@ -1,0 +1,174 @@
+"""What one rank holds under each engine, in bytes, beside what autograd saves.
+
+    local, ddp   everything whole; DDP's gradients are views into its buckets, so they cost what they cost alone
+    deepspeed    ZeRO (arXiv 1910.02054); what is divided by the stage:
+                   0  nothing
+                   1  fp32 master weights and moments, of which each rank has a flat slice (in fp32 too: a copy)
+                   2  gradients too, which the optimizer reads in fp32
+                   3  weights too, each parameter by itself
+                 offload puts master weights, moments and the optimizer's gradients into the host's memory, and
+                 `optimizer+params` the slices of the weights
+    fsdp2        every parameter cut along its first dimension, padded to equal shares; gradients and moments alike
+    tp           the linear layers of the blocks and the head cut over the ranks; norms and embeddings whole
+
+AdamW keeps two moments and a 4-byte step count for each tensor it is given: a parameter, or under ZeRO a flat slice of
+one of its two groups (matrices, which decay, and vectors, which do not). DeepSpeed's CPU Adam counts steps in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llmsys import schema
+from llmsys.cost import shapes
+from llmsys.cost.case import Case
+from llmsys.cost.shapes import Parameter
+
+BUCKET = 50_000_000
+"""The most elements of a bucket in which ZeRO reduces gradients; as many as are trained where those are fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """Bytes of a rank by kind; `host` is the share of each kind that an engine keeps in the host's memory.
+
+    `fleeting` is what is on the device for a moment only, at the peak: gathered weights, and buckets.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    master: int = 0
+    host: dict[str, int] = field(default_factory=dict)
+    fleeting: int = 0
+
+
+def hold(case: Case) -> Holding:
+    """What a rank of `case` holds."""
+    if case.method.kind == "majority":
+        return Holding(weights=0, gradients=0, optimizer=0)
+    holding = ENGINES[case.engine.kind](case, shapes.held(case))
+    return dataclasses.replace(holding, weights=holding.weights + shapes.buffer_bytes(case.model))
+
+
+def _whole(case: Case, parameters: list[Parameter]) -> Holding:
+    trained = [p for p in parameters if p.trained]
+    gradients = sum(p.nbytes for p in trained)
+    return Holding(
+        weights=sum(p.nbytes for p in parameters),
+        gradients=gradients,
+        optimizer=2 * gradients + 4 * len(trained),
+    )
+
+
+def _cut(case: Case, parameters: list[Parameter]) -> Holding:
+    return _whole(case, [_share(p, p.cut, case.train.world) for p in parameters])
+
+
+def _sharded(case: Case, parameters: list[Parameter]) -> Holding:
+    """At the peak one block is gathered for use and the next one in advance; without resharding all of them are."""
+    assert isinstance(case.engine, schema.FSDP2)
+    whole = {unit: sum(p.nbytes for p in group) for unit, group in _units(case, parameters).items()}
+    outside = whole.pop("", 0)
+    gathered = sum(sorted(whole.values())[-2:]) if case.engine.reshard else sum(whole.values())
+    holding = _whole(case, [_share(p, 0, case.train.world) for p in parameters])
+    return dataclasses.replace(holding, fleeting=outside + gathered)
+
+
+def _share(parameter: Parameter, dim: int | None, world: int) -> Parameter:
+    """The largest share of a parameter that is cut along `dim` (None: not cut)."""
+    if dim is None or world == 1:
+        return parameter
+    shape = tuple(-(-size // world) if i == dim else size for i, size in enumerate(parameter.shape))
+    return parameter._replace(shape=shape)
+
+
+def _units(case: Case, parameters: list[Parameter]) -> dict[str, list[Parameter]]:
+    """Parameters by the block that they belong to; what lies outside the blocks under ''."""
+    blocks = shapes.blocks(case.model)
+    units: dict[str, list[Parameter]] = {}
+    for p in parameters:
+        block = next((block for block in blocks if p.name.startswith(block + ".")), "")
+        units.setdefault(block, []).append(p)
+    return units
+
+
+def _deepspeed(case: Case, parameters: list[Parameter]) -> Holding:
+    assert isinstance(case.engine, schema.DeepSpeed)
+    return (_zero_0, _zero_1_2, _zero_1_2, _zero_3)[case.engine.zero](case, case.engine, parameters)
+
+
+def _zero_0(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -> Holding:
+    """As on one rank. DeepSpeed's CPU Adam has fp32 moments whatever the weights are."""
+    holding, trained = _whole(case, parameters), [p.numel for p in parameters if p.trained]
+    return holding if engine.optimizer == "torch" else dataclasses.replace(holding, optimizer=8 * sum(trained))
+
+
+def _zero_1_2(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -> Holding:
+    # each group flat, padded so that every slice begins at a multiple of two elements
+    padded = [_round_up(sum(group), 2 * case.train.world) for group in _groups(parameters)]
+    elements = sum(padded) // case.train.world
+    trained = sum(p.numel for p in parameters if p.trained)
+    holding = Holding(
+        weights=sum(p.nbytes for p in parameters if not p.trained) + case.width * sum(padded),
+        gradients=case.width * trained if engine.zero == 1 else 4 * elements,
+        optimizer=8 * elements + _steps(engine, len(padded)),
+        master=4 * elements,
+        fleeting=case.width * min(trained, BUCKET),
+    )
+    return holding if engine.offload == "none" else _offloaded(holding, engine)
+
+
+def _zero_3(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -> Holding:
+    """At the peak the largest parameter is gathered, and the next; gradients lie in the model's dtype in a buffer of
+    their own beside those that the optimizer reads."""
+    world, groups = case.train.world, _groups(parameters)
+    elements = sum(-(-numel // world) for group in groups for numel in group)
+    bucket = case.width * min(sum(p.numel for p in parameters if p.trained), BUCKET)
+    gathered = 2 * max(p.nbytes for p in parameters)
+    holding = Holding(
+        weights=sum(-(-p.numel // world) * p.width for p in parameters),
+        gradients=4 * elements,
+        optimizer=8 * elements + _steps(engine, len(groups)),
+        master=4 * elements,
+        fleeting=gathered + bucket + (case.width * elements if engine.offload == "none" else 0),
+    )
+    return holding if engine.offload == "none" else _offloaded(holding, engine)
+
+
+def _offloaded(holding: Holding, engine: schema.DeepSpeed) -> Holding:
+    """With the optimizer go the gradients that it reads; stage 1 has them all on the device first."""
+    host = {"optimizer": holding.optimizer, "master": holding.master}
+    if engine.zero > 1:
+        host["gradients"] = holding.gradients
+    if engine.offload == "optimizer+params":
+        host["weights"] = holding.weights
+    return dataclasses.replace(holding, host=host)
+
+
+def _groups(parameters: list[Parameter]) -> list[list[int]]:
+    """Elements of what is trained, in AdamW's two groups; empty ones left out."""
+    trained = [p for p in parameters if p.trained]
+    matrices = [p.numel for p in trained if len(p.shape) >= 2]
+    vectors = [p.numel for p in trained if len(p.shape) < 2]
+    return [group for group in (matrices, vectors) if group]
+
+
+def _steps(engine: schema.DeepSpeed, tensors: int) -> int:
+    return 4 * tensors if engine.optimizer == "torch" else 0
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
+
+
+ENGINES: dict[str, Callable[[Case, list[Parameter]], Holding]] = {
+    "local": _whole,
+    "ddp": _whole,
+    "deepspeed": _deepspeed,
+    "fsdp2": _sharded,
+    "tp": _cut,
+}

@@ -1,0 +1,216 @@
+"""GPUs by name: what their makers promise, for predictions about machines that are not at hand.
+
+Peaks are dense (datasheets of Ampere and Hopper print twice as much, with 2:4 sparsity) and, for fp16 and bf16 on
+tensor cores, with fp32 accumulation, as training has it: on GeForce cards half of the rate with fp16 accumulation. fp32
+is without TF32, torch's default. No kernel reaches a peak; a time from it is a lower bound. CPUs have no row: their
+speed is measured (`train.checks.matmul_flops`). The tests derive the peaks from cores and clocks once more.
+
+`mem_gib` is what CUDA reports as the device's memory (as in torch's out-of-memory messages), less than its label;
+`gb_per_s` memory bandwidth. Links are GB/s in each direction; a bridge joins two cards, a switch all of a machine.
+`usd` is the list price at launch, `usd_per_hour` an example of what renting one costs (`RENT`); null where no price
+with a date was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from llmsys import schema
+
+RENT = (
+    "RunPod's on-demand prices of 21 March 2026 as listed by deploybase.ai; other providers ask 1.3 to 4 times as much"
+)
+
+PCIE_3, PCIE_4, PCIE_5 = 15.75, 31.5, 63.0
+"""GB/s each way of 16 lanes: 8, 16 and 32 GT/s at 128b/130b."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One GPU; units and conventions stand at the top of the file. `tflops`: peak by dtype, TOPS for int8."""
+
+    title: str
+    mem_gib: float
+    gb_per_s: float
+    tflops: dict[str, float]
+    pcie_gbps: float
+    nvlink_gbps: float = 0.0
+    nvlink_ranks: int = 1
+    usd: float | None = None
+    usd_per_hour: float | None = None
+    source: str
+
+    def gbps(self, world: int = 2) -> float:
+        """GB/s each way between `world` devices of a machine: NVLink where it joins so many."""
+        return self.nvlink_gbps if world <= self.nvlink_ranks else self.pcie_gbps
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s in `train.precision`. ValueError where the device has none."""
+        if precision not in self.tflops:
+            raise ValueError(f"train.precision={precision}: {self.title} has none; there are {', '.join(self.tflops)}")
+        return self.tflops[precision] * 1e12
+
+
+_TURING = "NVIDIA Turing GPU Architecture whitepaper (WP-09183-001), table 1 and appendix A, reference clocks"
+_GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper V2, table 2 and appendix A"
+_ADA = "NVIDIA Ada GPU Architecture whitepaper V2.01, appendix A"
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet (1758950)"
+_HOPPER = (
+    "NVIDIA H100 Tensor Core GPU datasheet and H100 architecture whitepaper; peaks halved from those with sparsity"
+)
+
+_A100_TFLOPS = {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0, "fp16": 312.0, "int8": 624.0}
+_GH100_TFLOPS = {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "int8": 1978.9}
+
+DEVICES: dict[str, Device] = {
+    "rtx2080ti": Device(
+        title="GeForce RTX 2080 Ti",
+        mem_gib=10.75,
+        gb_per_s=616,
+        tflops={"fp32": 13.4, "fp16": 53.8, "int8": 215.2},
+        pcie_gbps=PCIE_3,
+        nvlink_gbps=50,
+        nvlink_ranks=2,
+        usd=999,
+        source=f"{_TURING}; fp16 with fp32 accumulation by arithmetic, half of 107.6",
+    ),
+    "rtx3080": Device(
+        title="GeForce RTX 3080 10 GB",
+        mem_gib=9.78,
+        gb_per_s=760,
+        tflops={"fp32": 29.8, "tf32": 29.8, "bf16": 59.5, "fp16": 59.5, "int8": 238.0},
+        pcie_gbps=PCIE_4,
+        usd=699,
+        source=_GA102,
+    ),
+    "rtx3090": Device(
+        title="GeForce RTX 3090",
+        mem_gib=23.69,
+        gb_per_s=936,
+        tflops={"fp32": 35.6, "tf32": 35.6, "bf16": 71.0, "fp16": 71.0, "int8": 284.0},
+        pcie_gbps=PCIE_4,
+        nvlink_gbps=56.25,
+        nvlink_ranks=2,
+        usd=1499,
+        usd_per_hour=0.22,
+        source=_GA102,
+    ),
+    "rtx4090": Device(
+        title="GeForce RTX 4090",
+        mem_gib=23.64,
+        gb_per_s=1008,
+        tflops={"fp32": 82.6, "tf32": 82.6, "bf16": 165.2, "fp16": 165.2, "int8": 660.6},
+        pcie_gbps=PCIE_4,
+        usd=1599,
+        usd_per_hour=0.34,
+        source=_ADA,
+    ),
+    "a100_pcie_40gb": Device(
+        title="A100 PCIe 40 GB",
+        mem_gib=39.5,
+        gb_per_s=1555,
+        tflops=_A100_TFLOPS,
+        pcie_gbps=PCIE_4,
+        nvlink_gbps=300,
+        nvlink_ranks=2,
+        source=_A100,
+    ),
+    "a100_sxm_40gb": Device(
+        title="A100 SXM 40 GB",
+        mem_gib=39.5,
+        gb_per_s=1555,
+        tflops=_A100_TFLOPS,
+        pcie_gbps=PCIE_4,
+        nvlink_gbps=300,
+        nvlink_ranks=8,
+        source=_A100,
+    ),
+    "a100_pcie": Device(
+        title="A100 PCIe 80 GB",
+        mem_gib=79.25,
+        gb_per_s=1935,
+        tflops=_A100_TFLOPS,
+        pcie_gbps=PCIE_4,
+        nvlink_gbps=300,
+        nvlink_ranks=2,
+        usd_per_hour=1.19,
+        source=_A100,
+    ),
+    "a100": Device(
+        title="A100 SXM 80 GB",
+        mem_gib=79.25,
+        gb_per_s=2039,
+        tflops=_A100_TFLOPS,
+        pcie_gbps=PCIE_4,
+        nvlink_gbps=300,
+        nvlink_ranks=8,
+        usd_per_hour=1.39,
+        source=_A100,
+    ),
+    "a800": Device(
+        title="A800 SXM 80 GB",
+        mem_gib=79.25,
+        gb_per_s=2039,
+        tflops=_A100_TFLOPS,
+        pcie_gbps=PCIE_4,
+        nvlink_gbps=200,
+        nvlink_ranks=8,
+        source=f"{_A100}; the A800 differs in NVLink alone, 400 GB/s in both directions together",
+    ),
+    "h100_pcie": Device(
+        title="H100 PCIe 80 GB",
+        mem_gib=79.1,
+        gb_per_s=2000,
+        tflops={"fp32": 51.0, "tf32": 378.0, "bf16": 756.5, "fp16": 756.5, "int8": 1513.0},
+        pcie_gbps=PCIE_5,
+        nvlink_gbps=300,
+        nvlink_ranks=2,
+        usd_per_hour=1.99,
+        source=_HOPPER,
+    ),
+    "h100": Device(
+        title="H100 SXM 80 GB",
+        mem_gib=79.1,
+        gb_per_s=3350,
+        tflops=_GH100_TFLOPS,
+        pcie_gbps=PCIE_5,
+        nvlink_gbps=450,
+        nvlink_ranks=8,
+        usd_per_hour=2.69,
+        source=_HOPPER,
+    ),
+    "h200": Device(
+        title="H200 SXM 141 GB",
+        mem_gib=139.8,
+        gb_per_s=4800,
+        tflops=_GH100_TFLOPS,
+        pcie_gbps=PCIE_5,
+        nvlink_gbps=450,
+        nvlink_ranks=8,
+        usd_per_hour=3.59,
+        source="NVIDIA H200 Tensor Core GPU datasheet; peaks halved from those with sparsity, the H100's",
+    ),
+}
+
+
+def named(hardware: schema.Hardware) -> Device | None:
+    """The device of `hardware.name` with what `mem_gib`, `tflops` and `gbps` replace; None for `auto`.
+
+    `tflops` replaces the peak of every dtype, `gbps` every link. ValueError for an unknown name.
+    """
+    if hardware.name == "auto":
+        return None
+    if hardware.name not in DEVICES:
+        near = difflib.get_close_matches(hardware.name, DEVICES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"hardware.name={hardware.name}: must be auto or one of {', '.join(DEVICES)}{hint}")
+    device = DEVICES[hardware.name]
+    if hardware.mem_gib is not None:
+        device = dataclasses.replace(device, mem_gib=hardware.mem_gib)
+    if hardware.tflops is not None:
+        device = dataclasses.replace(device, tflops=dict.fromkeys(device.tflops, hardware.tflops))
+    if hardware.gbps is not None:
+        device = dataclasses.replace(device, pcie_gbps=hardware.gbps, nvlink_ranks=1)
+    return device
