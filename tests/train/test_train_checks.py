@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import train_harness as harness
 
+from llmsys import compose, schema
 from llmsys.errors import Refused
 from llmsys.train import checks
 
@@ -60,7 +64,7 @@ def test_without_an_experiment_the_command_names_model_and_data() -> None:
 def test_too_much_time_on_a_cpu_is_refused() -> None:
     """`train.steps=<n>` in the message is a number that passes."""
     config = harness.config(train__steps=10**6, hardware__tflops=0.001)
-    with pytest.raises(Refused, match=r"hours(.|\n)*force=true") as refused:
+    with pytest.raises(Refused, match=r"hours at hardware\.tflops=0\.001(.|\n)*force=true") as refused:
         checks.check_time(config, CPU)
     assert refused.value.reason == "time"
     found = re.search(r"train\.steps=(\d+)", str(refused.value))
@@ -73,6 +77,93 @@ def test_force_runs_in_spite_of_both() -> None:
     config.hardware.mem_gib = 1e-6
     assert checks.check_memory(config, CPU) > 0
     assert checks.check_time(config, CPU) > 0
+
+
+def together(**groups: Any) -> schema.Config:
+    """A config with several groups replaced at once, of which one alone would not fit the others."""
+    return dataclasses.replace(harness.config(), **groups)
+
+
+def ranks(world: int, **groups: Any) -> schema.Config:
+    train = schema.Train(world=world, micro_batch=8 // world, length=32, lr_by_method={"full": 1e-3})
+    return together(engine=schema.DDP(kind="ddp"), train=train, **groups)
+
+
+def test_a_convnet_is_checked_and_offered_fewer_images_at_once() -> None:
+    """Its settings have no depth. What is offered fits."""
+    model = schema.ConvNet(kind="convnet", family="resnet", name="tiny_resnet")
+    config = together(model=model, data=schema.Data(kind="digits"))
+    need = checks.check_memory(config, CPU)
+    assert checks.check_time(config, CPU) > 0
+    config.hardware.mem_gib = 0.6 * need / 2**30
+    with pytest.raises(Refused, match=r"train\.micro_batch=\d") as refused:
+        checks.check_memory(config, CPU)
+    found = re.search(r"train\.micro_batch=(\d+)", str(refused.value))
+    assert found
+    config.train.micro_batch = int(found[1])
+    assert checks.check_memory(config, CPU) < need
+
+
+def test_ranks_share_the_memory_of_a_host() -> None:
+    """Four need four times their share; on a GPU by name each has its own."""
+    alone = checks.check_memory(harness.config(), CPU)
+    share = checks.check_memory(ranks(4), CPU)
+    assert share < alone
+    with pytest.raises(Refused, match=r"each of 4 ranks(.|\n)*engine=ddp train\.world=4"):
+        checks.check_memory(ranks(4, hardware=schema.Hardware(mem_gib=3.9 * share / 2**30)), CPU)
+    assert checks.check_memory(ranks(4, hardware=schema.Hardware(mem_gib=4.1 * share / 2**30)), CPU) == share
+    named = schema.Hardware(name="rtx3090", mem_gib=1.1 * share / 2**30)
+    assert checks.check_memory(ranks(4, hardware=named), CPU) == pytest.approx(share, rel=0.1)
+
+
+def test_a_machine_by_name_is_asked_instead_of_this_one() -> None:
+    """Memory and peak are its own, the peak that of the precision, and a refusal says whose they are."""
+    deep = {"model__hidden_size": 4096, "model__intermediate_size": 11008, "model__num_layers": 32}
+    with pytest.raises(Refused, match=r"hardware\.name=rtx3090: GeForce RTX 3090 has 23\.69 GiB"):
+        checks.check_memory(harness.config(**deep, hardware__name="rtx3090"), CPU)
+    there = {"hardware__name": "a100", "hardware__tflops": None}
+    slow = checks.check_time(harness.config(**there), CPU)
+    fast = checks.check_time(harness.config(**there, train__precision="bf16"), CPU)
+    assert slow / fast == pytest.approx(312 / 19.5)
+    with pytest.raises(ValueError, match=r"train\.precision=bf16"):
+        checks.check_time(harness.config(**{**there, "hardware__name": "rtx2080ti"}, train__precision="bf16"), CPU)
+    with pytest.raises(Refused, match=r"A100 SXM 80 GB in fp32"):
+        checks.check_time(harness.config(**there, train__steps=10**9), CPU)
+    with pytest.raises(ValueError, match=r"hardware\.name=rtx9"):
+        checks.check_memory(harness.config(hardware__name="rtx9"), CPU)
+
+
+def test_a_slow_link_is_the_least_time_of_a_step() -> None:
+    """At 1 Mbit/s the gradients take longer than all arithmetic."""
+    fast = checks.check_time(ranks(2), CPU)
+    slow = checks.check_time(ranks(2, network=schema.Network(up_mbit=1.0, down_mbit=1.0)), CPU)
+    gradients = checks.kinds_and_peak(ranks(2), CPU)[0]["gradients"]
+    assert fast < slow == pytest.approx(gradients * 8 / 1e6 * 1e3)
+
+
+@pytest.mark.parametrize(
+    ("family", "data", "expected"),
+    [
+        ("llama", {"kind": "synthetic"}, False),
+        ("llama", {"kind": "code_docstrings"}, True),
+        ("t5", {"kind": "code_docstrings"}, True),
+        ("bert", {"kind": "code_packages", "labels": ["a", "b"]}, True),
+        ("llama", {"kind": "hub", "path": "x", "columns": {"text": "t"}}, False),
+        ("llama", {"kind": "hub", "path": "x", "columns": {"source": "a", "target": "b"}}, True),
+        ("bert", {"kind": "hub", "path": "x", "columns": {"text": "t", "label": "l"}}, True),
+    ],
+)
+def test_data_that_is_not_packed_is_padded(family: str, data: dict[str, Any], expected: bool) -> None:
+    config = together(data=schema.Data(**data), model=schema.Transformer(family=family))
+    assert checks.padded(config) == expected
+    assert checks.check_memory(config, CPU) > 0
+
+
+def test_the_command_instead_of_a_run_on_hub_data_keeps_its_columns() -> None:
+    data = schema.Data(kind="hub", path="sst2", columns={"text": "sentence", "label": "label"})
+    config = together(data=data, model=schema.Transformer(family="bert"), hardware=schema.Hardware(mem_gib=1e-6))
+    with pytest.raises(Refused, match=r"'data\.columns=\{text: sentence, label: label\}' .*data\.path=sst2"):
+        checks.check_memory(config, CPU)
 
 
 def test_memory_found_is_the_least_of_host_and_container(tmp_path: Path) -> None:
@@ -93,3 +184,24 @@ def test_memory_found_is_the_least_of_host_and_container(tmp_path: Path) -> None
 def test_matmul_speed_is_measured() -> None:
     """Some order of magnitude between a pocket calculator and a GPU."""
     assert 1e8 < checks.matmul_flops(CPU, "fp32", seconds=0.02) < 1e14
+
+
+@pytest.mark.parametrize(
+    ("library", "overrides", "extra"),
+    [
+        ("sacrebleu", ["model=t5_tiny", "data=code_docstrings"], "train"),
+        ("bitsandbytes", ["model.quant=nf4", "method=lora_peft"], "train"),
+        ("deepspeed", ["engine=zero2"], "deepspeed"),
+    ],
+)
+def test_a_missing_library_is_named_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, library: str, overrides: list[str], extra: str
+) -> None:
+    config = schema.build(compose.compose(overrides))
+    checks.libraries(config)
+    monkeypatch.setattr(sys, "path", [])
+    for name in list(sys.modules):
+        if name.split(".")[0] == library:
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(LookupError, match=rf"{library}: pip install 'llmsys\[{extra}\]'"):
+        checks.libraries(config)

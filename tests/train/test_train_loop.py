@@ -69,7 +69,7 @@ def test_only_the_right_parameters_move(tmp_path: Path, kind: str, family: str) 
     context = harness.context(tmp_path, config)
     with reproducible(0, 1, True):
         source = data.open(config.data)
-        dataset = data.encode(source, tokenizer.load("bytes", None), config.train.length)
+        dataset = data.encode(source, tokenizer.load("bytes", None), config.train, config.model)
         model = models.load(
             config.model,
             objective=source.objective,
@@ -153,4 +153,4 @@ def test_a_full_run_s_weights_start_another(tmp_path: Path) -> None:
 
 def test_wiring_knows_every_method() -> None:
     for kind in ("full", "lora_peft", "lorafa_peft", "majority", "probe"):
-        assert callable(wiring.method(harness.config(kind).method).prepare)
+        assert callable(wiring.method(harness.config(kind, "bert").method).prepare)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import train_harness as harness
 
-from llmsys.train import checkpoint
+from llmsys.train import checkpoint, optimizer
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def save(folder: Path, step: int, w: torch.Tensor) -> None:
+    """A checkpoint of one tensor, by one rank."""
+    checkpoint.save(folder, step, {"w": w}, {}, {}, device=torch.device("cpu"))
+
+
+def load(folder: Path) -> checkpoint.Reader:
+    """The newest one."""
+    return checkpoint.Reader(checkpoint.found(folder)[0], rank=0)
+
+
 def killed(out: Path, moment: str) -> None:
     """Runs the harness in a process of its own until it kills itself."""
     command = [sys.executable, harness.__file__, str(out), moment]
@@ -31,9 +41,10 @@ def killed(out: Path, moment: str) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
-@pytest.mark.parametrize(("moment", "resumes_at"), [("beat:5", 4), ("rename:4", 2), ("beat:1", None)])
+@pytest.mark.parametrize(("moment", "resumes_at"), [("beat:5", 4), ("rename:4", 3), ("beat:1", None)])
 def test_killed_and_started_again(tmp_path: Path, undisturbed: Path, moment: str, resumes_at: int | None) -> None:
-    """Between checkpoints; while one is written but not yet renamed (the one before serves); before the first."""
+    """Between checkpoints; while one is written but not yet renamed (the one before serves: step 3's, whose evaluation
+    was the best so far); before the first."""
     killed(tmp_path, moment)
     result = harness.run(tmp_path, harness.resumable())
     assert harness.curve(tmp_path) == harness.curve(undisturbed)
@@ -44,7 +55,7 @@ def test_killed_and_started_again(tmp_path: Path, undisturbed: Path, moment: str
 
 
 @pytest.mark.parametrize("change", ["code_hash", "run_id"])
-def test_a_checkpoint_of_something_else_is_removed(
+def test_a_checkpoint_of_something_else_is_set_aside(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     """Else a run would silently mix two programs or two settings."""
@@ -64,10 +75,11 @@ def test_a_checkpoint_of_something_else_is_removed(
     with caplog.at_level(logging.WARNING):
         assert harness.run(out, harness.resumable(), code_hash=code)["resumed_from_step"] is None
     assert f"of another {change}" in caplog.text
+    assert list((out / "checkpoint.old").glob("step-*")), "edited code must not cost a long run's checkpoint"
     assert [row["step"] for row in harness.curve(out) if "loss" in row] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("damage", ["state.json", "state.safetensors", "metrics", "metrics byte"])
+@pytest.mark.parametrize("damage", ["state.json", "rank-0.json", "rank-0.safetensors", "metrics", "metrics byte"])
 def test_a_damaged_checkpoint_or_curve_starts_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -88,26 +100,30 @@ def test_a_damaged_checkpoint_or_curve_starts_again(
         path = tmp_path / "checkpoint" / "step-00000004" / damage
         path.write_bytes(path.read_bytes()[:-40])
     with caplog.at_level(logging.WARNING):
-        assert harness.run(tmp_path, harness.resumable())["resumed_from_step"] is None
-    assert "training begins at step 0" in caplog.text
+        resumed = harness.run(tmp_path, harness.resumable())["resumed_from_step"]
+    if "metrics" in damage:
+        assert resumed is None
+        assert "training begins at step 0" in caplog.text
+        assert (tmp_path / "checkpoint.old").is_dir()
+    else:
+        assert resumed == 3, "the one before, which was kept as the best"
+        assert "damaged" in caplog.text
     assert [row["step"] for row in harness.curve(tmp_path) if "loss" in row] == list(range(1, 9))
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     """The error that travels is an OSError, so that the runner can call it by its name."""
     folder = tmp_path / "checkpoint"
-    checkpoint.save(folder, 1, {"w": torch.ones(8)}, {"note": "small"})
+    save(folder, 1, torch.ones(8))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            checkpoint.save(folder, 2, {"w": torch.ones(1_000_000)}, {"note": "large"})
+            save(folder, 2, torch.ones(1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
-    loaded = checkpoint.load(folder)
-    assert loaded is not None
-    assert torch.equal(loaded[0]["w"], torch.ones(8))
+    assert torch.equal(load(folder).get("w"), torch.ones(8))
 
 
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename", "rmtree"])
@@ -116,7 +132,7 @@ def test_a_crash_at_any_call_leaves_a_loadable_checkpoint(
 ) -> None:
     """Every system call at which a kill can fall, the removal of the older checkpoint included."""
     folder = tmp_path / "checkpoint"
-    checkpoint.save(folder, 1, {"w": torch.ones(8)}, {})
+    save(folder, 1, torch.ones(8))
 
     class Killed(BaseException):
         pass
@@ -128,10 +144,33 @@ def test_a_crash_at_any_call_leaves_a_loadable_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, kill)
         with pytest.raises(Killed):
-            checkpoint.save(folder, 2, {"w": torch.full((8,), 2.0)}, {})
-    loaded = checkpoint.load(folder)
-    assert loaded is not None
-    step = int(loaded[1]["step"])
-    assert torch.equal(loaded[0]["w"], torch.full((8,), float(step)))
-    checkpoint.save(folder, 3, {"w": torch.ones(8)}, {})
+            save(folder, 2, torch.full((8,), 2.0))
+    loaded = load(folder)
+    assert torch.equal(loaded.get("w"), torch.full((8,), float(loaded.shared["step"])))
+    save(folder, 3, torch.ones(8))
     assert [path.name for path in folder.iterdir()] == ["step-00000003"], "the next one sweeps up"
+
+
+def test_the_last_and_the_best_checkpoint_stay(tmp_path: Path) -> None:
+    """Validation is best at step 2, since from step 3 on the rate is absurd: its checkpoint outlives later ones."""
+    seen: dict[int, list[str]] = {}
+    config = harness.config(train__steps=8, train__checkpoint_every=1, train__eval_every=1, train__schedule="constant")
+
+    def look(progress: dict[str, float]) -> None:
+        if "loss" in progress:
+            seen[int(progress["step"])] = sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*"))
+
+    context = harness.context(tmp_path, config, listener=look)
+    rates = iter([1e-2, 1e-2, *[3.0] * 6])
+    loop_rate = optimizer.schedule
+    try:
+        optimizer.schedule = lambda _: lambda step: next(rates) / 1e-3  # type: ignore[assignment]
+        result = harness.train(config, context)
+    finally:
+        optimizer.schedule = loop_rate
+    assert seen[5] == ["step-00000002", "step-00000004"]
+    assert seen[8] == ["step-00000002", "step-00000007"]
+    assert result["files"]["best_checkpoint"] == "best"
+    kept = checkpoint.Reader(tmp_path / "best", rank=0)
+    assert kept.shared["step"] == 2
+    assert not (tmp_path / "checkpoint").exists(), "a run made again begins at its beginning"

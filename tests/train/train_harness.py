@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llmsys import schema, wiring
+from llmsys.comm.place import Place
 from llmsys.context import Context
 from llmsys.track.jsonl import JsonLines, read
 from llmsys.train.task import train
@@ -33,12 +34,13 @@ def config(kind: str = "full", family: str = "llama", **overrides: Any) -> schem
         data = schema.Data(kind="code_packages", labels=["core", "geometry", "matrices"], max_train=96, max_val=48)
     result = schema.Config(
         task=schema.Task(),
-        model=schema.Model(family=family),
+        model=schema.Transformer(family=family),
         data=data,
         train=schema.Train(steps=6, length=32, lr_by_method=dict(RATES)),
         method=method,
         engine=schema.Engine(),
         hardware=schema.Hardware(device="cpu", tflops=0.1),
+        network=schema.Network(),
         dispatch=schema.Dispatch(),
         tracker=schema.Tracker(),
         profile=schema.Profile(warmup=1),
@@ -61,7 +63,7 @@ def context(out: Path, config: schema.Config, **overrides: Any) -> Context:
         "code_hash": "of this code",
         "log": logging.getLogger("llmsys.test"),
         "method": wiring.method(config.method),
-        "engine": wiring.engine(config.engine),
+        "engine": wiring.engine(config, Place(), torch.device("cpu")),
         "grad_sync": wiring.grad_sync(config),
         "metrics": JsonLines(out / "metrics.jsonl"),
     }

@@ -1,16 +1,19 @@
 """Checkpoints that a kill at any instant cannot spoil, and from which a run goes on with the same bits.
 
-`<folder>/step-<n>/` holds `state.safetensors` and `state.json`. It is written under another name, flushed to disk and
-then renamed, which is atomic; only then the previous one is removed. So the newest `step-` folder is always whole.
-Nothing in it is a pickle.
+`<folder>/step-<n>/` holds, of each rank, `rank-<r>.safetensors` and `rank-<r>.json`, and `state.json`. Tensors are
+whole and go by name, each in one rank's file, so that any number of ranks can read them; a rank writes its share, so
+that none holds them all. The folder is written under another name, flushed to disk and then renamed, which is atomic;
+only then older ones are removed. So every folder with a `step-` name is whole. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +21,144 @@ import torch
 from torch import Tensor
 
 from llmsys import tensors as files
+from llmsys.comm import collectives
 
-SCHEMA = 1
+SCHEMA = 2
 STEP = re.compile(r"step-(\d+)")
+STATE = "state.json"
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Path:
-    """Writes the checkpoint of `step`, then removes older ones. OSError (disk full) leaves those as they were."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder, keep=newest(folder))
-    fresh, final = folder / f"fresh-{step}", folder / f"step-{step:08d}"
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    plain: dict[str, Any],
+    shared: dict[str, Any],
+    *,
+    device: torch.device,
+    keep: Collection[int] = (),
+) -> Path:
+    """Writes the checkpoint of `step`, then removes those of other steps than this and `keep`. Collective.
+
+    `tensors` and `plain` are this rank's share, `shared` what all ranks have. OSError (disk full) on every rank where
+    one of them cannot write; the earlier checkpoints are then as they were.
+    """
+    rank, fresh, final = collectives.rank(), folder / f"fresh-{step}", folder / f"step-{step:08d}"
+    fault = 0
+    if rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder, keep=[path for path in folder.iterdir() if STEP.fullmatch(path.name)])
+            fresh.mkdir()
+        except OSError as error:
+            fault = error.errno or errno.EIO
+    _all_or_none(fault, fresh, device)
     try:
-        fresh.mkdir()
-        files.save(tensors, fresh / "state.safetensors")
-        text = json.dumps({"schema": SCHEMA, "step": step, **plain})
-        (fresh / "state.json").write_text(text, encoding="utf-8")
-        for path in (fresh / "state.safetensors", fresh / "state.json", fresh):
+        own = fresh / f"rank-{rank}.safetensors", fresh / f"rank-{rank}.json"
+        files.save(tensors, own[0])
+        own[1].write_text(json.dumps(plain), encoding="utf-8")
+        if rank == 0:
+            text = json.dumps({"schema": SCHEMA, "step": step, "world": collectives.world(), **shared})
+            (fresh / STATE).write_text(text, encoding="utf-8")
+            files.sync(fresh / STATE)
+        for path in (*own, fresh):
             files.sync(path)
-        os.rename(fresh, final)
-    except OSError:
-        shutil.rmtree(fresh, ignore_errors=True)  # give the room back; what failed is the write above
-        raise
-    files.sync(folder)
-    _sweep(folder, keep=final)
+    except OSError as error:
+        fault = error.errno or errno.EIO
+    _all_or_none(fault, fresh, device)
+    if rank == 0:
+        try:
+            if final.exists():
+                shutil.rmtree(final)  # of an earlier attempt at this very step
+            os.rename(fresh, final)
+            files.sync(folder)
+            _sweep(folder, keep=[final, *(folder / f"step-{number:08d}" for number in keep)])
+        except OSError as error:
+            fault = error.errno or errno.EIO
+    _all_or_none(fault, fresh, device)
     return final
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors on the host, plain values) of the newest checkpoint; None where there is none.
+def _all_or_none(fault: int, fresh: Path, device: torch.device) -> None:
+    """Gives the room back and raises on every rank if one has a fault."""
+    worst = collectives.most(fault, device)
+    if worst:
+        if collectives.rank() == 0:
+            shutil.rmtree(fresh, ignore_errors=True)  # what failed is the write before; this only tidies up
+        raise OSError(worst, os.strerror(worst), str(fresh))
 
-    ValueError names one that cannot be read: no kill leaves that, but a failing disk or a hand may.
+
+class Reader:
+    """A whole checkpoint: `shared` and this rank's `plain` values, and tensors by name, read when asked for.
+
+    ValueError names a file that cannot be read: no kill leaves that, but a failing disk or a hand may.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    path = newest(folder)
-    if path is None:
-        return None
-    try:
-        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
+    def __init__(self, path: Path, rank: int) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            self.shared: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if self.shared.get("schema") != SCHEMA:
+                raise ValueError(f"of another schema than {SCHEMA}")
+            self.world: int = self.shared["world"]
+            self._files = [safe_open(path / f"rank-{r}.safetensors", framework="pt") for r in range(self.world)]
+            own = path / f"rank-{rank}.json"
+            self.plain: dict[str, Any] = json.loads(own.read_text(encoding="utf-8")) if rank < self.world else {}
+        except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
+            raise ValueError(f"{path}: damaged: {error}") from error
+        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def names(self, prefix: str) -> list[str]:
+        """The names that begin with `prefix/`, without it."""
+        return [name.removeprefix(f"{prefix}/") for name in self._where if name.startswith(f"{prefix}/")]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def get(self, name: str) -> Tensor:
+        """A tensor on the host."""
+        found: Tensor = self._where[name].get_tensor(name)
+        return found
+
+    def lazily(self, names: Mapping[str, str]) -> Mapping[str, Tensor]:
+        """Key -> tensor for key -> name; a tensor is read when it is asked for, and not kept."""
+        return _Lazy(self, names)
+
+    def all(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix/`, without it."""
+        return {name: self.get(f"{prefix}/{name}") for name in self.names(prefix)}
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint of the latest step; None where there is none."""
+class _Lazy(Mapping[str, Tensor]):
+    def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
+        self._reader, self._names = reader, names
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._reader.get(self._names[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints, the latest step first. ValueError where a file stands in their folder's place."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file stands where checkpoints go; remove it")
-    found = [p for p in folder.iterdir() if STEP.fullmatch(p.name)] if folder.exists() else []
-    return max(found, default=None)
+    steps = [path for path in folder.iterdir() if STEP.fullmatch(path.name)] if folder.exists() else []
+    return sorted(steps, reverse=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a folder of checkpoints, so that a run can begin anew; what had that name before is deleted."""
+    aside = folder.with_name(f"{folder.name}.old")
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    return folder.rename(aside)
 
 
 def remove(folder: Path) -> None:
@@ -75,44 +167,14 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _sweep(folder: Path, keep: Path | None) -> None:
+def _sweep(folder: Path, keep: Collection[Path]) -> None:
     """Removes what a kill left half written and checkpoints other than `keep`.
 
     An old checkpoint loses its name first, so that a kill while its files go cannot leave a torn one that has it.
     """
     for path in list(folder.iterdir()):
-        if path == keep:
+        if path in keep:
             continue
         if STEP.fullmatch(path.name):
             path = path.rename(path.with_name(f"old-{path.name}"))
         shutil.rmtree(path)
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors (`<parameter's number>.<key>`) and the rest, which is JSON."""
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for number, values in state["state"].items():
-        for key, value in values.items():
-            (tensors if isinstance(value, Tensor) else plain)[f"{number}.{key}"] = value
-    return tensors, {"values": plain, "param_groups": state["param_groups"]}
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Loads into `optimizer`, in place, what `pack_optimizer` gave."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **plain["values"]}.items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
-
-
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every name with `prefix/` before it."""
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def unprefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix/`, without it."""
-    return {n.removeprefix(f"{prefix}/"): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}

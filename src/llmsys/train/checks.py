@@ -5,25 +5,38 @@ A refusal is one message that says what is needed, what was found, and the comma
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llmsys import schema
-from llmsys.cost import flops, memory
+from llmsys.cost import engines, flops, hardware, links, memory, traffic
+from llmsys.cost.case import Case, Facts
 from llmsys.errors import Refused
+from llmsys.train.alternatives import alternatives
 
 GIB = 2**30
-PADDED = ("code_docstrings", "code_packages", "jsonl")
-"""Data whose rows differ in length, so that batches carry a mask."""
+UNPACKED = ("code_docstrings", "jsonl")
+"""Data of prompts and answers: each example is a row of its own."""
 MAX_CPU_S = 3600.0
 """A run predicted to take longer than this on a CPU was most likely meant for a GPU."""
+
+
+def libraries(config: schema.Config) -> None:
+    """LookupError names the extra that brings a library which this run would need only after loading weights."""
+    needed = {
+        f"model.quant={config.model.quant}": ("train", ["bitsandbytes"] if config.model.quant != "none" else []),
+        f"engine={config.engine.kind}": ("deepspeed", ["deepspeed"] if config.engine.kind == "deepspeed" else []),
+        "BLEU and ROUGE": ("train", ["sacrebleu", "rouge_score"] if config.model.objective == "seq2seq" else []),
+    }
+    for what, (extra, modules) in needed.items():
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                raise LookupError(f"{what}: needs {module}: pip install 'llmsys[{extra}]'")
 
 
 def learning_rate(config: schema.Config) -> float:
@@ -37,53 +50,84 @@ def learning_rate(config: schema.Config) -> float:
     return rates[config.method.kind] * config.train.lr_scale
 
 
+def facts(config: schema.Config, device: torch.device) -> Facts:
+    """What data and device add to the config. The classes of `hub` data are not known before it is read: two."""
+    labels = {"images": 0 if config.data.kind == "hub" else 10}.get(config.model.objective, len(config.data.labels))
+    there = "cuda" if hardware.named(config.hardware) else device.type
+    return Facts(num_labels=labels, padded=padded(config), device=there)
+
+
+def padded(config: schema.Config) -> bool:
+    """Whether batches carry an attention mask: rows that differ in length do, and packed text does not."""
+    if config.model.objective == "causal_lm":
+        return config.data.kind in UNPACKED or (config.data.kind == "hub" and "text" not in config.data.columns)
+    return config.model.objective != "images"
+
+
 def kinds_and_peak(config: schema.Config, device: torch.device) -> tuple[dict[str, int], int]:
-    """(bytes by kind, the most that is alive at once) of a training step on the device."""
-    facts: dict[str, Any] = {
-        "num_labels": max(2, len(config.data.labels)),
-        "padded": config.data.kind in PADDED,
-        "device": device.type,
-    }
-    parts = (config.model, config.train, config.method, config.engine)
-    return memory.estimate(*parts, **facts), memory.peak_bytes(*parts, **facts)
+    """(bytes by kind, the most that is alive at once on the device) of a training step of one rank."""
+    parts, known = (config.model, config.train, config.method, config.engine), facts(config, device)
+    return memory.estimate(*parts, **known), memory.peak_bytes(*parts, **known)
 
 
 def check_memory(config: schema.Config, device: torch.device) -> int:
-    """The predicted peak in bytes, if the device has that much (or `force`); else Refused."""
+    """The predicted peak of a rank in bytes, if there is room for it (or `force`); else Refused.
+
+    On a CPU all ranks share the host. On a GPU each has one, and together they need what the engine offloads to the
+    host; that is not asked of a machine by name, whose host is not known.
+    """
     parts, need = kinds_and_peak(config, device)
-    have, where = available_memory(config.hardware, device)
-    if need <= have or config.force:
-        return need
+    have, where = available_memory(config, device)
+    sharing = config.train.world if _is_host(config, device) else 1
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in parts.items())
-    raise Refused(
-        f"{config.model.name} with method={config.method.kind} needs about {need / GIB:.2f} GiB ({kinds}); "
-        f"{where} has {have / GIB:.2f} GiB.\n"
-        + alternatives(
-            config,
-            fits=lambda smaller: kinds_and_peak(smaller, device)[1] <= have,
-            there=f"On a machine that has the memory, hardware.mem_gib={math.ceil(need / GIB)} says so.",
-        ),
-        reason="memory",
-    )
+    what = f"{config.model.name} with method={config.method.kind}"
+    if need * sharing > have and not config.force:
+        each = f"about {need / GIB:.2f} GiB ({kinds})"
+        each += f" on each of {sharing} ranks, which share a host" if sharing > 1 else ""
+        raise Refused(
+            f"{what} needs {each}; {where} has {have / GIB:.2f} GiB.\n"
+            + alternatives(
+                config,
+                fits=lambda smaller: kinds_and_peak(smaller, device)[1] * sharing <= have,
+                there=f"On a machine that has the memory, hardware.mem_gib={math.ceil(need * sharing / GIB)} says so.",
+            ),
+            reason="memory",
+        )
+    offloaded = engines.hold(
+        Case(config.model, config.train, config.method, config.engine, **facts(config, device))
+    ).host
+    if offloaded and device.type == "cuda" and config.hardware.name == "auto" and not config.force:
+        asked, free = sum(offloaded.values()) * config.train.world, host_available()
+        if asked > free:
+            raise Refused(
+                f"{what} offloads {asked / GIB:.2f} GiB to the host on {config.train.world} ranks; "
+                f"this host (free now) has {free / GIB:.2f} GiB.\n"
+                + alternatives(config, fits=lambda smaller: False, there="Without engine.offload it is on the device."),
+                reason="memory",
+            )
+    return need
 
 
 def check_time(config: schema.Config, device: torch.device) -> float:
-    """Predicted ms per step, a lower bound: all arithmetic at the speed of plain matrix products.
+    """Predicted ms per step, a lower bound: all arithmetic at the speed of plain matrix products, or at the peak of the
+    machine that is named, and behind it all that ranks say, where their links' rates are known.
 
     Refused where that makes more than an hour on a CPU, unless `force`.
     """
-    rate = config.hardware.tflops
-    speed = rate * 1e12 if rate is not None else matmul_flops(device, config.train.precision)
+    speed, whose = arithmetic(config, device)
+    line = link(config)
 
     def seconds(wanted: schema.Config) -> float:
-        return flops.step_flops(wanted.model, wanted.train, wanted.method) / speed
+        parts, known = (wanted.model, wanted.train, wanted.method, wanted.engine), facts(wanted, device)
+        talk = traffic.step_seconds(line, *parts, **known) if line else 0.0
+        return max(flops.step_flops(*parts, **known) / speed, talk)
 
     total = seconds(config) * config.train.steps
     if device.type == "cpu" and total > MAX_CPU_S and not config.force:
         fitting = max(1, int(MAX_CPU_S / seconds(config)))
         raise Refused(
             f"{config.name}: {config.train.steps} steps of {config.model.name} need at least {total / 3600:.1f} hours "
-            f"at the {speed / 1e12:.3f} TFLOP/s of this CPU; more than one hour is not begun unasked.\n"
+            f"at {whose}; more than one hour is not begun unasked.\n"
             + alternatives(
                 config,
                 fits=lambda smaller: seconds(smaller) * config.train.steps <= MAX_CPU_S,
@@ -94,47 +138,49 @@ def check_time(config: schema.Config, device: torch.device) -> float:
     return seconds(config) * 1e3
 
 
-def alternatives(config: schema.Config, fits: Callable[[schema.Config], bool], there: str) -> str:
-    """The commands that would run: the experiment's smoke, a truncated model where one `fits`, and `force`."""
-    if config.name == "scratch":  # no experiment that would choose them again
-        command = f"python -m llmsys model={config.model.name} data={config.data.kind}"
-    else:
-        command = f"python -m llmsys +exp={config.name} data={config.data.kind}"
-    command += f" method={config.method.kind}"
-    if config.data.path:
-        command += f" data.path={config.data.path}"
-    runs = []
-    if config.smoke:
-        runs.append(f"{command} {' '.join(config.smoke)}")
-    command += f" model.weights={config.model.weights}"
-    for layers in _shorter(config.model.num_layers):
-        smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
-        if fits(smaller):
-            runs.append(f"{command} model.num_layers={layers}")
-            break
-    runs.append(f"{command} force=true")
-    commands = "\n".join(f"  {run}" for run in runs)
-    return f"What would run:\n{commands}   # in spite of this\n{there}"
+def arithmetic(config: schema.Config, device: torch.device) -> tuple[float, str]:
+    """(FLOP/s, in words): `hardware.tflops`, else the peak of the machine by name, else as measured here.
+
+    ValueError for a precision that the machine has not.
+    """
+    machine, rate = hardware.named(config.hardware), config.hardware.tflops
+    if machine:
+        speed = machine.peak(config.train.precision)
+        return speed, f"the {speed / 1e12:.3f} TFLOP/s of {machine.title} in {config.train.precision}"
+    if rate is not None:
+        return rate * 1e12, f"hardware.tflops={rate:g}"
+    speed = matmul_flops(device, config.train.precision)
+    kind = "CPU" if device.type == "cpu" else "GPU"
+    return speed, f"the {speed / 1e12:.3f} TFLOP/s of this {kind} in {config.train.precision}"
 
 
-def _shorter(num_layers: int) -> list[int]:
-    """Depths to try, halved each time: 32 -> 16, 8, 4, 2, 1."""
-    result = []
-    while num_layers > 1:
-        num_layers //= 2
-        result.append(num_layers)
-    return result
+def link(config: schema.Config) -> links.Line | None:
+    """The link between ranks: the network's where it has rates, else the machine's by name or `hardware.gbps`."""
+    if config.network.up_mbit is not None:
+        return links.Line.of_network(config.network)
+    machine = hardware.named(config.hardware)
+    if machine:
+        return links.Line.of_rate(machine.gbps(config.train.world))
+    return links.Line.of_rate(config.hardware.gbps) if config.hardware.gbps else None
 
 
-def available_memory(hardware: schema.Hardware, device: torch.device) -> tuple[float, str]:
-    """(bytes, whose) that a run may use. `hardware.mem_gib` wins; a limit on the process alone (RLIMIT_DATA) does not
-    count, since it is set to see what running out of memory looks like."""
-    if hardware.mem_gib is not None:
-        return hardware.mem_gib * GIB, f"hardware.mem_gib={hardware.mem_gib:g}: the device"
+def available_memory(config: schema.Config, device: torch.device) -> tuple[float, str]:
+    """(bytes, whose) that a run may use. `hardware.mem_gib` wins, then a machine by name; a limit on the process alone
+    (RLIMIT_DATA) does not count, since it is set to see what running out of memory looks like."""
+    machine, given = hardware.named(config.hardware), config.hardware.mem_gib
+    if given is not None:
+        return given * GIB, f"hardware.mem_gib={given:g}: the device"
+    if machine:
+        return machine.mem_gib * GIB, f"hardware.name={config.hardware.name}: {machine.title}"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.total_memory, f"this {properties.name}"
     return host_available(), "this host (free now)"
+
+
+def _is_host(config: schema.Config, device: torch.device) -> bool:
+    """Whether the device is a host's memory, of which there is one for all ranks."""
+    return device.type == "cpu" and config.hardware.name == "auto"
 
 
 def host_available(root: Path = Path("/")) -> int:

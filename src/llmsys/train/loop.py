@@ -1,6 +1,6 @@
 """The one training loop.
 
-A step trains on `global_batch` sequences, cut into micro-batches that fit into memory. The gradient is that of the mean
+A step trains on `global_batch` examples, cut into micro-batches that fit into memory. The gradient is that of the mean
 over all label positions of the *global* batch: with n_i positions in micro-batch i and n in all,
 
     loss = sum_i (n_i / n) loss_i
@@ -8,15 +8,20 @@ over all label positions of the *global* batch: with n_i positions in micro-batc
 where loss_i is the mean that the model returns. So neither the micro-batch nor the number of ranks changes the result
 (averaging the loss_i instead, as is often done, weights a token by how short its neighbours are).
 
-Everything the next step depends on is in a checkpoint (weights, optimizer, schedule, random streams); the data order is
-a pure function of (seed, step). So a run that was killed goes on with the same bits.
+Where there are batch norms the micro-batch does matter: its statistics normalise it. The micro-batches are the same
+sets of examples on any number of ranks, so the ranks still do not. The running statistics, which evaluation uses, are
+averaged over the ranks; their momentum is that of all ranks' micro-batches one after another, 1 - (1 - m)^ranks, which
+weights those of one step alike instead of the later ones more.
+
+Everything the next step depends on is in a checkpoint (weights, optimizer, random streams); the data order and the
+learning rate are pure functions of the step. So a run that was killed goes on with the same bits.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +29,21 @@ import torch
 from torch import Tensor, nn
 
 from llmsys import schema
-from llmsys.errors import NotANumber
+from llmsys.comm import collectives
+from llmsys.comm.traffic import Traffic
+from llmsys.errors import Interrupted
+from llmsys.models import quant
 from llmsys.profile.memory import Peak
 from llmsys.profile.spans import Spans
-from llmsys.train import checkpoint, optimizer, reproducible
+from llmsys.train import optimizer
 from llmsys.train.evaluate import autocast, evaluate, label_count, token_count
+from llmsys.train.saver import Saver
+from llmsys.train.watch import Watch
 
 if TYPE_CHECKING:
     from llmsys.context import Context
     from llmsys.data import Dataset
+    from llmsys.data.tokenizer import Tokenizer
 
 
 @dataclass
@@ -48,18 +59,38 @@ class Outcome:
 class Loop:
     """A prepared model with its optimizer; `run` trains it to the end."""
 
-    def __init__(self, config: schema.Config, context: Context, model: nn.Module, dataset: Dataset, lr: float) -> None:
-        self.config, self.context, self.dataset = config, context, dataset
-        self.device = context.device
-        self.model = model
-        self.wrapped = context.engine.wrap(model)
+    def __init__(
+        self,
+        config: schema.Config,
+        context: Context,
+        model: nn.Module,
+        dataset: Dataset,
+        lr: float,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Loads this run's newest checkpoint, if there is one, into the model, in place, and hands it to the engine."""
+        self.config, self.context, self.dataset, self.tokenizer = config, context, dataset, tokenizer
+        self.device, self.engine = context.device, context.engine
+        self.model, self.lr = model, lr
+        self.watch = Watch(config.train)
+        self.saver = Saver(config, context, self.watch)
+        self.saver.find()
+        self.saver.load_model(model)
+        if self.engine.data_rank:  # equal until here, so that ranks start from one model; their dropout must differ
+            torch.manual_seed(config.train.seed + 2**32 * self.engine.data_rank)
+        self.sizes = {  # before an engine cuts the weights
+            "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total_params": quant.parameter_count(model),
+            "linear_weights_trained": int(quant.linear_weights_trained(model)),
+        }
+        self.wrapped = self.engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, lr))
         context.grad_sync.attach(self.wrapped)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optimizer.adamw(model, config.train, lr)
-        self.schedule = optimizer.schedule(self.optimizer, config.train)
-        self.folder = context.out / "checkpoint"
+        self.saver.load_rest(model)
+        self._speed_up_statistics()
+        self.schedule = optimizer.schedule(config.train)
         self.spans = Spans(self.device)
         self.peak = Peak(self.device)
+        self.traffic = Traffic()
 
     def mixed(self) -> AbstractContextManager[object]:
         return autocast(self.device, self.config.train.precision, self.config.model.dtype)
@@ -68,67 +99,96 @@ class Loop:
         """This rank's micro-batches of step `step` (from 0), on the host, each padded to `train.length`."""
         from llmsys.data import order
 
-        train, engine = self.config.train, self.context.engine
-        indices = order(len(self.dataset.train), train.global_batch, train.seed, step)[engine.rank :: engine.world]
+        train, engine = self.config.train, self.engine
+        indices = order(len(self.dataset.train), train.global_batch, train.seed, step)
         size = train.micro_batch
-        return [self.dataset.train.batch(indices[i : i + size]) for i in range(0, len(indices), size)]
+        cut = [indices[i : i + size] for i in range(0, len(indices), size)]
+        return [
+            self.dataset.train.batch(part, seed=(train.seed, step))
+            for part in cut[engine.data_rank :: engine.data_world]
+        ]
 
     def run(self) -> Outcome:
         """Trains from the newest checkpoint, or from the start, to the last step; evaluates the whole split at the end.
 
-        Raises NotANumber, naming the step, before a NaN reaches the weights; OSError where a checkpoint cannot be
-        written, with the previous one whole.
+        Raises NotANumber, naming the step, before a NaN reaches the weights; Interrupted, with a checkpoint written,
+        when the context is asked to stop; OSError where a checkpoint cannot be written, with the previous one whole.
         """
-        train = self.config.train
-        start = self.resume()
+        train, start = self.config.train, self.saver.start
         outcome = Outcome(resumed_from_step=start or None)
         self.context.trim_metrics(start)
         # At least one step is timed, however short the run.
         self.spans.warmup = min(self.config.profile.warmup, train.steps - start - 1)
         self.wrapped.train()
+        self.context.stoppable = True
         tokens = 0
         self.peak.resume()
         for step in range(start + 1, train.steps + 1):
             before = time.perf_counter()
-            with self.spans.step():
+            # Counted in a step that is not timed: a dispatch mode costs microseconds an operator.
+            counted = self.config.profile.probe and step == start + 1 and self.spans.warmup > 0
+            with self.spans.step(), self.traffic if counted else nullcontext():
                 row = self.step(step)
+            stop = bool(row.pop("stop"))
             tokens += int(row["tokens"])
             row["step_ms"] = (time.perf_counter() - before) * 1e3
-            row["tokens_per_s"] = row.pop("tokens") / row["step_ms"] * 1e3
-            outcome.loss = row["loss"]
-            self.context.beat(step=step, steps=train.steps, loss=row["loss"], tokens_per_s=row["tokens_per_s"])
-            if step % train.log_every == 0 or step == train.steps:
-                self.context.track(row)
+            if trained_on := row.pop("tokens"):  # images have none
+                row["tokens_per_s"] = trained_on / row["step_ms"] * 1e3
+            self._note(step, row)
+            if row["loss"] is not None:  # of the last step that was not left out
+                outcome.loss = row["loss"]
             last = step == train.steps
-            due = bool(train.eval_every) and step % train.eval_every == 0
-            if last or due:
+            if last or (train.eval_every and step % train.eval_every == 0):
                 self.peak.pause()
                 outcome.evaluation = self.evaluate(step)
                 self.peak.resume()
-            if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
+                better = self.saver.better(step, outcome.evaluation["val_loss"])
+            else:
+                better = False
+            due = bool(train.checkpoint_every) and (better or step % train.checkpoint_every == 0)
+            if (due or stop) and not last:
                 self.peak.pause()
                 self.save(step)
                 self.peak.resume()
-        outcome.tokens_per_step = tokens / (train.steps - start)
+            if stop and not last:
+                raise Interrupted(f"stopped after step {step}; the same command goes on from there")
+        self.context.stoppable = False
+        outcome.tokens_per_step = tokens / max(train.steps - start, 1)
         return outcome
 
-    def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step (from 1); changes the model, the optimizer and the schedule in place.
+    def _note(self, step: int, row: dict[str, Any]) -> None:
+        """Tells the progress bar, the metrics, and the watch over losses, which may end the run."""
+        train = self.config.train
+        verdict = self.watch.see(step, row["loss"], row["grad_norm"])
+        if verdict:
+            row[verdict] = True
+            self.context.log.warning("step %d: %s (loss %g, norm %g)", step, verdict, row["loss"], row["grad_norm"])
+        row.update({key: None for key in ("loss", "grad_norm") if not math.isfinite(row[key])})  # JSON has no NaN
+        shown = {key: row[key] for key in ("loss", "tokens_per_s") if row.get(key) is not None}
+        self.context.beat(step=step, steps=train.steps, **shown)
+        if step % train.log_every == 0 or step == train.steps or verdict:
+            self.context.track(row)
 
-        Returns the row for `metrics.jsonl`; `tokens` is what this rank trained on, padding left out.
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step (from 1); changes the model and the optimizer in place.
+
+        Returns the row for `metrics.jsonl`; `tokens` is what all ranks trained on, padding left out, and `stop`
+        whether one of them has been asked to stop.
         """
-        engine, spans = self.context.engine, self.spans
+        engine, spans = self.engine, self.spans
         with spans("data"):
             batches = self.micro_batches(step - 1)
-            labels = [label_count(batch) for batch in batches]
-            tokens = sum(token_count(batch) for batch in batches)
+            objective = self.config.model.objective
+            labels = [label_count(batch, objective) for batch in batches]
+            own = [sum(labels), sum(token_count(batch, objective) for batch in batches)]
             batches = [{key: value.to(self.device) for key, value in batch.items()} for batch in batches]
-        everywhere = engine.sum(sum(labels))
+        with spans("communication") if engine.world > 1 else nullcontext():
+            everywhere, tokens = engine.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         if everywhere == 0:
             raise ValueError(f"data: step {step} has no label token within train.length={self.config.train.length}")
         loss = torch.zeros((), device=self.device)
         for number, (batch, count) in enumerate(zip(batches, labels, strict=True), 1):
-            with engine.accumulate(self.wrapped, last=number == len(batches)):
+            with engine.accumulate(last=number == len(batches)):
                 with spans("forward"):
                     part = self.forward(batch, count) * (count / everywhere)
                 with spans("backward"):
@@ -138,17 +198,12 @@ class Loop:
             with spans("communication"):
                 self.context.grad_sync.aggregate(self.wrapped)
         with spans("optimizer"):
-            norm = engine.clip(self.parameters, self.config.train.clip)
-            loss_value, norm_value = torch.stack([loss, norm.float()]).tolist()  # the step's one wait for the device
-            loss_value = engine.sum(loss_value)
-            for what, value in (("loss", loss_value), ("norm of the gradient", norm_value)):
-                if not math.isfinite(value):
-                    raise NotANumber(f"step {step}: the {what} is {value}")
-            lr = self.optimizer.param_groups[0]["lr"]
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return {"step": step, "loss": loss_value, "lr": lr, "grad_norm": norm_value, "tokens": tokens}
+            lr = self.lr * self.schedule(step - 1)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            asked = torch.full_like(loss, self.context.stop_asked)
+            (loss_value, stop), norm = engine.step(torch.stack([loss, asked]), self.config.train.clip)
+        return {"step": step, "loss": loss_value, "lr": lr, "grad_norm": norm, "tokens": tokens, "stop": stop}
 
     def forward(self, batch: dict[str, Tensor], labels: int) -> Tensor:
         """The mean loss over the batch's `labels` label positions, in fp32; 0 (with a graph) where it has none."""
@@ -160,61 +215,44 @@ class Loop:
     def evaluate(self, step: int) -> dict[str, float]:
         """Scores on the whole validation split, tracked as a row of their own."""
         train = self.config.train
+        self.average_statistics()
         result = evaluate(
             self.wrapped,
             self.dataset.val,
             train.eval_batch,
+            objective=self.config.model.objective,
+            engine=self.engine,
             device=self.device,
             mixed=self.mixed,
             beat=lambda: self.context.beat(step=step, steps=train.steps),
+            tokenizer=self.tokenizer,
+            generate_max=train.generate_max,
+            target_length=train.target_length,
         )
         self.context.track({"step": step, **result})
         return result
 
     def save(self, step: int) -> None:
         """Writes a checkpoint of everything that the steps after `step` depend on."""
-        state, plain = checkpoint.pack_optimizer(self.optimizer)
-        random_tensors, random_plain = reproducible.streams()
-        tensors = {
-            **checkpoint.prefixed("model", self.context.method.state(self.model)),
-            **checkpoint.prefixed("optimizer", state),
-            **checkpoint.prefixed("random", random_tensors),
-        }
-        values = {
-            "code_hash": self.context.code_hash,
-            "run_id": self.context.out.name,
-            "metric_rows": self.context.metrics.count(step),
-            "optimizer": plain,
-            "schedule": self.schedule.state_dict(),
-            "random": random_plain,
-        }
-        checkpoint.save(self.folder, step, tensors, values)
+        self.average_statistics()
+        self.saver.save(step, self.model)
 
-    def resume(self) -> int:
-        """Loads the newest checkpoint that this code and config wrote; returns its step, 0 where there is none."""
-        if checkpoint.newest(self.folder) is None:
-            return 0
-        try:
-            tensors, values = checkpoint.load(self.folder) or ({}, {})
-            self._check_checkpoint(values)
-        except ValueError as error:
-            self.context.log.warning("%s; it is removed, and training begins at step 0", error)
-            checkpoint.remove(self.folder)
-            return 0
-        self.context.method.load_state(self.model, checkpoint.unprefixed("model", tensors))
-        checkpoint.unpack_optimizer(self.optimizer, checkpoint.unprefixed("optimizer", tensors), values["optimizer"])
-        self.schedule.load_state_dict(values["schedule"])
-        reproducible.set_streams(checkpoint.unprefixed("random", tensors), values["random"])
-        self.context.log.info("resuming from step %d", values["step"])
-        return int(values["step"])
+    def _speed_up_statistics(self) -> None:
+        """Each rank's running statistics see one of `data_world` micro-batches: see this file's docstring."""
+        for norm in self._batch_norms():
+            if norm.momentum is not None:
+                norm.momentum = 1 - (1 - norm.momentum) ** self.engine.data_world
 
-    def _check_checkpoint(self, values: dict[str, Any]) -> None:
-        """ValueError if a checkpoint is not of this code and run, or if rows of its metrics are gone."""
-        wanted = {"schema": checkpoint.SCHEMA, "code_hash": self.context.code_hash, "run_id": self.context.out.name}
-        for key, value in wanted.items():
-            if values.get(key) != value:
-                raise ValueError(f"{self.folder}: of another {key}")
-        found = self.context.metrics.count(values["step"])
-        if found != values["metric_rows"]:
-            rows = f"{found} rows up to the checkpoint, not {values['metric_rows']}"
-            raise ValueError(f"{self.context.metrics.path}: {rows}")
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Makes batch norms' running statistics, of which each rank has seen a share, one on all ranks, in place."""
+        if self.engine.data_world == 1:
+            return
+        for norm in self._batch_norms():
+            for statistic in (norm.running_mean, norm.running_var):
+                collectives.all_reduce(statistic)
+                statistic /= self.engine.data_world
+
+    def _batch_norms(self) -> list[Any]:
+        kind = nn.modules.batchnorm._BatchNorm
+        return [module for module in self.model.modules() if isinstance(module, kind) and module.track_running_stats]

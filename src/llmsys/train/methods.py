@@ -16,20 +16,26 @@ class Full:
         return model.requires_grad_(True)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        return trainable(model)
+        return {**trainable(model), **running(model)}
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         copy_into(self.state(model), state)
 
-    def save(self, model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
         from llmsys.models import weights
 
-        weights.save(self.state(model), folder, meta)
+        weights.save(state, folder, meta)
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name; one that is used twice (tied embeddings) once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def running(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training changes, by name: batch norm's statistics. Others are not persistent."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 @torch.no_grad()

@@ -1,16 +1,18 @@
 """What a subsystem implements to take part in the one loop.
 
-The order is: build the model, `Method.prepare`, `Engine.wrap`, `GradSync.attach`, optimizer, load a checkpoint's state;
-then in every step forward and backward of each micro-batch, `GradSync.aggregate`, clipping, optimizer.
-The plain implementations are `methods.Full`, `engines.Local` and `engines.NoSync`.
+The order is: build the model, `Method.prepare`, load a checkpoint's weights, `Engine.wrap` (with the optimizer),
+`GradSync.attach`, load the optimizer's state; then in every step forward and backward of each micro-batch,
+`GradSync.aggregate`, `Engine.step`. The plain implementations are `methods.Full`, `engines.local.Local` and `NoSync`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,37 +31,69 @@ class Method(Protocol):
         """Copies `state` into the model in place. ValueError where names or shapes are not those of `state(model)`."""
         ...
 
-    def save(self, model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
-        """Writes what a finished run leaves: safetensors, and `meta` as `weights.json`."""
+    def save(self, state: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
+        """Writes what a finished run leaves of `state(model)`, whole: safetensors, and `meta` as `weights.json`."""
         ...
 
 
 class Engine(Protocol):
-    """How the ranks of a run share the work."""
+    """How the ranks of a run share the work. Where "collective" is written, all ranks have to call."""
 
     rank: int
     world: int
+    data_rank: int
+    """Which of the `data_world` shares of the global batch this rank trains on."""
+    data_world: int
     divisor: int
     """What the engine divides the sum of the ranks' gradients by: the world where it averages (DDP), else 1."""
+    optimizer: torch.optim.Optimizer
+    """torch's optimizer, whose groups' `lr` the loop sets; there from `wrap` on."""
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in the forward pass."""
+    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+        """Takes over `model`, changing its parameters in place where they are cut over ranks; returns the module to
+        call in the forward pass. `make` builds the optimizer of a model: an engine that cuts weights calls it after."""
         ...
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch; gradients need not be exchanged before the `last` one of a step (`no_sync`)."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss` to the parameters' `.grad`."""
+        """Adds the gradient of `loss` to the parameters' own."""
         ...
 
-    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """Scales all gradients in place so that their norm is at most `max_norm` (0: never); returns it as it was."""
+    def step(self, sums: Tensor, max_norm: float) -> tuple[list[float], float]:
+        """One update of the weights, from gradients scaled in place to a norm of at most `max_norm` (0: as they are).
+
+        Returns `sums` [N] (device), of which the first is the loss, summed over the shares of the data, and the norm of
+        the whole gradient as it was. Where loss or norm is not finite, no weight and no moment has changed. The
+        gradients are gone afterwards. Collective.
+        """
         ...
 
-    def sum(self, value: float) -> float:
-        """`value` summed over the ranks."""
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` (fp64 [N], host) summed over the shares of the data. Collective."""
+        ...
+
+    def settle(self) -> None:
+        """Puts parameters back as they lie between steps; before they are named, after forward passes. Collective."""
+        ...
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer of the wrapped model, whole and in its own precision or better. Collective."""
+        ...
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's state of one parameter, whole (`step`, `exp_avg`, ...); {} before the first step.
+        Collective."""
+        ...
+
+    def set_moments(self, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        """Puts what `moments` gave, and where it has a `master` the weights in full precision, in place. Collective."""
+        ...
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """This rank's own tensors by kind: weights, gradients (meta tensors of their size), optimizer, master."""
         ...
 
 

@@ -20,7 +20,7 @@ from llmsys.train.evaluate import autocast, by_length, scores
 
 if TYPE_CHECKING:
     from llmsys.context import Context
-    from llmsys.data import Dataset, Encoded, Source
+    from llmsys.data import Dataset, Source, Split
 
 
 MAX_ITERATIONS = 10_000
@@ -41,7 +41,7 @@ class Reference:
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         assert not state
 
-    def save(self, model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
         pass
 
 
@@ -102,7 +102,7 @@ def _record(summary: dict[str, float]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def features(config: schema.Config, context: Context, model: Any, split: Encoded) -> tuple[np.ndarray, np.ndarray]:
+def features(config: schema.Config, context: Context, model: Any, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """(features [n, D] in fp64, labels [n]) of a whole split in its order, without dropout.
 
     Leaves the model in evaluation mode.

@@ -12,14 +12,17 @@ from torch import nn
 
 from llmsys import schema
 from llmsys.profile import memory
-from llmsys.train import checkpoint, checks
+from llmsys.train import checks
 from llmsys.train.loop import Loop, Outcome
 from llmsys.train.references import Majority, Probe, Reference
 from llmsys.train.reproducible import reproducible
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmsys.context import Context
     from llmsys.data import Dataset
+    from llmsys.data.tokenizer import Tokenizer
 
 
 def train(config: schema.Config, context: Context) -> dict[str, Any]:
@@ -28,28 +31,19 @@ def train(config: schema.Config, context: Context) -> dict[str, Any]:
     ValueError for a setting that cannot be, Refused for too little memory or time, NotANumber for a diverged run.
     """
     from llmsys import data, models
-    from llmsys.data import tokenizer as tokenizers
     from llmsys.models import weights
 
     reference = context.method if isinstance(context.method, Reference) else None
     lr = 0.0 if reference else checks.learning_rate(config)
-    source = data.open(config.data)
-    if reference and source.objective != "classification":
-        raise ValueError(
-            f"method={config.method.kind}: is for classification; {config.data.kind} is {source.objective}"
-        )
+    checks.libraries(config)
+    source = data.open(config.data, config.model.objective)
     if isinstance(reference, Majority):
         return {**reference.record(source), "data_hash": source.hash}
     predicted = {} if reference else predict(config, context)
     folder = weights.find(config.model, config.results, context.run_folder)
     with reproducible(config.train.seed, context.threads, config.train.deterministic):
-        tokenizer = tokenizers.load(config.model.tokenizer, folder)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.model.tokenizer} has "
-                f"{tokenizer.vocab_size} tokens"
-            )
-        dataset = data.encode(source, tokenizer, config.train.length)
+        tokenizer = load_tokenizer(config.model, folder)
+        dataset = data.encode(source, tokenizer, config.train, config.model)
         model = models.load(
             config.model,
             objective=source.objective,
@@ -60,7 +54,21 @@ def train(config: schema.Config, context: Context) -> dict[str, Any]:
         )
         if isinstance(reference, Probe):
             return {**reference.record(config, context, model, dataset, source), "data_hash": source.hash}
-        return {**fit(config, context, model, dataset, lr, predicted), "data_hash": source.hash}
+        return {**fit(config, context, model, dataset, lr, predicted, tokenizer), "data_hash": source.hash}
+
+
+def load_tokenizer(model: schema.Model, folder: Path | None) -> Tokenizer | None:
+    """The tokenizer of a model for text; None for images. ValueError where it has more tokens than the model."""
+    from llmsys.data import tokenizer as tokenizers
+
+    if not isinstance(model, schema.Transformer):
+        return None
+    tokenizer = tokenizers.load(model.tokenizer, folder)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer {model.tokenizer} has {tokenizer.vocab_size} tokens"
+        )
+    return tokenizer
 
 
 def predict(config: schema.Config, context: Context) -> dict[str, float]:
@@ -78,6 +86,7 @@ def fit(
     dataset: Dataset,
     lr: float,
     predicted: dict[str, float],
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Prepares `model` (in place), trains it, saves it and measures it."""
     from llmsys.models import recompute_blocks
@@ -85,15 +94,17 @@ def fit(
     model = context.method.prepare(model)
     if config.train.recompute == "block":
         recompute_blocks(model)
-    loop = Loop(config, context, model, dataset, lr)
+    loop = Loop(config, context, model, dataset, lr, tokenizer)
     outcome = loop.run()
     files = {}
     if config.train.save_final:
         meta = {"exp": config.name, "method": config.method.kind, "base": dataclasses.asdict(config.model)}
-        context.method.save(model, context.out / "weights", {**meta, "steps": config.train.steps})
+        state = loop.saver.weights(model)
+        if context.place.rank == 0:
+            context.method.save(state, context.out / "weights", {**meta, "steps": config.train.steps})
         files["weights"] = "weights"
     summary, kernel = measure(config, loop, outcome)
-    checkpoint.remove(loop.folder)
+    files |= loop.saver.finish(config.train.steps)
     return {
         "summary": {**summary, **predicted},
         "samples": loop.spans.samples,
@@ -110,22 +121,25 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> tuple[dict[s
     spans = loop.spans
     batch = {key: value.to(loop.device) for key, value in loop.micro_batches(0)[0].items()}
     saved = memory.saved_tensors(loop.model, lambda: loop.forward(batch, 1)) if config.profile.probe else 0
-    accounted = memory.accounted(loop.model, loop.optimizer, saved)
+    loop.engine.settle()
+    accounted = memory.accounted(loop.engine.held(), saved)
     if not config.profile.probe:
         accounted = {key: value for key, value in accounted.items() if key not in ("saved_bytes", "accounted_bytes")}
     with loop.mixed():
         observed = kernel.observed(loop.model, batch)
     seconds = spans.summary["step_ms_p50"] / 1e3
+    throughput = {"tokens_per_s": outcome.tokens_per_step / seconds} if outcome.tokens_per_step else {}
     summary = {
         "loss": outcome.loss,
         **outcome.evaluation,
-        "tokens_per_s": outcome.tokens_per_step / seconds,
+        **throughput,
         "samples_per_s": config.train.global_batch / seconds,
         **spans.summary,
         **loop.peak.summary,
         **accounted,
-        "trainable_params": sum(p.numel() for p in loop.parameters),
-        "total_params": sum(p.numel() for p in loop.model.parameters()),
+        **loop.watch.summary,
+        **loop.traffic.summary,
+        **loop.sizes,
         "timed_steps": len(spans.samples["step_ms"]),
         "profiler_overhead_us_per_step": spans.overhead_us_per_step(),
     }

@@ -1,0 +1,231 @@
+"""DeepSpeed's ZeRO: optimizer state (1), gradients (2) and weights (3) shared over the ranks; offloaded on request.
+
+(Rajbhandari et al., arXiv 1910.02054; Ren et al., ZeRO-Offload, arXiv 2101.06840.) DeepSpeed owns the exchange of
+gradients, clipping and the update; the loop stays ours. It flattens each parameter group and gives every rank one piece
+of the flat tensor, so the optimizer knows no parameters any more: `_fragments` says which part of which parameter lies
+where, and with that checkpoints are written by parameter name, readable by any engine and any number of ranks, without
+DeepSpeed's pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmsys import schema
+from llmsys.comm import collectives
+from llmsys.comm.place import Place
+from llmsys.train.engines.local import Local
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """`numel` elements of a parameter from `start` on lie on this rank, in `flat` from `offset` on."""
+
+    parameter: nn.Parameter
+    start: int
+    flat: nn.Parameter
+    offset: int
+    numel: int
+
+
+class DeepSpeed(Local):
+    """`engine.zero` 0 to 3."""
+
+    _engine: Any = None
+
+    def __init__(self, config: schema.Config, place: Place, device: torch.device) -> None:
+        super().__init__(config, place, device)
+        assert isinstance(config.engine, schema.DeepSpeed)
+        self.settings = config.engine
+        self.divisor = self.world
+
+    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+        deepspeed = _import(self.device)
+        self.model, self.trained = model, [p for p in model.parameters() if p.requires_grad]
+        optimizer = self._cpu_adam(make(model)) if self.settings.optimizer == "cpu_adam" else make(model)
+        self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._settings())
+        self.optimizer = self._zero.optimizer if self.settings.zero else optimizer
+        engine: nn.Module = self._engine
+        return engine
+
+    def _settings(self) -> dict[str, Any]:
+        """DeepSpeed's own config. Buckets hold the model at most: at the default size they are 2 GB each."""
+        train, model = self.config.train, self.config.model
+        trained = sum(p.numel() for p in self.trained)
+        bucket = min(trained + trained % 2, 50_000_000)  # DeepSpeed wants an even number
+        zero: dict[str, Any] = {"stage": self.settings.zero, "reduce_bucket_size": bucket}
+        zero["allgather_bucket_size" if self.settings.zero < 3 else "stage3_prefetch_bucket_size"] = bucket
+        if self.settings.zero == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # small weights are cut too: what a rank holds is then exact
+        pinned = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        if self.settings.offload != "none":
+            zero["offload_optimizer"] = pinned
+        if self.settings.offload == "optimizer+params":
+            zero["offload_param"] = pinned
+        found: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": train.micro_batch,
+            "gradient_accumulation_steps": schema.accumulation(train, self.settings),
+            "gradient_clipping": train.clip if self.settings.zero else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+        }
+        # Stage 0 shares nothing: told of bf16, DeepSpeed would keep fp32 copies that our optimizer does not know
+        if model.dtype == "bf16" and self.settings.zero:
+            found["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        elif model.dtype == "fp32" and train.precision == "bf16":
+            # no module's weights travel in bf16: the numbers are those of autocast on every other engine
+            found["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        return found
+
+    def _cpu_adam(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """DeepSpeed's vectorised AdamW over the same groups; compiled on first use."""
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        first = optimizer.param_groups[0]
+        logging.getLogger("llmsys").info("engine.optimizer=cpu_adam: compiled on its first use, about a minute")
+        made: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups],
+            betas=first["betas"],
+            eps=first["eps"],
+            adamw_mode=True,
+        )
+        return made
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return self._boundary(last)
+
+    @contextlib.contextmanager
+    def _boundary(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        # inf or NaN becomes a gradient that is not finite anywhere, by which ZeRO leaves the update out on all ranks
+        loss = loss * (loss.detach() * 0 + 1)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, sums: Tensor, max_norm: float) -> tuple[list[float], float]:
+        if not self.settings.zero:
+            return super().step(sums, max_norm)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        values, norm_value = self._total(sums.detach().double()).tolist(), float(norm)
+        applied = math.isfinite(values[0]) and math.isfinite(norm_value)
+        assert applied or self._zero.overflow, "DeepSpeed updated the weights with a gradient that is not finite"
+        return values, norm_value
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """What of every trained parameter this rank updates."""
+        if self.settings.zero == 3:
+            for group, flat in zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True):
+                for p in group:
+                    _, offset, numel = self._zero.grad_position[self._zero.get_param_id(p)]
+                    start = numel * self.rank
+                    yield Fragment(
+                        p, start, flat, offset, max(0, min(numel, p.ds_numel - start))
+                    )  # the rest is padding
+            return
+        for group, flat in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
+            for p in group:
+                if p._hp_mapping is not None:
+                    here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                    yield Fragment(p, here.start, flat, there.start, there.numel)
+
+    def full(self, tensor: Tensor) -> Tensor:
+        if self.settings.zero < 3 or not hasattr(tensor, "ds_id"):
+            return tensor.detach()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        if not self.settings.zero:
+            return super().moments(parameter)
+        steps = [state["step"] for state in self.optimizer.state.values() if "step" in state]
+        if not collectives.most(len(steps), self.device):
+            return {}
+        found = {key: self._gathered(parameter, key) for key in (*MOMENTS, "master")}
+        if self.config.model.dtype == "fp32":
+            del found["master"]
+        step = collectives.most(int(steps[0]) if steps else 0, self.device)
+        return {**found, "step": torch.tensor(float(step))}
+
+    def _gathered(self, parameter: Any, key: str) -> Tensor:
+        """A parameter's moment, or `master` copy, whole: the sum of the ranks' fragments, zero elsewhere, is exact."""
+        shape = parameter.ds_shape if self.settings.zero == 3 else parameter.shape
+        buffer = torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
+        for fragment in self._by_parameter.get(parameter, []):
+            source = fragment.flat if key == "master" else self.optimizer.state[fragment.flat][key]
+            piece = source.detach()[fragment.offset : fragment.offset + fragment.numel]
+            buffer[fragment.start : fragment.start + fragment.numel] = piece.to(self.device)
+        collectives.all_reduce(buffer)
+        return buffer.reshape(shape)
+
+    @functools.cached_property
+    def _by_parameter(self) -> dict[nn.Parameter, list[Fragment]]:
+        found: dict[nn.Parameter, list[Fragment]] = {}
+        for fragment in self._fragments():
+            found.setdefault(fragment.parameter, []).append(fragment)
+        return found
+
+    def set_moments(self, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        if not self.settings.zero:
+            return super().set_moments(moments)
+        for fragment in self._fragments():
+            values = moments.get(fragment.parameter)
+            if values is None:
+                continue
+            state = self.optimizer.state.setdefault(fragment.flat, {})
+            if not state:
+                state.update({key: torch.zeros_like(fragment.flat) for key in MOMENTS})
+                step = values["step"]
+                state["step"] = int(step) if self.settings.optimizer == "cpu_adam" else step.to(fragment.flat.device)
+            for key in (*MOMENTS, "master"):
+                if key in values:
+                    target = fragment.flat.detach() if key == "master" else state[key]
+                    piece = values[key].reshape(-1)[fragment.start : fragment.start + fragment.numel]
+                    target[fragment.offset : fragment.offset + fragment.numel] = piece.to(target.device)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        if not self.settings.zero:
+            return super().held()
+        parameters: list[Any] = list(self.model.parameters())
+        sharded = self.settings.zero == 3
+        flats = list(dict.fromkeys(fragment.flat for fragment in self._fragments()))
+        weights = [p.ds_tensor if sharded else p.detach() for p in parameters]
+        graded = [p for p in parameters if p.requires_grad] if self.settings.zero == 1 else flats
+        return {
+            "weights": [*weights, *self.model.buffers()],
+            "gradients": [torch.empty_like(p, device="meta") for p in graded],
+            "optimizer": [
+                v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
+            ],
+            "master": [flat.detach() for flat in flats],
+        }
+
+
+def _import(device: torch.device) -> Any:
+    """The library, told which kind of device to use and to keep its greetings out of our output."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise LookupError("engine=deepspeed: needs DeepSpeed: pip install 'llmsys[deepspeed]'") from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

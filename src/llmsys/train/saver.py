@@ -1,0 +1,175 @@
+"""A run's checkpoints: what is in them, which are kept (the last and the best), and which one a run goes on from.
+
+Tensors are stored whole, by name: `model/<name>` of what the method trains, and `optimizer/<key>/<name>`. So a
+checkpoint of two ranks is read by one, and one of an engine by another (`train.resume`). Random streams are each
+rank's own; on another number of ranks they begin anew, which changes dropout and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from llmsys import schema
+from llmsys.comm import collectives
+from llmsys.train import checkpoint, reproducible
+from llmsys.train.methods import trainable
+from llmsys.train.watch import Watch
+
+if TYPE_CHECKING:
+    from llmsys.context import Context
+
+
+class Saver:
+    """Finds, loads and writes the checkpoints of one run. Everything here is collective."""
+
+    def __init__(self, config: schema.Config, context: Context, watch: Watch) -> None:
+        self.config, self.context, self.watch = config, context, watch
+        self.folder = context.out / "checkpoint"
+        self.start = 0
+        """The step that was done last when this attempt began; 0: none."""
+        self.best_step, self.best_loss = 0, math.inf
+        self._reader: checkpoint.Reader | None = None
+
+    def find(self) -> None:
+        """Looks for the newest checkpoint of this run, or, where there is none, takes the one of `train.resume`.
+
+        One that is damaged is passed over for the one before. Where none serves, as all were made by other code, they
+        are set aside with a warning, and training begins at step 0. Rank 0 decides for all.
+        """
+        context = self.context
+        path = self._newest() if context.place.rank == 0 else None
+        step = collectives.agree(int(path.name.removeprefix("step-")) if path else 0, context.device)
+        own = self.folder / f"step-{step:08d}"
+        if not step and not self.config.train.resume:
+            return
+        source = own if step else Path(context.inputs["resume"])
+        self._reader = checkpoint.Reader(source, context.place.rank)
+        self.start = int(self._reader.shared["step"])
+        self.watch.load_state(self._reader.shared["watch"])
+        if step:
+            self.best_step, loss = self._reader.shared["best"]
+            self.best_loss = math.inf if loss is None else loss
+        context.log.info("resuming from step %d of %s, written by %d ranks", self.start, source, self._reader.world)
+
+    def _newest(self) -> Path | None:
+        """The latest of this run's checkpoints that can be gone on from."""
+        candidates = checkpoint.found(self.folder)
+        for path in candidates:
+            try:
+                self._check(checkpoint.Reader(path, 0))
+            except ValueError as error:
+                self.context.log.warning("%s", error)
+            else:
+                return path
+        if candidates:
+            aside = checkpoint.set_aside(self.folder)
+            self.context.log.warning("checkpoints set aside as %s; training begins at step 0", aside.name)
+        return None
+
+    def load_model(self, model: nn.Module) -> None:
+        """Copies the checkpoint's weights into the model, in place, before an engine takes it over."""
+        if self._reader:
+            self.context.method.load_state(model, self._reader.all("model"))
+
+    def load_rest(self, model: nn.Module) -> None:
+        """Puts back the optimizer's state and the random streams, when the engine has the model."""
+        reader = self._reader
+        if reader is None:
+            return
+        keys = {name.partition("/")[0] for name in reader.names("optimizer")}
+        self.context.engine.set_moments(
+            {
+                parameter: reader.lazily({key: f"optimizer/{key}/{name}" for key in keys})
+                for name, parameter in trainable(model).items()
+                if f"optimizer/step/{name}" in reader
+            }
+        )
+        rank = self.context.place.rank
+        if reader.world == self.context.place.world:
+            reproducible.set_streams(reader.all(f"random-{rank}"), reader.plain["random"])
+        else:
+            self.context.log.info("written by %d ranks: random streams (dropout) begin anew", reader.world)
+        self._reader = None
+
+    def _check(self, reader: checkpoint.Reader) -> None:
+        """ValueError if a checkpoint is not of this code and run, or if rows of its metrics are gone."""
+        wanted = {"code_hash": self.context.code_hash, "run_id": self.context.out.name}
+        for key, value in wanted.items():
+            if reader.shared.get(key) != value:
+                raise ValueError(f"{reader.path}: of another {key}")
+        found = self.context.metrics.count(reader.shared["step"])
+        if found != reader.shared["metric_rows"]:
+            rows = f"{found} rows up to the checkpoint, not {reader.shared['metric_rows']}"
+            raise ValueError(f"{self.context.metrics.path}: {rows}")
+
+    def better(self, step: int, loss: float) -> bool:
+        """Whether this validation loss is the lowest so far; then it is remembered as the best step's."""
+        if loss < self.best_loss:
+            self.best_step, self.best_loss = step, loss
+            return True
+        return False
+
+    def save(self, step: int, model: nn.Module) -> None:
+        """Writes everything that the steps after `step` depend on; leaves this checkpoint and the best one's."""
+        context = self.context
+        rank, world = context.place.rank, context.place.world
+        share = {}
+        for number, (name, tensor) in enumerate(self._tensors(model)):
+            if number % world == rank:
+                share[name] = tensor.cpu()
+        random_tensors, random_plain = reproducible.streams()
+        share |= {f"random-{rank}/{name}": tensor for name, tensor in random_tensors.items()}
+        shared = {
+            "code_hash": context.code_hash,
+            "run_id": context.out.name,
+            "metric_rows": context.metrics.count(step) if rank == 0 else 0,
+            "watch": self.watch.state(),
+            "best": [self.best_step, self.best_loss if self.best_step else None],
+        }
+        checkpoint.save(
+            self.folder,
+            step,
+            share,
+            {"random": random_plain},
+            shared,
+            device=context.device,
+            keep=[self.best_step],
+        )
+
+    def _tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of a checkpoint, whole, in the same order on all ranks."""
+        engine = self.context.engine
+        engine.settle()
+        for name, tensor in self.context.method.state(model).items():
+            yield f"model/{name}", engine.full(tensor)
+        for name, parameter in trainable(model).items():
+            for key, tensor in engine.moments(parameter).items():
+                yield f"optimizer/{key}/{name}", tensor
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the method's run leaves, whole, on the host of rank 0; {} on the others."""
+        found = {}
+        self.context.engine.settle()
+        for name, tensor in self.context.method.state(model).items():
+            tensor = self.context.engine.full(tensor)
+            if self.context.place.rank == 0:
+                found[name] = tensor.cpu()
+        return found
+
+    def finish(self, steps: int) -> dict[str, str]:
+        """Removes checkpoints at the end of a run; the best one, if an earlier step was better, becomes `best`."""
+        out, best = self.context.out, self.folder / f"step-{self.best_step:08d}"
+        kept = 0 < self.best_step < steps and best.is_dir()
+        if self.context.place.rank == 0:
+            if (out / "best").is_dir():
+                shutil.rmtree(out / "best")  # an earlier attempt's
+            if kept:
+                best.rename(out / "best")  # elsewhere than what a run resumes from
+            checkpoint.remove(self.folder)
+        return {"best_checkpoint": "best"} if kept else {}

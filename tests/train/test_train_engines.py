@@ -1,0 +1,286 @@
+"""Claims about the engines, on two real gloo ranks: whatever shares the work, the numbers are those of one rank; a run
+that stops goes on with the same bits; and a gradient that is not finite changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmsys import compose, runner
+from llmsys import job as jobs
+from llmsys.comm import collectives
+from llmsys.comm.group import group
+from llmsys.comm.place import Place
+from llmsys.context import Context
+from llmsys.track.jsonl import read
+from llmsys.train import checkpoint
+from rank_pool import ENGINES, Pool
+
+HERE = "test_train_engines"
+TINY = ["train.steps=6", "train.global_batch=8", "train.micro_batch=2", "train.length=32", "train.threads=1"]
+TINY += ["data.num_examples=24", "train.lr_by_method.full=3e-3", "train.weight_decay=0.1", "dispatch.kind=process"]
+TINY += ["model.num_kv_heads=2", "profile.warmup=1", "train.schedule=cosine", "train.warmup_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Two ranks."""
+    made = Pool()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Pool]:
+    """One rank, of the same kind of process."""
+    made = Pool(1)
+    yield made
+    made.close()
+
+
+def run(place: Place, results: str, overrides: list[str], stop_after: int | None = None) -> dict[str, Any]:
+    """One rank of a run of the tiny model; the last rank is asked to stop when it has done step `stop_after`."""
+    # another model has other settings
+    base = [o for o in TINY if not (o.startswith("model.") and any(x.startswith("model=") for x in overrides))]
+    made = jobs.make(compose.compose([*base, f"train.world={place.world}", f"results={results}", *overrides]))
+    out = Path(made.out)
+    out.mkdir(parents=True, exist_ok=True)
+    seen: list[Context] = []
+
+    def listener(progress: dict[str, Any]) -> None:
+        if progress.get("step") == stop_after and place.rank == place.world - 1:
+            seen[0].stop_asked = True
+
+    record = runner.run(made, listener, seen.append, place=place)
+    rows = read(out / "metrics.jsonl") if place.rank == 0 and (out / "metrics.jsonl").exists() else []
+    return {
+        "out": str(out),
+        "status": record.status,
+        "error": record.error,
+        "resumed": record.resumed_from_step,
+        "losses": [row["loss"] for row in rows if "loss" in row],
+        "norms": [row["grad_norm"] for row in rows if "loss" in row],
+        "val_loss": record.summary.get("val_loss"),
+        "summary": record.summary,
+    }
+
+
+def of(pool: Pool, results: Path, *overrides: str, stop_after: int | None = None) -> dict[str, Any]:
+    """What rank 0 has to say of a run in `pool`."""
+    found: dict[str, Any] = pool.call(f"{HERE}:run", str(results), list(overrides), stop_after)[0]
+    return found
+
+
+def weights(run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a run left."""
+    from safetensors.torch import load_file
+
+    (path,) = (Path(run["out"]) / "weights").glob("*.safetensors")
+    return load_file(path)
+
+
+@pytest.fixture(scope="module")
+def reference(alone: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run of one rank that all others are compared with."""
+    found = of(alone, tmp_path_factory.mktemp("reference"))
+    assert found["status"] == "ok", found["error"]
+    assert found["losses"][-1] < found["losses"][0]
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_compute_what_one_computes(
+    pool: Pool, reference: dict[str, Any], engine: str, tmp_path: Path
+) -> None:
+    """Losses, norms and scores to 1e-5 (1e-4 with offload): the same global batch is the same step."""
+    found = of(pool, tmp_path, *ENGINES[engine])
+    assert found["status"] == "ok", found["error"]
+    tolerance = 1e-4 if "offload" in engine else 1e-5
+    assert found["losses"] == pytest.approx(reference["losses"], rel=tolerance)
+    assert found["norms"] == pytest.approx(reference["norms"], rel=10 * tolerance)
+    assert found["val_loss"] == pytest.approx(reference["val_loss"], rel=tolerance)
+    for name, tensor in weights(found).items():
+        assert torch.allclose(tensor, weights(reference)[name], rtol=1e-3, atol=1e-5), name
+    summary, whole = found["summary"], reference["summary"]
+    assert (summary["total_params"], summary["trainable_params"]) == (whole["total_params"], whole["trainable_params"])
+    assert summary["comm_bytes"] > 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stopped_run_goes_on_with_the_same_bits(pool: Pool, engine: str, tmp_path: Path) -> None:
+    """Asked of one rank, between two steps: both write a checkpoint and end; the same command goes on from there."""
+    overrides = [*ENGINES[engine], "model.dropout=0.1"]
+    whole = of(pool, tmp_path / "whole", *overrides)
+    first = of(pool, tmp_path / "cut", *overrides, stop_after=3)
+    assert first["status"] == "interrupted", first["error"]
+    assert "goes on from there" in first["error"]
+    last = int(first["error"].split("after step ")[1].split(";")[0])
+    assert last in (3, 4)  # the ranks agree at the next step, at the latest
+    again = of(pool, tmp_path / "cut", *overrides)
+    assert (again["status"], again["resumed"]) == ("ok", last), again["error"]
+    assert again["losses"] == whole["losses"]
+    assert again["val_loss"] == whole["val_loss"]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+    assert not (Path(again["out"]) / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_go_on_as_one_and_one_as_two(
+    pool: Pool, alone: Pool, reference: dict[str, Any], engine: str, tmp_path: Path
+) -> None:
+    """A checkpoint is whole tensors by name: any engine on any number of ranks reads it."""
+    shared = of(pool, tmp_path / "two", *ENGINES[engine], stop_after=2)
+    assert shared["status"] == "interrupted"
+    to_one = of(alone, tmp_path / "one", f"train.resume={shared['out']}", stop_after=4)
+    assert to_one["status"] == "interrupted", to_one["error"]
+    back = of(pool, tmp_path / "back", *ENGINES[engine], f"train.resume={to_one['out']}")
+    assert back["status"] == "ok", back["error"]
+    assert back["resumed"] in (4, 5)
+    losses = back["losses"]
+    tolerance = 1e-4 if "offload" in engine else 1e-5
+    assert losses == pytest.approx(reference["losses"][-len(losses) :], rel=tolerance)
+    assert back["val_loss"] == pytest.approx(reference["val_loss"], rel=tolerance)
+
+
+def poisoned(place: Place, overrides: list[str]) -> dict[str, Any]:
+    """Three steps of an engine on a small model; in the second, rank 0's loss is infinite."""
+    from llmsys import schema, wiring
+    from llmsys.models import load
+    from llmsys.train import optimizer
+
+    config = schema.build(compose.compose([*TINY, "model.num_kv_heads=4", f"train.world={place.world}", *overrides]))
+    device = torch.device("cpu")
+    with group(place, device):
+        model = load(config.model, objective="causal_lm", num_labels=0, device=device, seed=0, folder=None)
+        engine = wiring.engine(config, place, device)
+        wrapped = engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, 1e-3))
+        ids = torch.arange(32).reshape(2, 16) + engine.data_rank
+        states = []
+        finite = []
+        for step in range(3):
+            with engine.accumulate(last=True):
+                loss = wrapped(input_ids=ids, labels=ids).loss
+                if step == 1 and place.rank == 0:
+                    loss = loss * math.inf
+                engine.backward(loss)
+            (total,), norm = engine.step(loss.reshape(1), 1.0)
+            finite.append(math.isfinite(total) and math.isfinite(norm))
+            whole = [engine.full(p).float() for p in model.parameters()]
+            moments = [m for p in model.parameters() for key, m in sorted(engine.moments(p).items()) if m.ndim]
+            states.append(float(sum(t.double().abs().sum() for t in (*whole, *moments))))
+        assert collectives.world() == place.world
+    return {"finite": finite, "states": states}
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "tp"])
+def test_a_gradient_that_is_not_finite_changes_nothing(pool: Pool, engine: str) -> None:
+    """One rank's infinite loss: all ranks leave the update out, and go on with the next."""
+    for found in pool.call(f"{HERE}:poisoned", ENGINES[engine]):
+        assert found["finite"] == [True, False, True]
+        first, second, third = found["states"]
+        assert first == second != third
+
+
+@pytest.mark.parametrize("method", ["full", "lora_peft"])
+def test_fp32_copies_of_zero_go_over_to_an_engine_without_any(
+    pool: Pool, alone: Pool, method: str, tmp_path: Path
+) -> None:
+    """bf16: ZeRO's checkpoint has fp32 copies and moments; one rank takes them in its own precision, and passes on what
+    it has trained, not the copies."""
+    overrides = ["model.dtype=bf16", "train.precision=bf16", f"method={method}", "train.lr_by_method.lora_peft=1e-2"]
+    shared = of(pool, tmp_path / "two", *overrides, *ENGINES["zero2"], stop_after=2)
+    one = of(alone, tmp_path / "one", *overrides, f"train.resume={shared['out']}", stop_after=4)
+    assert one["status"] == "interrupted", one["error"]
+    names = checkpoint.Reader(checkpoint.found(Path(one["out"]) / "checkpoint")[0], rank=0).names("optimizer")
+    assert not any(name.startswith("master/") for name in names)
+    back = of(pool, tmp_path / "back", *overrides, *ENGINES["zero2"], f"train.resume={one['out']}")
+    whole = of(pool, tmp_path / "whole", *overrides, *ENGINES["zero2"])
+    assert back["status"] == "ok", back["error"]
+    assert back["losses"][-1] == pytest.approx(whole["losses"][-1], rel=2e-2), "rounded to bf16 on the way"
+
+
+def test_a_batch_norm_sees_the_same_on_one_rank_and_two(pool: Pool, alone: Pool, tmp_path: Path) -> None:
+    """Training losses to rounding; the running statistics, by which validation goes, weight micro-batches otherwise."""
+    overrides = ["model=resnet_tiny", "data=digits", "data.max_train=64", "data.max_val=32", "model.num_classes=10"]
+    overrides += [
+        "train.global_batch=16",
+        "train.micro_batch=8",
+        "train.steps=12",
+    ]
+    one, two = of(alone, tmp_path / "1", *overrides), of(pool, tmp_path / "2", *overrides, *ENGINES["ddp"])
+    assert (one["status"], two["status"]) == ("ok", "ok"), two["error"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora_peft", "lorafa_peft"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2", "tp"])
+def test_adapters_train_alike_on_one_rank_and_two(
+    pool: Pool, alone: Pool, engine: str, method: str, tmp_path: Path
+) -> None:
+    """Frozen weights beside trained ones, which engines that cut weights must keep apart."""
+    overrides = [f"method={method}", f"train.lr_by_method.{method}=1e-2"]
+    one, two = of(alone, tmp_path / "1", *overrides), of(pool, tmp_path / "2", *overrides, *ENGINES[engine])
+    assert (one["status"], two["status"]) == ("ok", "ok"), two["error"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert one["losses"][-1] < one["losses"][0]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero0", "zero2", "zero3", "fsdp2"])
+def test_bf16_runs_and_goes_on(pool: Pool, engine: str, tmp_path: Path) -> None:
+    """Everything in bf16; ZeRO keeps fp32 copies, which a checkpoint must hold: the resumed run has the same bits."""
+    overrides = [*ENGINES[engine], "model.dtype=bf16", "train.precision=bf16"]
+    whole = of(pool, tmp_path / "whole", *overrides)
+    assert whole["status"] == "ok", whole["error"]
+    assert whole["losses"][-1] < whole["losses"][0]
+    of(pool, tmp_path / "cut", *overrides, stop_after=3)
+    again = of(pool, tmp_path / "cut", *overrides)
+    assert again["losses"] == whole["losses"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2", "tp"])
+def test_autocast_is_the_same_on_every_engine(pool: Pool, alone: Pool, engine: str, tmp_path: Path) -> None:
+    """fp32 weights, bf16 products: the order of sums differs by the rounding of bf16 only."""
+    one = of(alone, tmp_path / "1", "train.precision=bf16")
+    two = of(pool, tmp_path / "2", "train.precision=bf16", *ENGINES[engine])
+    assert two["status"] == "ok", two["error"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=2e-3)
+
+
+def test_a_rank_that_cannot_write_fails_all_and_keeps_the_last_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    """A file stands where rank 1 would put its share: no rank goes on as if there were a checkpoint."""
+    folder = tmp_path / "checkpoint"
+    for place_found in pool.call(f"{HERE}:two_checkpoints", str(folder)):
+        assert place_found == {"error": True, "newest": "step-00000001", "left": ["step-00000001"]}
+
+
+def two_checkpoints(place: Place, folder: str) -> dict[str, Any]:
+    """Writes step 1, then step 2, which rank 1 cannot."""
+    device, where = torch.device("cpu"), Path(folder)
+    with group(place, device):
+        checkpoint.save(where, 1, {"a": torch.ones(2)}, {}, {"x": 1}, device=device)
+        failed = False
+        original = checkpoint.files.save
+
+        def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            raise OSError(28, "No space left on device", str(path))
+
+        checkpoint.files.save = full_disk if place.rank == 1 else original  # type: ignore[assignment]
+        try:
+            checkpoint.save(where, 2, {"a": torch.ones(2)}, {}, {"x": 2}, device=device)
+        except OSError as error:
+            failed = error.errno == 28
+        finally:
+            checkpoint.files.save = original  # type: ignore[assignment]
+        collectives.all_reduce(torch.zeros(1))
+        newest = checkpoint.found(where)[0]
+        assert json.loads((newest / "state.json").read_text())["x"] == 1
+        return {"error": failed, "newest": newest.name, "left": sorted(path.name for path in where.iterdir())}
