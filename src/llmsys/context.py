@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmsys.comm.place import Place
 from llmsys.track.jsonl import JsonLines
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Context:
     """
 
     out: Path
+    place: Place = field(default_factory=Place)
     device: torch.device
     threads: int
     code_hash: str
@@ -39,6 +41,9 @@ class Context:
     listener: Callable[[dict[str, Any]], None] | None = None
     last_beat: float | None = None
     """When the last step was done; None before the first: loading and downloading have no steps to be late with."""
+    stoppable: bool = False
+    """Set by a task that looks at `stop_asked` between its steps and then raises `Interrupted`."""
+    stop_asked: bool = False
 
     def beat(self, **progress: float) -> None:
         """Proof of progress, with what a progress bar shows: step, steps, loss, tokens_per_s, phase."""
@@ -47,13 +52,17 @@ class Context:
             self.listener(dict(progress))
 
     def track(self, row: dict[str, Any]) -> None:
-        """One row of metrics to the local file and to every mirror."""
+        """One row of metrics to the local file and to every mirror; rank 0's word is the run's."""
+        if self.place.rank:
+            return
         self.metrics.row(row)
         for mirror in self.mirrors:
             mirror.row(row)
 
     def trim_metrics(self, step: int) -> None:
         """Cuts `metrics.jsonl` back to the rows of steps up to `step`, when a run resumes from there."""
+        if self.place.rank:
+            return
         self.metrics.trim(step)
 
     def run_folder(self, exp: str) -> Path:

@@ -35,6 +35,13 @@ def gpu_name() -> str | None:
     return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
 
 
+def gpus() -> int:
+    """How many CUDA devices are visible."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def resolve(wanted: str) -> tuple[str, str]:
     """(`cpu` or `cuda`, the device's model name) for `hardware.device`; ValueError where CUDA is asked for in vain."""
     gpu = gpu_name() if wanted != "cpu" else None

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmsys import device, schema
+from llmsys import device, resume, schema
 from llmsys.files import write_atomic
 
 STATUSES = ("ok", "oom", "failed", "crashed", "timeout", "hang", "unsupported", "skipped", "interrupted")
@@ -29,7 +29,7 @@ HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
 _NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "tracker")
-_PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s")
+_PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -147,6 +147,7 @@ def read_or_set_aside(out: Path) -> Record | None:
 def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str]) -> str:
     """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
     identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    identity["train"] = {key: value for key, value in config["train"].items() if key != "resume"}
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
     text = json.dumps([identity, device_name, content], sort_keys=True)
@@ -160,20 +161,27 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     with the files they name.
     """
     from llmsys import data, tasks
+    from llmsys.cost import hardware
     from llmsys.models import fingerprint
 
     config = copy.deepcopy(config)
     tasks.check(config["task"]["kind"])
     kind, device_name = device.resolve(schema.build(config).hardware.device)
     config["hardware"]["device"] = kind
-    config["train"]["threads"] = config["train"]["threads"] or device.threads()
+    if kind == "cuda" and config["train"]["world"] > device.gpus():
+        raise ValueError(f"train.world={config['train']['world']}: this machine has {device.gpus()} CUDA devices")
+    share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
+    config["train"]["threads"] = config["train"]["threads"] or share
     most = 4 * device.threads()
     if config["train"]["threads"] > most:
         raise ValueError(f"train.threads={config['train']['threads']}: at most {most}, four times the cores there are")
     _only_its_own_rate(config)
+    hardware.named(schema.build(config).hardware)  # an unknown name is said here
     typed = schema.build(config)
-    inputs = inputs or {}
+    inputs = dict(inputs or {})
     content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
+    if continued := resume.source(config):
+        inputs["resume"], content["resume"] = str(continued[0]), continued[1]
     identifier = run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)

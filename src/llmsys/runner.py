@@ -22,8 +22,9 @@ import yaml
 
 from llmsys import job as jobs
 from llmsys import schema, tasks, track, wiring
+from llmsys.comm.place import Place, log_name
 from llmsys.context import Context
-from llmsys.errors import NotANumber, Refused
+from llmsys.errors import Interrupted, NotANumber, Refused
 from llmsys.files import write_atomic
 from llmsys.job import Job, Record
 from llmsys.profile import environment
@@ -39,7 +40,7 @@ _RESERVE_BYTES = 256 * 1024
 def classify(error: BaseException) -> tuple[str, str]:
     """(status, reason) of what a task raised."""
     text = str(error).lower()
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (KeyboardInterrupt, Interrupted)):
         return "interrupted", "signal"
     if isinstance(error, Refused):
         return "skipped", error.reason
@@ -66,41 +67,60 @@ def run(
     job: Job,
     listener: Callable[[dict[str, Any]], None] | None = None,
     on_context: Callable[[Context], None] = lambda _: None,
+    *,
+    place: Place | None = None,
+    network: dict[str, Any] | None = None,
+    ended: Callable[[Record], None] = lambda _: None,
 ) -> Record:
-    """Runs `job` in this process and returns its record, also written to its folder; raises only what it cannot record.
+    """Runs `job`, or one rank of it, in this process and returns its record; raises only what it cannot record.
 
     `listener` hears progress. `on_context` is shown the context before the task starts (a heartbeat watches it).
+    `place` is the rank (None: the only one), `network` what the record says of the link it is on. Rank 0 writes the
+    run's files; the others leave a log. `ended` is told the record before other ranks can notice this one's end.
     """
+    place = place or Place()
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     record = Record.begin(job)
     start = time.perf_counter()
     reserve = out / ".reserve"
     sinks: list[track.Sink] = []
-    with _logger(out) as log:
+    first = place.rank == 0
+    with _logger(out, place) as log:
         try:
-            record.write(out)  # so that an earlier record never stands beside this attempt's files
-            write_atomic(out / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
-            with open(reserve, "wb") as file:
-                file.write(b"\0" * _RESERVE_BYTES)
+            if first:
+                record.write(out)  # so that an earlier record never stands beside this attempt's files
+                write_atomic(out / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
+                with open(reserve, "wb") as file:
+                    file.write(b"\0" * _RESERVE_BYTES)
             config = schema.build(job.config)
             record.env = environment.describe(config.hardware.device, config.train.threads)
-            sinks.extend(track.mirrors(config.tracker, job))
-            context = _context(job, config, log, sinks, listener)
+            if network:
+                record.env["network"] = network
+                log.info("network: %s", network)
+            if first:
+                sinks.extend(track.mirrors(config.tracker, job))
+            context = _context(job, config, log, sinks, listener, place)
             on_context(context)
-            result = tasks.find(config.task.kind)(config, context)
+            from llmsys.comm import group  # torch
+
+            alone = config.engine.kind == "local"
+            with contextlib.nullcontext() if alone else group.group(place, context.device):
+                result = tasks.find(config.task.kind)(config, context)
             _check(result)
             record = dataclasses.replace(record, status="ok", reason="", error="", **result)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place that catches all, to classify
             record.status, record.reason = classify(error)
             record.error = _first_line(error)
-            if isinstance(error, Refused):
+            if isinstance(error, (Refused, Interrupted)):
                 log.warning("%s", error)
             else:
                 log.error("%s", "".join(traceback.format_exception(error)))
-        reserve.unlink(missing_ok=True)
         record.seconds = round(time.perf_counter() - start, 3)
-        record.write(out)
+        if first:
+            reserve.unlink(missing_ok=True)
+            record.write(out)
+        ended(record)
         for sink in sinks:
             sink.finish(record)
     return record
@@ -118,7 +138,9 @@ def _check(result: dict[str, Any]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, Refused):
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped at once, not between two steps; an earlier checkpoint, if there is one, serves"
+    if isinstance(error, (Refused, Interrupted)):
         return str(error)  # several lines: what is needed, what was found, what would run
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -130,18 +152,24 @@ def _context(
     log: logging.Logger,
     sinks: list[track.Sink],
     listener: Callable[[dict[str, Any]], None] | None,
+    place: Place,
 ) -> Context:
     import torch
 
     torch.set_num_threads(config.train.threads)
+    device = torch.device(config.hardware.device)
+    if device.type == "cuda" and place.world > 1:
+        device = torch.device("cuda", place.rank)
+        torch.cuda.set_device(device)
     return Context(
         out=Path(job.out),
-        device=torch.device(config.hardware.device),
+        place=place,
+        device=device,
         threads=config.train.threads,
         code_hash=jobs.code_hash(),
         log=log,
         method=wiring.method(config.method),
-        engine=wiring.engine(config.engine),
+        engine=wiring.engine(config, place, device),
         grad_sync=wiring.grad_sync(config),
         metrics=JsonLines(Path(job.out) / "metrics.jsonl"),
         inputs=job.inputs,
@@ -151,15 +179,15 @@ def _context(
 
 
 @contextlib.contextmanager
-def _logger(out: Path) -> Iterator[logging.Logger]:
-    """The package's logger, which writes to `log.txt` in the run's folder as long as the run lasts."""
+def _logger(out: Path, place: Place) -> Iterator[logging.Logger]:
+    """The package's logger, which writes to `log.txt` (rank 1: `log.1.txt`) in the run's folder while the run lasts."""
     log = logging.getLogger("llmsys")
-    handler = logging.FileHandler(out / "log.txt")
+    handler = logging.FileHandler(out / log_name(place.rank))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        log.info("run %s, process %d", out.name, os.getpid())
+        log.info("run %s, rank %d of %d, process %d", out.name, place.rank, place.world, os.getpid())
         yield log
     finally:
         log.removeHandler(handler)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from llmsys import compose, job
-from llmsys.dispatch import process
+from llmsys.dispatch import child, ending, process
 from llmsys.job import Job, Record
 
 LONG = ("train.steps=100000", "train.global_batch=2", "train.micro_batch=2", "train.length=32", "train.threads=1")
@@ -51,7 +51,7 @@ def run(made: Job, at_step: Callable[[int], None] = lambda pid: None, step: int 
 
 def worker() -> int:
     """The one child of this test that runs a job."""
-    children = process._descendants(os.getpid())
+    children = child.descendants(os.getpid())
     return next(pid for pid in children if b"llmsys.dispatch.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
@@ -126,7 +126,8 @@ def test_an_interrupt_reaches_the_worker_which_writes_its_own_record(results: Pa
     record = Record.read(Path(made.out))
     assert record is not None
     assert (record.status, record.reason) == ("interrupted", "signal")
-    assert "Traceback" in (Path(made.out) / "log.txt").read_text(), "written by the worker"
+    assert "goes on from there" in record.error, "written by the worker, between two steps"
+    assert list((Path(made.out) / "checkpoint").glob("step-*")), "the same command would resume"
 
 
 def test_an_interrupt_after_the_record_is_written_does_not_replace_it(results: Path) -> None:
@@ -134,8 +135,8 @@ def test_an_interrupt_after_the_record_is_written_does_not_replace_it(results: P
     made = make(results, *LONG)
     own = dataclasses.replace(Record.begin(made), status="ok", reason="", error="", env={"threads": 1})
     own.write(Path(made.out))
-    assert process.write_ending(made, 1, "interrupted", "signal", "stopped at once", 0.0) == own
-    later = process.write_ending(made, 2, "crashed", "signal", "killed by SIGKILL", 0.0)
+    assert ending.write(made, 1, ("interrupted", "signal", "stopped at once"), 0.0) == own
+    later = ending.write(made, 2, ("crashed", "signal", "killed by SIGKILL"), 0.0)
     assert (later.status, later.attempts) == ("crashed", 2), "that record was of the attempt before"
 
 
@@ -176,14 +177,14 @@ def test_a_parent_that_was_suspended_does_not_take_the_pause_for_a_hang(results:
 
 
 def test_every_process_of_the_tree_is_found(tmp_path: Path) -> None:
-    child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True)
-    assert child.stdout is not None
-    grandchild = int(child.stdout.readline())
+    shell = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True)
+    assert shell.stdout is not None
+    grandchild = int(shell.stdout.readline())
     try:
-        assert {child.pid, grandchild} <= set(process._descendants(os.getpid()))
+        assert {shell.pid, grandchild} <= set(child.descendants(os.getpid()))
     finally:
-        process._kill_tree(child)
-        child.stdout.close()
+        child.kill_tree(shell)
+        shell.stdout.close()
     assert gone(grandchild)
 
 
@@ -196,8 +197,6 @@ def test_every_process_of_the_tree_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_a_child_without_a_record_is_judged_by_how_it_ended(
-    tmp_path: Path, printed: str, returncode: int, expected: tuple[str, str]
+    printed: str, returncode: int, expected: tuple[str, str]
 ) -> None:
-    log = tmp_path / "log.txt"
-    log.write_text(printed + "\n")
-    assert process._verdict(returncode, process._kernel_oom_kills(), log, 0)[:2] == expected
+    assert ending.of_child([printed], returncode, ending.kernel_oom_kills())[:2] == expected

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmsys.dispatch import inline, process
+from llmsys.dispatch import ending, inline, process
 from llmsys.job import FINAL, Job, Record, code_hash, previous_attempts, read_or_set_aside
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def submit(jobs: Sequence[Job], show: Show) -> Iterator[Record]:
                 record = _PLACES[job.config["dispatch"]["kind"]](job, show.progress, lock)
             except KeyboardInterrupt:
                 stopped = True
-                record = process.write_ending(job, attempt, "interrupted", "signal", "stopped at once", 0.0)
+                record = ending.write(job, attempt, ("interrupted", "signal", "stopped at once"), 0.0)
             finally:
                 show.stop()
             show.end(job, record)
@@ -66,8 +66,11 @@ def _locked(job: Job, show: Show) -> Iterator[int]:
     """Holds the lock on the run's folder. The file descriptor is handed to the run's process: the lock lasts as long
     as either lives, so an orphan of a killed parent still keeps others out."""
     out = Path(job.out)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"results={job.config['results']}: cannot be written: {error.strerror} ({out})") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,206 +1,203 @@
-"""Runs a job in a fresh process group: nothing leaks from one run into the next, and nothing survives it.
+"""Runs a job in fresh processes, one for each rank: nothing leaks from one run into the next, and nothing survives it.
 
-The child speaks over a pipe, one JSON object a line: signs of life and progress. The parent blocks on that pipe until
-the next deadline, and kills the whole tree when one passes. A run's record lies in its folder from its first moment,
-as unfinished; when the child has ended and it still is, the parent writes into it how the child ended.
+The parent blocks on the ranks' pipes until the next deadline, and kills all of them, with whatever they started, when
+one passes. A run's record lies in its folder from its first moment, as unfinished; when the ranks have ended and it
+still is, the parent writes into it how they ended.
+
+When one rank ends badly, the others wait for it in a collective and fail in turn. So the first to end is the one whose
+error is shown; but a rank that was killed says nothing, and is the cause whoever spoke first.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import io
-import json
-import os
+import math
 import select
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llmsys import job as jobs
+from llmsys.dispatch import ending
+from llmsys.dispatch.child import Child
+from llmsys.dispatch.ending import Verdict
+from llmsys.dispatch.links import Links
 from llmsys.job import Job, Record
-from llmsys.profile import environment
 
-GRACE_S = 20.0
-"""How long an interrupted child may take to write its record before it is killed."""
-
-
-_FOR_THE_CPU = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-"""glibc gives a large tensor back to the kernel when it is freed, and gets the next one page by page, zeroed: a step of
-MiniLM on two cores took 0.75 s so and 0.61 s with the first two. A thread that waits for the others spins, which beside
-one other busy process took 4.6 s a step, and 1.2 s with the third. What the user has set wins; the record has all."""
+AFTERMATH_S = 3.0
+"""How long the other ranks may go on when one has ended badly: they are still heard, then they are killed."""
 
 
 def run(job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Record:
-    """The job's record, always: the child's own, or one that says how the child ended.
+    """The job's record, always: the run's own, or one that says how its processes ended.
 
-    `lock` is a file descriptor that the child inherits and keeps open as long as it lives. KeyboardInterrupt is passed
-    on after the child has ended; its record is then on disk.
+    `lock` is a file descriptor that the children inherit and keep open as long as they live. KeyboardInterrupt is
+    passed on after they have ended; the record is then on disk.
     """
     attempt = jobs.previous_attempts(Path(job.out)) + 1
     start = time.monotonic()
-    kills_before = _kernel_oom_kills()
-    log = Path(job.out) / "log.txt"
-    log_start = log.stat().st_size if log.exists() else 0
-    child, pipe = _start(job, log, lock)
-    try:
-        with pipe:
-            verdict = _follow(job, child, pipe, progress, start)
-    finally:
-        _kill_tree(child)
-    verdict = verdict or _verdict(child.returncode, kills_before, log, log_start)
-    record = write_ending(job, attempt, *verdict, seconds=time.monotonic() - start)
-    if verdict[0] == "interrupted":
-        raise KeyboardInterrupt  # also where the child had just finished: the person wants no next run
-    return record
-
-
-def _start(job: Job, log: Path, lock: int) -> tuple[subprocess.Popen[bytes], io.FileIO]:
-    """The child in a session of its own, and the pipe that it speaks over."""
-    reader, writer = os.pipe()
-    with open(log, "ab") as output:
+    with _children(job, lock) as children:
+        follower = _Follower(job, children, progress, start)
         try:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "llmsys.dispatch.worker", str(writer), str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env={**_FOR_THE_CPU, **os.environ, "OMP_NUM_THREADS": str(job.config["train"]["threads"])},
-                pass_fds=(writer, lock),
-                start_new_session=True,
-            )
+            verdict = follower.follow()
         finally:
-            os.close(writer)
-    return child, io.FileIO(reader)
-
-
-Verdict = tuple[str, str, str]
-"""(status, reason, error)"""
-
-
-def _follow(
-    job: Job, child: subprocess.Popen[bytes], pipe: io.FileIO, progress: Callable[[dict[str, Any]], None], start: float
-) -> Verdict | None:
-    """Listens until the child is done or a deadline passes; None if the child closed the pipe by itself."""
-    settings = job.config["dispatch"]
-    deadline = start + settings["timeout_s"]
-    heard, idle_s, rest, interrupted = time.monotonic(), 0.0, b"", False
-    assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died at once; its log says why
-        child.stdin.write(json.dumps(dataclasses.asdict(job)).encode())
-        child.stdin.close()
-    while True:
-        try:
-            now = time.monotonic()
-            wait = max(min(deadline, heard + settings["heartbeat_s"]) - now, 0)
-            if not select.select([pipe], [], [], wait)[0]:
-                # Judged only now that nothing is there to read: after a suspension the pipe is full, not silent.
-                silent = time.monotonic() - heard
-                if silent >= settings["heartbeat_s"]:
-                    return "hang", "no heartbeat", f"no sign of life for {silent:.1f} s (dispatch.heartbeat_s)"
-            if time.monotonic() >= deadline:
-                if interrupted:
-                    return "interrupted", "signal", f"stopped; it did not end by itself within {GRACE_S:g} s"
-                return "timeout", "deadline", f"not done after dispatch.timeout_s={settings['timeout_s']:g} s"
-            if idle_s >= settings["stall_s"]:
-                return "hang", "no progress", f"alive, but no step done for {idle_s:.0f} s (dispatch.stall_s)"
-            if not select.select([pipe], [], [], 0)[0]:
-                continue
-            chunk = pipe.read(65536)
-            if not chunk:
-                child.wait()
-                return ("interrupted", "signal", "stopped") if interrupted else None
-            heard = time.monotonic()
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                message = json.loads(line)
-                idle_s = message.get("idle_s", 0.0)
-                if "progress" in message:
-                    progress(message["progress"])
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGINT)
-            deadline = min(deadline, time.monotonic() + GRACE_S)
-
-
-def _verdict(returncode: int, kills_before: int, log: Path, log_start: int) -> Verdict:
-    """How a child that left no record ended, from its exit code, the kernel's counter and what it printed last."""
-    with open(log, "rb") as file:
-        file.seek(log_start)
-        printed = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    last = printed[-1] if printed else ""
-    if any("bad_alloc" in line or "MemoryError" in line for line in printed[-20:]):
-        return "oom", "host memory", last
-    if returncode == -signal.SIGKILL and _kernel_oom_kills() > kills_before:
-        return "oom", "host memory", "killed by the kernel, which was out of memory"
-    if returncode < 0:
-        return "crashed", "signal", f"killed by {signal.Signals(-returncode).name}"
-    return "crashed", "exit", f"exit code {returncode} without a record; last line: {last}"
-
-
-def write_ending(job: Job, attempt: int, status: str, reason: str, error: str, seconds: float) -> Record:
-    """The record of a child that has ended: its own if it wrote one for this attempt, else one with this verdict."""
-    out = Path(job.out)
-    (out / ".reserve").unlink(missing_ok=True)
-    found = Record.read(out)
-    begun = found is not None and found.attempts == attempt
-    if found is not None and begun and found.reason != jobs.UNFINISHED:
-        return found
-    record = dataclasses.replace(
-        found if found is not None and begun else Record.begin(job),
-        status=status,
-        reason=reason,
-        error=error,
-        seconds=round(seconds, 3),
-    )
-    record.env = record.env or environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"])
-    record.write(out)
+            follower.links.close()
+    verdict = verdict or follower.cause()
+    overrule = (follower.blamed not in (None, 0) and not follower.unanimous) or follower.victims
+    record = ending.write(job, attempt, verdict, time.monotonic() - start, overrule=overrule)
+    if verdict[0] == "interrupted":
+        raise KeyboardInterrupt  # also where the run had just finished: the person wants no next run
     return record
 
 
-def _kernel_oom_kills() -> int:
-    """How many processes the kernel has killed for memory, as far as it tells."""
-    for path, key in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
-        if Path(path).exists():
-            for line in Path(path).read_text().splitlines():
-                if line.split()[0] == key:
-                    return int(line.split()[1])
-    return 0
+@contextlib.contextmanager
+def _children(job: Job, lock: int) -> Iterator[list[Child]]:
+    """One child a rank; all are gone at the end."""
+    children: list[Child] = []
+    try:
+        for rank in range(job.config["train"]["world"]):
+            children.append(Child(job, rank, lock))
+        yield children
+    finally:
+        for child in children:
+            child.kill()
 
 
-def _kill_tree(child: subprocess.Popen[bytes]) -> None:
-    """Ends the child, its process group, and, while it lives, descendants that made groups of their own."""
-    descendants = _descendants(child.pid)
-    for kill, target in ((os.killpg, child.pid), *((os.kill, pid) for pid in descendants)):
-        try:
-            kill(target, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            continue  # gone already
-    child.wait()
+class _Follower:
+    """Listens to the ranks until all are done or a deadline passes."""
+
+    def __init__(
+        self, job: Job, children: list[Child], progress: Callable[[dict[str, Any]], None], start: float
+    ) -> None:
+        self.children, self.progress = children, progress
+        self.settings = job.config["dispatch"]
+        self.deadline = start + self.settings["timeout_s"]
+        self.interrupted = False
+        self.ends: list[Child] = []
+        """Ranks in the order in which they were found to have ended badly."""
+        self.blamed: int | None = None
+        self.kills_before = ending.kernel_oom_kills()
+        self.links = Links(job, children)
+
+    def follow(self) -> Verdict | None:
+        """None if every rank ended by itself, or one did badly (`cause` says how); else which deadline passed."""
+        open_children = {child.pipe: child for child in self.children}
+        heard = dict.fromkeys(self.children, time.monotonic())
+        idle: dict[Child, float] = {}
+        self.links.begin()
+        while open_children:
+            try:
+                limits = [self.deadline, *(heard[c] + self.settings["heartbeat_s"] for c in open_children.values())]
+                wait = max(min(limits) - time.monotonic(), 0)
+                ready = select.select(list(open_children), [], [], wait)[0]
+                for pipe in ready:
+                    child = open_children[pipe]
+                    messages = child.hear()
+                    if messages is None:
+                        del open_children[pipe]
+                        self._closed(child)
+                        continue
+                    heard[child] = time.monotonic()
+                    for message in messages:
+                        idle[child] = message.get("idle_s", 0.0)
+                        self._take(child, message)
+                verdict = self._late(ready, list(open_children.values()), heard, idle)
+                if verdict:
+                    return verdict
+            except KeyboardInterrupt:
+                if self.interrupted:
+                    raise
+                self._interrupt()
+        return ("interrupted", "signal", "stopped") if self.interrupted else None
+
+    def _interrupt(self) -> None:
+        """Asks all ranks to stop; they may take `dispatch.grace_s` for it."""
+        self.interrupted = True
+        for child in self.children:
+            child.interrupt()
+        self.deadline = min(self.deadline, time.monotonic() + self.settings["grace_s"])
+
+    def _take(self, child: Child, message: dict[str, Any]) -> None:
+        if "progress" in message:
+            self.progress(message["progress"])
+        if "isolated" in message:
+            self.links.isolated(child)
+        if "store" in message:
+            for other in self.children[1:]:
+                other.tell(store=message["store"])
+        if "ended" in message:
+            child.ended = message["ended"]
+            status = message["ended"]["status"]
+            if status == "interrupted" and not self.interrupted:  # by somebody else, and perhaps it alone
+                self._interrupt()
+            elif status not in ("ok", "interrupted"):
+                self._bad(child)
+
+    def _closed(self, child: Child) -> None:
+        if child.ended is None or child.process.wait() != 0:
+            self._bad(child)
+
+    def _bad(self, child: Child) -> None:
+        if child not in self.ends:
+            self.ends.append(child)
+        if len(self.children) > 1:
+            self.deadline = min(self.deadline, time.monotonic() + AFTERMATH_S)
+
+    def _late(
+        self, ready: list[Any], alive: list[Child], heard: dict[Child, float], idle: dict[Child, float]
+    ) -> Verdict | None:
+        """Which deadline has passed, if one has. Silence is judged only when nothing is there to read: after a
+        suspension the pipes are full, not silent."""
+        now = time.monotonic()
+        if self.links.fault:
+            return "failed", "network", self.links.fault
+        if not ready:
+            for child in alive:
+                if (silent := now - heard[child]) >= self.settings["heartbeat_s"]:
+                    error = f"no sign of life for {silent:.1f} s (dispatch.heartbeat_s)"
+                    return "hang", "no heartbeat", self._of(child, error)
+        if now >= self.deadline and alive:
+            if self.ends and not self.interrupted:
+                return self.cause()
+            if self.interrupted:
+                return "interrupted", "signal", f"stopped; not ended by itself in {self.settings['grace_s']:g} s"
+            return "timeout", "deadline", f"not done after dispatch.timeout_s={self.settings['timeout_s']:g} s"
+        for child in alive:
+            if idle.get(child, 0.0) >= self.settings["stall_s"]:
+                error = f"alive, but no step done for {idle[child]:.0f} s (dispatch.stall_s)"
+                return "hang", "no progress", self._of(child, error)
+        return None
+
+    def cause(self) -> Verdict:
+        """Of the ranks that ended badly, the one to blame: one that was killed, else the first to end."""
+        if not self.ends:
+            ended = self.children[0].ended
+            assert ended is not None
+            return ended["status"], ended["reason"], ended["error"]
+        silent = [child for child in self.ends if child.ended is None and child.process.poll() is not None]
+        blamed = silent[0] if silent else min(self.ends, key=_when)
+        self.blamed = blamed.rank
+        if blamed.ended is not None:
+            return blamed.ended["status"], blamed.ended["reason"], self._of(blamed, blamed.ended["error"])
+        status, reason, error = ending.of_child(blamed.printed(), blamed.process.wait(), self.kills_before)
+        return status, reason, self._of(blamed, error)
+
+    @property
+    def victims(self) -> bool:
+        """The run was interrupted, and rank 0 failed only since another rank had stopped before it."""
+        ended = self.children[0].ended
+        return self.interrupted and ended is not None and ended["status"] not in ("ok", "interrupted")
+
+    @property
+    def unanimous(self) -> bool:
+        """Every rank ended the same way, each for itself: rank 0's own record says all that there is to say."""
+        return len({(c.ended["status"], c.ended["reason"]) if c.ended else None for c in self.children}) == 1
+
+    def _of(self, child: Child, text: str) -> str:
+        return f"rank {child.rank}: {text}" if len(self.children) > 1 else text
 
 
-def _descendants(root: int) -> list[int]:
-    """Process ids below `root`, from /proc; empty where there is none (the process group is killed anyway)."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # ended meanwhile
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, frontier = [], [root]
-    while frontier:
-        frontier = [pid for parent in frontier for pid in children.get(parent, [])]
-        found += frontier
-    return found
+def _when(child: Child) -> float:
+    """When a rank ended, by the clock that all processes share; one that did not say so, last."""
+    return float(child.ended["at"]) if child.ended else math.inf

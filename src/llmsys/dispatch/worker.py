@@ -1,4 +1,4 @@
-"""The child's side of `dispatch.process`: reads a job, limits itself, gives signs of life, runs, and reports."""
+"""The child's side of `dispatch.process`: one rank, which takes its place, gives signs of life, runs and reports."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import signal
 import sys
 import threading
 import time
+from types import FrameType
 from typing import Any
 
+from llmsys.comm import link
+from llmsys.comm.place import LOOPBACK, LOOPBACK_INTERFACE, Place, listen
 from llmsys.context import Context
 from llmsys.job import Job
 
@@ -43,36 +46,98 @@ class Pipe:
                 view = view[os.write(self._descriptor, view) :]
 
 
-def _signs_of_life(pipe: Pipe, every_s: float) -> list[Context]:
-    """Starts a thread that tells the parent for how long no step was done; returns where to put the context."""
-    watched: list[Context] = []
+def _hear(key: str) -> Any:
+    """What the parent says of `key`; ends this process where the parent has gone."""
+    line = sys.stdin.readline()
+    if not line:
+        raise SystemExit("the parent is gone")
+    return json.loads(line)[key]
 
-    def tell() -> None:
+
+def _take_place(pipe: Pipe, rank: int, world: int, isolated: bool) -> tuple[Place, dict[str, Any]]:
+    """(this rank's place, its link as it is shaped)."""
+    found: dict[str, Any] = {"address": LOOPBACK, "interface": LOOPBACK_INTERFACE}
+    if isolated:
+        pipe.send(isolated=True)
+        found = _hear("link")
+    where = {"address": found["address"], "interface": found["interface"]}
+    if world == 1:
+        return Place(**where), found
+    if rank == 0:
+        listener, port = listen(found["address"])
+        pipe.send(store=[found["address"], port])
+        return Place(rank=0, world=world, store=(found["address"], port), listener=listener, **where), found
+    host, port = _hear("store")
+    return Place(rank=rank, world=world, store=(host, port), **where), found
+
+
+class _Watch:
+    """What the parent is told, and what it asks for, while the run goes on."""
+
+    def __init__(self, pipe: Pipe, every_s: float) -> None:
+        self.context: Context | None = None
+        self._pipe, self._every_s = pipe, every_s
+        threading.Thread(target=self._tell, daemon=True).start()
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT; children inherit that
+            signal.signal(number, self._stop)
+
+    def _tell(self) -> None:
         while True:
-            last = watched[0].last_beat if watched else None
-            pipe.send(idle_s=0.0 if last is None else time.monotonic() - last)
-            time.sleep(every_s)
+            last = self.context.last_beat if self.context else None
+            self._pipe.send(idle_s=0.0 if last is None else time.monotonic() - last)
+            time.sleep(self._every_s)
 
-    threading.Thread(target=tell, daemon=True).start()
-    return watched
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """A task that can stop between two steps is asked to, however often; any other is stopped at once.
+
+        A signal to all processes comes twice, the second time from the parent, which kills what takes too long.
+        """
+        if self.context and self.context.stoppable:
+            self.context.stop_asked = True
+        else:
+            raise KeyboardInterrupt
+
+    def see(self, context: Context) -> None:
+        self.context = context
 
 
 def main() -> None:
-    """`python -m llmsys.dispatch.worker <pipe> <parent pid>`, the job as JSON on standard input."""
+    """`python -m llmsys.dispatch.worker <pipe> <parent pid>`, lines of JSON on standard input."""
     pipe, parent = Pipe(int(sys.argv[1])), int(sys.argv[2])
     _die_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT, and children inherit that
-        signal.signal(number, signal.default_int_handler)
-    job = Job(**json.load(sys.stdin))
+    first = json.loads(sys.stdin.readline())
+    job, rank = Job(**first["job"]), first["rank"]
     settings = job.config["dispatch"]
-    watched = _signs_of_life(pipe, min(1.0, settings["heartbeat_s"] / 4, settings["stall_s"] / 4))
+    if first["switch"] is not None:
+        link.isolate(first["switch"])  # before there is a second thread, and before torch makes some
+    watch = _Watch(pipe, min(1.0, settings["heartbeat_s"] / 4, settings["stall_s"] / 4))
+    place, found = _take_place(pipe, rank, job.config["train"]["world"], first["switch"] is not None)
     if settings["memory_gib"] is not None:
         limit = int(settings["memory_gib"] * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     from llmsys import runner
 
-    runner.run(job, lambda progress: pipe.send(progress=progress), watched.append)
+    network = {**found, "shaped": first["switch"] is not None, "why_not": first["unshaped"]}
+    record = runner.run(
+        job,
+        lambda progress: pipe.send(progress=progress) if rank == 0 else None,
+        watch.see,
+        place=place,
+        network=network if place.world > 1 else {},
+        ended=lambda record: pipe.send(
+            ended={
+                "status": record.status,
+                "reason": record.reason,
+                "error": record.error.split("\n")[0],
+                "at": time.monotonic(),
+            }
+        ),
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # What libraries do at exit (close connections to ranks that may be gone) can block for ever.
+    os._exit(0 if record.status in ("ok", "skipped", "interrupted") else 1)
 
 
 if __name__ == "__main__":
