@@ -39,7 +39,8 @@ def test_every_choice_of_every_group_composes() -> None:
         if group == "exp":
             continue
         for name in compose.choices(group):
-            values = compose.compose([f"{group}={name}", "data.path=x.jsonl", "data.labels=[a,b]"])[group]
+            columns = ["+data.columns={text:a}"] if name == "hub" else []
+            values = compose.compose([f"{group}={name}", "data.path=x.jsonl", "data.labels=[a,b]", *columns])[group]
             kinds = schema.SCHEMAS[group]
             cls = kinds.get("*") or kinds[values["kind"]]
             cls(**values)
@@ -83,6 +84,20 @@ def test_the_command_line_beats_the_experiment() -> None:
         ("~model", ["model"]),
         ("+exp=", ["exp"]),
         ("train.world=2 train.global_batch=16", ["train.world=2", "engine=local"]),
+        ("engine=ddp engine.zero=2", ["engine.zero", "engine.kind=deepspeed"]),
+        ("engine=deepspeed engine.zero=5", ["engine.zero=5"]),
+        ("engine=zero2 engine.offload=optimizer+params", ["engine.offload", "engine.zero=3"]),
+        ("engine=tp model=gpt2_tiny train.world=2", ["engine.kind=tp", "llama"]),
+        ("engine=ddp train.world=2 train.micro_batch=4 dispatch=inline", ["train.world=2", "dispatch=process"]),
+        ("model.quant=nf4", ["model.quant=nf4", "adapter"]),
+        ("model=resnet_tiny data=digits method=lora_peft", ["method.kind=lora_peft", "resnet_tiny"]),
+        ("network.up_mbit=20", ["network.down_mbit"]),
+        ("train.resume=nowhere", ["train.resume=nowhere", "results/"]),
+        ("train.resume=''", ["train.resume"]),
+        ("hardware.name=foo", ["hardware.name=foo", "rtx3090"]),
+        ("results=/proc/foo", ["results=/proc/foo"]),
+        ("data=glue_sst2 model=bert_tiny", ["glue/sst2", "load_dataset"]),
+        ("data=digits", ["data.kind=digits", "llama_tiny"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(llmsys: Run, argument: str, words: list[str]) -> None:
