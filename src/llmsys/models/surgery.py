@@ -53,7 +53,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a linear layer keeps its weight as [inputs, outputs]."""
-    return type(module).__name__ == "Conv1D"
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 
 
 def _fits(name: str, target: str) -> bool:

@@ -1,0 +1,61 @@
+"""What LoRA-FA does to a model, as plain values. Imports nothing but the standard library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select")
+SEEDED = ("orthonormal", "gaussian", "select")
+"""Inits whose A follows from seed, name and shape alone, so that a file needs no A."""
+CORRECTIONS = ("none", "closed_form")
+BIAS = ("none", "lora_only")
+DTYPES = ("fp32", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFAConfig:
+    """Adapters y = x W^T + (alpha / r) dropout(x) A^T B^T beside linear layers, A frozen and B trained.
+
+    `targets`: last parts of the names of layers, none for every linear layer of the blocks. `init`: how A is drawn, see
+    `basis`. `share_a`: layers that read the same input (query, key, value; gate, up) have one A. `correction`: of B's
+    gradient, `closed_form` is (A A^T)^-1 / s^2 (the paper's second version). `bias`: `lora_only` trains the biases of
+    adapted layers too. `dtype` of B: `fp32`, or the model's own. `train_a` makes it LoRA (arXiv 2106.09685).
+    `recompute`: what the blocks compute again in the backward pass, see `policy`. ValueError for values out of range.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    init: str = "orthonormal"
+    recompute: str = "none"
+    share_a: bool = False
+    seed: int = 0
+    correction: str = "none"
+    bias: str = "none"
+    dtype: str = "fp32"
+    train_a: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for key, value, known in (
+            ("init", self.init, INITS),
+            ("correction", self.correction, CORRECTIONS),
+            ("bias", self.bias, BIAS),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if value not in known:
+                raise ValueError(f"{key}={value}: must be one of {', '.join(known)}")
+        if self.r < 1:
+            raise ValueError(f"r={self.r}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must lie in [0, 1)")
+        if self.use_dora:
+            raise ValueError("use_dora=True: DoRA rescales W + B A by the norms of its columns, for which x is needed")
+        if self.train_a and self.correction != "none":
+            raise ValueError(f"correction={self.correction}: is for a frozen A")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
