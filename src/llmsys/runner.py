@@ -168,7 +168,7 @@ def _context(
         threads=config.train.threads,
         code_hash=jobs.code_hash(),
         log=log,
-        method=wiring.method(config.method),
+        method=wiring.method(config.method, config.train.seed),
         engine=wiring.engine(config, place, device),
         grad_sync=wiring.grad_sync(config),
         metrics=JsonLines(Path(job.out) / "metrics.jsonl"),

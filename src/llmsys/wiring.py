@@ -20,6 +20,8 @@ METHODS = {
     "full": "llmsys.train.methods:Full",
     "lora_peft": "llmsys.lorafa.peft_baselines:LoRA",
     "lorafa_peft": "llmsys.lorafa.peft_baselines:LoRAFA",
+    "lora": "llmsys.lorafa.methods:LoRAFA",
+    "lorafa": "llmsys.lorafa.methods:LoRAFA",
     "majority": "llmsys.train.references:Majority",
     "probe": "llmsys.train.references:Probe",
 }
@@ -37,10 +39,13 @@ def _named(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def method(config: schema.Method) -> Method:
-    """The method of `method.kind`; `schema.build` has checked the name and its settings."""
+def method(config: schema.Method, seed: int = 0) -> Method:
+    """The method of `method.kind`; `schema.build` has checked the name and its settings. `seed`: for what it draws."""
     cls = _named(METHODS[config.kind])
-    made: Method = cls(config) if isinstance(config, schema.Adapter) else cls()
+    if isinstance(config, schema.LoRA):
+        made: Method = cls(config, seed)
+    else:
+        made = cls(config) if isinstance(config, schema.Adapter) else cls()
     return made
 
 

@@ -12,7 +12,7 @@ from llmsys.lorafa import basis
 from llmsys.lorafa.config import SEEDED, LoRAFAConfig
 from llmsys.lorafa.layer import Adapted, Adapter, adapt
 
-GROUPS = (
+GROUPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),
@@ -127,7 +127,7 @@ def _weight(layer: Any) -> Tensor:
     if hasattr(layer, "dequantised"):
         weight: Tensor = layer.dequantised(torch.float32)
         return weight
-    return layer.weight.T if is_transposed(layer) else layer.weight  # type: ignore[no-any-return]
+    return layer.weight.T if is_transposed(layer) else layer.weight
 
 
 def _dtype(layer: Any) -> torch.dtype:

@@ -7,7 +7,6 @@ giving the class back. R low-rank width, M outputs, N inputs.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ class Adapter(nn.Module):
 
     A: Tensor
     B: nn.Parameter
+    inverse: Tensor | None
 
     def __init__(
         self, config: LoRAFAConfig, a: Tensor | None, outputs: int, dtype: torch.dtype, *, shared: Adapter | None = None
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
         return (torch.linalg.inv(a @ a.T) / self.scale**2).float()
 
     def corrected(self, gradient: Tensor) -> Tensor:
-        """B's gradient [M, R], closest to the full gradient where asked for: g (A A^T)^-1 / s^2 (arXiv 2308.03303v2)."""
+        """B's gradient g [M, R]; where asked for, nearest to the full one: g (A A^T)^-1 / s^2 (arXiv 2308.03303v2)."""
         return gradient if self.inverse is None else gradient @ self.inverse.to(gradient.dtype)
 
     def delta(self) -> Tensor:
@@ -91,10 +91,14 @@ class AdaptedLinear(Adapted, nn.Linear):
     """`nn.Linear` with adapters."""
 
 
-@functools.cache
-def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
+_CLASSES: dict[type, type] = {nn.Linear: AdaptedLinear}
+
+
+def adapted_class(plain: type) -> type:
     """The subclass of a linear layer's class that runs adapters."""
-    return AdaptedLinear if plain is nn.Linear else type(f"Adapted{plain.__name__}", (Adapted, plain), {})
+    if plain not in _CLASSES:
+        _CLASSES[plain] = type(f"Adapted{plain.__name__}", (Adapted, plain), {})
+    return _CLASSES[plain]
 
 
 def adapt(layer: Any) -> Any:

@@ -14,6 +14,7 @@ A classification head is new, so every method trains it in full.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from llmsys import schema
-from llmsys.train.methods import copy_into
+from llmsys.train.methods import Plain, copy_into
 
 HEAD = "classifier"
 PEFT_PREFIX = "base_model.model."
 """What peft's own files have before a module's name; with it `PeftModel.from_pretrained` reads ours."""
 
 
-class LoRA:
+class LoRA(Plain):
     """LoRA by `peft.inject_adapter_in_model` on the linear layers named in `targets` (all of the blocks when empty)."""
 
     freeze_a = False
@@ -38,7 +39,7 @@ class LoRA:
         self._targets: list[str] = []
         self._transposed = False
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = ()) -> nn.Module:
         """Injects the adapters in place and freezes all but them and the head. ValueError names unknown `targets`."""
         from peft import inject_adapter_in_model
 

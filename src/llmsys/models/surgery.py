@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -60,14 +61,17 @@ def _fits(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Makes every block keep only its input and compute the rest again in the backward pass (`train.recompute=block`).
+def recompute_blocks(model: nn.Module, which: Sequence[bool] | None = None) -> None:
+    """Makes blocks keep only their input and compute the rest again in the backward pass (`train.recompute=block`).
+
+    `which` of the model's blocks; None means all.
 
     Not re-entrant: so it composes with saved-tensor hooks and DDP, and needs no input that requires a gradient. That is
     why the hook by which transformers makes a frozen embedding's output require one is taken out again: with it the
     first block would compute, and keep, gradients that nobody reads. ValueError for a model that is no transformer.
     """
-    names = {name for name, _ in blocks(model)}
+    found = blocks(model)
+    names = {name for name, _ in found}
     able = (module for module in model.modules() if getattr(module, "supports_gradient_checkpointing", False))
     transformer: Any = next(able, None)
     if transformer is None:
@@ -83,3 +87,5 @@ def recompute_blocks(model: nn.Module) -> None:
         # with it no fused kernel can serve.
         if name not in names and BLOCK.search(name) and hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
+    for (_, block), chosen in zip(found, which or [True] * len(found), strict=True):
+        block.gradient_checkpointing = chosen  # type: ignore[assignment]  # a flag of GradientCheckpointingLayer

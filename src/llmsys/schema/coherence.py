@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmsys.schema import recompute
 from llmsys.schema.data import OBJECTIVES
 from llmsys.schema.model import ConvNet, Transformer
-from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, accumulation, data_world
+from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
 
 if TYPE_CHECKING:
     from llmsys.schema import Config
 
 TP_FAMILIES = ("llama", "bert", "roberta")
+CUT_FAMILIES = ("llama", "bert", "roberta", "t5")
+"""Whose blocks can keep less than they do without keeping nothing: see `schema.recompute`."""
 
 
 def check(config: Config) -> None:
@@ -22,6 +25,7 @@ def check(config: Config) -> None:
         raise ValueError(f"train.world={config.train.world}: needs dispatch=process; dispatch=inline is one process")
     _model(config)
     _method(config)
+    _recompute(config)
     _engine(config)
     _network(config)
 
@@ -60,6 +64,23 @@ def _method(config: Config) -> None:
         raise ValueError(f"model.quant={model.quant}: is for linear layers, and those of model {model.name} are Conv1D")
     if method.kind in CLOSED_FORM and (model.objective != "classification" or config.train.world != 1):
         raise ValueError(f"method.kind={method.kind}: is for classification on one rank")
+
+
+def _recompute(config: Config) -> None:
+    model, method, text = config.model, config.method, config.train.recompute
+    within = [policy for policy in recompute.named(text) if policy in recompute.WITHIN]
+    if within and not isinstance(method, LoRA):
+        raise ValueError(
+            f"train.recompute={text}: {within[0]} needs method=lora or lorafa, not {method.kind}; or block"
+        )
+    if within and model.family not in CUT_FAMILIES:
+        raise ValueError(f"train.recompute={text}: {within[0]} is for {', '.join(CUT_FAMILIES)}, not for {model.name}")
+    if isinstance(model, Transformer) and text != "auto":
+        recompute.policies(text, model.num_layers * (2 if model.family == "t5" else 1))
+    if isinstance(method, LoRA) and config.engine.kind == "tp":
+        raise ValueError(
+            f"method.kind={method.kind}: engine=tp cuts the matrices that it reads: use {method.kind}_peft"
+        )
 
 
 def _engine(config: Config) -> None:

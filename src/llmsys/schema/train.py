@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llmsys.schema import recompute
 from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.model import DTYPES
 
-RECOMPUTE = ("none", "block")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 CLOSED_FORM = ("majority", "probe")
 """Methods that train nothing by gradient: they have no learning rate and no steps."""
+INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select")
 
 
 @dataclass(kw_only=True)
@@ -23,6 +24,7 @@ class Train:
     `precision=bf16` with `model.dtype=fp32` means autocast; with `model.dtype=bf16` everything is bf16.
     seq2seq: `length` is the source's, `target_length` the target's; after each evaluation `generate_max` validation
     examples (0: all) are generated for BLEU and ROUGE.
+    `recompute`: what blocks compute again in the backward pass instead of keeping it, see `schema.recompute`.
     `resume`: the folder of another run of this model and method, whose newest checkpoint this one goes on from.
     `on_nan`: `stop` ends the run as failed at a loss or gradient that is not finite; `skip` leaves that step's update
     out, up to `max_skips` in a row. A loss above `spike_factor` times its running median is noted, not acted on.
@@ -59,7 +61,7 @@ class Train:
     def __post_init__(self) -> None:
         one_of("train.precision", self.precision, DTYPES)
         one_of("train.schedule", self.schedule, SCHEDULES)
-        one_of("train.recompute", self.recompute, RECOMPUTE)
+        recompute.check(self.recompute)
         one_of("train.on_nan", self.on_nan, ("stop", "skip"))
         for key in ("steps", "global_batch", "micro_batch", "length", "world", "log_every", "eval_batch", "max_skips"):
             at_least(f"train.{key}", getattr(self, key), 1)
@@ -104,6 +106,32 @@ class Adapter(Method):
         one_of("method.dtype", self.dtype, ("fp32", "model"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout={self.dropout}: must lie in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class LoRA(Adapter):
+    """LoRA and LoRA-FA by `llmsys.lorafa`'s own functions; LoRA-FA freezes A.
+
+    `init`: how A is drawn (`llmsys.lorafa.basis`); `share_a`: layers that read the same input have one A;
+    `correction`: of B's gradient (LoRA-FA's second version); `bias`: `lora_only` trains adapted layers' biases too.
+    """
+
+    init: str = "orthonormal"
+    share_a: bool = False
+    correction: str = "none"
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("method.init", self.init, INITS)
+        one_of("method.correction", self.correction, ("none", "closed_form"))
+        one_of("method.bias", self.bias, ("none", "lora_only"))
+        if self.kind == "lora" and self.correction != "none":
+            raise ValueError(f"method.correction={self.correction}: is for a frozen A, method=lorafa")
+
+    @property
+    def train_a(self) -> bool:
+        return self.kind == "lora"
 
 
 @dataclass(kw_only=True)

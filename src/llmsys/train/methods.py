@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,23 @@ import torch
 from torch import Tensor, nn
 
 
-class Full:
+class Plain:
+    """What methods have in common that leave the model's own forward pass as it is."""
+
+    def recompute(self, model: nn.Module, policies: Sequence[str]) -> None:
+        from llmsys.models import recompute_blocks
+
+        other = set(policies) - {"none", "block"}
+        if other:
+            raise ValueError(f"train.recompute={other.pop()}: needs method=lora or method=lorafa")
+        if "block" in policies:
+            recompute_blocks(model, [policy == "block" for policy in policies])
+
+
+class Full(Plain):
     """Full fine-tuning, or pre-training: everything has a gradient and optimizer state."""
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = ()) -> nn.Module:
         return model.requires_grad_(True)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

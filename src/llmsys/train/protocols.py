@@ -1,13 +1,13 @@
 """What a subsystem implements to take part in the one loop.
 
-The order is: build the model, `Method.prepare`, load a checkpoint's weights, `Engine.wrap` (with the optimizer),
-`GradSync.attach`, load the optimizer's state; then in every step forward and backward of each micro-batch,
+The order is: build the model, `Method.prepare` and `recompute`, load a checkpoint's weights, `Engine.wrap` (with the
+optimizer), `GradSync.attach`, load the optimizer's state; then in every step forward and backward of each micro-batch,
 `GradSync.aggregate`, `Engine.step`. The plain implementations are `methods.Full`, `engines.local.Local` and `NoSync`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +19,17 @@ from torch import Tensor, nn
 class Method(Protocol):
     """Which weights are trained, and in what shape."""
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Freezes and injects, in place; returns the model to train. Random draws come from torch's seeded stream."""
+    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> nn.Module:
+        """Freezes and injects, in place; returns the model to train. Random draws come from torch's seeded stream.
+
+        `batches`: some of the training data, the same on all ranks and on the model's device, for methods that look
+        at it; made as it is iterated.
+        """
+        ...
+
+    def recompute(self, model: nn.Module, policies: Sequence[str]) -> None:
+        """Makes each block compute again in the backward pass what its policy says (`schema.recompute`), in place.
+        ValueError for a policy that the method or the model does not have."""
         ...
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmsys import schema
 from llmsys.profile import memory
+from llmsys.schema import recompute
 from llmsys.train import checks
 from llmsys.train.loop import Loop, Outcome
 from llmsys.train.references import Majority, Probe, Reference
 from llmsys.train.reproducible import reproducible
 
+SAMPLE = 8
+"""Micro-batches that a method may look at before it begins."""
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from llmsys.context import Context
@@ -89,11 +94,11 @@ def fit(
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Prepares `model` (in place), trains it, saves it and measures it."""
-    from llmsys.models import recompute_blocks
+    from llmsys.models import blocks
 
-    model = context.method.prepare(model)
-    if config.train.recompute == "block":
-        recompute_blocks(model)
+    model = context.method.prepare(model, _sample(config, context, dataset))
+    if isinstance(config.model, schema.Transformer):
+        context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
     loop = Loop(config, context, model, dataset, lr, tokenizer)
     outcome = loop.run()
     files = {}
@@ -112,6 +117,17 @@ def fit(
         "kernel": kernel,
         "resumed_from_step": outcome.resumed_from_step,
     }
+
+
+def _sample(config: schema.Config, context: Context, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
+    """`SAMPLE` micro-batches of the training data, the first of the first epoch."""
+    from llmsys.data import order
+
+    train = config.train
+    for step in range(SAMPLE):
+        indices = order(len(dataset.train), train.micro_batch, train.seed, step)
+        batch = dataset.train.batch(indices, seed=(train.seed, step))
+        yield {key: value.to(context.device) for key, value in batch.items()}
 
 
 def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> tuple[dict[str, float], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,14 +13,18 @@ FAMILIES = {"LlamaDecoderLayer": "llama:LlamaBlock"}
 """Class name of a block -> where its chains are."""
 
 
-def fuse_blocks(model: nn.Module, policy: str) -> int:
+def fuse_blocks(model: nn.Module, policies: str | Sequence[str]) -> int:
     """Puts every block of a known family onto chains, in place; returns how many."""
-    from llmsys.models.surgery import blocks
+    from llmsys.models.surgery import blocks, recompute_blocks
 
-    if policy not in POLICIES:
-        raise ValueError(f"recompute={policy}: must be one of {', '.join(POLICIES)}")
+    each = [policies] * len(blocks(model)) if isinstance(policies, str) else policies
+    unknown = set(each) - set(POLICIES)
+    if unknown:
+        raise ValueError(f"recompute={unknown.pop()}: must be one of {', '.join(POLICIES)}")
+    if "block" in each:
+        recompute_blocks(model, [policy == "block" for policy in each])
     found = 0
-    for _, block in blocks(model):
+    for (_, block), policy in zip(blocks(model), each, strict=True):
         name = next((cls.__name__ for cls in type(block).__mro__ if cls.__name__ in FAMILIES), None)
         if name is not None:
             module, _, mixin = FAMILIES[name].partition(":")

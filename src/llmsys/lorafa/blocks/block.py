@@ -1,19 +1,19 @@
 """What the families' blocks have in common: the policy that says where to cut the chains, and the change of class.
 
-    none      gate and up, and query, key, value and the attention's output are kept
-    mlp       the MLP keeps its input; gate and up are computed again, down never is
-    attn+mlp  attention keeps its input too; query, key, value and the scores are computed again
-    block     the block keeps its input and everything is computed again, by torch's own checkpoint
+none      gate and up, and query, key, value and the attention's output are kept
+mlp       the MLP keeps its input; gate and up are computed again, down never is
+attn+mlp  attention keeps its input too; query, key, value and the scores are computed again
+block     the block keeps its input and everything is computed again, by torch's own checkpoint
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from torch import nn
-
 POLICIES = ("none", "mlp", "attn+mlp", "block")
+
+
+_CLASSES: dict[type, type] = {}
 
 
 class Fused:
@@ -30,10 +30,11 @@ class Fused:
         return self.policy == "attn+mlp"
 
 
-@functools.cache
-def fused_class(mixin: type[Fused], plain: type[nn.Module]) -> type[nn.Module]:
+def fused_class(mixin: type[Fused], plain: type) -> type:
     """The subclass of a block's class whose forward pass is `mixin`'s."""
-    return type(f"Fused{plain.__name__}", (mixin, plain), {})
+    if plain not in _CLASSES:
+        _CLASSES[plain] = type(f"Fused{plain.__name__}", (mixin, plain), {})
+    return _CLASSES[plain]
 
 
 def fuse(block: Any, mixin: type[Fused], policy: str) -> None:
@@ -46,4 +47,5 @@ def fuse(block: Any, mixin: type[Fused], policy: str) -> None:
 def unfuse(block: Any) -> None:
     """Gives a fused block its own forward pass back, in place."""
     if isinstance(block, Fused):
-        block.__class__ = next(cls for cls in type(block).__mro__ if not issubclass(cls, Fused))
+        plain: Any = next(cls for cls in type(block).__mro__ if not issubclass(cls, Fused))
+        block.__class__ = plain

@@ -18,7 +18,7 @@ from llmsys.lorafa.pieces.activation import Activation
 from llmsys.lorafa.pieces.attention import Core
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.norm import RMSNorm
-from llmsys.lorafa.pieces.piece import Chain, run
+from llmsys.lorafa.pieces.piece import Chain, Piece, run
 
 
 class LlamaBlock(Fused):
@@ -46,7 +46,10 @@ class LlamaBlock(Fused):
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _attend(attention, q, k, v, position_embeddings, attention_mask, past_key_values, kwargs)
 
-        into = [RMSNorm(self.input_layernorm), Linears([attention.q_proj, attention.k_proj, attention.v_proj])]
+        into: list[Piece] = [
+            RMSNorm(self.input_layernorm),
+            Linears([attention.q_proj, attention.k_proj, attention.v_proj]),
+        ]
         out = Linears([attention.o_proj])
         if self.again_attention and past_key_values is None:
             random = self.training and attention.attention_dropout > 0
@@ -54,7 +57,7 @@ class LlamaBlock(Fused):
         else:
             x = x + run(out, core(*run(Chain(*into), x)))
         into = [RMSNorm(self.post_attention_layernorm), Linears([self.mlp.gate_proj, self.mlp.up_proj])]
-        onward = [Activation("silu"), Linears([self.mlp.down_proj])]
+        onward: list[Piece] = [Activation("silu"), Linears([self.mlp.down_proj])]
         if self.again_mlp:
             return x + run(Chain(*into, *onward), x)
         return x + run(Chain(*onward), *run(Chain(*into), x))

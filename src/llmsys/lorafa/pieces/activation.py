@@ -12,15 +12,15 @@ from llmsys.lorafa.pieces.piece import Extra
 
 
 def _silu(x: Tensor, dy: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(dy, x)  # type: ignore[no-any-return]
+    return torch.ops.aten.silu_backward(dy, x)
 
 
 def _gelu(x: Tensor, dy: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(dy, x)  # type: ignore[no-any-return]
+    return torch.ops.aten.gelu_backward(dy, x)
 
 
 def _gelu_tanh(x: Tensor, dy: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")  # type: ignore[no-any-return]
+    return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
 
 
 def _relu(x: Tensor, dy: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Linears:
     """y_i = x W_i^T + b_i + s_i z_i B_i^T with z_i = dropout(x) A_i^T, for layers i that read the same x.
 
-    Backward (LoRA-FA, arXiv 2308.03303, section 3): dB_i = s_i dy_i^T z_i and dx = sum of dy_i W_i + s_i (dy_i B_i) A_i.
-    With a trained A also dA_i = s_i (dy_i B_i)^T dropout(x), which alone reads x.
+    Backward (LoRA-FA, arXiv 2308.03303, section 3): dB_i = s_i dy_i^T z_i, and dx is the sum of
+    dy_i W_i + s_i (dy_i B_i) A_i. With a trained A also dA_i = s_i (dy_i B_i)^T dropout(x), which alone reads x.
 
     Keeps: z_i [T, R], once for layers that share A, and the seed of a dropout mask, a number; x only where an A is
     trained. All products are in the dtype of x (under autocast, in autocast's), whatever dtype an adapter is stored in;
@@ -33,8 +33,8 @@ class Linears:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = [_Layer(layer) for layer in layers]
-        device = self.layers[0].device
-        self.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        kind = self.layers[0].kind
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         for layer in self.layers:
             if layer.module.weight.requires_grad:
                 raise ValueError(
@@ -147,7 +147,7 @@ class _Layer:
         self.adapter: Adapter | None = getattr(module, "adapter", None)
         self.p = self.adapter.dropout if self.adapter is not None and module.training else 0.0
         self.transposed = is_transposed(module)
-        self.device = module.weight.device
+        self.kind = str(self.module.weight.device.type)
         self.bias_trained = module.bias is not None and module.bias.requires_grad
 
     def trained(self) -> list[Tensor]:
@@ -158,7 +158,7 @@ class _Layer:
 
     def __call__(self, x: Tensor, projected: dict[int, Tensor]) -> Tensor:
         module, adapter = self.module, self.adapter
-        bias = None if module.bias is None else module.bias.to(x.dtype)
+        bias: Any = None if module.bias is None else module.bias.to(x.dtype)
         if hasattr(module, "dequantised"):
             y: Tensor = module.product(x)
             y = y if bias is None else y + bias

@@ -66,7 +66,7 @@ class LayerNorm:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        kind = module.weight.device.type
+        kind = str(self.module.weight.device.type)
         self.autocast = torch.is_autocast_enabled(kind)
 
     def trained(self) -> list[Tensor]:
@@ -109,7 +109,9 @@ class LayerNorm:
             module.bias,
             which,
         )
-        return (dx.to(inputs[0].dtype) if wanted else None,), [g for g, asked in zip((dw, db), which[1:]) if asked]
+        return (dx.to(inputs[0].dtype) if wanted else None,), [
+            g for g, asked in zip((dw, db), which[1:], strict=True) if asked
+        ]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -150,7 +150,7 @@ class Chain:
             trained = more + trained
             grads = found  # type: ignore[assignment]  # wanted of every piece but the first, if any before it trains
             if i and not self._wanted(i, wanted):
-                trained = [None] * sum(len(piece.trained()) for piece in self.pieces[:i]) + trained
+                trained = [*[None] * sum(len(piece.trained()) for piece in self.pieces[:i]), *trained]
                 break
         return found, trained
 
