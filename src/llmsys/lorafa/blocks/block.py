@@ -8,7 +8,10 @@ block     the block keeps its input and everything is computed again, by torch's
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from torch import nn
 
 POLICIES = ("none", "mlp", "attn+mlp", "block")
 
@@ -20,6 +23,11 @@ class Fused:
     """Mixed into the class of a transformer's block, whose own modules and their names stay."""
 
     policy: str = "none"
+
+    def parameters_read(self: Any) -> Iterator[nn.Parameter]:
+        """The weights that `forward` reads from modules which it does not call: an engine that cuts weights over ranks
+        and gathers them module by module (ZeRO-3) has to gather these for the block."""
+        yield from self.parameters()
 
     @property
     def again_mlp(self) -> bool:
