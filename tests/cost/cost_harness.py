@@ -104,15 +104,20 @@ def _backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
 
 
+def _addmm(_: Any, a: torch.Size, b: torch.Size, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 _forward._get_raw = _backward._get_raw = True  # type: ignore[attr-defined]
 
 
 def counted_flops(built: nn.Module, inputs: dict[str, torch.Tensor], context: torch.autocast) -> int:
-    """FLOPs of forward and backward by torch's counter, which is taught the CPU's fused attention."""
+    """FLOPs of forward and backward by torch's counter, which is taught the CPU's fused attention and sums in place."""
     ops = torch.ops.aten
     mapping = {
         ops._scaled_dot_product_flash_attention_for_cpu: _forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+        ops.addmm_: _addmm,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         with context:
