@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from llmsys import schema
+from llmsys import schema, wiring
 from llmsys.cost import Case
-from llmsys.lorafa.peft_baselines import LoRA, LoRAFA
-from llmsys.models import load, recompute_blocks
+from llmsys.models import blocks, load
 from llmsys.profile.memory import saved_tensors
+from llmsys.schema import recompute
 from llmsys.schema.model import CONVNETS
 
 CLASSES = 5
@@ -50,16 +50,17 @@ def case(model: schema.Model, train: schema.Train, how: schema.Method, **facts: 
 
 
 def method(kind: str, **changes: Any) -> schema.Method:
-    return FULL if kind == "full" else schema.Adapter(kind=kind, **changes)
+    made: schema.Method = schema.SCHEMAS["method"][kind](kind=kind, **changes)
+    return made
 
 
 def build(model: schema.Model, train: schema.Train, how: schema.Method) -> nn.Module:
     """The model as the method prepares it, with recomputation."""
     built = load(model, objective=model.objective, num_labels=CLASSES, device=torch.device("cpu"), seed=0, folder=None)
-    if isinstance(how, schema.Adapter):
-        (LoRA if how.kind == "lora_peft" else LoRAFA)(how).prepare(built)
-    if train.recompute == "block":
-        recompute_blocks(built)
+    by = wiring.method(how)
+    built = by.prepare(built)
+    if isinstance(model, schema.Transformer):
+        by.recompute(built, recompute.policies(train.recompute, len(blocks(built))))
     return built.train()
 
 

@@ -89,11 +89,16 @@ class Case:
     def adapter_width(self) -> int:
         """Bytes of an adapter's weight. ZeRO's slices are flat: DeepSpeed casts all of a bf16 model, adapters too.
 
-        `lora` and `lorafa` take `model` for the dtype of the layer, and packed bits for bf16.
+        `model` is for `lora` and `lorafa` the dtype of the layer, and for 8-bit integers bf16.
         """
         if self.adapter and self.adapter.dtype == "fp32":
             return self.width if self.zero else 4
-        return 2 if self.fused and self.model.quant != "none" else self.width
+        return self.frozen_width if self.fused else self.width
+
+    @property
+    def frozen_width(self) -> int:
+        """Bytes of a frozen A's elements. A 4-bit weight is stored under the model's dtype."""
+        return 2 if self.model.quant == "int8" else self.width
 
     @property
     def policies(self) -> list[str]:

@@ -174,9 +174,8 @@ def buffer_bytes(case: Case) -> int:
         found += len(layers) * r * r * (2 if case.zero and case.width == 2 else 4)
     if case.fused.train_a:
         return found
-    width = case.width if case.model.quant == "none" else 2
     owner = owners(case)
-    return found + sum(r * layer.n_in * width for layer in layers if owner[layer.name] == layer.name)
+    return found + sum(r * layer.n_in * case.frozen_width for layer in layers if owner[layer.name] == layer.name)
 
 
 def trainable_params(case: Case) -> int:
