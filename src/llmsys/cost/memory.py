@@ -97,12 +97,14 @@ def ledger(case: Case) -> Ledger:
         if part in tape.blocks:
             blocks.append(tape.bytes_of(storages.keys() - seen))
         seen |= storages.keys()
-    outside = {storage for part, storages in tape.saved.items() if part not in tape.blocks for storage in storages}
-    if case.train.recompute == "none":
-        kept, returns = seen, 0
-    else:
-        kept = outside | tape.inputs
-        returns = max((tape.bytes_of(tape.saved[block].keys() - kept) for block in tape.blocks), default=0)
+    policies = dict(zip(tape.blocks, case.policies, strict=False))
+    kept: set[int] = set()
+    for part, storages in tape.saved.items():
+        kept |= tape.inputs[part] if policies.get(part) == "block" else storages.keys()
+    returns = 0
+    for block, policy in policies.items():
+        again = tape.bytes_of(tape.saved[block].keys() - kept) if policy == "block" else tape.returns[block]
+        returns = max(returns, again)
     return Ledger(kept=tape.bytes_of(kept), returns=returns, logits=tape.bytes_of(set(logits)), blocks=tuple(blocks))
 
 

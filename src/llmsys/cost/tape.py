@@ -36,6 +36,7 @@ Recomputation: of a checkpointed block only its inputs are held; what it saves c
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -48,10 +49,20 @@ class Tensor(NamedTuple):
     storage: int
 
 
+class Aside(NamedTuple):
+    """What was played aside: its result, the storages that it saves, its FLOPs forward and backward."""
+
+    out: Tensor
+    saved: dict[int, None]
+    forward: float
+    backward: float
+
+
 class Tape:
     """Saved storages and FLOPs by part of the model.
 
-    `part` is where the walk is. `block` begins a part that can be recomputed, `elsewhere` one that cannot.
+    `part` is where the walk is. `block` begins a part that can be recomputed, `elsewhere` one that cannot. `again` are
+    the FLOPs of what pieces compute again by themselves, `returns` the bytes that are back at the worst moment of it.
     """
 
     def __init__(self, *, autocast: bool, cuda: bool, zero_3: bool = False) -> None:
@@ -60,11 +71,13 @@ class Tape:
         self.zero_3 = zero_3
         self.part = ""
         self.blocks: list[str] = []
-        self.inputs: set[int] = set()
+        self.inputs: dict[str, set[int]] = {}
         self.saved: dict[str, dict[int, None]] = defaultdict(dict)
         self.forward: dict[str, float] = defaultdict(float)
         self.backward: dict[str, float] = defaultdict(float)
         self.until_last_save: dict[str, float] = defaultdict(float)
+        self.again: dict[str, float] = defaultdict(float)
+        self.returns: dict[str, int] = defaultdict(int)
         self._bytes: dict[int, int] = {}
 
     def elsewhere(self, part: str) -> None:
@@ -75,7 +88,16 @@ class Tape:
         """What follows belongs to the block `part`, which is called with `inputs` (None: an argument left out)."""
         self.part = part
         self.blocks.append(part)
-        self.inputs |= {tensor.storage for tensor in inputs if tensor is not None}
+        self.inputs[part] = {tensor.storage for tensor in inputs if tensor is not None}
+
+    def aside(self, play: Callable[[], Tensor]) -> Aside:
+        """Plays something without noting any of it here: what it would have noted."""
+        kept, forward = self.saved.pop(self.part, {}), self.forward.pop(self.part, 0.0)
+        backward, last = self.backward.pop(self.part, 0.0), self.until_last_save.pop(self.part, 0.0)
+        found = Aside(play(), self.saved.pop(self.part, {}), self.forward[self.part], self.backward[self.part])
+        self.saved[self.part], self.forward[self.part] = kept, forward
+        self.backward[self.part], self.until_last_save[self.part] = backward, last
+        return found
 
     def bytes_of(self, storages: set[int]) -> int:
         return sum(self._bytes[storage] for storage in storages)

@@ -7,10 +7,10 @@ D model width, H heads, V vocabulary, C classes, r low-rank width.
 from __future__ import annotations
 
 from llmsys import schema
-from llmsys.cost import shapes
+from llmsys.cost import pieces, shapes
 from llmsys.cost.attention import Attention
 from llmsys.cost.case import Case
-from llmsys.cost.families import FAMILIES
+from llmsys.cost.families import FAMILIES, Linear
 from llmsys.cost.tape import Tape, Tensor
 
 
@@ -31,12 +31,22 @@ class Walk:
         self.tokens = self.batch * self.length
         self.trained = case.method.kind == "full"
         self._layers = {layer.name: layer for layer in shapes.linears(case.model)}
-        self._adapted = {layer.name for layer in shapes.adapted(case)}
+        self.owners = shapes.owners(case)
+        self._policies = case.policies
 
     @property
     def transformer(self) -> schema.Transformer:
         assert isinstance(self.model, schema.Transformer)
         return self.model
+
+    @property
+    def policy(self) -> str:
+        """What the current block computes again."""
+        return self._policies[len(self.tape.blocks) - 1]
+
+    def layer(self, name: str) -> Linear:
+        """A linear layer of the current block."""
+        return self._layers[f"{self.tape.part}.{name}"]
 
     def embed(self, numel: int, *indices: Tensor) -> Tensor:
         """The sum of rows of tables, `numel` elements: dW reads the int64 indices."""
@@ -45,12 +55,14 @@ class Walk:
         return self.tape.new(numel, self.width, self.trained)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """A layer of the current block, with peft's adapter beside it where the method has one: W x + s B A dropout(x).
+        """A layer of the current block, with an adapter beside it where the method has one: W x + s B A dropout(x).
 
         A quantised weight is frozen and kept in its own few bits, so nothing is saved for it.
         """
         tape, adapter = self.tape, self.case.adapter
-        layer = self._layers[f"{tape.part}.{name}"]
+        layer = self.layer(name)
+        if self.case.fused and layer.name in self.owners:
+            return pieces.run(tape, pieces.Linears(self, name), x)[0]
         n_in = layer.n_in // (self.case.cut if layer.cut == 1 else 1)
         n_out = layer.n_out // (self.case.cut if layer.cut == 0 else 1)
         if self.model.quant == "none" and self.model.family != "gpt2":
@@ -58,7 +70,7 @@ class Walk:
         else:  # a quantised product, or GPT-2's own `Conv1D`
             rows, width = x.numel // n_in, self.width if self.model.quant == "none" else 0
             y = tape.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, self.trained)
-        if layer.name not in self._adapted:
+        if layer.name not in self.owners:
             return y
         assert adapter is not None
         width = self.case.adapter_width
