@@ -80,7 +80,7 @@ class Header:
             if shape(layer) != written.shape:
                 size = f"{written.shape[1]} x {written.shape[0]}, not {shape(layer)[1]} x {shape(layer)[0]}"
                 raise ValueError(f"{self.where}: is for another model: {path} is {size}")
-            check(path, layer)
+            check(model, path)
         further = [path for path in targets(model, self.config) if path not in self.layers]
         if further:
             raise ValueError(f"{self.where}: is for another model: it has nothing for {further[0]}")

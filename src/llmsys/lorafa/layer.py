@@ -146,8 +146,8 @@ class Adapted:
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = run(Linears([self]), x)  # type: ignore[list-item]
-        return y
+        y: Tensor = run(Linears([self]), x if x.ndim > 1 else x.unsqueeze(0))  # type: ignore[list-item]
+        return y if x.ndim > 1 else y.squeeze(0)
 
 
 class AdaptedLinear(Adapted, nn.Linear):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -28,16 +29,23 @@ def targets(model: nn.Module, config: LoRAFAConfig) -> dict[str, Any]:
     for target in config.targets:
         chosen |= _fitting(target, linear, inside) or _refuse(model, target, inside or linear)
     for path in chosen:
-        check(path, linear[path])
+        check(model, path)
     return {path: layer for path, layer in linear.items() if path in chosen}
 
 
-def check(path: str, layer: Any) -> None:
+def check(model: nn.Module, path: str) -> None:
     """ValueError for a linear layer that cannot have an adapter."""
+    layer: Any = model.get_submodule(path)
     if _bypassed(layer):
         raise ValueError(f"targets={path}: nn.MultiheadAttention reads its weight without calling it")
-    if not layer.weight.is_floating_point() and not hasattr(layer, "dequantised"):
-        raise ValueError(f"targets={path}: is a {type(layer).__name__} of bitsandbytes' own, which keeps its input")
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"targets={path}: in evaluation nn.TransformerEncoderLayer reads its weight without calling it; "
+            "torch.backends.mha.set_fastpath_enabled(False) makes it call it"
+        )
+    if type(layer.weight).__name__ in ("Params4bit", "Int8Params") and not hasattr(layer, "dequantised"):
+        raise ValueError(f"targets={path}: is a {type(layer).__name__} of bitsandbytes' own; load with model.quant")
 
 
 def check_width(layers: dict[str, Any], config: LoRAFAConfig) -> None:
