@@ -65,6 +65,7 @@ class Tape:
         self.forward: dict[str, float] = defaultdict(float)
         self.backward: dict[str, float] = defaultdict(float)
         self.until_last_save: dict[str, float] = defaultdict(float)
+        self.fleeting = 0  # bytes of what a chunked loss needs for a moment, beside what it keeps
         self._bytes: dict[int, int] = {}
 
     def elsewhere(self, part: str) -> None:

@@ -89,11 +89,13 @@ def fit(
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Prepares `model` (in place), trains it, saves it and measures it."""
-    from llmsys.models import recompute_blocks
+    from llmsys.models import chunk_loss, recompute_blocks
 
     model = context.method.prepare(model)
     if config.train.recompute == "block":
         recompute_blocks(model)
+    if config.train.loss == "chunked":
+        chunk_loss(model)
     loop = Loop(config, context, model, dataset, lr, tokenizer)
     outcome = loop.run()
     files = {}
