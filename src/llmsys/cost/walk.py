@@ -109,7 +109,7 @@ class Walk:
         """
         tape, rows = self.tape, x.numel // d
         narrow = 2 if self.case.autocast else x.width
-        chunk = math.ceil(rows / math.ceil(v / d)) * v
+        chunk = max(math.ceil(rows / math.ceil(v / d)), min(rows, math.ceil(d / 4)) if self.trained else 0) * v
         tape.elsewhere("logits")
         forward = x.numel * x.width
         backward = 0

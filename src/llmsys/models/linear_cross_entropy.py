@@ -54,13 +54,14 @@ def linear_cross_entropy(
     return _entropy(h.flatten(0, -2), weight, bias, labels.flatten(), count, ignore_index)
 
 
-def chunk_rows(rows: int, vocabulary: int, width: int) -> int:
+def chunk_rows(rows: int, vocabulary: int, width: int, *, trained: bool = False) -> int:
     """Rows of a chunk: as many as make its logits about as large as all hidden states, rows x V = T x D.
 
     Then no chunk costs more than what is there anyway, and each is as large a product as that allows: 256 rows for
-    8192 tokens of Llama-3-8B (V/D = 31).
+    8192 tokens of Llama-3-8B (V/D = 31). Where the weight is `trained` there are V x D numbers of dW in any case, to
+    which each chunk adds: then D/4 rows at least, a quarter of that, or adding would take longer than multiplying.
     """
-    return max(1, math.ceil(rows / math.ceil(vocabulary / width)))
+    return max(1, math.ceil(rows / math.ceil(vocabulary / width)), min(rows, math.ceil(width / 4)) if trained else 0)
 
 
 @torch.compiler.disable
@@ -108,7 +109,7 @@ def _chunked(
     kind = h.device.type
     narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
     wide = torch.promote_types(narrow, torch.float32)
-    rows = chunk_rows(len(h), *weight.shape)
+    rows = chunk_rows(len(h), *weight.shape, trained=wanted[1])
     w, b = weight.to(narrow), None if bias is None else bias.to(narrow)
     total = h.new_zeros((), dtype=wide)
     dh = h.new_empty(h.shape, dtype=narrow) if wanted[0] else None
