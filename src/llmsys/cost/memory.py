@@ -5,7 +5,8 @@
     optimizer    AdamW: two moments like the gradient, and a 4-byte step count for each tensor
     master       fp32 copies of the weights, where the engine keeps them
     activations  what autograd keeps of the blocks and the ends of the model; derived in `tape` and `families`
-    logits       the loss's log-probabilities: 4 bytes x tokens x vocabulary, often the largest single tensor
+    logits       the loss's log-probabilities: 4 bytes x tokens x vocabulary, often the largest single tensor; with
+                 `train.loss=chunked` the gradients, already made, of the head's input and of its weight if trained
 
 What of the first four a rank has is the engine's matter: `engines`. `lora_peft` trains A and B; `lorafa_peft` trains B,
 with A frozen, so no adapted layer keeps its input (arXiv 2308.03303, section 3.2). Both train a text classifier's head
@@ -34,12 +35,14 @@ class Ledger:
     """What autograd keeps of one micro-batch, in bytes.
 
     `kept` from forward to backward without the logits, which saved-tensor hooks see; `returns`: what recomputation
-    brings back for the largest block; `blocks`: each block's own share, as it is without recomputation.
+    brings back for the largest block; `fleeting`: what a chunked loss needs for a moment, beside the gradients that it
+    keeps in place of logits; `blocks`: each block's own share, as it is without recomputation.
     """
 
     kept: int = 0
     returns: int = 0
     logits: int = 0
+    fleeting: int = 0
     blocks: tuple[int, ...] = (0,)
 
 
@@ -71,7 +74,7 @@ def peak_bytes(
     Two moments compete. At the start of the backward pass all saved tensors are there, with the logits (held by the
     model's output) and, in fp32, their gradient before and after the log-softmax. At its end the saved tensors are
     gone and all gradients are there. Gradients are there at both where micro-batches are accumulated. What an engine
-    offloads to the host counts where the device is the host.
+    offloads to the host counts where the device is the host. A chunked loss has no logits, but a moment of its own.
     """
     case = Case(model, train, method, engine, **facts)
     parts, held = ledger(case), engines.hold(case)
@@ -80,7 +83,8 @@ def peak_bytes(
     always = held.weights + held.optimizer + held.master - sum(host.values()) + host.get("gradients", 0)
     # per logit: itself in the products' width, and two fp32 gradients; log-probabilities (4) are in `logits`
     per_logit = 8 + (2 if train.precision == "bf16" else 4)
-    start = parts.kept + parts.returns + parts.logits + parts.logits * per_logit // 4
+    start = parts.kept + parts.logits
+    start += max(parts.returns, parts.fleeting) if parts.fleeting else parts.returns + parts.logits * per_logit // 4
     if schema.accumulation(train, engine) > 1:
         start += gradients
     return always + held.fleeting + max(start, gradients)
@@ -105,7 +109,13 @@ def ledger(case: Case) -> Ledger:
     for block, policy in policies.items():
         again = tape.bytes_of(tape.saved[block].keys() - kept) if policy == "block" else tape.returns[block]
         returns = max(returns, again)
-    return Ledger(kept=tape.bytes_of(kept), returns=returns, logits=tape.bytes_of(set(logits)), blocks=tuple(blocks))
+    return Ledger(
+        kept=tape.bytes_of(kept),
+        returns=returns,
+        logits=tape.bytes_of(set(logits)),
+        fleeting=tape.fleeting,
+        blocks=tuple(blocks),
+    )
 
 
 def bytes_per_block(model: schema.Transformer, train: schema.Train, method: schema.Method) -> float:

@@ -78,6 +78,7 @@ class Tape:
         self.until_last_save: dict[str, float] = defaultdict(float)
         self.again: dict[str, float] = defaultdict(float)
         self.returns: dict[str, int] = defaultdict(int)
+        self.fleeting = 0  # bytes of what a chunked loss needs for a moment, beside what it keeps
         self._bytes: dict[int, int] = {}
 
     def elsewhere(self, part: str) -> None:
