@@ -13,20 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from llmsys import compose, runner
-from llmsys import job as jobs
+from llmsys import compose
 from llmsys.comm import collectives
 from llmsys.comm.group import group
 from llmsys.comm.place import Place
-from llmsys.context import Context
-from llmsys.track.jsonl import read
 from llmsys.train import checkpoint
 from rank_pool import ENGINES, Pool
+from rank_runs import TINY
 
 HERE = "test_train_engines"
-TINY = ["train.steps=6", "train.global_batch=8", "train.micro_batch=2", "train.length=32", "train.threads=1"]
-TINY += ["data.num_examples=24", "train.lr_by_method.full=3e-3", "train.weight_decay=0.1", "dispatch.kind=process"]
-TINY += ["model.num_kv_heads=2", "profile.warmup=1", "train.schedule=cosine", "train.warmup_steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +40,9 @@ def alone() -> Iterator[Pool]:
     made.close()
 
 
-def run(place: Place, results: str, overrides: list[str], stop_after: int | None = None) -> dict[str, Any]:
-    """One rank of a run of the tiny model; the last rank is asked to stop when it has done step `stop_after`."""
-    # another model has other settings
-    base = [o for o in TINY if not (o.startswith("model.") and any(x.startswith("model=") for x in overrides))]
-    made = jobs.make(compose.compose([*base, f"train.world={place.world}", f"results={results}", *overrides]))
-    out = Path(made.out)
-    out.mkdir(parents=True, exist_ok=True)
-    seen: list[Context] = []
-
-    def listener(progress: dict[str, Any]) -> None:
-        if progress.get("step") == stop_after and place.rank == place.world - 1:
-            seen[0].stop_asked = True
-
-    record = runner.run(made, listener, seen.append, place=place)
-    rows = read(out / "metrics.jsonl") if place.rank == 0 and (out / "metrics.jsonl").exists() else []
-    return {
-        "out": str(out),
-        "status": record.status,
-        "error": record.error,
-        "resumed": record.resumed_from_step,
-        "losses": [row["loss"] for row in rows if "loss" in row],
-        "norms": [row["grad_norm"] for row in rows if "loss" in row],
-        "val_loss": record.summary.get("val_loss"),
-        "summary": record.summary,
-    }
-
-
 def of(pool: Pool, results: Path, *overrides: str, stop_after: int | None = None) -> dict[str, Any]:
     """What rank 0 has to say of a run in `pool`."""
-    found: dict[str, Any] = pool.call(f"{HERE}:run", str(results), list(overrides), stop_after)[0]
+    found: dict[str, Any] = pool.call("rank_runs:run", str(results), list(overrides), stop_after)[0]
     return found
 
 

@@ -7,6 +7,7 @@ giving the class back. R low-rank width, M outputs, N inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -143,6 +144,14 @@ class Adapted:
         found = self.adapters[self.active]
         assert isinstance(found, Adapter)
         return found
+
+    def parameters_read(self) -> Iterator[nn.Parameter]:
+        """The adapters' weights: `forward` reads them and does not call the adapters. See `blocks.block.Fused`."""
+        for adapter in self.adapters.values():
+            assert isinstance(adapter, Adapter)
+            yield adapter.B
+            if isinstance(adapter.a, nn.Parameter):
+                yield adapter.a
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = run(Linears([self]), x if x.ndim > 1 else x.unsqueeze(0))  # type: ignore[list-item]
