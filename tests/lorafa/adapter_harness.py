@@ -33,9 +33,7 @@ def tiny(family: str = "llama", dtype: str = "fp32", **changes: Any) -> Any:
 
     tied = family in ("gpt2", "t5")
     cfg = schema.Transformer(family=family, dtype=dtype, tie_embeddings=tied, **changes)
-    made = models.load(
-        cfg, objective=cfg.objective, num_labels=3, device=torch.device("cpu"), seed=0, folder=None
-    )
+    made = models.load(cfg, objective=cfg.objective, num_labels=3, device=torch.device("cpu"), seed=0, folder=None)
     return made.eval()
 
 

@@ -31,7 +31,9 @@ def trained(model: torch.nn.Module) -> set[str]:
 def test_each_adapter_has_its_own_configuration_and_output() -> None:
     """Another rank, other layers, another dropout and recomputation: as if each were alone."""
     first = LoRAFAConfig(r=4, share_a=True)
-    second = LoRAFAConfig(r=2, alpha=9, targets=("down_proj",), init="gaussian", recompute="mlp", correction="closed_form")
+    second = LoRAFAConfig(
+        r=2, alpha=9, targets=("down_proj",), init="gaussian", recompute="mlp", correction="closed_form"
+    )
     model = learnt(inject(tiny(), first, "first"), "first")
     one = outputs(model)
     learnt(inject(model, second, "second"), "second", seed=2)
@@ -120,8 +122,7 @@ def test_merged_is_the_same_model_and_unmerged_the_same_bits(family: str, dtype:
     beside, weights = outputs(model), {name: p.clone() for name, p in model.named_parameters()}
     merge(model)
     merged = outputs(model)
-    atol = {"fp32": 3e-5, "bf16": 0.15}[dtype] * float(beside.std())
-    torch.testing.assert_close(merged, beside, rtol=0, atol=atol)
+    assert (merged - beside).norm() < {"fp32": 1e-5, "bf16": 0.05}[dtype] * beside.norm()
     assert not torch.equal(merged, outputs(tiny(family, dtype)))
     unmerge(model)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())

@@ -37,7 +37,8 @@ def test_draws_are_pinned(init: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("init", "atol"), [("orthonormal", 0.002), ("select", 0.002), ("gaussian", 0.12), ("weight_svd", 0.002), ("pca", 0.002)]
+    ("init", "atol"),
+    [("orthonormal", 0.002), ("select", 0.002), ("gaussian", 0.12), ("weight_svd", 0.002), ("pca", 0.002)],
 )
 def test_every_a_is_on_the_scale_of_loras_usual_start(init: str, atol: float) -> None:
     """A A^T = I / 3 (kaiming_uniform with a = sqrt(5) has entries of variance 1 / 3N), up to bf16's rounding; of a

@@ -20,7 +20,7 @@ def paths(model: nn.Module) -> list[str]:
 
 def test_a_model_without_known_blocks_works_when_its_layers_are_named() -> None:
     assert paths(inject(MLP(), LoRAFAConfig(r=2, targets=TARGETS))) == ["first", "second"]
-    with pytest.raises(ValueError, match="targets: no blocks are known in this model.*there are first, second, head"):
+    with pytest.raises(ValueError, match=r"targets: no blocks are known in this model.*there are first, second, head"):
         inject(MLP(), LoRAFAConfig(r=2))
 
 
@@ -61,7 +61,9 @@ class Everything(nn.Module):
 )
 def test_what_cannot_be_is_refused_by_name_and_nothing_has_changed(config: dict[str, Any], message: str) -> None:
     model = Everything()
-    before = {name: (type(module), p.requires_grad) for name, module in model.named_modules() for p in module.parameters()}
+    before = {
+        name: (type(module), p.requires_grad) for name, module in model.named_modules() for p in module.parameters()
+    }
     with pytest.raises(ValueError, match=message) as caught:
         inject(model, LoRAFAConfig(**{"r": 2, **config}))
     assert "\n" not in str(caught.value)

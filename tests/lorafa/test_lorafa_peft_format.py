@@ -43,7 +43,9 @@ def saved(base: Any, folder: Path, **config: Any) -> Any:
     """A peft model that has learnt something, and is saved."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(TARGETS), **config})).eval()
+    model = get_peft_model(
+        base, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(TARGETS), **config})
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     for path, parameter in model.named_parameters():
         if "lora_" in path or "modules_to_save" in path:
@@ -81,6 +83,14 @@ def test_there_and_back(tmp_path: Path, family: str, config: dict[str, Any]) -> 
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_head_goes_along(tmp_path: Path) -> None:
+    model = mlp(bias="lora_only").eval()
+    nn.init.ones_(model.head.weight)
+    to_peft(model, tmp_path, modules=["head"])
+    close(peft_model(MLP(), tmp_path), model)
+    close(from_peft(MLP().eval(), tmp_path), model)
 
 
 def test_a_bf16_model_keeps_the_given_a_in_fp32(tmp_path: Path) -> None:
