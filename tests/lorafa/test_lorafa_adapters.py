@@ -122,8 +122,7 @@ def test_merged_is_the_same_model_and_unmerged_the_same_bits(family: str, dtype:
     beside, weights = outputs(model), {name: p.clone() for name, p in model.named_parameters()}
     merge(model)
     merged = outputs(model)
-    atol = {"fp32": 3e-5, "bf16": 0.15}[dtype] * float(beside.std())
-    torch.testing.assert_close(merged, beside, rtol=0, atol=atol)
+    assert (merged - beside).norm() < {"fp32": 1e-5, "bf16": 0.05}[dtype] * beside.norm()
     assert not torch.equal(merged, outputs(tiny(family, dtype)))
     unmerge(model)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())

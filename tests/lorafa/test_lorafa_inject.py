@@ -20,7 +20,7 @@ def paths(model: nn.Module) -> list[str]:
 
 def test_a_model_without_known_blocks_works_when_its_layers_are_named() -> None:
     assert paths(inject(MLP(), LoRAFAConfig(r=2, targets=TARGETS))) == ["first", "second"]
-    with pytest.raises(ValueError, match="targets: no blocks are known in this model.*there are first, second, head"):
+    with pytest.raises(ValueError, match=r"targets: no blocks are known in this model.*there are first, second, head"):
         inject(MLP(), LoRAFAConfig(r=2))
 
 

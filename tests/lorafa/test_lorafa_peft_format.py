@@ -85,6 +85,14 @@ def test_there_and_back(tmp_path: Path, family: str, config: dict[str, Any]) -> 
         torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_a_new_head_goes_along(tmp_path: Path) -> None:
+    model = mlp(bias="lora_only").eval()
+    nn.init.ones_(model.head.weight)
+    to_peft(model, tmp_path, modules=["head"])
+    close(peft_model(MLP(), tmp_path), model)
+    close(from_peft(MLP().eval(), tmp_path), model)
+
+
 def test_a_bf16_model_keeps_the_given_a_in_fp32(tmp_path: Path) -> None:
     """peft's A has entries that bf16 lacks; what is exported again is what came."""
     from safetensors.torch import load_file

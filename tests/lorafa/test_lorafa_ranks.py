@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from adapter_harness import MLP, TARGETS, learnt, matrices, mlp
-from rank_pool import Pool
 from torch.nn.parallel import DistributedDataParallel
 
 from llmsys.lorafa import (
@@ -26,6 +25,7 @@ from llmsys.lorafa import (
     set_adapter,
     unmerge,
 )
+from rank_pool import Pool
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,8 @@ def test_biases_and_a_new_head_are_saved_too(tmp_path: Path) -> None:
     assert torch.equal(outputs(load_adapter(MLP(), tmp_path)), outputs(model))
     with pytest.raises(ValueError, match="modules=neck: this model has no such module"):
         save_adapter(model, tmp_path, modules=["neck"])
+    with pytest.raises(ValueError, match="modules=first: has adapters itself"):
+        save_adapter(model, tmp_path, modules=["first"])
 
 
 def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
@@ -200,6 +202,21 @@ def test_an_a_that_was_written_into_is_not_saved_as_its_seed(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="A of second is not what seed=0 gives"):
         save_adapter(model, tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_part_that_was_adapted_is_saved_as_that_part(tmp_path: Path) -> None:
+    """A's draw has the name that its layer had: under another one the file could not be loaded."""
+    whole = torch.nn.Sequential(mlp())
+    with pytest.raises(ValueError, match=r"0\.first was first when its A was drawn"):
+        save_adapter(whole, tmp_path)
+    save_adapter(whole[0], tmp_path)
+
+
+def test_what_torch_compile_wraps_has_the_names_inside(tmp_path: Path) -> None:
+    compiled = torch.compile(MLP(), backend="eager")
+    inject(compiled, LoRAFAConfig(r=2, targets=TARGETS))
+    save_adapter(learnt(compiled), tmp_path)
+    assert torch.equal(outputs(load_adapter(MLP(), tmp_path)), outputs(mlp()))
 
 
 def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ def unload(model: nn.Module) -> nn.Module:
     So `unload(merge(model, keep=False))` is a plain model that has learnt. Its parameters are still frozen. ValueError
     for a refreshed adapter that is not merged: the base would be neither the old one nor the trained.
     """
+    _unwrapped(model, "unload")
     layers = list(adapted(model))
     if any(layer.merged is None for _, layer in layers):
         _unrefreshed(layers, "unload")
@@ -134,10 +135,14 @@ def changeable(model: nn.Module, what: str) -> None:
     """ValueError where adapters cannot be added, chosen or taken off now."""
     layers = list(adapted(model))
     _unmerged(layers, what)
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError(f"{what}: comes before the model is wrapped in DDP, which would not know the new gradients")
+    _unwrapped(model, what)
     if what in ("inject", "delete_adapter"):
         _unrefreshed(layers, what)
+
+
+def _unwrapped(model: nn.Module, what: str) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(f"{what}: comes before the model is wrapped in DDP, which would not know the new gradients")
 
 
 def _unmerged(layers: list[tuple[str, Any]], what: str) -> None:

@@ -152,6 +152,8 @@ def digest(adapter: Adapter, path: str) -> str:
     config, a, epoch = adapter.config, adapter.a.detach(), len(adapter.past)
     if not adapter.seeded:
         return "" if config.train_a else basis.fingerprint(a)[:32]
+    if adapter.owner.path != path:
+        raise ValueError(f"{path} was {adapter.owner.path} when its A was drawn: save the model that inject was given")
     r, n = a.shape
     last = (config.init, r, n, config.seed, adapter.owner.path, epoch)
     if a.dtype == torch.float16:  # which lacks bf16's smallest numbers

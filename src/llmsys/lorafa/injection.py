@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsys.lorafa import basis
-from llmsys.lorafa.adapters import changeable, check_name, disabled, names, set_adapter
+from llmsys.lorafa.adapters import changeable, check_name, disabled, names, plain, set_adapter
 from llmsys.lorafa.config import SEEDED, LoRAFAConfig
 from llmsys.lorafa.layer import Adapter, adapt
 from llmsys.lorafa.targets import adapted, check_width, shape, targets, weight
@@ -39,8 +39,9 @@ def inject(
     ValueError for a target that names no linear layer, an r that exceeds a layer's width, or a name taken.
     """
     changeable(model, "inject")
-    check_name(model, name)
-    layers = targets(model, config)
+    inner = plain(model)
+    check_name(inner, name)
+    layers = targets(inner, config)
     first = {path: _first(path, layers) if config.share_a else path for path in layers}
     check_width(layers, config)
     if config.bias != "none" and all(layer.bias is None for layer in layers.values()):
@@ -48,7 +49,7 @@ def inject(
     own = {path: layer for path, layer in layers.items() if first[path] == path}
     trained = layers if config.bias != "none" else {}
     biases = {path: layer.bias for path, layer in trained.items() if layer.bias is not None}
-    attach(model, config, name, first, _matrices(model, own, config, batches), biases)
+    attach(inner, config, name, first, _matrices(inner, own, config, batches), biases)
     return model
 
 

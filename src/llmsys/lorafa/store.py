@@ -23,7 +23,7 @@ from llmsys.lorafa.adapters import changeable, check_name, having, names, plain
 from llmsys.lorafa.config import LoRAFAConfig
 from llmsys.lorafa.header import Header, Layer, digest, key, parse
 from llmsys.lorafa.injection import attach
-from llmsys.lorafa.layer import Adapter
+from llmsys.lorafa.layer import Adapted, Adapter
 from llmsys.lorafa.targets import shape
 
 FILE = "adapter.safetensors"
@@ -92,7 +92,10 @@ def pack(
         if adapter.past:
             contents[key(path, "past")] = torch.stack(adapter.past)
     for path in modules:
-        for what, parameter in _module(model, path).named_parameters():
+        module = _module(model, path)
+        if any(isinstance(part, Adapted) for part in module.modules()):
+            raise ValueError(f"modules={path}: has adapters itself; name what was trained in full")
+        for what, parameter in module.named_parameters():
             contents[f"{path}.{what}"] = _whole(f"{path}.{what}", parameter, state)
     some = next(iter(layers.values())).adapters[name]
     header = Header(where=name, config=some.config, layers=described, refreshed=len(some.past), modules=tuple(modules))
