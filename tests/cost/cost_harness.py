@@ -50,7 +50,7 @@ def case(model: schema.Model, train: schema.Train, how: schema.Method, **facts: 
 
 
 def method(kind: str, **changes: Any) -> schema.Method:
-    made: schema.Method = schema.SCHEMAS["method"][kind](kind=kind, **changes)
+    made: schema.Method = FULL if kind == "full" else schema.SCHEMAS["method"][kind](kind=kind, **changes)
     return made
 
 
