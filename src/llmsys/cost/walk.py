@@ -76,9 +76,12 @@ class Walk:
             return y
         assert adapter is not None
         width = self.case.adapter_width
-        x = tape.dropout(tape.cast(x, width), adapter.dropout)
-        z = tape.linear(x, n_in, adapter.r, width, adapter.kind == "lora_peft")
-        tape.linear(z, adapter.r, n_out, width, True)
+        own = tape.dropout(tape.cast(x, width), adapter.dropout)
+        z = tape.linear(own, n_in, adapter.r, width, adapter.kind == "lora_peft")
+        grown = tape.linear(z, adapter.r, n_out, width, True)
+        # the gradient scaled and cast for B's way, while a gate's waits; then x's from both ways, and their sum
+        tape.passes(3 * y.nbytes, 2 * grown.nbytes * (grown.width > y.width))
+        tape.passes(y.nbytes, own.nbytes * x.grad, 2 * x.nbytes * x.grad)
         return tape.new(y.numel, y.width, True)
 
     def head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
