@@ -223,6 +223,29 @@ def test_autocast_is_the_same_on_every_engine(pool: Pool, alone: Pool, engine: s
     assert two["losses"] == pytest.approx(one["losses"], rel=2e-3)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_chunked_loss_is_the_same_on_every_engine(
+    pool: Pool, reference: dict[str, Any], engine: str, tmp_path: Path
+) -> None:
+    """The head makes the loss where its weight is gathered, and never reads it again."""
+    found = of(pool, tmp_path, "train.loss=chunked", *ENGINES[engine])
+    assert found["status"] == "ok", found["error"]
+    assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+    assert found["val_loss"] == pytest.approx(reference["val_loss"], rel=1e-5)
+
+
+def test_a_chunked_loss_over_a_tied_table_that_is_cut(pool: Pool, alone: Pool, tmp_path: Path) -> None:
+    """The embedding's own table, of which each rank has half; what ranks say to each other stays what it was."""
+    tied, chunked = "model.tie_embeddings=true", "train.loss=chunked"
+    one = of(alone, tmp_path / "1", tied)
+    two, whole = (of(pool, tmp_path / "2", tied, *ENGINES["zero3"], *more) for more in ([chunked], []))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    assert two["summary"]["comm_bytes"] == whole["summary"]["comm_bytes"]
+    assert two["summary"]["saved_bytes"] < whole["summary"]["saved_bytes"]
+
+
 def test_a_rank_that_cannot_write_fails_all_and_keeps_the_last_checkpoint(pool: Pool, tmp_path: Path) -> None:
     """A file stands where rank 1 would put its share: no rank goes on as if there were a checkpoint."""
     folder = tmp_path / "checkpoint"

@@ -57,9 +57,9 @@ def run(tape: Tape, piece: Piece, *inputs: Tensor) -> tuple[Tensor, ...]:
     if kept:
         tape.save(*kept)
     tape.backward[tape.part] += piece.backward(wanted)
+    tape.passes(sum(x.nbytes for x in outputs), piece.passing(wanted))
     if isinstance(piece, Chain):
         tape.again[tape.part] += piece.recomputed(wanted)
-        tape.returns[tape.part] = max(tape.returns[tape.part], piece.returns(wanted))
     return tuple(x._replace(grad=True) for x in outputs)
 
 
@@ -230,9 +230,7 @@ class Core:
         tape = self.walk.tape
         own = [x._replace(grad=True) for x in inputs]
         self.played = tape.aside(lambda: self.core(*own))
-        kept = {storage for storages in tape.saved.values() for storage in storages}
-        inside = self.played.saved.keys() - kept - {x.storage for x in inputs}
-        self.nbytes = tape.bytes_of(inside) + sum(x.numel * x.width for x in inputs)
+        self.nbytes = self.played.passing + sum(x.nbytes for x in inputs)
         return (self.played.out._replace(grad=False),), []
 
     def reads_inputs(self, wanted: bool) -> bool:
@@ -301,15 +299,7 @@ class Chain:
         readers = self._readers(wanted)
         worst, coming = 0, 0
         for i in reversed(range(len(self.pieces))):
-            again = sum(_bytes(self.between[j]) for j in readers if 0 < j <= i)
+            again = sum(x.nbytes for j in readers if 0 < j <= i for x in self.between[j])
             worst = max(worst, again + coming + self.pieces[i].passing(self._wanted(i, wanted)))
-            coming = _bytes(self.between[i])
+            coming = sum(x.nbytes for x in self.between[i])
         return worst
-
-    def returns(self, wanted: bool) -> int:
-        """`passing`, where anything is computed again."""
-        return self.passing(wanted) if max(self._readers(wanted), default=0) else 0
-
-
-def _bytes(tensors: tuple[Tensor, ...]) -> int:
-    return sum(x.numel * x.width for x in tensors)
