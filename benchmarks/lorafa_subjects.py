@@ -93,11 +93,7 @@ def _peft(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
 
 @contextmanager
 def _ours(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
-    from llmsys.lorafa.blocks import fuse_blocks
-    from llmsys.lorafa.blocks.block import unfuse
-    from llmsys.lorafa.config import LoRAFAConfig
-    from llmsys.lorafa.inject import adapted, inject
-    from llmsys.lorafa.layer import restore
+    from llmsys.lorafa import LoRAFAConfig, inject, unload
     from llmsys.models import blocks
 
     method, _, policy = name.partition("/")
@@ -108,12 +104,9 @@ def _ours(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
     try:
         yield Trainer(base, _adamw(base))
     finally:
-        fuse_blocks(base, "none")
+        unload(base)
         for _, block in blocks(base):
-            unfuse(block)
             block.gradient_checkpointing = False  # type: ignore[assignment]
-        for _, layer in list(adapted(base)):
-            restore(layer)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ Row = dict[str, Any]
 """One line of a table: what identifies a run, its summary under the summary's own keys, and `config`, flattened."""
 
 IDENTITY = (
-    *("experiment", "model", "data", "data_hash", "device", "engine", "network", "method", "r", "lr", "seed"),
-    *("status", "reason"),
+    *("experiment", "model", "data", "data_hash", "device", "engine", "network", "recompute", "method", "r", "lr"),
+    *("seed", "status", "reason"),
 )
 
 
@@ -39,6 +39,7 @@ def row(record: Record) -> Row:
         "device": record.env.get("device_name"),
         "engine": engine(config),
         "network": network(config, record.env.get("network", {})),
+        "recompute": config.get("train.recompute"),
         "method": method,
         "r": config.get("method.r"),
         "lr": None if rate is None else rate * config.get("train.lr_scale", 1.0),

@@ -16,7 +16,7 @@ from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.context import Context
 from llmsys.lorafa import basis
-from llmsys.lorafa.inject import adapted, shape
+from llmsys.lorafa.targets import adapted, shape
 from rank_pool import ENGINES, Pool
 
 HERE = "test_lorafa_engines"

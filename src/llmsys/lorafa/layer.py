@@ -149,8 +149,8 @@ class Adapted:
         """The adapters' weights: `forward` reads them and does not call the adapters. See `blocks.block.Fused`."""
         for adapter in self.adapters.values():
             assert isinstance(adapter, Adapter)
-            yield adapter.B
-            if isinstance(adapter.a, nn.Parameter):
+            yield from adapter.parameters()
+            if isinstance(adapter.a, nn.Parameter):  # another layer's, perhaps
                 yield adapter.a
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,10 +1,15 @@
 """LoRA and LoRA-FA as methods of the one training loop (`method=lora`, `method=lorafa`).
 
 A classification head is new, so it is trained in full, as by every method.
+
+On several ranks every rank draws A for itself, and their hashes are compared before training begins. An A that is
+computed from data or weights is sent by rank 0: another processor sums in another order, and where a number lies
+between two of bf16 that is another A.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmsys import schema
+from llmsys.comm import collectives
+from llmsys.lorafa import ranks, store
 from llmsys.lorafa.blocks import fuse_blocks
-from llmsys.lorafa.config import LoRAFAConfig
+from llmsys.lorafa.config import SEEDED, LoRAFAConfig
 from llmsys.lorafa.injection import inject
+from llmsys.lorafa.targets import adapted
 from llmsys.train.methods import copy_into, running, trainable
 
 HEAD = "classifier"
@@ -39,8 +47,17 @@ class LoRAFA:
         )
 
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = ()) -> nn.Module:
-        """Injects the adapters in place and freezes all but them and the head. ValueError names unknown `targets`."""
+        """Injects the adapters in place and freezes all but them and the head. Collective.
+
+        ValueError names unknown `targets`, and a layer whose frozen A is not the same on all ranks.
+        """
         inject(model, self.config, batches=batches if self.config.init == "pca" else None)
+        if self.config.init not in SEEDED:
+            for _, layer in adapted(model):
+                for tensor in (layer.adapter.a.detach(), *layer.adapter.buffers()):
+                    collectives.broadcast(tensor)
+        ranks.assert_same_across_ranks(model)
+        self._model = model
         for name, parameter in model.named_parameters():
             if name.split(".")[0] == HEAD:
                 parameter.requires_grad_(True)
@@ -57,4 +74,7 @@ class LoRAFA:
         copy_into(self.state(model), state)
 
     def save(self, state: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """`adapter.safetensors`, which `load_adapter` puts beside the base model, and `meta` as `weights.json`."""
+        heads = [name for name, _ in self._model.named_children() if name == HEAD]
+        store.save_adapter(self._model, folder, modules=heads, state=state)
+        (folder / "weights.json").write_text(json.dumps({**meta, "format": "lorafa"}, indent=1), encoding="utf-8")

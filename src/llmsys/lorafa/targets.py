@@ -66,7 +66,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def shape(layer: Any) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, quantised ones too."""
     if is_transposed(layer):
-        return layer.weight.shape[1], layer.weight.shape[0]
+        return layer.nf, layer.nx  # its weight may be cut over ranks
     return layer.out_features, layer.in_features
 
 

@@ -26,6 +26,8 @@ from llmsys.models import published
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter.safetensors")
+"""What runs of methods that train adapters leave: peft's format, or ours."""
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 HEAD = "classifier."
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "vocab*", "*.model"]
@@ -55,7 +57,7 @@ def find(cfg: schema.Model, results: str, run_folder: Callable[[str], Path] | No
         exp = name.removeprefix("run:")
         assert run_folder is not None, "run:<exp> needs a run_folder"
         folder = run_folder(exp) / "weights"
-        if (folder / "adapter_model.safetensors").is_file():
+        if any((folder / file).is_file() for file in ADAPTERS):
             raise ValueError(
                 f"model.weights={name}: that run left adapters, not a whole model; name one of method=full"
             )
