@@ -50,6 +50,7 @@ def case(model: schema.Model, train: schema.Train, how: schema.Method, **facts: 
 
 
 def method(kind: str, **changes: Any) -> schema.Method:
+    """`changes` are an adapter's settings, of which `full` has none."""
     made: schema.Method = FULL if kind == "full" else schema.SCHEMAS["method"][kind](kind=kind, **changes)
     return made
 

@@ -5,7 +5,8 @@
     optimizer    AdamW: two moments like the gradient, and a 4-byte step count for each tensor
     master       fp32 copies of the weights, where the engine keeps them
     activations  what autograd keeps of the blocks and the ends of the model; derived in `tape` and `families`
-    logits       the loss's log-probabilities: 4 bytes x tokens x vocabulary, often the largest single tensor
+    logits       the loss's log-probabilities: 4 bytes x tokens x vocabulary, often the largest single tensor; with
+                 `train.loss=chunked` the gradients, already made, of the head's input and of its weight if trained
 
 What of the first four a rank has is the engine's matter: `engines`. `lora_peft` trains A and B; `lorafa_peft` trains B,
 with A frozen, so no adapted layer keeps its input (arXiv 2308.03303, section 3.2). Both train a text classifier's head
@@ -35,13 +36,15 @@ class Ledger:
 
     `kept` from forward to backward without the logits, which saved-tensor hooks see; `returns`: the most that the
     backward pass of a block makes beside that, what it computes again and gradients on their way; `moments`: what is
-    alive of both in the backward pass of each part, when later parts are done and gone; `blocks`: each block's own
-    share, as it is without recomputation.
+    alive of both in the backward pass of each part, when later parts are done and gone; `fleeting`: what a chunked loss
+    needs for a moment, beside the gradients that it keeps in place of logits; `blocks`: each block's own share, as it
+    is without recomputation.
     """
 
     kept: int = 0
     returns: int = 0
     logits: int = 0
+    fleeting: int = 0
     moments: tuple[int, ...] = ()
     blocks: tuple[int, ...] = (0,)
 
@@ -72,9 +75,10 @@ def peak_bytes(
     """The most bytes alive at once on the device in a step: what a check before loading should compare with it.
 
     Many moments compete. At the start of the backward pass all saved tensors are there, and in fp32 the gradient of the
-    logits before and after the log-softmax. Then the backward pass of each block, from the last to the first: what
-    later ones kept is gone, and their gradients have come. At its end all gradients are there. Where micro-batches are
-    accumulated they always are. What an engine offloads to the host counts where the device is the host.
+    logits before and after the log-softmax. (A chunked loss has no logits, but a moment of its own.) Then the backward
+    pass of each block, from the last to the first: what later ones kept is gone, and their gradients have come. At its
+    end all gradients are there. Where micro-batches are accumulated they always are. What an engine offloads to the
+    host counts where the device is the host.
     """
     case = Case(model, train, method, engine, **facts)
     parts, held = ledger(case), engines.hold(case)
@@ -82,7 +86,7 @@ def peak_bytes(
     gradients = held.gradients - host.get("gradients", 0)
     always = held.weights + held.optimizer + held.master - sum(host.values()) + host.get("gradients", 0)
     before = gradients if schema.accumulation(train, engine) > 1 else 0
-    loss = parts.kept + parts.logits + 2 * parts.logits + before
+    loss = parts.kept + parts.logits + (parts.fleeting or 2 * parts.logits) + before
     last = len(parts.moments) - 1
     blocks = (moment + max(before, gradients * (last - i) // (last + 1)) for i, moment in enumerate(parts.moments))
     return always + held.fleeting + max(loss, gradients, *blocks)
@@ -112,6 +116,7 @@ def ledger(case: Case) -> Ledger:
         kept=tape.bytes_of(kept),
         returns=returns,
         logits=tape.bytes_of(set(logits)),
+        fleeting=tape.fleeting,
         moments=tuple(moments),
         blocks=tuple(blocks),
     )

@@ -84,6 +84,7 @@ class Tape:
         self.backward: dict[str, float] = defaultdict(float)
         self.until_last_save: dict[str, float] = defaultdict(float)
         self.again: dict[str, float] = defaultdict(float)
+        self.fleeting = 0  # bytes of what a chunked loss needs for a moment, beside what it keeps
         self.own: dict[str, int] = defaultdict(int)
         self.passing: dict[str, int] = defaultdict(int)
         self._bytes: dict[int, int] = {}

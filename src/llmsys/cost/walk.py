@@ -6,6 +6,8 @@ D model width, H heads, V vocabulary, C classes, r low-rank width.
 
 from __future__ import annotations
 
+import math
+
 from llmsys import schema
 from llmsys.cost import pieces, shapes
 from llmsys.cost.attention import Attention
@@ -84,7 +86,9 @@ class Walk:
 
     def head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
         """Logits of a language model. Under tensor parallelism each rank multiplies its share of the vocabulary, unless
-        the table is the embedding's, and then has all logits."""
+        the table is the embedding's, and then has all logits. With `train.loss=chunked` it makes the loss itself."""
+        if self.case.train.loss == "chunked":
+            return self._chunked(x, n_in, n_out)
         share = n_out if self.transformer.tie_embeddings else -(-n_out // self.case.cut)
         logits = self.tape.linear(x, n_in, share, self.width, self.trained)
         return self.tape.new(x.numel // n_in * n_out, logits.width, logits.grad)
@@ -103,7 +107,40 @@ class Walk:
         return Attention(self.case, self.tape, q, k)(q, k, v, mask, bias)
 
     def loss(self, logits: Tensor, rows: int) -> None:
-        """Cross entropy in fp32: keeps its log-probabilities, 4 bytes x rows x classes, and the int64 labels."""
+        """Cross entropy in fp32: keeps its log-probabilities, 4 bytes x rows x classes, and the int64 labels; nothing
+        where the head has made the loss."""
         self.tape.elsewhere("logits")
+        if self.case.train.loss == "chunked" and self.model.objective in ("causal_lm", "seq2seq"):
+            return
         if logits.grad:
             self.tape.save(self.tape.new(logits.numel, 4, True), self.tape.new(rows, 8, False))
+
+    def _chunked(self, x: Tensor, d: int, v: int) -> Tensor:
+        """`models.linear_cross_entropy`: keeps the gradients, dh as wide as the products are and dW, under `logits`.
+
+        `tape.fleeting` is the most that it needs besides, either in the forward pass (h, a chunk of the logits, there
+        once more in fp32, and where weights are narrower than fp32 the sum of dW) or in the backward pass (the scaled
+        gradients).
+        """
+        tape, rows = self.tape, x.numel // d
+        narrow = 2 if self.case.autocast else x.width
+        chunk = max(math.ceil(rows / math.ceil(v / d)), min(rows, math.ceil(d / 4)) if self.trained else 0) * v
+        tape.elsewhere("logits")
+        forward = x.numel * x.width
+        backward = 0
+        if self.case.autocast:  # the weight, and the chunk's rows of h
+            forward += v * d * narrow + chunk // v * d * narrow
+        if x.grad:
+            tape.save(tape.new(x.numel, narrow, True))
+            backward += x.numel * (x.width if x.width == narrow else x.width + narrow)
+        during = chunk * (4 if narrow == 4 else 4 + narrow)
+        if self.trained:
+            tape.save(tape.new(v * d, self.width, True))
+            backward += v * d * self.width
+            product = v * d * narrow if narrow < 4 else 0
+            summed = v * d * (4 - self.width)  # before the gradient that is kept is there, its sum in fp32 is
+            during = max(summed + max(during, chunk * narrow + product), v * d * 4 if self.width < 4 else 0)
+        tape.fleeting = max(forward + during, backward)
+        flops = 2.0 * rows * d * v
+        tape.count(flops * (1 + x.grad + self.trained))  # all in the forward pass
+        return tape.new(1, 4, x.grad or self.trained)

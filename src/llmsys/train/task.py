@@ -96,11 +96,13 @@ def fit(
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Prepares `model` (in place), trains it, saves it and measures it."""
-    from llmsys.models import blocks
+    from llmsys.models import blocks, chunk_loss
 
     model = context.method.prepare(model, _sample(config, context, dataset))
     if isinstance(config.model, schema.Transformer):
         context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
+    if config.train.loss == "chunked":
+        chunk_loss(model)
     loop = Loop(config, context, model, dataset, lr, tokenizer)
     outcome = loop.run()
     files = {}

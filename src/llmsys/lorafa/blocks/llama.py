@@ -1,21 +1,27 @@
 """LLaMA's block (pre-norm, rotary, grouped heads, SwiGLU) as chains of pieces. D model width, F feed-forward width.
 
-Kept in bf16, over (batch x length x D) bytes, k = kv heads / heads, apart from z (2R/D a layer) and lse (4H/D):
+Kept in bf16, over (batch x length x D) bytes, k = kv heads / heads, apart from z (2R/D a layer), lse (4H/D) and the
+norms' rstd (8/D); with a trained A the same, since what its gradient reads is computed again from the same inputs:
 
     none      4 (the two norms' inputs) + 4 + 4k (q, k, v, out) + 4F/D (gate, up)
     mlp       4 + 4 + 4k
     attn+mlp  4
+
+Under a padding mask transformers gives SDPA keys and values repeated for all heads: k = 1. Dropout on the probabilities
+takes a CPU's fused kernel away: instead of out and lse nothing is kept (2 + 4k), and the scores are computed again.
+Mistral's, Qwen2's and Qwen3's blocks are the same; Qwen3 keeps for its two more norms 2 + 2k (their inputs).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
-from llmsys.lorafa.blocks.block import Fused
+from llmsys.lorafa.blocks.block import Fused, asks_for_attentions
+from llmsys.lorafa.blocks.kernel import attend, beside, heads
 from llmsys.lorafa.pieces.activation import Activation
-from llmsys.lorafa.pieces.attention import Core
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.norm import RMSNorm
 from llmsys.lorafa.pieces.piece import Chain, Piece, run
@@ -28,7 +34,6 @@ class LlamaBlock(Fused):
     post_attention_layernorm: Any
     self_attn: Any
     mlp: Any
-    training: bool
 
     def forward(
         self,
@@ -42,48 +47,52 @@ class LlamaBlock(Fused):
     ) -> Tensor:
         """hidden_states [B, L, D] -> the same shape."""
         attention, x = self.self_attn, hidden_states
-
-        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _attend(attention, q, k, v, position_embeddings, attention_mask, past_key_values, kwargs)
-
-        into: list[Piece] = [
-            RMSNorm(self.input_layernorm),
-            Linears([attention.q_proj, attention.k_proj, attention.v_proj]),
-        ]
-        out = Linears([attention.o_proj])
-        if self.again_attention and past_key_values is None:
-            random = self.training and attention.attention_dropout > 0
-            x = x + run(Chain(*into, Core(core, x.device, random), out), x)
-        else:
-            x = x + run(out, core(*run(Chain(*into), x)))
-        into = [RMSNorm(self.post_attention_layernorm), Linears([self.mlp.gate_proj, self.mlp.up_proj])]
-        onward: list[Piece] = [Activation("silu"), Linears([self.mlp.down_proj])]
+        if asks_for_attentions(attention.config, kwargs):
+            whole: Tensor = super().forward(  # type: ignore[misc]  # of the family's own class
+                x, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+            )
+            return whole
+        assert position_embeddings is not None, "transformers' model computes the rotation once for all blocks"
+        cache, (cos, sin) = self.cache(past_key_values), position_embeddings
+        p = attention.attention_dropout if self.training else 0.0
+        x = x + self.attend(
+            attention,
+            functools.partial(_core, attention, p, cache),
+            p,
+            {"cos": cos, "sin": sin, "mask": attention_mask, "position_ids": position_ids, **kwargs},
+            Chain(RMSNorm(self.input_layernorm), Linears([attention.q_proj, attention.k_proj, attention.v_proj])),
+            Linears([attention.o_proj]),
+            x,
+            cut=cache is not None,
+        )
+        into: list[Piece] = [RMSNorm(self.post_attention_layernorm), Linears([self.mlp.gate_proj, self.mlp.up_proj])]
+        onward: list[Piece] = [Activation(self.mlp.act_fn), Linears([self.mlp.down_proj])]
         if self.again_mlp:
             return x + run(Chain(*into, *onward), x)
         return x + run(Chain(*onward), *run(Chain(*into), x))
 
 
-def _attend(
+def _core(
     module: Any,
+    p: float,
+    cache: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    cos: Tensor,
+    sin: Tensor,
     mask: Tensor | None,
-    cache: Any,
-    kwargs: dict[str, Any],
+    **kwargs: Any,
 ) -> Tensor:
-    """q [B, L, H x head], k, v [B, L, kv x head] -> [B, L, H x head], by the kernel that the model is set to."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
-
-    assert rotary is not None, "transformers' model computes the rotation once for all blocks"
-    q, k, v = (x.view(*x.shape[:-1], -1, module.head_dim).transpose(1, 2) for x in (q, k, v))
-    q, k = apply_rotary_pos_emb(q, k, *rotary)
+    """q [B, L, H W], k, v [B, L, kv W] -> [B, L, H W]."""
+    q, k, v = (heads(x, module.head_dim) for x in (q, k, v))
+    if hasattr(module, "q_norm"):  # over the width of a head
+        q, k = run(RMSNorm(module.q_norm), q), run(RMSNorm(module.k_norm), k)
+    q, k = beside(module, "apply_rotary_pos_emb")(q, k, cos, sin)
     if cache is not None:
         k, v = cache.update(k, v, module.layer_idx)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
-    dropout = module.attention_dropout if module.training else 0.0
-    out, _ = attend(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **kwargs)
-    flat: Tensor = out.reshape(*out.shape[:-2], -1)
-    return flat
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    if window is not None:
+        kwargs["sliding_window"] = window
+    return attend(module, q, k, v, mask, p, **kwargs)

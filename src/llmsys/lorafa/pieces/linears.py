@@ -27,20 +27,25 @@ class Linears:
     dy_i W_i + s_i (dy_i B_i) A_i. With a trained A also dA_i = s_i (dy_i B_i)^T dropout(x), which alone reads x.
 
     Keeps: z_i [T, R], once for layers that share A, and the seed of a dropout mask, a number; x only where an A is
-    trained. All products are in the dtype of x (under autocast, in autocast's), whatever dtype an adapter is stored in;
-    so x is never copied to another.
+    trained. All products are in the dtype of x (under autocast, in autocast's; or in `dtype`), whatever dtype an
+    adapter is stored in; so x is never copied to another. The layers share one mask, as they share x.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> None:
         self.layers = [_Layer(layer) for layer in layers]
         kind = self.layers[0].kind
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        self.slots: dict[int, _Layer] = {}  # one layer for each distinct A
         for layer in self.layers:
             if layer.module.weight.requires_grad:
                 raise ValueError(
                     f"the weight of an adapted {type(layer.module).__name__} is trained; LoRA-FA takes it as frozen: "
                     "leave that layer out of `targets`, or its weight frozen"
                 )
+            if layer.adapter is not None:
+                layer.slot = id(layer.adapter.a)
+                self.slots.setdefault(layer.slot, layer)
+        self.rates = sorted({layer.p for layer in self.slots.values() if layer.p})
 
     def trained(self) -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -51,91 +56,76 @@ class Linears:
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         x = self._operand(inputs[0])
-        projected: dict[int, Tensor] = {}
-        extras: list[Extra] = []
-        for adapter, p in self._projections():
-            source = x
-            if p:
-                seed = draw_seed()
-                extras.append(seed)
-                source = dropped(x, p, seed)
-            projected[id(adapter.a)] = z = F.linear(source, adapter.a.to(x.dtype))
-            extras.append(z)
-        return self._outputs(x, projected), extras
+        self.given = inputs[0].dtype
+        seeds: list[Extra] = [draw_seed() for _ in self.rates]
+        sources = self._dropped(x, seeds)
+        z = {slot: F.linear(sources[layer.p], layer.a(x.dtype)) for slot, layer in self.slots.items()}
+        return self._outputs(x, z), [*seeds, *z.values()]
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:
-        return self._outputs(self._operand(inputs[0]), self._kept(extras)[0])
+        return self._outputs(self._operand(inputs[0]), self._kept(extras))
 
     def _operand(self, x: Tensor) -> Tensor:
         return x if self.dtype is None else x.to(self.dtype)
 
-    def _outputs(self, x: Tensor, projected: dict[int, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(layer(x, projected) for layer in self.layers)
+    def _dropped(self, x: Tensor, seeds: Sequence[Extra]) -> dict[float, Tensor]:
+        """x under the mask of each rate, and under none."""
+        return {0.0: x, **{p: dropped(x, p, int(seed)) for p, seed in zip(self.rates, seeds, strict=True)}}
 
-    def _projections(self) -> list[tuple[Adapter, float]]:
-        """(adapter, dropout) of one layer for each distinct A."""
-        found: dict[int, tuple[Adapter, float]] = {}
-        for layer in self.layers:
-            if layer.adapter is not None:
-                found.setdefault(id(layer.adapter.a), (layer.adapter, layer.p))
-        return list(found.values())
+    def _outputs(self, x: Tensor, z: dict[int, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(layer(x, z) for layer in self.layers)
 
-    def _kept(self, extras: Sequence[Extra]) -> tuple[dict[int, Tensor], dict[int, int]]:
-        """(z, seed of the mask) by the identity of A."""
-        left = list(extras)
-        projected, seeds = {}, {}
-        for adapter, p in self._projections():
-            if p:
-                seeds[id(adapter.a)] = int(left.pop(0))
-            z = left.pop(0)
-            assert isinstance(z, Tensor)
-            projected[id(adapter.a)] = z
-        return projected, seeds
+    def _kept(self, extras: Sequence[Extra]) -> dict[int, Any]:
+        """z by the identity of A."""
+        return dict(zip(self.slots, extras[len(self.rates) :], strict=True))
 
     def reads_inputs(self, wanted: bool) -> bool:
-        return any(adapter.a.requires_grad for adapter, _ in self._projections())
+        return any(layer.a_trained for layer in self.slots.values())
 
     def backward(
         self, inputs: Sequence[Tensor] | None, extras: Sequence[Extra], grads: Sequence[Tensor], wanted: bool
     ) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
-        projected, seeds = self._kept(extras)
+        z, seeds = self._kept(extras), extras[: len(self.rates)]
         found: dict[int, Tensor] = {}
         dx: Tensor | None = None
-        narrow: dict[int, Tensor] = {}  # dz by A: what reaches z through all layers that share it
+        dz: dict[int, Tensor] = {}  # by A: what reaches z through all layers that share it
         for layer, dy in zip(self.layers, grads, strict=True):
             rows = dy.flatten(0, -2)
             if wanted:
                 dx = layer.back(rows, dx)
             if layer.bias_trained:
-                found[id(layer.module.bias)] = rows.sum(0).to(layer.module.bias.dtype)
+                found[id(layer.bias)] = rows.sum(0).to(layer.bias.dtype)
             adapter = layer.adapter
             if adapter is None:
                 continue
-            z = projected[id(adapter.a)].flatten(0, -2)
             if adapter.b.requires_grad:
-                db = adapter.corrected(rows.T @ z)
+                db = adapter.corrected(rows.T @ z[layer.slot].flatten(0, -2))
                 found[id(adapter.b)] = db.to(adapter.b.dtype).mul_(adapter.scale)
-            if wanted or adapter.a.requires_grad:
-                dz = rows @ adapter.b.to(rows.dtype) * adapter.scale
-                narrow[id(adapter.a)] = narrow[id(adapter.a)] + dz if id(adapter.a) in narrow else dz
-        for adapter, p in self._projections():
-            key, a = id(adapter.a), adapter.a
-            if a.requires_grad:
-                assert inputs is not None
-                x = self._operand(inputs[0])
-                x = dropped(x, p, seeds[key]) if key in seeds else x
-                found[key] = (narrow[key].T @ x.flatten(0, -2)).to(a.dtype)
-            if not wanted:
-                continue
-            assert dx is not None
-            if key in seeds:
-                share = (narrow[key] @ a.to(dx.dtype)).view(*grads[0].shape[:-1], -1)
-                dx += dropped(share, p, seeds[key]).flatten(0, -2)
+            if wanted or layer.a_trained:
+                share = (rows @ adapter.b.to(rows.dtype)).mul_(adapter.scale)
+                dz[layer.slot] = dz[layer.slot].add_(share) if layer.slot in dz else share
+        if self.reads_inputs(wanted):
+            assert inputs is not None
+            sources = self._dropped(self._operand(inputs[0]), seeds)
+            for slot, layer in self.slots.items():
+                if layer.a_trained:
+                    assert layer.adapter is not None
+                    da = dz[slot].T @ sources[layer.p].flatten(0, -2)
+                    found[id(layer.adapter.a)] = da.to(layer.adapter.a.dtype)
+        trained = [found.get(id(tensor)) for tensor in self.trained()]
+        if dx is None:
+            return (None,), trained
+        masked: dict[float, Tensor] = {}  # what comes through the adapters and each rate's mask
+        for slot, layer in self.slots.items():
+            if not layer.p:
+                dx.addmm_(dz[slot], layer.a(dx.dtype))
+            elif layer.p in masked:
+                masked[layer.p].addmm_(dz[slot], layer.a(dx.dtype))
             else:
-                dx.addmm_(narrow[key], a.to(dx.dtype))
-        shape = grads[0].shape[:-1]
-        whole = dx.view(*shape, -1) if dx is not None else None
-        return (whole,), [found.get(id(tensor)) for tensor in self.trained()]
+                masked[layer.p] = dz[slot] @ layer.a(dx.dtype)
+        for p, seed in zip(self.rates, seeds, strict=True):
+            dx.add_(dropped(masked[p], p, int(seed)))
+        return (dx.view(*grads[0].shape[:-1], dx.shape[-1]).to(self.given),), trained
 
 
 class _Layer:
@@ -145,20 +135,35 @@ class _Layer:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.adapter: Adapter | None = getattr(module, "adapter", None)
+        self.slot = 0
         self.p = self.adapter.dropout if self.adapter is not None and module.training else 0.0
         self.transposed = is_transposed(module)
         self.kind = str(self.module.weight.device.type)
-        self.bias_trained = module.bias is not None and module.bias.requires_grad
+        self.bias_trained = self.bias is not None and self.bias.requires_grad
+
+    @property
+    def bias(self) -> Any:
+        """The adapter's own, or the layer's."""
+        own = None if self.adapter is None else self.adapter.bias
+        return self.module.bias if own is None else own
+
+    def a(self, dtype: torch.dtype) -> Tensor:
+        assert self.adapter is not None
+        return self.adapter.a.to(dtype)
+
+    @property
+    def a_trained(self) -> bool:
+        return self.adapter is not None and self.adapter.a.requires_grad
 
     def trained(self) -> list[Tensor]:
-        found = [self.module.bias] if self.bias_trained else []
+        found = [self.bias] if self.bias_trained else []
         if self.adapter is not None:
             found += [tensor for tensor in (self.adapter.b, self.adapter.a) if tensor.requires_grad]
         return found
 
-    def __call__(self, x: Tensor, projected: dict[int, Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, z: dict[int, Tensor]) -> Tensor:
         module, adapter = self.module, self.adapter
-        bias: Any = None if module.bias is None else module.bias.to(x.dtype)
+        bias: Any = None if self.bias is None else self.bias.to(x.dtype)
         if hasattr(module, "dequantised"):
             y: Tensor = module.product(x)
             y = y if bias is None else y + bias
@@ -168,8 +173,8 @@ class _Layer:
             y = F.linear(x, module.weight.to(x.dtype), bias)
         if adapter is None:
             return y
-        z, b = projected[id(adapter.a)], adapter.b.to(x.dtype)
-        y.view(-1, y.shape[-1]).addmm_(z.flatten(0, -2), b.T, alpha=adapter.scale)
+        rows = y.view(-1, y.shape[-1])
+        rows.addmm_(z[self.slot].flatten(0, -2), adapter.b.to(x.dtype).T, alpha=adapter.scale)
         return y
 
     def back(self, dy: Tensor, dx: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from llmsys.lorafa.pieces.piece import Extra
 
 
 class RMSNorm:
-    """Root mean square norm (arXiv 1910.07467), rounded where transformers' LLaMA and T5 round it.
+    """Root mean square norm (arXiv 1910.07467), rounded where transformers' LLaMA rounds it.
 
     Forward: x^ = x rstd, rstd = (mean(x^2) + eps)^-1/2 in fp32; y = w x^. Backward, with g = w dy:
     dx = rstd (g - x^ mean(g x^)), dw = sum over T of dy x^. Keeps: x (where dx or dw is wanted) and rstd [T, 1] in
@@ -29,14 +29,21 @@ class RMSNorm:
         (x,) = inputs
         wide = x.to(_wide(x))
         rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.module.variance_epsilon)
-        return (self._scaled(x, wide * rstd),), [rstd]
+        return (self._scaled(x, rstd),), [rstd]
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:
-        return (self._scaled(inputs[0], inputs[0].to(_wide(inputs[0])) * extras[0]),)
+        return (self._scaled(inputs[0], extras[0]),)
 
-    def _scaled(self, x: Tensor, normed: Tensor) -> Tensor:
-        scaled: Tensor = self.module.weight * normed.to(x.dtype)
+    def _scaled(self, x: Tensor, rstd: Extra) -> Tensor:
+        normed, weight = (x.to(_wide(x)) * rstd).to(self.rounded(x)), self.module.weight
+        if torch.promote_types(normed.dtype, weight.dtype) == normed.dtype:
+            return normed.mul_(weight)
+        scaled: Tensor = weight * normed
         return scaled
+
+    def rounded(self, x: Tensor) -> torch.dtype:
+        """The dtype that x^ is rounded to before it is scaled."""
+        return x.dtype
 
     def reads_inputs(self, wanted: bool) -> bool:
         return wanted or bool(self.trained())
@@ -49,12 +56,24 @@ class RMSNorm:
         assert inputs is not None
         (x,), (dy,), rstd = inputs, grads, extras[0]
         normed = x.to(_wide(x)) * rstd
-        dw: list[Tensor | None] = [_rows(dy * normed.to(x.dtype)).to(w.dtype) for w in self.trained()]
+        dw: list[Tensor | None] = [_rows(dy * normed.to(self.rounded(x))).to(w.dtype) for w in self.trained()]
         if not wanted:
             return (None,), dw
         g = (dy * self.module.weight).to(normed.dtype)
         mean = (g * normed).mean(-1, keepdim=True)
         return (g.addcmul_(normed, mean, value=-1).mul_(rstd).to(x.dtype),), dw
+
+
+class T5Norm(RMSNorm):
+    """The same, rounded where transformers' T5 rounds it: to the dtype of a half-precision weight, and else not."""
+
+    def rounded(self, x: Tensor) -> torch.dtype:
+        dtype: torch.dtype = self.module.weight.dtype
+        return dtype if dtype in (torch.bfloat16, torch.float16) else _wide(x)
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """The output's."""
+        return torch.promote_types(self.rounded(x), self.module.weight.dtype)
 
 
 class LayerNorm:
@@ -100,9 +119,10 @@ class LayerNorm:
             return (None,), []
         assert inputs is not None
         which = [wanted, *(any(p is own for p in trained) for own in (module.weight, module.bias))]
+        x = self._cast(inputs[0])
         dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-            grads[0],
-            self._cast(inputs[0]),
+            grads[0].to(x.dtype),
+            x,
             module.normalized_shape,
             *extras,
             module.weight,
