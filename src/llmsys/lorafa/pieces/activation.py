@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmsys.lorafa import kernels
 from llmsys.lorafa.pieces.piece import Extra
 
 
@@ -44,6 +45,7 @@ class Activation:
     """
 
     def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.function, self.derivative = KINDS[kind]
 
     def trained(self) -> list[Tensor]:
@@ -54,6 +56,8 @@ class Activation:
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:
         gate, *up = inputs
+        if up and kernels.serve(gate):
+            return (kernels.gated(self.kind, gate, up[0]),)
         y = self.function(gate)
         return (y * up[0] if up else y,)
 
@@ -70,4 +74,6 @@ class Activation:
         (dy,) = grads
         if not up:
             return (self.derivative(gate, dy),), []
+        if kernels.serve(gate):
+            return kernels.gated_backward(self.kind, gate, up[0], dy), []
         return (self.derivative(gate, dy * up[0]), dy * self.function(gate)), []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmsys.lorafa import kernels
 from llmsys.lorafa.pieces.piece import Extra
 
 
@@ -16,7 +17,10 @@ def draw_seed() -> int:
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape and device."""
+    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape, device
+    and kind of kernel (`llmsys.lorafa.kernels`)."""
+    if kernels.serve(x):
+        return kernels.dropped(x, p, seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
     return (x * mask).mul_(1 / (1 - p))
