@@ -93,10 +93,11 @@ def _peft(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
 
 @contextmanager
 def _ours(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
+    from llmsys.lorafa.inject import adapted, inject
+
     from llmsys.lorafa.blocks import fuse_blocks
     from llmsys.lorafa.blocks.block import unfuse
     from llmsys.lorafa.config import LoRAFAConfig
-    from llmsys.lorafa.inject import adapted, inject
     from llmsys.lorafa.layer import restore
     from llmsys.models import blocks
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from llmsys.lorafa.inject import adapted, shape
 
 import rank_runs as base
 from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.context import Context
 from llmsys.lorafa import basis
-from llmsys.lorafa.inject import adapted, shape
 from rank_pool import ENGINES, Pool
 
 HERE = "test_lorafa_engines"
