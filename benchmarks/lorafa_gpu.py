@@ -173,7 +173,9 @@ def largest_batches(bench: Bench, names: Sequence[str], length: int) -> Iterator
 
 def table(cells: list[Cell], key: str) -> str:
     """A line for each subject, a column for each cell, as Markdown; the last measurement of a cell counts."""
-    columns = list(dict.fromkeys((c["variant"], c["batch"], c["length"]) for c in cells if len(c.get("step_ms", "..")) > 1))
+    columns = list(
+        dict.fromkeys((c["variant"], c["batch"], c["length"]) for c in cells if len(c.get("step_ms", "..")) > 1)
+    )
     found = {(c["subject"], c["variant"], c["batch"], c["length"]): c for c in cells}
     rows = [f"| {key} | " + " | ".join(f"{b} x {n} {v if v != 'plain' else ''}".strip() for v, b, n in columns) + " |"]
     rows.append("|---|" + "---|" * len(columns))
@@ -212,7 +214,8 @@ def main(words: Sequence[str]) -> job.Record:
         summary |= dict(largest_batches(bench, names, grid[-1][1]))
     bf16 = config.model.dtype == "bf16"
     for _, group in itertools.groupby(
-        sorted((c for c in bench.cells if c["status"] == "ok" and c["variant"] in ("plain", "chunked")), key=place), place
+        sorted((c for c in bench.cells if c["status"] == "ok" and c["variant"] in ("plain", "chunked")), key=place),
+        place,
     ):
         subjects.check_first_losses({c["subject"]: c["loss"] for c in group}, 2e-3 if bf16 else 1e-5)
     for cell in bench.cells:

@@ -72,9 +72,7 @@ class Subject:
         before = side_by_side.read_clocks()
         self.losses.append(self.trainer.step(batch))
         self._wait()
-        self.times.append(
-            [(b - a) * 1e3 for a, b in zip(before, side_by_side.read_clocks(), strict=True)]
-        )
+        self.times.append([(b - a) * 1e3 for a, b in zip(before, side_by_side.read_clocks(), strict=True)])
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

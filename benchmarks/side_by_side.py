@@ -156,11 +156,16 @@ def show_speeds(record: Record) -> str:
     rows = [f"| {record.run_id} | step ms (quartiles) | tokens/s | optimizer ms | CPU ms |", "|---|---|---|---|---|"]
     for name in settings["subjects"]:
         first, middle, third, alone, cpu = (
-            s[f"{name}_{key}"] for key in ("step_ms_p25", "step_ms_p50", "step_ms_p75", "optimizer_ms_p50", "cpu_ms_p50")
+            s[f"{name}_{key}"]
+            for key in ("step_ms_p25", "step_ms_p50", "step_ms_p75", "optimizer_ms_p50", "cpu_ms_p50")
         )
         step = f"{middle:.1f} ({first:.1f} to {third:.1f})"
         rows.append(f"| {name} | {step} | {s[f'{name}_tokens_per_s']:,.0f} | {alone:.1f} | {cpu:.1f} |")
-    rows += ["", "| speed, median over the rounds | wall clock (95 % interval) | CPU time (95 % interval) |", "|---|---|---|"]
+    rows += [
+        "",
+        "| speed, median over the rounds | wall clock (95 % interval) | CPU time (95 % interval) |",
+        "|---|---|---|",
+    ]
     for pair in settings["pairs"]:
         cells = []
         for clock in CLOCKS:

@@ -123,7 +123,9 @@ def test_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert again == dataclasses.replace(record, env=again.env)
     kept = tmp_path / "kept"
     lorafa_quality.keep(
-        [lorafa_quality.Comparison(lorafa_quality.FAMILIES["encoder"], lorafa_quality.arguments(arguments))], record, kept
+        [lorafa_quality.Comparison(lorafa_quality.FAMILIES["encoder"], lorafa_quality.arguments(arguments))],
+        record,
+        kept,
     )
     assert str(tmp_path) not in "".join(path.read_text() for path in kept.rglob("record.json"))
     assert len(list(kept.rglob("record.json"))) > 8

@@ -89,4 +89,4 @@ def test_of_a_large_vocabulary_the_logits_were_most_of_the_peak() -> None:
     assert found["whole", "none"][0] == 8192 * 128256 * 4 + 8192 * 8
     assert found["chunked", "none"][0] == 8192 * 4096 * 2
     for recompute in ("none", "block"):
-        assert found["whole", recompute][1] - found["chunked", recompute][1] > 13.5e9
+        assert found["whole", recompute][1] - found["chunked", recompute][1] > 10e9

@@ -34,6 +34,7 @@ PUBLISHED = {
     "roberta_large": 354_310_144,
     "roberta_tiny": 153_536,
     "t5_small": 60_506_624,
+    "t5_4m": 4_194_816,
     "t5_base": 222_903_552,
     "t5_large": 737_668_096,
     "t5_tiny": 250_880,

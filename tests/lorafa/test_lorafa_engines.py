@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from llmsys.lorafa.inject import adapted, shape
 
 import rank_runs as base
 from llmsys.comm.group import group

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmsys.lorafa import kernels
 from llmsys.lorafa.pieces.piece import Extra
 
 
@@ -16,12 +17,15 @@ def draw_seed() -> int:
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape and device.
+    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape, device
+    and kind of kernel (`llmsys.lorafa.kernels`).
 
     An element is kept where 16 random bits are at least p 2**16, so p is rounded to a multiple of 2**-16, the factor
     too. Four elements share a draw of 64 bits: on a CPU that takes a sixth of the time of torch's draw for each, so
     that drawing twice costs less than torch's once.
     """
+    if kernels.serve(x):
+        return kernels.dropped(x, p, seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     threshold = min(round(p * 2**16), 2**16 - 1)
     n = x.numel()
