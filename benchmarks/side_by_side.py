@@ -86,13 +86,11 @@ def overhead(ours: Sequence[float], peer: Sequence[float], seed: int = 0) -> dic
     """`overhead_percent` of ours over the peer, the ends of its 95 % interval, the median difference in ms, and medians
     and quartiles of both."""
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
-    draw = random.Random(seed)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
-    low, high = medians[RESAMPLES * 25 // 1000], medians[-1 - RESAMPLES * 25 // 1000]
+    low, middle, high = median_interval(ratios, seed)
     summary = {
         "pairs": len(ratios),
         "overhead_ms": statistics.median(a - b for a, b in zip(ours, peer, strict=True)),
-        "overhead_percent": 100 * (statistics.median(ratios) - 1),
+        "overhead_percent": 100 * (middle - 1),
         "overhead_low_percent": 100 * (low - 1),
         "overhead_high_percent": 100 * (high - 1),
     }
@@ -102,6 +100,13 @@ def overhead(ours: Sequence[float], peer: Sequence[float], seed: int = 0) -> dic
         summary[f"{name}_step_ms_p25"] = first
         summary[f"{name}_step_ms_p75"] = third
     return summary
+
+
+def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """The median, between the ends of its 95 % bootstrap interval."""
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return medians[RESAMPLES * 25 // 1000], statistics.median(values), medians[-1 - RESAMPLES * 25 // 1000]
 
 
 def finish(record: Record, name: str, turns: Turns, warmup: int, out: Path) -> Record:
@@ -145,6 +150,35 @@ def show(record: Record) -> str:
     return "\n".join(rows)
 
 
+def show_speeds(record: Record) -> str:
+    """A table of one record of `lorafa_speed`, as Markdown: a line each subject, then what is claimed of them."""
+    s, settings = record.summary, record.config["benchmark"]
+    rows = [f"| {record.run_id} | step ms (quartiles) | tokens/s | optimizer ms | CPU ms |", "|---|---|---|---|---|"]
+    for name in settings["subjects"]:
+        first, middle, third, alone, cpu = (
+            s[f"{name}_{key}"]
+            for key in ("step_ms_p25", "step_ms_p50", "step_ms_p75", "optimizer_ms_p50", "cpu_ms_p50")
+        )
+        step = f"{middle:.1f} ({first:.1f} to {third:.1f})"
+        rows.append(f"| {name} | {step} | {s[f'{name}_tokens_per_s']:,.0f} | {alone:.1f} | {cpu:.1f} |")
+    rows += [
+        "",
+        "| speed, median over the rounds | wall clock (95 % interval) | CPU time (95 % interval) |",
+        "|---|---|---|",
+    ]
+    for pair in settings["pairs"]:
+        cells = []
+        for clock in CLOCKS:
+            low, middle, high = (s[f"{pair}_{clock}_{key}"] for key in ("low", "ratio", "high"))
+            cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+        rows.append(f"| {pair.replace(':', ' / ')} | {' | '.join(cells)} |")
+    model, threads = record.config["model"], record.env["threads"]
+    shape = f"{model['num_layers']} layers of width {model['hidden_size']}, r = {settings['r']}"
+    text = f"{settings['batch']} x {settings['length']} tokens, {settings['rounds']} rounds, {threads} threads"
+    rows.append(f"\n{shape}, {text}, {record.env['device_name']}")
+    return "\n".join(rows)
+
+
 def show_links(records: Sequence[Record]) -> str:
     """A table of links, one line a link and pattern, as Markdown."""
     rows = ["| link, ranks | nominal Mbit/s | pattern | reached | fitted | alpha ms | worst error % |"]
@@ -167,6 +201,8 @@ def main(arguments: Sequence[str]) -> None:
     for record in records:
         if "overhead_percent" in record.summary:
             print(show(record) + "\n")
+        if record.name == "lorafa_speed":
+            print(show_speeds(record) + "\n")
     if links := [record for record in records if "nominal_mbit" in record.summary]:
         print(show_links(links))
 

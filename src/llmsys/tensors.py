@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes `tensors` (contiguous or not, on any device) to `path`, readable by all.
+def save(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
+    """Writes `tensors` (contiguous or not, on any device) to `path`, readable by all; `meta` goes into its header.
 
     safetensors raises its own exception for a failed write, with the system's error number in its text only: OSError
     is raised in its place, so that a full disk is known as one.
@@ -21,13 +21,32 @@ def save(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            path,
+            {"format": "pt", **(meta or {})},
+        )
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(0o644)  # the library makes it private, which would hide results from other users
+
+
+def replace(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
+    """As `save`, but a crash at any instant, or a full disk (OSError), leaves the old file or the new one, whole.
+
+    A kill leaves its unfinished `.<name>.<process id>` beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save(tensors, temporary, meta)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

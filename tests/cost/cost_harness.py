@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from llmsys import schema
+from llmsys import schema, wiring
 from llmsys.cost import Case
-from llmsys.lorafa.peft_baselines import LoRA, LoRAFA
-from llmsys.models import load, recompute_blocks
+from llmsys.models import blocks, load
 from llmsys.profile.memory import saved_tensors
+from llmsys.schema import recompute
 from llmsys.schema.model import CONVNETS
 
 CLASSES = 5
@@ -50,16 +50,18 @@ def case(model: schema.Model, train: schema.Train, how: schema.Method, **facts: 
 
 
 def method(kind: str, **changes: Any) -> schema.Method:
-    return FULL if kind == "full" else schema.Adapter(kind=kind, **changes)
+    """`changes` are an adapter's settings, of which `full` has none."""
+    made: schema.Method = FULL if kind == "full" else schema.SCHEMAS["method"][kind](kind=kind, **changes)
+    return made
 
 
 def build(model: schema.Model, train: schema.Train, how: schema.Method) -> nn.Module:
     """The model as the method prepares it, with recomputation."""
     built = load(model, objective=model.objective, num_labels=CLASSES, device=torch.device("cpu"), seed=0, folder=None)
-    if isinstance(how, schema.Adapter):
-        (LoRA if how.kind == "lora_peft" else LoRAFA)(how).prepare(built)
-    if train.recompute == "block":
-        recompute_blocks(built)
+    by = wiring.method(how)
+    built = by.prepare(built)
+    if isinstance(model, schema.Transformer):
+        by.recompute(built, recompute.policies(train.recompute, len(blocks(built))))
     return built.train()
 
 
@@ -104,15 +106,20 @@ def _backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
 
 
+def _addmm(_: Any, a: torch.Size, b: torch.Size, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 _forward._get_raw = _backward._get_raw = True  # type: ignore[attr-defined]
 
 
 def counted_flops(built: nn.Module, inputs: dict[str, torch.Tensor], context: torch.autocast) -> int:
-    """FLOPs of forward and backward by torch's counter, which is taught the CPU's fused attention."""
+    """FLOPs of forward and backward by torch's counter, which is taught the CPU's fused attention and sums in place."""
     ops = torch.ops.aten
     mapping = {
         ops._scaled_dot_product_flash_attention_for_cpu: _forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+        ops.addmm_: _addmm,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         with context:

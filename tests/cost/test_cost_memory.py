@@ -9,6 +9,7 @@ from cost_harness import CLASSES, FULL, LOCAL, autocast, batch, build, case, met
 from llmsys import schema
 from llmsys.cost import estimate, num_params, peak_bytes, trainable_params
 from llmsys.cost.memory import bytes_per_block, ledger
+from llmsys.profile.live import Live
 
 METHODS = ("full", "lora_peft", "lorafa_peft")
 TRANSFORMERS = {
@@ -90,12 +91,10 @@ def test_recomputation_keeps_block_inputs_and_adds_one_live_block(name: str) -> 
         assert not _differs(model, train, method(kind), kind != "lora_peft")
     plain = ledger(case(model, training(), FULL))
     parts = ledger(case(model, train, FULL))
-    assert max(plain.blocks) > parts.returns > 0.8 * max(plain.blocks), "all but the inputs, which are kept anyway"
+    block = max(plain.blocks)
+    assert 0.8 * block < parts.returns < 1.5 * block, "all but the inputs, which are kept anyway, and gradients"
     assert parts.kept + parts.returns < plain.kept
-    facts = (FULL, LOCAL)
-    assert estimate(model, train, *facts)["activations"] == parts.kept, "as hooks see it"
-    grown = sum(estimate(model, train, *facts).values()) + parts.returns
-    assert peak_bytes(model, train, *facts) > grown - estimate(model, train, *facts)["gradients"]
+    assert estimate(model, train, FULL, LOCAL)["activations"] == parts.kept, "as hooks see it"
 
 
 @pytest.mark.parametrize(
@@ -177,3 +176,18 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         estimate(shape(), training(), schema.Method(kind="galore"), LOCAL)
     with pytest.raises(ValueError, match=r"method.targets=qproj.*q_proj"):
         estimate(shape(), training(), method("lora_peft", targets=["qproj"]), LOCAL)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_peak_is_what_a_counter_of_live_bytes_sees(name: str) -> None:
+    """Of one step's forward and backward pass. Gradients on their way are estimated by a few rules: to 15 %, and less
+    the deeper a model is (0.1 % for LLaMA-2-7B)."""
+    model = shape(**TRANSFORMERS[name], num_layers=4)
+    for kind, recompute in itertools.product(METHODS, ("none", "block")):
+        train, how = training(recompute=recompute), method(kind)
+        built, inputs = build(model, train, how), batch(model, train, False)
+        with Live() as live:
+            built(**inputs).loss.backward()
+        kinds = estimate(model, train, how, LOCAL, num_labels=CLASSES, padded=False)
+        peak = peak_bytes(model, train, how, LOCAL, num_labels=CLASSES, padded=False)
+        assert peak - kinds["weights"] - kinds["optimizer"] == pytest.approx(live.peak, rel=0.15), (kind, recompute)

@@ -194,6 +194,20 @@ def test_labels_that_cannot_be_are_named() -> None:
         data.open(schema.Data(kind="code_packages", labels=["core", "sets"], min_lines=500))
 
 
+@pytest.mark.parametrize("kind", ["code_lm", "code_docstrings"])
+def test_some_packages_are_cut_out_of_the_whole_with_its_split(kind: str) -> None:
+    """So a model pre-trained on some has seen nothing of the others, nor of its own validation split."""
+    whole, part = data.open(schema.Data(kind=kind)), data.open(schema.Data(kind=kind, packages=["physics", "stats"]))
+    for all_of_it, some in ((whole.train, part.train), (whole.val, part.val)):
+        assert {corpus.package_of(example.origin) for example in some} == {"physics", "stats"}
+        theirs = [example for example in all_of_it if corpus.package_of(example.origin) in ("physics", "stats")]
+        assert sorted(some, key=repr) == sorted(theirs, key=repr)
+    with pytest.raises(ValueError, match=r"^data\.packages: stat is no sub-package of the corpus; there are .*stats"):
+        data.open(schema.Data(kind=kind, packages=["stat"]))
+    with pytest.raises(ValueError, match=r"^data\.packages: is for data=code_lm or data=code_docstrings, not for"):
+        schema.Data(kind="synthetic", packages=["sets"])
+
+
 def test_a_missing_path_is_named_before_anything_is_read(tmp_path: Path) -> None:
     cfg = schema.Data(kind="jsonl", path=str(tmp_path / "absent.jsonl"))
     for function in (data.open, data.content_hash):

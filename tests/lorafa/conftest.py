@@ -1,4 +1,4 @@
-"""Makes `lorafa_harness`, a plain module beside the tests, importable however pytest is started."""
+"""Makes the plain modules beside the tests importable, however pytest is started."""
 
 import sys
 from pathlib import Path

@@ -13,20 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from llmsys import compose, runner
-from llmsys import job as jobs
+from llmsys import compose
 from llmsys.comm import collectives
 from llmsys.comm.group import group
 from llmsys.comm.place import Place
-from llmsys.context import Context
-from llmsys.track.jsonl import read
 from llmsys.train import checkpoint
 from rank_pool import ENGINES, Pool
+from rank_runs import TINY
 
 HERE = "test_train_engines"
-TINY = ["train.steps=6", "train.global_batch=8", "train.micro_batch=2", "train.length=32", "train.threads=1"]
-TINY += ["data.num_examples=24", "train.lr_by_method.full=3e-3", "train.weight_decay=0.1", "dispatch.kind=process"]
-TINY += ["model.num_kv_heads=2", "profile.warmup=1", "train.schedule=cosine", "train.warmup_steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +40,9 @@ def alone() -> Iterator[Pool]:
     made.close()
 
 
-def run(place: Place, results: str, overrides: list[str], stop_after: int | None = None) -> dict[str, Any]:
-    """One rank of a run of the tiny model; the last rank is asked to stop when it has done step `stop_after`."""
-    # another model has other settings
-    base = [o for o in TINY if not (o.startswith("model.") and any(x.startswith("model=") for x in overrides))]
-    made = jobs.make(compose.compose([*base, f"train.world={place.world}", f"results={results}", *overrides]))
-    out = Path(made.out)
-    out.mkdir(parents=True, exist_ok=True)
-    seen: list[Context] = []
-
-    def listener(progress: dict[str, Any]) -> None:
-        if progress.get("step") == stop_after and place.rank == place.world - 1:
-            seen[0].stop_asked = True
-
-    record = runner.run(made, listener, seen.append, place=place)
-    rows = read(out / "metrics.jsonl") if place.rank == 0 and (out / "metrics.jsonl").exists() else []
-    return {
-        "out": str(out),
-        "status": record.status,
-        "error": record.error,
-        "resumed": record.resumed_from_step,
-        "losses": [row["loss"] for row in rows if "loss" in row],
-        "norms": [row["grad_norm"] for row in rows if "loss" in row],
-        "val_loss": record.summary.get("val_loss"),
-        "summary": record.summary,
-    }
-
-
 def of(pool: Pool, results: Path, *overrides: str, stop_after: int | None = None) -> dict[str, Any]:
     """What rank 0 has to say of a run in `pool`."""
-    found: dict[str, Any] = pool.call(f"{HERE}:run", str(results), list(overrides), stop_after)[0]
+    found: dict[str, Any] = pool.call("rank_runs:run", str(results), list(overrides), stop_after)[0]
     return found
 
 
@@ -253,6 +221,29 @@ def test_autocast_is_the_same_on_every_engine(pool: Pool, alone: Pool, engine: s
     two = of(pool, tmp_path / "2", "train.precision=bf16", *ENGINES[engine])
     assert two["status"] == "ok", two["error"]
     assert two["losses"] == pytest.approx(one["losses"], rel=2e-3)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_chunked_loss_is_the_same_on_every_engine(
+    pool: Pool, reference: dict[str, Any], engine: str, tmp_path: Path
+) -> None:
+    """The head makes the loss where its weight is gathered, and never reads it again."""
+    found = of(pool, tmp_path, "train.loss=chunked", *ENGINES[engine])
+    assert found["status"] == "ok", found["error"]
+    assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+    assert found["val_loss"] == pytest.approx(reference["val_loss"], rel=1e-5)
+
+
+def test_a_chunked_loss_over_a_tied_table_that_is_cut(pool: Pool, alone: Pool, tmp_path: Path) -> None:
+    """The embedding's own table, of which each rank has half; what ranks say to each other stays what it was."""
+    tied, chunked = "model.tie_embeddings=true", "train.loss=chunked"
+    one = of(alone, tmp_path / "1", tied)
+    two, whole = (of(pool, tmp_path / "2", tied, *ENGINES["zero3"], *more) for more in ([chunked], []))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    assert two["summary"]["comm_bytes"] == whole["summary"]["comm_bytes"]
+    assert two["summary"]["saved_bytes"] < whole["summary"]["saved_bytes"]
 
 
 def test_a_rank_that_cannot_write_fails_all_and_keeps_the_last_checkpoint(pool: Pool, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class Attention:
             tape.save(q, k, v, out, tape.new(self.batch * self.heads * self.queries, 4, True))
             if bias is not None:
                 tape.save(bias)
+            tape.passes(2 * out.nbytes, q.nbytes, k.nbytes, v.nbytes)
         product = self.flops(q)
         tape.count(2 * product)
         tape.backward[tape.part] += 5 * product * grad  # dq, dk, dv, dP and the scores once more
@@ -64,6 +65,7 @@ class Attention:
         p = tape.new(scores.numel, 4 if wide else scores.width, scores.grad or (bias is not None and bias.grad))
         if p.grad:
             tape.save(p)
+            tape.passes(2 * p.nbytes)
         if self.model.family in ("llama", "gpt2"):  # which cast back to the dtype of q, and of v
             p = tape.cast(p, q.width if llama else v.width)
         out = self.mix(tape.dropout(p, self.model.dropout), self.repeat(v))
@@ -77,6 +79,7 @@ class Attention:
         p = tape.like(scores)
         if p.grad:
             tape.save(p)
+            tape.passes(2 * p.nbytes)
         out = self.mix(tape.dropout(p, self.model.dropout), v, cast=False)
         return tape.cast(out, width)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from llmsys import schema
+from llmsys.schema import recompute
 
-ADAPTERS = ("lora_peft", "lorafa_peft")
+ADAPTERS = ("lora_peft", "lorafa_peft", "lora", "lorafa")
 METHODS = ("full", *ADAPTERS, *schema.CLOSED_FORM)
 ENGINES = ("local", "ddp", "deepspeed", "fsdp2", "tp")
 
@@ -75,14 +76,37 @@ class Case:
         return self.method if isinstance(self.method, schema.Adapter) else None
 
     @property
+    def fused(self) -> schema.LoRA | None:
+        """The method, where blocks run as chains of `llmsys.lorafa`'s pieces."""
+        return self.method if isinstance(self.method, schema.LoRA) else None
+
+    @property
     def zero(self) -> int:
         """ZeRO's stage; 0 where nothing is shared."""
         return self.engine.zero if isinstance(self.engine, schema.DeepSpeed) else 0
 
     @property
     def adapter_width(self) -> int:
-        """Bytes of an adapter's weight. ZeRO's slices are flat: DeepSpeed casts all of a bf16 model, adapters too."""
-        return 4 if self.adapter and self.adapter.dtype == "fp32" and not self.zero else self.width
+        """Bytes of an adapter's weight. ZeRO's slices are flat: DeepSpeed casts all of a bf16 model, adapters too.
+
+        `model` is for `lora` and `lorafa` the dtype of the layer, and for 8-bit integers bf16.
+        """
+        if self.adapter and self.adapter.dtype == "fp32":
+            return self.width if self.zero else 4
+        return self.frozen_width if self.fused else self.width
+
+    @property
+    def frozen_width(self) -> int:
+        """Bytes of a frozen A's elements. A 4-bit weight is stored under the model's dtype."""
+        return 2 if self.model.quant == "int8" else self.width
+
+    @property
+    def policies(self) -> list[str]:
+        """What each block computes again, in the model's order: see `schema.recompute`."""
+        if not isinstance(self.model, schema.Transformer):
+            return []
+        stacks = 2 if self.model.family == "t5" else 1
+        return recompute.policies(self.train.recompute, stacks * self.model.num_layers)
 
     @property
     def cut(self) -> int:

@@ -51,7 +51,7 @@ def hold(case: Case) -> Holding:
     if case.method.kind == "majority":
         return Holding(weights=0, gradients=0, optimizer=0)
     holding = ENGINES[case.engine.kind](case, shapes.held(case))
-    return dataclasses.replace(holding, weights=holding.weights + shapes.buffer_bytes(case.model))
+    return dataclasses.replace(holding, weights=holding.weights + shapes.buffer_bytes(case))
 
 
 def _whole(case: Case, parameters: list[Parameter]) -> Holding:

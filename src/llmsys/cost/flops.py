@@ -15,6 +15,7 @@ from typing import Unpack
 from llmsys import schema
 from llmsys.cost import walk
 from llmsys.cost.case import Case, Facts
+from llmsys.cost.tape import Tape
 
 
 def step_flops(
@@ -29,7 +30,11 @@ def step_flops(
     if not case.trains:
         return 0.0
     tape = walk.run(case)
-    total = sum(tape.forward.values()) + sum(tape.backward.values())
-    if train.recompute == "block":
-        total += sum(tape.until_last_save[block] for block in tape.blocks)
-    return total * schema.accumulation(train, engine)
+    once = sum(tape.forward.values()) + sum(tape.backward.values()) + recomputed(case, tape)
+    return once * schema.accumulation(train, engine)
+
+
+def recomputed(case: Case, tape: Tape) -> float:
+    """FLOPs of one micro-batch that the backward pass computes again."""
+    whole = (block for block, policy in zip(tape.blocks, case.policies, strict=False) if policy == "block")
+    return sum(tape.again.values()) + sum(tape.until_last_save[block] for block in whole)

@@ -5,7 +5,8 @@
     optimizer    AdamW: two moments like the gradient, and a 4-byte step count for each tensor
     master       fp32 copies of the weights, where the engine keeps them
     activations  what autograd keeps of the blocks and the ends of the model; derived in `tape` and `families`
-    logits       the loss's log-probabilities: 4 bytes x tokens x vocabulary, often the largest single tensor
+    logits       the loss's log-probabilities: 4 bytes x tokens x vocabulary, often the largest single tensor; with
+                 `train.loss=chunked` the gradients, already made, of the head's input and of its weight if trained
 
 What of the first four a rank has is the engine's matter: `engines`. `lora_peft` trains A and B; `lorafa_peft` trains B,
 with A frozen, so no adapted layer keeps its input (arXiv 2308.03303, section 3.2). Both train a text classifier's head
@@ -33,13 +34,18 @@ from llmsys.cost.case import Case, Facts
 class Ledger:
     """What autograd keeps of one micro-batch, in bytes.
 
-    `kept` from forward to backward without the logits, which saved-tensor hooks see; `returns`: what recomputation
-    brings back for the largest block; `blocks`: each block's own share, as it is without recomputation.
+    `kept` from forward to backward without the logits, which saved-tensor hooks see; `returns`: the most that the
+    backward pass of a block makes beside that, what it computes again and gradients on their way; `moments`: what is
+    alive of both in the backward pass of each part, when later parts are done and gone; `fleeting`: what a chunked loss
+    needs for a moment, beside the gradients that it keeps in place of logits; `blocks`: each block's own share, as it
+    is without recomputation.
     """
 
     kept: int = 0
     returns: int = 0
     logits: int = 0
+    fleeting: int = 0
+    moments: tuple[int, ...] = ()
     blocks: tuple[int, ...] = (0,)
 
 
@@ -68,22 +74,22 @@ def peak_bytes(
 ) -> int:
     """The most bytes alive at once on the device in a step: what a check before loading should compare with it.
 
-    Two moments compete. At the start of the backward pass all saved tensors are there, with the logits (held by the
-    model's output) and, in fp32, their gradient before and after the log-softmax. At its end the saved tensors are
-    gone and all gradients are there. Gradients are there at both where micro-batches are accumulated. What an engine
-    offloads to the host counts where the device is the host.
+    Many moments compete. At the start of the backward pass all saved tensors are there, and in fp32 the gradient of the
+    logits before and after the log-softmax. (A chunked loss has no logits, but a moment of its own.) Then the backward
+    pass of each block, from the last to the first: what later ones kept is gone, and their gradients have come. At its
+    end all gradients are there. Where micro-batches are accumulated they always are. What an engine offloads to the
+    host counts where the device is the host.
     """
     case = Case(model, train, method, engine, **facts)
     parts, held = ledger(case), engines.hold(case)
     host = {} if case.device == "cpu" else held.host
     gradients = held.gradients - host.get("gradients", 0)
     always = held.weights + held.optimizer + held.master - sum(host.values()) + host.get("gradients", 0)
-    # per logit: itself in the products' width, and two fp32 gradients; log-probabilities (4) are in `logits`
-    per_logit = 8 + (2 if train.precision == "bf16" else 4)
-    start = parts.kept + parts.returns + parts.logits + parts.logits * per_logit // 4
-    if schema.accumulation(train, engine) > 1:
-        start += gradients
-    return always + held.fleeting + max(start, gradients)
+    before = gradients if schema.accumulation(train, engine) > 1 else 0
+    loss = parts.kept + parts.logits + (parts.fleeting or 2 * parts.logits) + before
+    last = len(parts.moments) - 1
+    blocks = (moment + max(before, gradients * (last - i) // (last + 1)) for i, moment in enumerate(parts.moments))
+    return always + held.fleeting + max(loss, gradients, *blocks)
 
 
 def ledger(case: Case) -> Ledger:
@@ -97,13 +103,23 @@ def ledger(case: Case) -> Ledger:
         if part in tape.blocks:
             blocks.append(tape.bytes_of(storages.keys() - seen))
         seen |= storages.keys()
-    outside = {storage for part, storages in tape.saved.items() if part not in tape.blocks for storage in storages}
-    if case.train.recompute == "none":
-        kept, returns = seen, 0
-    else:
-        kept = outside | tape.inputs
-        returns = max((tape.bytes_of(tape.saved[block].keys() - kept) for block in tape.blocks), default=0)
-    return Ledger(kept=tape.bytes_of(kept), returns=returns, logits=tape.bytes_of(set(logits)), blocks=tuple(blocks))
+    policies = dict(zip(tape.blocks, case.policies, strict=False))
+    kept: set[int] = set()
+    returns, moments = 0, []
+    for part, storages in tape.saved.items():
+        own = tape.inputs[part] if policies.get(part) == "block" else storages.keys()
+        # `passing` counts what the part saves itself; what is kept anyway must not count twice
+        moments.append(tape.bytes_of(kept | own) + tape.passing[part] - tape.bytes_of((own - kept) & storages.keys()))
+        kept |= own
+        returns = max(returns, moments[-1] - tape.bytes_of(kept))
+    return Ledger(
+        kept=tape.bytes_of(kept),
+        returns=returns,
+        logits=tape.bytes_of(set(logits)),
+        fleeting=tape.fleeting,
+        moments=tuple(moments),
+        blocks=tuple(blocks),
+    )
 
 
 def bytes_per_block(model: schema.Transformer, train: schema.Train, method: schema.Method) -> float:

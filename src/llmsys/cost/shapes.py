@@ -18,6 +18,14 @@ from llmsys.cost.families import FAMILIES, Linear, Shape
 BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|block)\.\d+(?=\.|$)")
 """Up to the end of a block's name; its leftmost match, since T5 and ResNet have a `layer.0` inside their blocks."""
 
+SHARING: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+)
+"""Names of layers that read the same input, where they are parts of one module."""
+
 
 class Parameter(NamedTuple):
     """One tensor of the model: `width` is bytes an element; `cut` the dimension that tensor parallelism divides."""
@@ -93,8 +101,9 @@ def held(case: Case) -> list[Parameter]:
 
 def _base(case: Case) -> Iterator[Parameter]:
     layers = {f"{layer.name}.weight": layer for layer in linears(case.model)}
+    biases = {f"{layer.name}.bias" for layer in adapted(case)} if case.fused and case.fused.bias != "none" else set()
     for name, shape in parameters(case.model, case.labels).items():
-        trained = case.method.kind == "full" or (case.adapter is not None and is_head(name))
+        trained = case.method.kind == "full" or (case.adapter is not None and is_head(name)) or name in biases
         if name in layers and case.model.quant != "none":
             yield Parameter(name, (packed_bytes(math.prod(shape), shape[0], case.model.quant),), 1)
         else:
@@ -131,16 +140,42 @@ def _adapters(case: Case) -> Iterator[Parameter]:
     if case.adapter is None:
         return
     r, width = case.adapter.r, case.adapter_width
+    owner = owners(case)
     for layer in adapted(case):
         # beside a matrix that is cut by outputs B is cut, beside one that is cut by inputs A is
         a_cut, b_cut = (None, 0) if layer.cut == 0 else (1, None)
-        yield Parameter(f"{layer.name}.lora_A", (r, layer.n_in), width, case.method.kind == "lora_peft", a_cut)
+        if case.fused is None or (case.fused.train_a and owner[layer.name] == layer.name):
+            trained = case.method.kind in ("lora_peft", "lora")
+            yield Parameter(f"{layer.name}.lora_A", (r, layer.n_in), width, trained, a_cut)
         yield Parameter(f"{layer.name}.lora_B", (layer.n_out, r), width, True, b_cut)
 
 
-def buffer_bytes(model: schema.Model) -> int:
-    """Bytes of what the model keeps beside its parameters (rotary frequencies, position ids, running statistics)."""
-    return FAMILIES[model.family].buffer_bytes(model)
+def owners(case: Case) -> dict[str, str]:
+    """Name of each adapted layer -> of the one whose A it uses: with `share_a` the first that reads the same input."""
+    found: dict[str, str] = {}
+    for layer in adapted(case):
+        parent, _, own = layer.name.rpartition(".")
+        group: tuple[str, ...] = next((names for names in SHARING if own in names), (own,))
+        if parent.endswith("EncDecAttention"):  # whose query reads the decoder
+            group = tuple(name for name in group if (name == "q") == (own == "q"))
+        siblings = [f"{parent}.{name}" for name in group] if case.fused and case.fused.share_a else []
+        found[layer.name] = next((name for name in siblings if name in found), layer.name)
+    return found
+
+
+def buffer_bytes(case: Case) -> int:
+    """Bytes of what the model keeps beside its parameters (rotary frequencies, position ids, running statistics), and
+    of a frozen A, which is a buffer in the dtype of the weight beside it, and the inverse of A A^T where it is used."""
+    found = FAMILIES[case.model.family].buffer_bytes(case.model)
+    if case.fused is None:
+        return found
+    layers, r = adapted(case), case.fused.r
+    if case.fused.correction != "none":
+        found += len(layers) * r * r * (2 if case.zero and case.width == 2 else 4)
+    if case.fused.train_a:
+        return found
+    owner = owners(case)
+    return found + sum(r * layer.n_in * case.frozen_width for layer in layers if owner[layer.name] == layer.name)
 
 
 def trainable_params(case: Case) -> int:

@@ -36,7 +36,8 @@ Recomputation: of a checkpointed block only its inputs are held; what it saves c
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Tensor(NamedTuple):
@@ -47,25 +48,47 @@ class Tensor(NamedTuple):
     grad: bool
     storage: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.width
+
+
+class Aside(NamedTuple):
+    """What was played aside: its result, the storages that it saves, its FLOPs forward and backward."""
+
+    out: Tensor
+    saved: dict[int, str]
+    passing: int
+    forward: float
+    backward: float
+
 
 class Tape:
     """Saved storages and FLOPs by part of the model.
 
-    `part` is where the walk is. `block` begins a part that can be recomputed, `elsewhere` one that cannot.
+    `part` is where the walk is, `origin` what it is there for, by which saved storages are told apart. `block` begins a
+    part that can be recomputed, `elsewhere` one that cannot. `again` are the FLOPs of what pieces compute again by
+    themselves. `own` are the bytes that a part saves and no part before it, `passing` the most bytes at a moment of its
+    backward pass: what of `own` was saved before that, gradients on their way, copies, what pieces compute again.
     """
 
     def __init__(self, *, autocast: bool, cuda: bool, zero_3: bool = False) -> None:
         self.autocast = autocast
         self.cuda = cuda
         self.zero_3 = zero_3
-        self.part = ""
+        self.part = self.origin = ""
         self.blocks: list[str] = []
-        self.inputs: set[int] = set()
-        self.saved: dict[str, dict[int, None]] = defaultdict(dict)
+        self.inputs: dict[str, set[int]] = {}
+        self.saved: dict[str, dict[int, str]] = defaultdict(dict)
         self.forward: dict[str, float] = defaultdict(float)
         self.backward: dict[str, float] = defaultdict(float)
         self.until_last_save: dict[str, float] = defaultdict(float)
+        self.again: dict[str, float] = defaultdict(float)
+        self.fleeting = 0  # bytes of what a chunked loss needs for a moment, beside what it keeps
+        self.own: dict[str, int] = defaultdict(int)
+        self.passing: dict[str, int] = defaultdict(int)
         self._bytes: dict[int, int] = {}
+        self._seen: set[int] = set()
 
     def elsewhere(self, part: str) -> None:
         """What follows belongs to `part`, which is not a repeated block."""
@@ -74,8 +97,25 @@ class Tape:
     def block(self, part: str, *inputs: Tensor | None) -> None:
         """What follows belongs to the block `part`, which is called with `inputs` (None: an argument left out)."""
         self.part = part
+        self.saved[part] = {}
         self.blocks.append(part)
-        self.inputs |= {tensor.storage for tensor in inputs if tensor is not None}
+        self.inputs[part] = {tensor.storage for tensor in inputs if tensor is not None}
+
+    def aside(self, play: Callable[[], Tensor]) -> Aside:
+        """Plays something without noting any of it here: what it would have noted."""
+        mine, seen = [notes.pop(self.part, None) for notes in self._notes], set(self._seen)
+        out = play()
+        saved, passing, forward, backward, *_ = (notes[self.part] for notes in self._notes)
+        for notes, own in zip(self._notes, mine, strict=True):
+            del notes[self.part]
+            if own is not None:
+                notes[self.part] = own
+        self._seen = seen
+        return Aside(out, saved, passing, forward, backward)
+
+    @property
+    def _notes(self) -> tuple[Any, ...]:
+        return self.saved, self.passing, self.forward, self.backward, self.until_last_save, self.own
 
     def bytes_of(self, storages: set[int]) -> int:
         return sum(self._bytes[storage] for storage in storages)
@@ -94,11 +134,18 @@ class Tape:
         """An elementwise result: as wide as its widest operand."""
         return self.new(x.numel, max(t.width for t in (x, *others)), any(t.grad for t in (x, *others)))
 
-    def save(self, *tensors: Tensor) -> None:
+    def save(self, *tensors: Tensor, origin: str = "") -> None:
         """Keeps `tensors` for the backward pass; free where their storage is kept already."""
         self.touch()
-        for tensor in tensors:
-            self.saved[self.part][tensor.storage] = None
+        for storage in dict.fromkeys(tensor.storage for tensor in tensors):
+            self.own[self.part] += 0 if storage in self._seen else self._bytes[storage]
+            self._seen.add(storage)
+            self.saved[self.part].setdefault(storage, origin or self.origin)
+        self.passes()
+
+    def passes(self, *sizes: int) -> None:
+        """Notes a moment of the backward pass that makes tensors of these bytes."""
+        self.passing[self.part] = max(self.passing[self.part], self.own[self.part] + sum(sizes))
 
     def touch(self) -> None:
         """Notes that something is saved here: a checkpointed block is computed again only up to its last save."""
@@ -136,7 +183,13 @@ class Tape:
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
         self.count(flops, trained, x.grad)
-        return self.new(numel, x.width, x.grad or trained)
+        return self._made(numel, x, trained)
+
+    def _made(self, numel: int, x: Tensor, trained: bool) -> Tensor:
+        """A product: in the backward pass its gradient, and that of `x`."""
+        y = self.new(numel, x.width, x.grad or trained)
+        self.passes(y.nbytes * y.grad, x.nbytes * x.grad)
+        return y
 
     def convolution(self, x: Tensor, weights: int, numel: int, flops: float, width: int, trained: bool) -> Tensor:
         """As `product`, but it keeps both operands wherever it keeps one."""
@@ -146,7 +199,7 @@ class Tape:
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
         self.count(flops, trained, x.grad)
-        return self.new(numel, x.width, x.grad or trained)
+        return self._made(numel, x, trained)
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor:
         """Elementwise product."""
@@ -154,12 +207,15 @@ class Tape:
             self.save(x)
         if x.grad:
             self.save(y)
-        return self.like(x, y)
+        product = self.like(x, y)
+        self.passes(product.nbytes * product.grad, x.nbytes * x.grad, y.nbytes * y.grad)
+        return product
 
     def from_input(self, x: Tensor) -> Tensor:
         """An activation whose derivative reads its input (silu, gelu)."""
         if x.grad:
             self.save(x)
+            self.passes(2 * x.nbytes)
         return self.like(x)
 
     def from_output(self, x: Tensor) -> Tensor:
@@ -167,6 +223,7 @@ class Tape:
         y = self.like(x)
         if x.grad:
             self.save(y)
+            self.passes(2 * x.nbytes)
         return y
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
@@ -174,17 +231,19 @@ class Tape:
         if p == 0:
             return x
         if x.grad:
-            self.save(self.new(x.numel, 1 if self.cuda else x.width, False))
+            self.save(self.new(x.numel, 1 if self.cuda else x.width, False), origin="dropout")
+            self.passes(2 * x.nbytes)
         return self.like(x)
 
     def rms_norm(self, x: Tensor, rows: int, trained: bool) -> Tensor:
         """transformers' LlamaRMSNorm: x in fp32 times 1/rms, cast back, times the weight."""
         wide = self.cast(x, 4)
         if x.grad:
-            self.save(wide, self.new(rows, 4, True))
+            self.save(wide, self.new(rows, 4, True), origin="norm")
+            self.passes(5 * 4 * x.numel)
         normed = self.cast(self.new(x.numel, 4, x.grad), x.width)
         if trained:
-            self.save(normed)
+            self.save(normed, origin="norm")
         return self.new(x.numel, x.width, x.grad or trained)
 
     def layer_norm(self, x: Tensor, rows: int, trained: bool) -> Tensor:
@@ -192,7 +251,8 @@ class Tape:
         x = self.cast(x, 4) if self.autocast else x
         if x.grad or trained:
             width = 4 if self.cuda else x.width
-            self.save(x, self.new(rows, width, True), self.new(rows, width, True))
+            self.save(x, self.new(rows, width, True), self.new(rows, width, True), origin="norm")
+            self.passes(2 * x.nbytes)
         return self.new(x.numel, x.width, x.grad or trained)
 
     def batch_norm(self, x: Tensor, channels: int, trained: bool) -> Tensor:

@@ -100,8 +100,8 @@ def _tensor_parallel(case: Case, micro: int) -> dict[str, int]:
     layers = shapes.linears(case.model)
     passes = Counter(layer.cut for layer in layers)
     forward, backward = passes[1], passes[0]
-    if case.train.recompute == "block":  # a block's forward again, but for its last matrix, which nobody reads
-        forward += passes[1] - case.model.num_layers
+    # a block's forward again, but for its last matrix, which nobody reads
+    forward += (passes[1] // case.model.num_layers - 1) * case.policies.count("block")
     found = {"all_reduce": micro * (forward + backward) * tokens * case.model.hidden_size * width}
     if any(p.name == "lm_head.weight" for p in shapes.held(case)) and not case.model.tie_embeddings:
         found["all_reduce"] += micro * tokens * case.model.hidden_size * width

@@ -6,11 +6,13 @@ D model width, H heads, V vocabulary, C classes, r low-rank width.
 
 from __future__ import annotations
 
+import math
+
 from llmsys import schema
-from llmsys.cost import shapes
+from llmsys.cost import pieces, shapes
 from llmsys.cost.attention import Attention
 from llmsys.cost.case import Case
-from llmsys.cost.families import FAMILIES
+from llmsys.cost.families import FAMILIES, Linear
 from llmsys.cost.tape import Tape, Tensor
 
 
@@ -31,12 +33,22 @@ class Walk:
         self.tokens = self.batch * self.length
         self.trained = case.method.kind == "full"
         self._layers = {layer.name: layer for layer in shapes.linears(case.model)}
-        self._adapted = {layer.name for layer in shapes.adapted(case)}
+        self.owners = shapes.owners(case)
+        self._policies = case.policies
 
     @property
     def transformer(self) -> schema.Transformer:
         assert isinstance(self.model, schema.Transformer)
         return self.model
+
+    @property
+    def policy(self) -> str:
+        """What the current block computes again."""
+        return self._policies[len(self.tape.blocks) - 1]
+
+    def layer(self, name: str) -> Linear:
+        """A linear layer of the current block."""
+        return self._layers[f"{self.tape.part}.{name}"]
 
     def embed(self, numel: int, *indices: Tensor) -> Tensor:
         """The sum of rows of tables, `numel` elements: dW reads the int64 indices."""
@@ -45,12 +57,14 @@ class Walk:
         return self.tape.new(numel, self.width, self.trained)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """A layer of the current block, with peft's adapter beside it where the method has one: W x + s B A dropout(x).
+        """A layer of the current block, with an adapter beside it where the method has one: W x + s B A dropout(x).
 
         A quantised weight is frozen and kept in its own few bits, so nothing is saved for it.
         """
         tape, adapter = self.tape, self.case.adapter
-        layer = self._layers[f"{tape.part}.{name}"]
+        layer = self.layer(name)
+        if self.case.fused and layer.name in self.owners:
+            return pieces.run(tape, pieces.Linears(self, name), x)[0]
         n_in = layer.n_in // (self.case.cut if layer.cut == 1 else 1)
         n_out = layer.n_out // (self.case.cut if layer.cut == 0 else 1)
         if self.model.quant == "none" and self.model.family != "gpt2":
@@ -58,18 +72,23 @@ class Walk:
         else:  # a quantised product, or GPT-2's own `Conv1D`
             rows, width = x.numel // n_in, self.width if self.model.quant == "none" else 0
             y = tape.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, self.trained)
-        if layer.name not in self._adapted:
+        if layer.name not in self.owners:
             return y
         assert adapter is not None
         width = self.case.adapter_width
-        x = tape.dropout(tape.cast(x, width), adapter.dropout)
-        z = tape.linear(x, n_in, adapter.r, width, adapter.kind == "lora_peft")
-        tape.linear(z, adapter.r, n_out, width, True)
+        own = tape.dropout(tape.cast(x, width), adapter.dropout)
+        z = tape.linear(own, n_in, adapter.r, width, adapter.kind == "lora_peft")
+        grown = tape.linear(z, adapter.r, n_out, width, True)
+        # the gradient scaled and cast for B's way, while a gate's waits; then x's from both ways, and their sum
+        tape.passes(3 * y.nbytes, 2 * grown.nbytes * (grown.width > y.width))
+        tape.passes(y.nbytes, own.nbytes * x.grad, 2 * x.nbytes * x.grad)
         return tape.new(y.numel, y.width, True)
 
     def head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
         """Logits of a language model. Under tensor parallelism each rank multiplies its share of the vocabulary, unless
-        the table is the embedding's, and then has all logits."""
+        the table is the embedding's, and then has all logits. With `train.loss=chunked` it makes the loss itself."""
+        if self.case.train.loss == "chunked":
+            return self._chunked(x, n_in, n_out)
         share = n_out if self.transformer.tie_embeddings else -(-n_out // self.case.cut)
         logits = self.tape.linear(x, n_in, share, self.width, self.trained)
         return self.tape.new(x.numel // n_in * n_out, logits.width, logits.grad)
@@ -88,7 +107,40 @@ class Walk:
         return Attention(self.case, self.tape, q, k)(q, k, v, mask, bias)
 
     def loss(self, logits: Tensor, rows: int) -> None:
-        """Cross entropy in fp32: keeps its log-probabilities, 4 bytes x rows x classes, and the int64 labels."""
+        """Cross entropy in fp32: keeps its log-probabilities, 4 bytes x rows x classes, and the int64 labels; nothing
+        where the head has made the loss."""
         self.tape.elsewhere("logits")
+        if self.case.train.loss == "chunked" and self.model.objective in ("causal_lm", "seq2seq"):
+            return
         if logits.grad:
             self.tape.save(self.tape.new(logits.numel, 4, True), self.tape.new(rows, 8, False))
+
+    def _chunked(self, x: Tensor, d: int, v: int) -> Tensor:
+        """`models.linear_cross_entropy`: keeps the gradients, dh as wide as the products are and dW, under `logits`.
+
+        `tape.fleeting` is the most that it needs besides, either in the forward pass (h, a chunk of the logits, there
+        once more in fp32, and where weights are narrower than fp32 the sum of dW) or in the backward pass (the scaled
+        gradients).
+        """
+        tape, rows = self.tape, x.numel // d
+        narrow = 2 if self.case.autocast else x.width
+        chunk = max(math.ceil(rows / math.ceil(v / d)), min(rows, math.ceil(d / 4)) if self.trained else 0) * v
+        tape.elsewhere("logits")
+        forward = x.numel * x.width
+        backward = 0
+        if self.case.autocast:  # the weight, and the chunk's rows of h
+            forward += v * d * narrow + chunk // v * d * narrow
+        if x.grad:
+            tape.save(tape.new(x.numel, narrow, True))
+            backward += x.numel * (x.width if x.width == narrow else x.width + narrow)
+        during = chunk * (4 if narrow == 4 else 4 + narrow)
+        if self.trained:
+            tape.save(tape.new(v * d, self.width, True))
+            backward += v * d * self.width
+            product = v * d * narrow if narrow < 4 else 0
+            summed = v * d * (4 - self.width)  # before the gradient that is kept is there, its sum in fp32 is
+            during = max(summed + max(during, chunk * narrow + product), v * d * 4 if self.width < 4 else 0)
+        tape.fleeting = max(forward + during, backward)
+        flops = 2.0 * rows * d * v
+        tape.count(flops * (1 + x.grad + self.trained))  # all in the forward pass
+        return tape.new(1, 4, x.grad or self.trained)

@@ -17,6 +17,7 @@ machine: integers are drawn, what is made of them in fp64 differs by 1e-15 betwe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 
@@ -27,9 +28,10 @@ VARIANCE = 1 / 3
 """Of the rows: A A^T = I / 3."""
 
 
-def draw(init: str, r: int, n: int, seed: int, name: str) -> Tensor:
-    """A seeded A [r, n], fp32 on the host with entries that bf16 has; `name` tells a model's layers apart."""
-    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+def draw(init: str, r: int, n: int, seed: int, name: str, epoch: int = 0) -> Tensor:
+    """A seeded A [r, n], fp32 on the host with entries that bf16 has; `name` tells a model's layers apart, and `epoch`
+    the draws of one layer (see `refreshing`)."""
+    key = hashlib.sha256((f"{seed}/{name}#{epoch}" if epoch else f"{seed}/{name}").encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
     return rounded(_DRAWS[init](r, n, generator))
 
@@ -104,6 +106,17 @@ class Covariance:
 
 
 def fingerprint(a: Tensor) -> str:
-    """SHA-256 of A's entries in bf16, the same on every device and in every dtype that A is held in."""
-    plain = a.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
-    return hashlib.sha256(f"{tuple(a.shape)}".encode() + plain.tobytes()).hexdigest()
+    """SHA-256 of A's entries: in bf16, where that has them all, so the same in whatever dtype A is held; else in fp32.
+
+    fp16 lacks the smallest of bf16's: there a matrix has a fingerprint of its own.
+    """
+    wide = a.detach().to("cpu", torch.float32)
+    half = wide.to(torch.bfloat16)
+    bits = half.view(torch.int16) if torch.equal(half.float(), wide) else wide.view(torch.int32)
+    return hashlib.sha256(f"{tuple(a.shape)}".encode() + bits.contiguous().numpy().tobytes()).hexdigest()
+
+
+@functools.lru_cache(maxsize=65536)
+def recipe(init: str, r: int, n: int, seed: int, name: str, epoch: int) -> str:
+    """The fingerprint of a draw; of one drawn before, without drawing again."""
+    return fingerprint(draw(init, r, n, seed, name, epoch))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select")
+INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select", "given")
 SEEDED = ("orthonormal", "gaussian", "select")
 """Inits whose A follows from seed, name and shape alone, so that a file needs no A."""
 CORRECTIONS = ("none", "closed_form")
@@ -16,11 +16,13 @@ DTYPES = ("fp32", "model")
 class LoRAFAConfig:
     """Adapters y = x W^T + (alpha / r) dropout(x) A^T B^T beside linear layers, A frozen and B trained.
 
-    `targets`: last parts of the names of layers, none for every linear layer of the blocks. `init`: how A is drawn, see
-    `basis`. `share_a`: layers that read the same input (query, key, value; gate, up) have one A. `correction`: of B's
-    gradient, `closed_form` is (A A^T)^-1 / s^2 (the paper's second version). `bias`: `lora_only` trains the biases of
-    adapted layers too. `dtype` of B: `fp32`, or the model's own. `train_a` makes it LoRA (arXiv 2106.09685).
-    `recompute`: what the blocks compute again in the backward pass, see `policy`. ValueError for values out of range.
+    `targets`: last parts of the names of layers, or more of them; none for every linear layer of the blocks, outside of
+    which only a layer is meant whose name fits none inside. `init`: how A is drawn, see `basis`; `given` is what comes
+    from a file. `share_a`: layers that read the same input (query, key, value; gate, up) have one A. `correction` of
+    B's gradient: `closed_form` is (A A^T)^-1 / s^2 (the paper's second version). `bias`: `lora_only` trains a copy of
+    the biases of adapted layers too. `dtype` of B: `fp32`, or the model's own. `train_a` makes it LoRA (arXiv
+    2106.09685). `recompute`: what the blocks compute again in the backward pass, see `policy`. ValueError for values
+    out of range.
     """
 
     r: int = 16

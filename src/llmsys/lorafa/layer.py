@@ -7,11 +7,13 @@ giving the class back. R low-rank width, M outputs, N inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmsys.lorafa import basis
 from llmsys.lorafa.config import SEEDED, LoRAFAConfig
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.piece import run
@@ -20,31 +22,56 @@ from llmsys.lorafa.pieces.piece import run
 class Adapter(nn.Module):
     """A [R, N] and B [M, R]. A frozen A is a buffer: no optimizer, `requires_grad_` or `set_adapter` can reach it.
 
-    `shared`: the adapter of another layer, whose A this one uses. A is no part of a state dict where a seed gives it.
+    `path` is the name of A's draw: of the layer, as it was called when the adapter was made. `shared`: the adapter of
+    another layer, whose A this one uses. A is no part of a state dict where a seed gives it. `bias`: where the
+    adapter trains one, it stands in for the layer's own, which stays as it is. `past`: the B's [M, R], on the host,
+    that `refresh` has merged into the layer's weight.
     """
 
     A: Tensor
     B: nn.Parameter
+    bias: nn.Parameter | None
     inverse: Tensor | None
 
     def __init__(
-        self, config: LoRAFAConfig, a: Tensor | None, outputs: int, dtype: torch.dtype, *, shared: Adapter | None = None
+        self,
+        config: LoRAFAConfig,
+        path: str,
+        a: Tensor | None,
+        outputs: int,
+        dtype: torch.dtype,
+        *,
+        shared: Adapter | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.dropout, self.scale = config, config.dropout, config.scale
+        self.config, self.path, self.dropout, self.scale = config, path, config.dropout, config.scale
         self._owner = (shared,)  # in a tuple: A must have one home in the tree of modules
+        self.past: list[Tensor] = []
         if a is not None and config.train_a:
             self.A = nn.Parameter(a.to(dtype))
         elif a is not None:
             self.register_buffer("A", a, persistent=config.init not in SEEDED)
-        self.B = nn.Parameter(torch.zeros(outputs, config.r, dtype=dtype, device=self.a.device))
+        device = self.a.device
+        self.B = nn.Parameter(torch.zeros(outputs, config.r, dtype=dtype, device=device))
+        own = None if bias is None else nn.Parameter(bias.detach().to(device, dtype, copy=True))
+        self.register_parameter("bias", own)
         inverse = None if config.correction == "none" else self._inverse()
         self.register_buffer("inverse", inverse, persistent=False)
 
     @property
+    def owner(self) -> Adapter:
+        """The adapter that A belongs to: this one, or that of the first layer that shares it."""
+        return self._owner[0] or self
+
+    @property
+    def seeded(self) -> bool:
+        """Whether A need not be stored."""
+        return is_seeded(self.config)
+
+    @property
     def a(self) -> Tensor:
-        owner = self._owner[0]
-        return self.A if owner is None else owner.A
+        return self.owner.A
 
     @property
     def b(self) -> Tensor:
@@ -56,35 +83,79 @@ class Adapter(nn.Module):
         return (torch.linalg.inv(a @ a.T) / self.scale**2).float()
 
     def corrected(self, gradient: Tensor) -> Tensor:
-        """B's gradient g [M, R]; where asked for, nearest to the full one: g (A A^T)^-1 / s^2 (arXiv 2308.03303v2)."""
+        """B's gradient [M, R]; where asked for, closest to W's: g (A A^T)^-1 / s^2 (arXiv 2308.03303v2)."""
         return gradient if self.inverse is None else gradient @ self.inverse.to(gradient.dtype)
 
     def delta(self) -> Tensor:
-        """s B A [M, N] in fp32: what merging adds to W."""
-        return self.scale * (self.B.detach().float() @ self.a.detach().float())
+        """s B A [M, N] in fp32 (fp64 of an fp64 model): what merging adds to W."""
+        wide = torch.promote_types(self.B.dtype, torch.float32)
+        return self.scale * (self.B.detach().to(wide) @ self.a.detach().to(wide))
+
+    @torch.no_grad()
+    def redraw(self, epoch: int) -> None:
+        """Makes a seeded A (of the owner), in place, the draw number `epoch`, and what follows from A too."""
+        r, n = self.a.shape
+        self.a.copy_(basis.draw(self.config.init, r, n, self.config.seed, self.owner.path, epoch))
+        if self.inverse is not None:
+            self.inverse.copy_(self._inverse())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.past:
+            destination[prefix + "past"] = torch.stack(self.past)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        past = state_dict.pop(prefix + "past", None)
+        if prefix + "B" in state_dict:
+            before, self.past = len(self.past), [] if past is None else [b.cpu() for b in past.unbind()]
+            if len(self.past) != before:
+                self.redraw(len(self.past))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"r={self.config.r}, alpha={self.config.alpha}, init={self.config.init}"
 
 
+def is_seeded(config: LoRAFAConfig) -> bool:
+    """Whether A follows from the configuration and a layer's name and width."""
+    return config.init in SEEDED and not config.train_a
+
+
 class Adapted:
-    """Mixed into the class of a linear layer. `adapters` by name; at most one is active, none where disabled."""
+    """Mixed into the class of a linear layer. `adapters` by name; at most one is active, none where disabled.
+
+    `merged`: what `merging.unmerge` needs, where the active adapter is part of the weight; then none runs beside it.
+    """
 
     adapters: nn.ModuleDict
     active: str | None
+    merged: Any
 
     @property
     def adapter(self) -> Adapter | None:
         """The adapter that runs, if any."""
+        return None if self.merged is not None else self.chosen
+
+    @property
+    def chosen(self) -> Adapter | None:
+        """The active adapter, merged or not."""
         if self.active is None or self.active not in self.adapters:
             return None
         found = self.adapters[self.active]
         assert isinstance(found, Adapter)
         return found
 
+    def parameters_read(self) -> Iterator[nn.Parameter]:
+        """The adapters' weights: `forward` reads them and does not call the adapters. See `blocks.block.Fused`."""
+        for adapter in self.adapters.values():
+            assert isinstance(adapter, Adapter)
+            yield adapter.B
+            if isinstance(adapter.a, nn.Parameter):
+                yield adapter.a
+
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = run(Linears([self]), x)  # type: ignore[list-item]
-        return y
+        y: Tensor = run(Linears([self]), x if x.ndim > 1 else x.unsqueeze(0))  # type: ignore[list-item]
+        return y if x.ndim > 1 else y.squeeze(0)
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -104,12 +175,13 @@ def adapted_class(plain: type) -> type:
 def adapt(layer: Any) -> Any:
     """Makes `layer` an `Adapted` one without adapters, in place, and returns it."""
     if not isinstance(layer, Adapted):
-        layer.__class__ = adapted_class(type(layer))
-        layer.adapters, layer.active = nn.ModuleDict(), None
+        plain: Any = type(layer)
+        layer.__class__ = adapted_class(plain)
+        layer.adapters, layer.active, layer.merged = nn.ModuleDict(), None, None
     return layer
 
 
 def restore(layer: Any) -> None:
-    """Gives an adapted layer its own class back, in place; its adapters are gone."""
-    del layer.adapters, layer.active
+    """Gives an adapted layer its own class back, in place; its adapters are gone. Its weight stays as it is."""
+    del layer.adapters, layer.active, layer.merged
     layer.__class__ = next(cls for cls in type(layer).__mro__ if not issubclass(cls, Adapted))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmsys import schema
 from llmsys.lorafa.blocks import fuse_blocks
 from llmsys.lorafa.config import LoRAFAConfig
-from llmsys.lorafa.inject import inject
+from llmsys.lorafa.injection import inject
 from llmsys.train.methods import copy_into, running, trainable
 
 HEAD = "classifier"

@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "chunk_loss": "chunked_loss",
     "load": "build",
     "resolve_attention": "build",
     "skeleton": "build",
@@ -18,7 +19,7 @@ _HOMES = {
     "recompute_blocks": "surgery",
 }
 
-__all__ = ["blocks", "linear_names", "load", "recompute_blocks", "resolve_attention", "skeleton"]
+__all__ = ["blocks", "chunk_loss", "linear_names", "load", "recompute_blocks", "resolve_attention", "skeleton"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,9 @@ PACKAGES = (
     "safetensors",
     "sympy",
     "flash-attn",
+    "triton",
 )
-_PREFIXES = ("NCCL_", "OMP_", "MKL_", "CUDA_VISIBLE", "PYTORCH_", "KMP_", "MALLOC_")
+_PREFIXES = ("NCCL_", "OMP_", "MKL_", "CUDA_VISIBLE", "PYTORCH_", "KMP_", "MALLOC_", "TRITON_", "LLMSYS_KERNELS")
 
 
 def describe(device_kind: str, threads: int) -> dict[str, Any]:

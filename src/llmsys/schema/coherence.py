@@ -12,6 +12,7 @@ from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulat
 if TYPE_CHECKING:
     from llmsys.schema import Config
 
+WITH_VOCABULARY = ("causal_lm", "seq2seq")
 TP_FAMILIES = ("llama", "bert", "roberta")
 CUT_FAMILIES = ("llama", "bert", "roberta", "t5")
 """Whose blocks can keep less than they do without keeping nothing: see `schema.recompute`."""
@@ -46,6 +47,10 @@ def _model(config: Config) -> None:
         raise ValueError(f"data.columns={data.columns}: model {model.name} ({model.family}) trains {model.objective}")
     if isinstance(model, ConvNet) and train.recompute != "none":
         raise ValueError(f"train.recompute={train.recompute}: is for transformers, not for model {model.name}")
+    if train.loss == "chunked" and model.objective not in WITH_VOCABULARY:
+        raise ValueError(f"train.loss=chunked: is for a head over a vocabulary, and model {model.name} has classes")
+    if train.loss == "chunked" and config.engine.kind == "tp":
+        raise ValueError("train.loss=chunked: needs a head that is whole, and engine=tp cuts it: train.loss=whole")
 
 
 def _served(columns: dict[str, str]) -> tuple[str, ...]:

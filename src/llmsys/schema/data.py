@@ -18,6 +18,9 @@ OBJECTIVES = {
 }
 """Kind of data -> the objectives that it can serve."""
 
+WHOLE_CORPUS = ("code_lm", "code_docstrings")
+"""Kinds that are cut from all of the pinned corpus, or from `data.packages` of it."""
+
 COLUMNS = {
     "text": ("text",),
     "pair": ("source", "target"),
@@ -33,6 +36,8 @@ class Data:
 
     `path`: the file of `jsonl`, the folder of `cifar10`'s binary files, or for `hub` a folder that `datasets` saved, a
     folder of its parquet, json or csv files, or a hub id. `labels`: the classes of `code_packages`, in order.
+    `packages`: the corpus's sub-packages that `code_lm` and `code_docstrings` are cut from (empty: all of it), so that
+    a model can be pre-trained on some and tuned on others.
     `val_percent` of the *modules* (of the examples, where there are no modules) are the validation split, so the two
     share no file; data with a validation split of its own keeps that. `max_train` and `max_val` (0: all) cap a split.
     `augment`: crops and mirrors training images, drawn from the seed and the step. `make`: the command that makes the
@@ -48,6 +53,7 @@ class Data:
     path: str | None = None
     make: str = ""
     labels: list[str] = field(default_factory=list)
+    packages: list[str] = field(default_factory=list)
     val_percent: int = 15
     min_lines: int = 3
     max_train: int = 0
@@ -71,6 +77,8 @@ class Data:
             raise ValueError("data.path: data=jsonl needs the path of a file, e.g. data.path=alpaca.jsonl")
         if self.kind in ("hub", "cifar10") and not self.path:
             raise ValueError(f"data.path: data={self.kind} needs the path of a folder, e.g. data.path=data/{self.kind}")
+        if self.packages and self.kind not in WHOLE_CORPUS:
+            raise ValueError(f"data.packages: is for data={' or data='.join(WHOLE_CORPUS)}, not for data={self.kind}")
         if self.kind == "code_packages" and len(self.labels) < 2:
             raise ValueError("data.labels: data=code_packages needs at least two labels")
         if self.kind == "hub":

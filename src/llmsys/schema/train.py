@@ -9,6 +9,7 @@ from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.model import DTYPES
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+LOSSES = ("whole", "chunked")
 CLOSED_FORM = ("majority", "probe")
 """Methods that train nothing by gradient: they have no learning rate and no steps."""
 INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select")
@@ -25,6 +26,8 @@ class Train:
     seq2seq: `length` is the source's, `target_length` the target's; after each evaluation `generate_max` validation
     examples (0: all) are generated for BLEU and ROUGE.
     `recompute`: what blocks compute again in the backward pass instead of keeping it, see `schema.recompute`.
+    `loss=chunked`: a language model's cross entropy is taken of some rows of the logits at a time, so that they never
+    exist whole; the same numbers.
     `resume`: the folder of another run of this model and method, whose newest checkpoint this one goes on from.
     `on_nan`: `stop` ends the run as failed at a loss or gradient that is not finite; `skip` leaves that step's update
     out, up to `max_skips` in a row. A loss above `spike_factor` times its running median is noted, not acted on.
@@ -47,6 +50,7 @@ class Train:
     world: int = 1
     threads: int = 0
     recompute: str = "none"
+    loss: str = "whole"
     checkpoint_every: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -62,6 +66,7 @@ class Train:
         one_of("train.precision", self.precision, DTYPES)
         one_of("train.schedule", self.schedule, SCHEDULES)
         recompute.check(self.recompute)
+        one_of("train.loss", self.loss, LOSSES)
         one_of("train.on_nan", self.on_nan, ("stop", "skip"))
         for key in ("steps", "global_batch", "micro_batch", "length", "world", "log_every", "eval_batch", "max_skips"):
             at_least(f"train.{key}", getattr(self, key), 1)

@@ -6,15 +6,25 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from llmsys import schema
+from llmsys.schema import recompute as policies
 
 
-def alternatives(config: schema.Config, fits: Callable[[schema.Config], bool], there: str) -> str:
-    """The commands that would run: the experiment's smoke, a smaller run where one `fits`, and `force`."""
+def alternatives(
+    config: schema.Config, fits: Callable[[schema.Config], bool], there: str, *, recompute: bool = False
+) -> str:
+    """The commands that would run: the experiment's smoke, the same run with more computed again (where `recompute` may
+    help), a smaller run, each if it `fits`, and `force`."""
     command = _command(config)
     runs = []
     if config.smoke:
         runs.append(f"{command} {' '.join(config.smoke)}")
     command += f" model.weights={config.model.weights}"
+    if recompute and isinstance(config.model, schema.Transformer) and fits(_with(config, "auto")):
+        runs.append(f"{command} train.recompute=auto")
+    if config.train.recompute != "none":
+        # one policy: counts are for so many blocks, and now there are to be fewer
+        config = _with(config, max(policies.named(config.train.recompute), key=policies.POLICIES.index))
+        command += f" train.recompute={config.train.recompute}"
     for override, smaller in _smaller(config):
         if fits(smaller):
             runs.append(f"{command} {override}")
@@ -43,6 +53,10 @@ def _command(config: schema.Config) -> str:
     if isinstance(engine, schema.DeepSpeed):
         words.append(f"engine.zero={engine.zero} engine.offload={engine.offload}")
     return " ".join(words)
+
+
+def _with(config: schema.Config, text: str) -> schema.Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=text))
 
 
 def _smaller(config: schema.Config) -> Iterator[tuple[str, schema.Config]]:

@@ -5,7 +5,9 @@ A refusal is one message that says what is needed, what was found, and the comma
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import time
@@ -14,12 +16,16 @@ from pathlib import Path
 import torch
 
 from llmsys import schema
-from llmsys.cost import engines, flops, hardware, links, memory, traffic
+from llmsys.comm import collectives
+from llmsys.cost import engines, flops, hardware, links, memory, policy, traffic
 from llmsys.cost.case import Case, Facts
 from llmsys.errors import Refused
 from llmsys.train.alternatives import alternatives
 
+log = logging.getLogger(__name__)
 GIB = 2**30
+SPARE = 0.05
+"""Of the memory, for what `peak_bytes` leaves out: the allocator's slack and workspaces."""
 UNPACKED = ("code_docstrings", "jsonl")
 """Data of prompts and answers: each example is a row of its own."""
 MAX_CPU_S = 3600.0
@@ -64,6 +70,33 @@ def padded(config: schema.Config) -> bool:
     return config.model.objective != "images"
 
 
+def resolved(config: schema.Config, device: torch.device) -> schema.Config:
+    """`config` with what `train.recompute=auto` comes to here, which the log says. All ranks come to the same, by the
+    least memory that one of them finds."""
+    if config.train.recompute != "auto":
+        return config
+    have, where = available_memory(config, device)
+    have = int(collectives.all_gather(torch.tensor(int(have), device=device)).min())
+    chosen = _chosen(config, device, have)
+    log.info(
+        "train.recompute=auto: %s, which needs %.2f GiB and computes %.3g FLOP again for each micro-batch; %s has %.2f",
+        chosen.text, chosen.peak / GIB, chosen.again, where, have / GIB,
+    )  # fmt: skip
+    return _with(config, chosen.text)
+
+
+def _chosen(config: schema.Config, device: torch.device, have: float) -> policy.Choice:
+    """The cheapest policies that leave `SPARE` of the memory free, else those that need the least."""
+    assert isinstance(config.model, schema.Transformer), "of others `schema.coherence` lets only none pass"
+    room = have * (1 - SPARE) / _sharing(config, device)
+    parts = (config.model, config.train, config.method, config.engine)
+    return policy.cheapest(lambda peak: peak <= room, *parts, **facts(config, device))
+
+
+def _with(config: schema.Config, text: str) -> schema.Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=text))
+
+
 def kinds_and_peak(config: schema.Config, device: torch.device) -> tuple[dict[str, int], int]:
     """(bytes by kind, the most that is alive at once on the device) of a training step of one rank."""
     parts, known = (config.model, config.train, config.method, config.engine), facts(config, device)
@@ -78,9 +111,17 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
     """
     parts, need = kinds_and_peak(config, device)
     have, where = available_memory(config, device)
-    sharing = config.train.world if _is_host(config, device) else 1
+    sharing = _sharing(config, device)
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in parts.items())
     what = f"{config.model.name} with method={config.method.kind}"
+    if config.train.recompute != "none":
+        what += f" and train.recompute={config.train.recompute}"
+
+    def fits(other: schema.Config) -> bool:
+        if other.train.recompute == "auto":
+            other = _with(other, _chosen(other, device, have).text)
+        return kinds_and_peak(other, device)[1] * sharing <= have
+
     if need * sharing > have and not config.force:
         each = f"about {need / GIB:.2f} GiB ({kinds})"
         each += f" on each of {sharing} ranks, which share a host" if sharing > 1 else ""
@@ -88,7 +129,8 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
             f"{what} needs {each}; {where} has {have / GIB:.2f} GiB.\n"
             + alternatives(
                 config,
-                fits=lambda smaller: kinds_and_peak(smaller, device)[1] * sharing <= have,
+                fits=fits,
+                recompute=True,
                 there=f"On a machine that has the memory, hardware.mem_gib={math.ceil(need * sharing / GIB)} says so.",
             ),
             reason="memory",
@@ -176,6 +218,11 @@ def available_memory(config: schema.Config, device: torch.device) -> tuple[float
         properties = torch.cuda.get_device_properties(device)
         return properties.total_memory, f"this {properties.name}"
     return host_available(), "this host (free now)"
+
+
+def _sharing(config: schema.Config, device: torch.device) -> int:
+    """How many ranks the memory is for."""
+    return config.train.world if _is_host(config, device) else 1
 
 
 def _is_host(config: schema.Config, device: torch.device) -> bool:

@@ -209,7 +209,8 @@ class Loop:
         """The mean loss over the batch's `labels` label positions, in fp32; 0 (with a graph) where it has none."""
         with self.mixed():
             out = self.wrapped(**batch)
-        loss: Tensor = out.loss if labels else out.logits.sum() * 0.0
+        # train.loss=chunked has no logits, and of a batch without labels that loss of 0
+        loss: Tensor = out.loss if labels or out.logits is None else out.logits.sum() * 0.0
         return loss.float()
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -44,6 +44,8 @@ def train(config: schema.Config, context: Context) -> dict[str, Any]:
     source = data.open(config.data, config.model.objective)
     if isinstance(reference, Majority):
         return {**reference.record(source), "data_hash": source.hash}
+    if not reference:
+        config = checks.resolved(config, context.device)
     predicted = {} if reference else predict(config, context)
     folder = weights.find(config.model, config.results, context.run_folder)
     with reproducible(config.train.seed, context.threads, config.train.deterministic):
@@ -94,11 +96,13 @@ def fit(
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Prepares `model` (in place), trains it, saves it and measures it."""
-    from llmsys.models import blocks
+    from llmsys.models import blocks, chunk_loss
 
     model = context.method.prepare(model, _sample(config, context, dataset))
     if isinstance(config.model, schema.Transformer):
         context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
+    if config.train.loss == "chunked":
+        chunk_loss(model)
     loop = Loop(config, context, model, dataset, lr, tokenizer)
     outcome = loop.run()
     files = {}
@@ -117,6 +121,16 @@ def fit(
         "kernel": kernel,
         "resumed_from_step": outcome.resumed_from_step,
     }
+
+
+def _policies(config: schema.Config, model: nn.Module) -> dict[str, int]:
+    """How many blocks compute what again, as it was done: `blocks_<policy>` (`attn+mlp` as `attn_mlp`)."""
+    from llmsys.models import blocks
+
+    if config.train.recompute == "none":
+        return {}
+    each = recompute.policies(config.train.recompute, len(blocks(model)))
+    return {f"blocks_{policy.replace('+', '_')}": each.count(policy) for policy in recompute.POLICIES if policy in each}
 
 
 def _sample(config: schema.Config, context: Context, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
@@ -155,6 +169,7 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> tuple[dict[s
         **accounted,
         **loop.watch.summary,
         **loop.traffic.summary,
+        **_policies(config, loop.model),
         **loop.sizes,
         "timed_steps": len(spans.samples["step_ms"]),
         "profiler_overhead_us_per_step": spans.overhead_us_per_step(),

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from llmsys import schema
 from llmsys.cost.families.base import Linear, Shape, weights
+from llmsys.cost.pieces import Activation, Chain, Core, Linears, Norm, Piece, run
 
 if TYPE_CHECKING:
     from llmsys.cost.tape import Tensor
@@ -77,17 +78,46 @@ def play(walk: Walk) -> None:
     mask = walk.attention_mask(walk.length, walk.length, causal=True)
     for i in range(m.num_layers):
         tape.block(f"model.layers.{i}", h, positions, cos, sin, mask)
-        x = tape.rms_norm(h, tokens, walk.trained)
-        q = _rotate(walk, walk.linear("self_attn.q_proj", x), cos, sin)
-        k = _rotate(walk, walk.linear("self_attn.k_proj", x), cos, sin)
-        v = walk.linear("self_attn.v_proj", x)
-        h = tape.like(h, walk.linear("self_attn.o_proj", walk.attention(q, k, v, mask)))
-        x = tape.rms_norm(h, tokens, walk.trained)
-        gate = tape.from_input(walk.linear("mlp.gate_proj", x))
-        h = tape.like(h, walk.linear("mlp.down_proj", tape.multiply(gate, walk.linear("mlp.up_proj", x))))
+        block = _fused if walk.case.fused else _block
+        h = block(walk, h, cos, sin, mask)
     tape.elsewhere("head")
     x = tape.rms_norm(h, tokens, walk.trained)
     walk.loss(walk.head(x, m.hidden_size, m.vocab_size), tokens)
+
+
+def _block(walk: Walk, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    tape, tokens = walk.tape, walk.tokens
+    x = tape.rms_norm(h, tokens, walk.trained)
+    q = _rotate(walk, walk.linear("self_attn.q_proj", x), cos, sin)
+    k = _rotate(walk, walk.linear("self_attn.k_proj", x), cos, sin)
+    v = walk.linear("self_attn.v_proj", x)
+    h = tape.like(h, walk.linear("self_attn.o_proj", walk.attention(q, k, v, mask)))
+    x = tape.rms_norm(h, tokens, walk.trained)
+    gate = tape.from_input(walk.linear("mlp.gate_proj", x))
+    return tape.like(h, walk.linear("mlp.down_proj", tape.multiply(gate, walk.linear("mlp.up_proj", x))))
+
+
+def _fused(walk: Walk, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    """As chains of pieces: `llmsys.lorafa.blocks.llama`."""
+    tape = walk.tape
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return walk.attention(_rotate(walk, q, cos, sin), _rotate(walk, k, cos, sin), v, mask)
+
+    into: list[Piece] = [Norm(walk), Linears(walk, *(f"self_attn.{name}_proj" for name in "qkv"))]
+    out = Linears(walk, "self_attn.o_proj")
+    if walk.policy == "attn+mlp":
+        (y,) = run(tape, Chain(*into, Core(walk, core), out), h)
+    else:
+        (y,) = run(tape, out, core(*run(tape, Chain(*into), h)))
+    h = tape.like(h, y)
+    into = [Norm(walk), Linears(walk, "mlp.gate_proj", "mlp.up_proj")]
+    onward: list[Piece] = [Activation(walk), Linears(walk, "mlp.down_proj")]
+    if walk.policy in ("mlp", "attn+mlp"):
+        (y,) = run(tape, Chain(*into, *onward), h)
+    else:
+        (y,) = run(tape, Chain(*onward), *run(tape, Chain(*into), h))
+    return tape.like(h, y)
 
 
 def _rotate(walk: Walk, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmsys.lorafa.pieces.attention import Core
 from llmsys.lorafa.pieces.dropout import Dropout
@@ -22,6 +22,7 @@ from llmsys.lorafa.pieces.join import run_apart
 from llmsys.lorafa.pieces.piece import Chain, Piece, run
 
 log = logging.getLogger(__name__)
+
 POLICIES = ("none", "mlp", "attn+mlp", "block")
 WITHIN = ("mlp", "attn+mlp")
 """Cuts within a block, which need to know its family."""
@@ -41,6 +42,11 @@ class Fused:
 
     policy: str = "none"
     training: bool
+
+    def parameters_read(self: Any) -> Iterator[nn.Parameter]:
+        """The weights that `forward` reads from modules which it does not call: an engine that cuts weights over ranks
+        and gathers them module by module (ZeRO-3) has to gather these for the block."""
+        yield from self.parameters()
 
     @property
     def again_mlp(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmsys.lorafa import kernels
 from llmsys.lorafa.pieces.piece import Extra
 
 
@@ -82,9 +83,9 @@ class Activation:
     """
 
     def __init__(self, act: str | Callable[[Tensor], Tensor]) -> None:
-        name = act if isinstance(act, str) else kind(act)
-        if name is not None:
-            self.function, self.derivative = KINDS[name]
+        self.kind = act if isinstance(act, str) else kind(act)
+        if self.kind is not None:
+            self.function, self.derivative = KINDS[self.kind]
             return
         if isinstance(act, nn.Module) and any(weight.requires_grad for weight in act.parameters()):
             raise ValueError(f"the activation {type(act).__name__} has trained weights; adapters take it as frozen")
@@ -99,6 +100,8 @@ class Activation:
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:
         gate, *up = inputs
+        if up and self.kind is not None and kernels.serve(gate):
+            return (kernels.gated(self.kind, gate, up[0]),)
         return (self._times(gate, up[0]) if up else self.function(gate),)
 
     def _times(self, gate: Tensor, factor: Tensor) -> Tensor:
@@ -118,4 +121,6 @@ class Activation:
         (dy,) = grads
         if not up:
             return (self.derivative(gate, dy),), []
+        if self.kind is not None and kernels.serve(gate):
+            return kernels.gated_backward(self.kind, gate, up[0], dy), []
         return (self.derivative(gate, dy * up[0]), self._times(gate, dy)), []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmsys.lorafa import kernels
 from llmsys.lorafa.pieces.piece import Extra
 
 
@@ -16,7 +17,11 @@ def draw_seed() -> int:
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape and device."""
+    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape, device and kind
+    of kernel (`llmsys.lorafa.kernels`).
+    """
+    if kernels.serve(x):
+        return kernels.dropped(x, p, seed)
     mask, factor = kept(x, p, seed)
     return mask.mul_(x).mul_(factor)
 

@@ -94,7 +94,7 @@ class Linears:
             if wanted:
                 dx = layer.back(rows, dx)
             if layer.bias_trained:
-                found[id(layer.module.bias)] = rows.sum(0).to(layer.module.bias.dtype)
+                found[id(layer.bias)] = rows.sum(0).to(layer.bias.dtype)
             adapter = layer.adapter
             if adapter is None:
                 continue
@@ -139,7 +139,13 @@ class _Layer:
         self.p = self.adapter.dropout if self.adapter is not None and module.training else 0.0
         self.transposed = is_transposed(module)
         self.kind = str(self.module.weight.device.type)
-        self.bias_trained = module.bias is not None and module.bias.requires_grad
+        self.bias_trained = self.bias is not None and self.bias.requires_grad
+
+    @property
+    def bias(self) -> Any:
+        """The adapter's own, or the layer's."""
+        own = None if self.adapter is None else self.adapter.bias
+        return self.module.bias if own is None else own
 
     def a(self, dtype: torch.dtype) -> Tensor:
         assert self.adapter is not None
@@ -150,14 +156,14 @@ class _Layer:
         return self.adapter is not None and self.adapter.a.requires_grad
 
     def trained(self) -> list[Tensor]:
-        found = [self.module.bias] if self.bias_trained else []
+        found = [self.bias] if self.bias_trained else []
         if self.adapter is not None:
             found += [tensor for tensor in (self.adapter.b, self.adapter.a) if tensor.requires_grad]
         return found
 
     def __call__(self, x: Tensor, z: dict[int, Tensor]) -> Tensor:
         module, adapter = self.module, self.adapter
-        bias: Any = None if module.bias is None else module.bias.to(x.dtype)
+        bias: Any = None if self.bias is None else self.bias.to(x.dtype)
         if hasattr(module, "dequantised"):
             y: Tensor = module.product(x)
             y = y if bias is None else y + bias

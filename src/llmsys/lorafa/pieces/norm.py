@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmsys.lorafa import kernels
 from llmsys.lorafa.pieces.piece import Extra
 
 
@@ -27,11 +28,17 @@ class RMSNorm:
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         (x,) = inputs
+        if kernels.serve(x):
+            y, rstd = kernels.rms_norm(x, self.module.weight, self.module.variance_epsilon, self.rounded(x))
+            return (y,), [rstd]
         wide = x.to(_wide(x))
         rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.module.variance_epsilon)
         return (self._scaled(x, rstd),), [rstd]
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:
+        if kernels.serve(inputs[0]):
+            rounded = self.rounded(inputs[0])
+            return (kernels.rms_norm_again(inputs[0], extras[0], self.module.weight, rounded),)
         return (self._scaled(inputs[0], extras[0]),)
 
     def _scaled(self, x: Tensor, rstd: Extra) -> Tensor:
@@ -55,6 +62,10 @@ class RMSNorm:
             return (None,), []
         assert inputs is not None
         (x,), (dy,), rstd = inputs, grads, extras[0]
+        if kernels.serve(x):
+            asked = {"dx": wanted, "dw": bool(self.trained())}
+            dx, gradient = kernels.rms_norm_backward(x, rstd, self.module.weight, dy, self.rounded(x), **asked)
+            return (dx,), [gradient] * asked["dw"]
         normed = x.to(_wide(x)) * rstd
         dw: list[Tensor | None] = [_rows(dy * normed.to(self.rounded(x))).to(w.dtype) for w in self.trained()]
         if not wanted:

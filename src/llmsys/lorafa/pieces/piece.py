@@ -141,6 +141,7 @@ class Chain:
             assert inputs is not None
             inputs = self.pieces[i].again(inputs, own[i])
             between.append(inputs if readers[i + 1] else None)
+        del inputs  # the last ones are let go with their piece
         trained: list[Tensor | None] = []
         found: tuple[Tensor | None, ...] = ()
         for i in reversed(range(len(self.pieces))):

@@ -58,4 +58,6 @@ class ReLU:
         bits = extras[0]
         assert isinstance(bits, Tensor)
         (dy,) = grads
-        return (unpacked(bits, dy.shape).to(dy.dtype).mul_(dy),), []  # dy times a boolean takes a CPU seven times as long
+        return (
+            unpacked(bits, dy.shape).to(dy.dtype).mul_(dy),
+        ), []  # dy times a boolean takes a CPU seven times as long

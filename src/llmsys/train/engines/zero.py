@@ -56,6 +56,8 @@ class DeepSpeed(Local):
         optimizer = self._cpu_adam(make(model)) if self.settings.optimizer == "cpu_adam" else make(model)
         self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._settings())
         self.optimizer = self._zero.optimizer if self.settings.zero else optimizer
+        if self.settings.zero == 3:
+            _gather_what_is_read(model)
         engine: nn.Module = self._engine
         return engine
 
@@ -216,6 +218,22 @@ class DeepSpeed(Local):
             ],
             "master": [flat.detach() for flat in flats],
         }
+
+
+def _gather_what_is_read(model: nn.Module) -> None:
+    """Has ZeRO-3 gather for a module, in both passes, weights of modules that it reads without calling them.
+
+    It gathers a module's own weights when the module is called. One that reads others' has a method
+    `parameters_read()`, which names them. They are registered with it one by one, as DeepSpeed's documentation has it
+    for such weights; the other way, to mark the module as a leaf, reduces all its gradients when that of its input is
+    there, and the first block's input has none where embeddings are frozen: they would be reduced before they exist.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for module in model.modules():
+        read = getattr(module, "parameters_read", None)
+        for parameter in read() if read else ():
+            register_external_parameter(module, parameter)
 
 
 def _import(device: torch.device) -> Any:

@@ -1,0 +1,377 @@
+"""LoRA-FA's accuracy against full fine-tuning and LoRA: at equal rank, equal trained parameters and equal memory.
+
+    python benchmarks/lorafa_quality.py                            # rates of the encoder on one seed: 15 minutes
+    python benchmarks/lorafa_quality.py --full                     # three families, 5 paired seeds: two hours
+    python benchmarks/lorafa_quality.py --full --families causal   # stopped, it goes on where it was, run by run
+    python benchmarks/lorafa_quality.py --full --show              # the table of what is there; makes no run
+    python benchmarks/lorafa_quality.py --kept                     # the table of the committed record
+
+These are the comparisons that reviewers of the paper (arXiv 2308.03303) asked for. The contestants:
+
+    full                 every weight
+    lora                 LoRA of r = 8 by our own fused functions, so that only the frozen A makes the difference
+    lora_peft            LoRA of r = 8 as peft does it, with peft's own draw of A
+    lorafa_rank          LoRA-FA of the same r
+    lorafa_params        LoRA-FA of the r at which as many parameters are trained
+    lorafa_memory        LoRA-FA of the largest r whose accounted memory is not above that of `lora`
+    lorafa_peft_memory   LoRA-FA of the largest r whose accounted memory is not above that of `lora_peft`
+    lorafa_r32           LoRA-FA of r = 32
+
+Accounted memory is weights, gradients, optimizer and saved tensors by the cost model. First each contestant is trained
+at rates of one grid, the same for all, on a seed of its own, until its best rate is found (`paired.to_try`); then at
+that rate on other seeds. A seed draws adapters, heads and the order of the data alike for all, so differences are taken
+seed by seed, with the end of their one-sided 90 % interval on the bad side (`paired`).
+
+Two runs at a time on one thread each use two cores best. The runs are ordinary ones, `results/lorafa_quality/<id>`; the
+table is a record of its own beside them, and `--keep` copies all of these records to benchmarks/records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fresh_runs
+import paired
+import quality_table
+from fresh_runs import Make, Runs, Words
+from llmsys import compose, schema
+from llmsys.job import Record
+
+NAME = "lorafa_quality"
+RECORDS = Path(__file__).parent / "records"
+GRID = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+R, WIDER = 8, 32
+TUNING_SEED = 100
+RATES_EXPECTED = 4
+"""Rates that a contestant is trained at until its best is known, for the estimate of the time left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A task to be learnt: its experiment with what this comparison changes, and what is measured.
+
+    `margin`: how much worse than LoRA and full fine-tuning LoRA-FA may be, in units of `factor` times the metric.
+    `base`: the experiment whose weights it starts from. `starts`: method -> the rate to begin the search at.
+    """
+
+    name: str
+    overrides: Words
+    metric: str
+    unit: str
+    higher: bool
+    margin: float
+    starts: Mapping[str, float]
+    factor: float = 1.0
+    base: str | None = None
+
+    def value(self, record: Record) -> float:
+        return self.factor * record.summary[self.metric]
+
+
+STARTS = {"full": 5e-4, "lora": 2e-3, "lora_peft": 2e-3, "lorafa": 5e-3}
+LOSS = {"metric": "val_loss", "unit": "nats a token", "higher": False, "margin": 0.02}
+WHOLE = ("train.checkpoint_every=0", "train.save_final=false")
+FAMILIES = {
+    "encoder": Family(
+        name="encoder",
+        overrides=("+exp=lorafa_minilm", "train.steps=120", "train.length=64", "baselines=[]", *WHOLE),
+        metric="accuracy",
+        unit="%",
+        higher=True,
+        margin=1.0,
+        factor=100.0,
+        starts=STARTS,
+    ),
+    "seq2seq": Family(
+        name="seq2seq",
+        overrides=("+exp=lorafa_t5_docstrings", *WHOLE),
+        base="pretrain_t5_4m",
+        starts=STARTS,
+        **LOSS,  # type: ignore[arg-type]
+    ),
+    "causal": Family(
+        name="causal",
+        overrides=("+exp=lorafa_llama_6m", *WHOLE),
+        base="pretrain_llama_6m",
+        starts=STARTS,
+        **LOSS,  # type: ignore[arg-type]
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method at a rank, and what the cost model says of it."""
+
+    name: str
+    method: str
+    r: int | None
+    trainable_params: int
+    accounted_bytes: int
+
+    @property
+    def overrides(self) -> Words:
+        """alpha = 2 r throughout, so that s = 2."""
+        return (f"method={self.method}", *_width(self.r))
+
+
+def _width(r: int | None) -> Words:
+    return () if r is None else (f"method.r={r}", f"method.alpha={2 * r}")
+
+
+def contestants(family: Family, asked: argparse.Namespace) -> list[Contestant]:
+    """Who is compared in this family; the ranks are what the cost model makes of `R`. Without `--full` the first four
+    of the docstring's, with LoRA-FA at equal memory."""
+
+    def sizes(method: str, r: int | None = None) -> tuple[int, int]:
+        return _sizes(_config((*family.overrides, f"method={method}", *_width(r), *asked.overrides)))
+
+    full, lora, lora_peft = sizes("full"), sizes("lora", R), sizes("lora_peft", R)
+    by_r = _by_rank(_config((*family.overrides, "method=lorafa", *asked.overrides)))
+    params, memory = ({r: each[i] for r, each in by_r.items()} for i in (0, 1))
+    ranks = {
+        "lorafa_rank": R,
+        "lorafa_params": paired.nearest(params, lora[0]),
+        "lorafa_memory": paired.largest_within(memory, lora[1]),
+        "lorafa_peft_memory": paired.largest_within(memory, lora_peft[1]),
+        f"lorafa_r{WIDER}": WIDER,
+    }
+    found = [
+        Contestant("full", "full", None, *full),
+        Contestant("lora", "lora", R, *lora),
+        Contestant("lora_peft", "lora_peft", R, *lora_peft),
+        *(Contestant(name, "lorafa", r, *by_r[r]) for name, r in ranks.items() if r in by_r),
+    ]
+    few = ("full", "lora", "lorafa_rank", "lorafa_memory")
+    return [each for each in found if asked.full or each.name in few]
+
+
+@functools.cache
+def _config(words: Words) -> schema.Config:
+    return schema.build(compose.compose(words))
+
+
+def _sizes(config: schema.Config) -> tuple[int, int]:
+    """(trained parameters, accounted bytes) by the cost model."""
+    import torch
+
+    from llmsys.cost import Case, estimate, trainable_params
+    from llmsys.train.checks import facts
+
+    known = facts(config, torch.device("cpu"))
+    parts = (config.model, config.train, config.method, config.engine)
+    return trainable_params(Case(*parts, **known)), sum(estimate(*parts, **known).values())
+
+
+def _by_rank(config: schema.Config) -> dict[int, tuple[int, int]]:
+    """`_sizes` of LoRA-FA for every r that its narrowest layer admits."""
+    model, method = config.model, config.method
+    assert isinstance(model, schema.Transformer)
+    assert isinstance(method, schema.Adapter)
+    width = min(model.hidden_size * model.num_kv_heads // model.num_heads, model.intermediate_size)
+    made = {r: dataclasses.replace(method, r=r, alpha=2.0 * r) for r in range(1, width + 1)}
+    return {r: _sizes(dataclasses.replace(config, method=each)) for r, each in made.items()}
+
+
+def words(family: Family, contestant: Contestant, rate: float, seed: int, asked: argparse.Namespace) -> Words:
+    """The command line of one run."""
+    return (
+        *family.overrides,
+        *contestant.overrides,
+        f"name={NAME}",
+        f"results={asked.results}",
+        "reuse=any",
+        f"++train.lr_by_method.{contestant.method}={rate:g}",
+        f"train.seed={seed}",
+        f"train.threads={asked.threads}",
+        *asked.overrides,
+    )
+
+
+class Comparison:
+    """One family's contestants at their rates and seeds."""
+
+    def __init__(self, family: Family, asked: argparse.Namespace) -> None:
+        self.family, self.asked = family, asked
+        self.contestants = contestants(family, asked)
+
+    def run(self, make: Make) -> None:
+        """Has the base made, then whatever runs are still needed. KeyboardInterrupt and RuntimeError as of `Runs`."""
+        if self.family.base and "model.weights=random" not in self.asked.overrides:
+            make([(f"+exp={self.family.base}", f"results={self.asked.results}", "reuse=any")])
+        while wanted := [
+            words(self.family, each, GRID[i], TUNING_SEED, self.asked)
+            for each in self.contestants
+            for i in paired.to_try(len(GRID), self._start(each), self._heights(self.searched(each)))
+        ]:
+            make(wanted)
+            if all(fresh_runs.finished(each) is None for each in wanted):  # nothing makes runs
+                break
+        rates = {each: self.rate(each) for each in self.contestants if self.settled(each)}
+        make(
+            [
+                words(self.family, each, rate, seed, self.asked)
+                for seed in range(self.asked.seeds)
+                for each, rate in rates.items()
+                if rate is not None
+            ]
+        )
+
+    def searched(self, contestant: Contestant) -> dict[int, Record]:
+        """Place on the grid -> run on the tuning seed: the search for the best rate, as far as its runs are there."""
+        found: dict[int, Record] = {}
+        while True:
+            places = paired.to_try(len(GRID), self._start(contestant), self._heights(found))
+            there = {i: self._record(contestant, GRID[i], TUNING_SEED) for i in places}
+            if not any(there.values()):
+                return dict(sorted(found.items()))
+            found |= {i: record for i, record in there.items() if record is not None}
+
+    def rate(self, contestant: Contestant) -> float | None:
+        """The best rate, as far as is known."""
+        best = paired.summit(self._heights(self.searched(contestant)))
+        return None if best is None else GRID[best]
+
+    def settled(self, contestant: Contestant) -> bool:
+        """Whether the search for its rate is over."""
+        return not paired.to_try(len(GRID), self._start(contestant), self._heights(self.searched(contestant)))
+
+    def by_seed(self, contestant: Contestant) -> dict[int, Record]:
+        """Seed -> run at the best rate, of those that are there; one that diverged is left out."""
+        rate = self.rate(contestant)
+        seeds = () if rate is None else range(self.asked.seeds)
+        found = {seed: self._record(contestant, rate or 0.0, seed) for seed in seeds}
+        return {seed: record for seed, record in found.items() if record is not None and record.status == "ok"}
+
+    def records(self) -> list[Record]:
+        """Of every run that is there."""
+        found = [
+            record
+            for each in self.contestants
+            for record in (*self.searched(each).values(), *self.by_seed(each).values())
+        ]
+        return list({record.run_id: record for record in found}.values())
+
+    def _start(self, contestant: Contestant) -> int:
+        return GRID.index(self.family.starts[contestant.method])
+
+    def _heights(self, found: Mapping[int, Record]) -> dict[int, float]:
+        """As `paired.to_try` has them."""
+        sign = 1 if self.family.higher else -1
+        return {i: sign * self.family.value(r) if r.status == "ok" else -math.inf for i, r in found.items()}
+
+    def _record(self, contestant: Contestant, rate: float, seed: int) -> Record | None:
+        return fresh_runs.finished(words(self.family, contestant, rate, seed, self.asked))
+
+
+def record(comparisons: Sequence[Comparison], asked: argparse.Namespace) -> Record:
+    """What is there of all comparisons, as one record: numbers under `<family>/<contestant>/<what>`."""
+    from llmsys.profile import environment
+
+    families = {each.family.name: dataclasses.asdict(each.family) for each in comparisons}
+    config = {"families": families, "grid": list(GRID), "seeds": asked.seeds, "overrides": asked.overrides}
+    summary: dict[str, float] = {}
+    samples: dict[str, list[float]] = {}
+    for comparison in comparisons:
+        for each in comparison.contestants:
+            key = f"{comparison.family.name}/{each.name}"
+            rates, seeds = comparison.searched(each), comparison.by_seed(each)
+            ended = {GRID[i]: run for i, run in rates.items() if run.status == "ok"}
+            summary |= {
+                f"{key}/trainable_params": each.trainable_params,
+                f"{key}/accounted_bytes": each.accounted_bytes,
+            }
+            summary |= {} if each.r is None else {f"{key}/r": each.r}
+            summary |= {f"{key}/settled": float(comparison.settled(each))}
+            if rate := comparison.rate(each):
+                summary[f"{key}/lr"] = rate
+            value = comparison.family.value
+            samples |= {f"{key}/rates": list(ended), f"{key}/by_rate": [value(run) for run in ended.values()]}
+            samples |= {f"{key}/diverged": [GRID[i] for i in rates if GRID[i] not in ended]}
+            samples |= {f"{key}/seeds": list(seeds), f"{key}/by_seed": [value(run) for run in seeds.values()]}
+    runs = [each for comparison in comparisons for each in comparison.records()]
+    return Record(
+        name=NAME,
+        run_id=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
+        task="benchmark",
+        status="ok",
+        config=config,
+        env=environment.describe("cpu", asked.threads),
+        started=min((run.started for run in runs), default=""),
+        seconds=round(sum(run.seconds for run in runs), 1),
+        summary=summary,
+        samples=samples,
+    )
+
+
+def keep(comparisons: Sequence[Comparison], whole: Record, folder: Path) -> None:
+    """Copies the records (no other files) to `folder/<experiment>/<run id>`, the place of results taken out."""
+    for each in (whole, *(run for comparison in comparisons for run in comparison.records())):
+        config = {**each.config, "results": "results"} if "results" in each.config else each.config
+        to = folder / each.name / each.run_id
+        to.mkdir(parents=True, exist_ok=True)
+        dataclasses.replace(each, config=config).write(to)
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="every family and contestant, and paired seeds")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), help="default: encoder; with --full all")
+    parser.add_argument("--seeds", type=int, help="paired seeds at the best rate (default: 5 with --full, else none)")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of a run")
+    parser.add_argument("--results", default="results", help="where the runs lie")
+    parser.add_argument("--show", action="store_true", help="make no run: the table of what is there")
+    parser.add_argument("--keep", action="store_true", help="copy the records to benchmarks/records")
+    parser.add_argument("--kept", action="store_true", help="the table of the record in benchmarks/records")
+    parser.add_argument("--override", dest="overrides", nargs="+", default=[], help="settings of every run: KEY=VALUE")
+    asked = parser.parse_args(argv)
+    asked.families = asked.families or (["causal", "encoder", "seq2seq"] if asked.full else ["encoder"])
+    asked.seeds = (5 if asked.full else 0) if asked.seeds is None else asked.seeds
+    return asked
+
+
+def main(argv: Sequence[str], make: Make | None = None) -> Record:
+    """Compares, writes the record, prints its table, and returns it; after Ctrl-C so of what is there, and exits."""
+    asked = arguments(argv)
+    if asked.kept:
+        whole = quality_table.newest(RECORDS / NAME)
+        print(quality_table.table(whole))
+        return whole
+    comparisons = [Comparison(FAMILIES[name], asked) for name in asked.families]
+    if make is None:
+        number = sum(len(each.contestants) for each in comparisons) * (RATES_EXPECTED + asked.seeds)
+        there = sum(len(each.records()) for each in comparisons)
+        make = fresh_runs.nothing if asked.show else Runs(asked.parallel, max(number - there, 0))
+    code = 0
+    for comparison in comparisons:
+        try:
+            comparison.run(make)
+        except KeyboardInterrupt:
+            code = 130
+            break
+        except RuntimeError:  # said already; the other families go on
+            code = 1
+    whole = record(comparisons, asked)
+    folder = Path(asked.results) / NAME / whole.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    whole.write(folder)
+    print(quality_table.table(whole))
+    if asked.keep:
+        keep(comparisons, whole, RECORDS)
+    if code:
+        sys.exit(code)
+    return whole
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,145 @@
+"""The record of `lorafa_quality` as tables: results at each rate, and over paired seeds at the best one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paired
+from llmsys.job import Record
+
+MIB = 2**20
+REFERENCES = ("lora", "full")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contestant of one family, read back from the record."""
+
+    name: str
+    numbers: dict[str, float]
+    by_rate: dict[float, float | None]
+    by_seed: dict[int, float]
+
+
+def newest(folder: Path) -> Record:
+    """The record of the comparison that has the most runs below `folder`. ValueError where there is none."""
+    from llmsys import results
+
+    found = [each for each in results.read(folder) if each.task == "benchmark"]
+    if not found:
+        raise ValueError(f"{folder}: no record of a comparison below it")
+    return max(found, key=lambda each: sum(len(values) for values in each.samples.values()))
+
+
+def lines(record: Record, family: str) -> dict[str, Line]:
+    """Name -> contestant, in the order of the record."""
+    found: dict[str, dict[str, float]] = {}
+    for key, number in record.summary.items():
+        of, name, what = key.split("/")
+        if of == family:
+            found.setdefault(name, {})[what] = number
+
+    def sample(name: str, key: str) -> list[float]:
+        return record.samples[f"{family}/{name}/{key}"]
+
+    return {
+        name: Line(
+            name,
+            numbers,
+            dict(zip(sample(name, "rates"), sample(name, "by_rate"), strict=True))
+            | dict.fromkeys(sample(name, "diverged")),
+            {int(s): v for s, v in zip(sample(name, "seeds"), sample(name, "by_seed"), strict=True)},
+        )
+        for name, numbers in found.items()
+    }
+
+
+def table(record: Record) -> str:
+    """All families as Markdown."""
+    return "\n\n".join(
+        "\n\n".join(part for part in (_head(family), _rates(record, family), _seeds(record, family)) if part)
+        for family in record.config["families"].values()
+    )
+
+
+def _head(family: dict[str, Any]) -> str:
+    direction = "more" if family["higher"] else "less"
+    experiment = next(word for word in family["overrides"] if word.startswith("+exp=")).removeprefix("+exp=")
+    return f"### {family['name']}: {family['metric']} in {family['unit']}, {direction} is better ({experiment})"
+
+
+def _rates(record: Record, family: dict[str, Any]) -> str:
+    """Results on the tuning seed; the best in bold."""
+    found = lines(record, family["name"])
+    grid = [rate for rate in record.config["grid"] if any(rate in line.by_rate for line in found.values())]
+    rows = []
+    for line in found.values():
+        cells = []
+        for rate in grid:
+            value = line.by_rate.get(rate)
+            text = "diverged" if rate in line.by_rate and value is None else _number(family, value)
+            cells.append(f"**{text}**" if rate == line.numbers.get("lr") else text)
+        rows.append([_name(line), *cells])
+    return _markdown(["on the tuning seed, by learning rate", *(f"{rate:g}" for rate in grid)], rows)
+
+
+def _seeds(record: Record, family: dict[str, Any]) -> str:
+    found = lines(record, family["name"])
+    if not any(line.by_seed for line in found.values()):
+        return ""
+    worst = "≥" if family["higher"] else "≤"
+    header = ["over paired seeds", "trained", "accounted MiB", "lr", f"{family['metric']}, mean ± sd (seeds)"]
+    header += [f"minus {name} (90 %: {worst})" for name in REFERENCES]
+    header += [f"within {family['margin']:g} of {' / '.join(REFERENCES)}"]
+    rows = []
+    for line in found.values():
+        cells = [_name(line), f"{line.numbers['trainable_params']:,.0f}"]
+        cells += [f"{line.numbers['accounted_bytes'] / MIB:.1f}", _rate(record, line), _result(family, line)]
+        verdicts = []
+        for name in REFERENCES:
+            theirs = found[name].by_seed if name in found and name != line.name else {}
+            d = paired.difference(line.by_seed, theirs, higher=family["higher"])
+            cells.append("–" if d is None else f"{_number(family, d.mean, '+')} ({_number(family, d.bound, '+')})")
+            ours = line.name.startswith("lorafa")
+            good = paired.within(d, family["margin"], higher=family["higher"]) if ours else None
+            verdicts.append({None: "–", True: "yes", False: "no"}[good])
+        rows.append([*cells, " / ".join(verdicts)])
+    return _markdown(header, rows)
+
+
+def _name(line: Line) -> str:
+    return f"{line.name}, r={line.numbers['r']:.0f}" if "r" in line.numbers else line.name
+
+
+def _rate(record: Record, line: Line) -> str:
+    """The rate, with what is to be known of how it was found."""
+    rate = line.numbers.get("lr")
+    if rate is None:
+        return "–"
+    grid = record.config["grid"]
+    if not line.numbers["settled"]:
+        return f"{rate:g} (search not over)"
+    return f"{rate:g} (the grid's end)" if rate in (grid[0], grid[-1]) else f"{rate:g}"
+
+
+def _result(family: dict[str, Any], line: Line) -> str:
+    values = list(line.by_seed.values())
+    if not values:
+        return "–"
+    sd = _number(family, paired.deviation(values))
+    return f"{_number(family, statistics.fmean(values))} ± {sd} ({len(values)})"
+
+
+def _number(family: dict[str, Any], value: float | None, sign: str = "") -> str:
+    """To a hundredth of the margin, about."""
+    digits = 1 if family["margin"] >= 1 else 4
+    return "–" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))

@@ -1,0 +1,248 @@
+"""A saved adapter is B and a seed: half of peft's file, the same model again, and never a torn or a wrong one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import adapter_harness
+import pytest
+import torch
+from adapter_harness import IDS, MLP, TARGETS, learnt, matrices, mlp, outputs, tiny
+from safetensors.torch import load_file, save_file
+
+from llmsys.lorafa import LoRAFAConfig, inject, load_adapter, names, save_adapter, set_adapter, to_peft
+from llmsys.lorafa.store import FILE, META, read
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"init": "gaussian", "correction": "closed_form", "share_a": True, "seed": 5},
+        {"init": "select", "dtype": "model", "targets": ("q_proj", "lm_head")},
+        {"init": "weight_svd"},
+        {"init": "pca", "share_a": True},
+        {"train_a": True},
+    ],
+    ids=lambda config: "-".join(map(str, config.values())) or "default",
+)
+def test_what_is_saved_is_loaded_again(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
+    """By a plain model, and by one that has the adapter at its start; into the tensors that an optimizer holds."""
+    config = LoRAFAConfig(r=4, **config)
+    model = learnt(inject(tiny(dtype=dtype), config, "mine", batches=[IDS]), "mine")
+    save_adapter(model, tmp_path, "mine")
+    loaded = load_adapter(tiny(dtype=dtype), tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    again = inject(tiny(dtype=dtype), config, batches=[IDS[:1]])
+    held = [p for p in again.parameters() if p.requires_grad]
+    load_adapter(again, tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    assert [id(p) for p in again.parameters() if p.requires_grad] == [id(p) for p in held]
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {
+        n: p.requires_grad for n, p in again.named_parameters()
+    }
+
+
+def test_a_file_holds_no_a_and_is_about_half_of_pefts(tmp_path: Path) -> None:
+    """B's share of an adapter: half of a square layer's, 54 % over LLaMA's seven, whose gate and up are wide. The
+    header takes another percent of so small a model."""
+    model = learnt(inject(tiny(hidden_size=256, intermediate_size=688), LoRAFAConfig(r=16)))
+    own = save_adapter(model, tmp_path / "ours")
+    peft = to_peft(model, tmp_path / "peft") / "adapter_model.safetensors"
+    assert {name.rpartition(".")[2] for name in load_file(own)} == {"B"}
+    ratio = own.stat().st_size / peft.stat().st_size
+    share = (5 + 2 * 2.69) / (6 + 2.69 + 5 + 2 * 2.69)
+    assert share < ratio < share + 0.01, ratio
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_file_fits_a_base_in_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A's entries are bf16's. fp16 rounds the smallest, and says so neither when it saves nor when it loads."""
+    save_adapter(mlp(dtype=dtype), tmp_path)
+    loaded = load_adapter(MLP(), tmp_path)
+    a, expected = matrices(loaded), matrices(mlp())
+    assert all(torch.equal(a[name], expected[name]) for name in expected)
+    assert torch.equal(outputs(load_adapter(MLP(dtype), tmp_path)), outputs(mlp(dtype=dtype)))
+
+
+def test_biases_and_a_new_head_are_saved_too(tmp_path: Path) -> None:
+    model = mlp(bias="lora_only")
+    torch.nn.init.ones_(model.head.weight)
+    save_adapter(model, tmp_path, modules=["head"])
+    assert torch.equal(outputs(load_adapter(MLP(), tmp_path)), outputs(model))
+    with pytest.raises(ValueError, match="modules=neck: this model has no such module"):
+        save_adapter(model, tmp_path, modules=["neck"])
+    with pytest.raises(ValueError, match="modules=first: has adapters itself"):
+        save_adapter(model, tmp_path, modules=["first"])
+
+
+def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
+    """Whose path is empty, and which takes a vector as nn.Linear does."""
+    base = MLP().first
+    config = LoRAFAConfig(r=2, targets=("",))
+    model = learnt(inject(base, config))
+    save_adapter(model, tmp_path)
+    x = torch.linspace(-1, 1, 16)
+    assert not torch.equal(model(x), MLP().first(x))
+    assert torch.equal(load_adapter(MLP().first, tmp_path)(x), model(x))
+
+
+def test_loaded_adapters_stand_beside_others(tmp_path: Path) -> None:
+    save_adapter(mlp("one", r=4), tmp_path, "one")
+    model = mlp("two")
+    load_adapter(model, tmp_path, "one")
+    assert names(model) == ["two", "one"]
+    assert torch.equal(outputs(model), outputs(mlp("one", r=4)))
+    set_adapter(model, "two")
+    assert torch.equal(outputs(model), outputs(mlp("two")))
+
+
+def test_a_state_that_an_engine_has_gathered_is_saved_in_place_of_the_models(tmp_path: Path) -> None:
+    model = mlp()
+    state = {path: torch.full_like(p, 2.0) for path, p in model.named_parameters() if p.requires_grad}
+    save_adapter(model, tmp_path, state=state)
+    assert all((tensor == 2).all() for tensor in load_file(tmp_path / FILE).values())
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Gives a file what `change` makes of its header and tensors."""
+    from safetensors import safe_open
+
+    with safe_open(folder / FILE, framework="pt") as file:
+        header, tensors = json.loads(file.metadata()[META]), load_file(folder / FILE)
+    change(header, tensors)
+    save_file(tensors, folder / FILE, {META: json.dumps(header)})
+
+
+def other_hash(header: dict[str, Any], tensors: Any) -> None:
+    header["layers"]["second"]["a"] = "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, t: h.update(format=2), "has format 2; this llmsys reads 1"),
+        (lambda h, t: h["config"].update(seed=1), "A of first is not the one it was trained with: the hashes differ"),
+        (other_hash, "A of second is not the one it was trained with: the hashes differ"),
+        (lambda h, t: h["config"].update(knob=1), "this llmsys knows no knob"),
+        (lambda h, t: h["config"].update(init="best"), "init=best: must be one of"),
+        (lambda h, t: h.pop("layers"), "damaged, or no adapter of llmsys: KeyError 'layers'"),
+        (lambda h, t: t.pop("second.B"), r"lacks second\.B"),
+        (lambda h, t: t.update(third=torch.ones(1)), "has an unknown third"),
+        (lambda h, t: t.update({"first.B": torch.ones(3, 2)}), r"first\.B has shape \(3, 2\), not \(32, 2\)"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_refused_and_nothing_has_changed(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    save_adapter(mlp(), tmp_path)
+    rewrite(tmp_path, change)
+    for model in (MLP(), mlp(alpha=8)):
+        before = {name: type(module) for name, module in model.named_modules()}, outputs(model)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_adapter(model, tmp_path)
+        assert str(tmp_path / FILE) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert before[0] == {name: type(module) for name, module in model.named_modules()}
+        assert torch.equal(outputs(model), before[1])
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "foreign"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> None:
+    file = save_adapter(mlp(), tmp_path)
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif damage == "garbage":
+        file.write_bytes(b"\x80\x04garbage" * 99)
+    else:
+        save_file({"weight": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=f"^{file}: (no such file|damaged)"):
+        load_adapter(MLP(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 128}, r"model\.layers\.0\.self_attn\.q_proj is 64 x 64, not 128 x 128"),
+        ({"num_layers": 1}, r"model\.layers\.1\.self_attn\.q_proj is no linear layer of this one"),
+        ({"num_layers": 3}, r"it has nothing for model\.layers\.2\.self_attn\.q_proj"),
+        ({"family": "gpt2"}, r"model\.layers\.0\.self_attn\.q_proj is no linear layer of this one"),
+    ],
+)
+def test_an_adapter_for_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save_adapter(learnt(inject(tiny(), LoRAFAConfig(r=4))), tmp_path)
+    with pytest.raises(ValueError, match=f"is for another model: {message}"):
+        load_adapter(tiny(**changes), tmp_path)
+
+
+def test_an_adapter_of_the_same_name_in_another_shape_is_refused(tmp_path: Path) -> None:
+    save_adapter(mlp(), tmp_path)
+    for other, what in (
+        ({"r": 3}, "has another r"),
+        ({"seed": 1}, "has another seed"),
+        ({"targets": ("first",)}, "is beside other"),
+    ):
+        with pytest.raises(ValueError, match=f"name=default: {what}.* load that under another name"):
+            load_adapter(mlp(**other), tmp_path)
+
+
+def test_an_a_that_was_written_into_is_not_saved_as_its_seed(tmp_path: Path) -> None:
+    model = mlp()
+    model.second.adapters["default"].A[0, 0] += 1
+    with pytest.raises(ValueError, match="A of second is not what seed=0 gives"):
+        save_adapter(model, tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_part_that_was_adapted_is_saved_as_that_part(tmp_path: Path) -> None:
+    """A's draw has the name that its layer had: under another one the file could not be loaded."""
+    whole = torch.nn.Sequential(mlp())
+    with pytest.raises(ValueError, match=r"0\.first was first when its A was drawn"):
+        save_adapter(whole, tmp_path)
+    save_adapter(whole[0], tmp_path)
+
+
+def test_what_torch_compile_wraps_has_the_names_inside(tmp_path: Path) -> None:
+    compiled = torch.compile(MLP(), backend="eager")
+    inject(compiled, LoRAFAConfig(r=2, targets=TARGETS))
+    save_adapter(learnt(compiled), tmp_path)
+    assert torch.equal(outputs(load_adapter(MLP(), tmp_path)), outputs(mlp()))
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    save_adapter(mlp(), tmp_path)
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    load_adapter(MLP(), tmp_path)
+
+
+def test_a_half_written_adapter_never_replaces_a_good_one(tmp_path: Path) -> None:
+    """Processes of their own are killed by SIGKILL at three moments; a fourth finds no room."""
+    moments = ("write", "sync", "rename", "full")
+    for moment in moments:
+        save_adapter(mlp(), tmp_path / moment)
+    command = [sys.executable, adapter_harness.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {**dict.fromkeys(moments, -signal.SIGKILL), "full": errno.EFBIG}
+    for moment in moments:
+        left = os.listdir(tmp_path / moment)
+        assert len(left) == (1 if moment == "full" else 2), "an unfinished file was there when the process died"
+        assert torch.equal(outputs(load_adapter(MLP(), tmp_path / moment)), outputs(mlp()))
+        save_adapter(mlp(alpha=7), tmp_path / moment)
+        assert read(tmp_path / moment / FILE)[0].config.alpha == 7

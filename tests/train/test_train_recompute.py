@@ -1,0 +1,65 @@
+"""`train.recompute` from config to record: what was chosen, what it saved, and that the numbers stay."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_harness as harness
+
+from llmsys import schema
+from llmsys.errors import Refused
+from llmsys.train import checks
+
+CPU = torch.device("cpu")
+
+
+def config(mem_gib: float | None = None, text: str = "auto", **changes: Any) -> schema.Config:
+    made = harness.config("lorafa_peft", model__num_layers=6, train__steps=2, train__save_final=False, **changes)
+    made.method = schema.LoRA(kind="lorafa", r=4, dropout=0.1)
+    made.train.recompute, made.train.lr_by_method["lorafa"] = text, 1e-3
+    made.hardware.mem_gib = mem_gib
+    return made
+
+
+def peak(text: str) -> float:
+    """GiB with which `text` just fits."""
+    return checks.kinds_and_peak(config(text=text), CPU)[1] / (1 - checks.SPARE) / checks.GIB * 1.0001
+
+
+def test_a_run_is_the_same_with_less_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Dropout on. The record counts the blocks by policy, the log says why, and saved bytes fall."""
+    found = {}
+    for name, mem in (("none", peak("none")), ("mixed", (peak("none") + peak("attn+mlp")) / 2), ("block", 1e-4)):
+        with caplog.at_level(logging.INFO):
+            found[name] = harness.run(tmp_path / name, config(mem, force=name == "block"))["summary"]
+    counted = {
+        name: {key: value for key, value in summary.items() if key.startswith("blocks_")}
+        for name, summary in found.items()
+    }
+    assert counted["none"] == {}
+    assert counted["block"] == {"blocks_block": 6}
+    assert sum(counted["mixed"].values()) == 6 > counted["mixed"].get("blocks_none", 0)
+    assert "train.recompute=auto: block, which needs" in caplog.text
+    assert found["none"]["saved_bytes"] > found["mixed"]["saved_bytes"] > found["block"]["saved_bytes"]
+    for key in ("loss", "val_loss"):
+        assert found["none"][key] == found["mixed"][key] == found["block"][key]
+
+
+def test_what_cannot_fit_is_refused_as_the_leanest_and_what_can_is_offered() -> None:
+    with pytest.raises(Refused, match=r"train\.recompute=block needs about"):
+        checks.check_memory(checks.resolved(config(1e-4), CPU), CPU)
+    whole = config((peak("none") + peak("attn+mlp")) / 2 * (1 - checks.SPARE), "none")
+    with pytest.raises(Refused, match=r"  python -m llmsys .* train\.recompute=auto\n"):
+        checks.check_memory(whole, CPU)
+
+
+def test_counted_policies_do_not_hinder_the_offer_of_fewer_blocks() -> None:
+    counted = config(peak("none") / 2, "mlp:2,none:4")
+    with pytest.raises(Refused) as refused:
+        checks.check_memory(counted, CPU)
+    assert re.search(r"train\.recompute=mlp model\.num_layers=\d", str(refused.value))
