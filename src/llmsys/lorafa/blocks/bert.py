@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmsys.lorafa.blocks.block import Fused, asks_for_attentions, hidden_dropout
@@ -44,6 +45,7 @@ class BertBlock(Fused):
     output: Any
     is_decoder: bool
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden_states: Tensor,
@@ -94,7 +96,7 @@ class BertBlock(Fused):
             if cache is not None and cache.is_updated.get(own.layer_idx):  # holds the memory's keys and values
                 into, inputs = Linears([own.query]), (x,)
         core = functools.partial(_core, own, p, cache, memory is not None)
-        return self.attend(own, core, p, {"mask": mask, **kwargs}, into, out, *inputs, cut=cache is not None)
+        return self.attend(core, p, {"mask": mask, **kwargs}, into, out, *inputs, cut=cache is not None)
 
 
 def _core(module: Any, p: float, cache: Any, cross: bool, *qkv: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsys.lorafa.blocks.kernel import keeps_scores
 from llmsys.lorafa.pieces.attention import Core
 from llmsys.lorafa.pieces.dropout import Dropout
 from llmsys.lorafa.pieces.join import run_apart
@@ -37,7 +36,8 @@ class Fused:
 
     The forward pass reads weights from the block's modules and does not call these: their hooks do not run. Where a
     caller asks for the probabilities of attention (`output_attentions`), which only such hooks deliver, the block runs
-    as transformers has it, with its adapted layers one by one.
+    as transformers has it, with its adapted layers one by one. Under `torch.compile` a block is a call into uncompiled
+    code, as every piece is.
     """
 
     policy: str = "none"
@@ -66,7 +66,6 @@ class Fused:
 
     def attend(
         self,
-        module: Any,
         core: Callable[..., Tensor],
         p: float,
         held: Mapping[str, Any],
@@ -76,17 +75,13 @@ class Fused:
         cut: bool = False,
     ) -> Tensor:
         """out(core(into(inputs), **held)) as one chain under `attn+mlp`; else, or where `cut` says so (a cache is
-        filled), with query, key and value kept between them. `p`: of the dropout within `core`, which runs `module`."""
-        middle = Core(core, inputs[0].device, random=p > 0, held=held)
+        filled), with query, key and value kept between them. `p`: of the dropout within `core`."""
         whole: Tensor
         if self.again_attention and not cut:
+            middle = Core(core, inputs[0].device, random=p > 0, held=held)
             whole = run(Chain(into, middle, out), *inputs)
-            return whole
-        qkv = run_apart(into, *inputs)
-        if keeps_scores(module, inputs[0].device, p) and not cut:
-            whole = run(out, run(middle, *qkv))
         else:
-            whole = run(out, core(*qkv, **held))
+            whole = run(out, core(*run_apart(into, *inputs), **held))
         return whole
 
 

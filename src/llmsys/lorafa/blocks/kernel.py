@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from llmsys.lorafa.pieces.piece import run
+from llmsys.lorafa.pieces.scores import Scores
+
 _ADDITIVE: Any = WeakTensorKeyDictionary()
 """Boolean mask -> (dtype, the float mask)."""
 _BIASED: Any = WeakTensorKeyDictionary()
@@ -36,18 +39,26 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p:
 
     bias = kwargs.pop("position_bias", None)
     name = module.config._attn_implementation
-    if name == "sdpa" and torch.is_grad_enabled():
+    if name == "sdpa":  # whether autograd is on or not: a piece computes again what it computed without
         causal = mask is None and module.is_causal and q.shape[2] > 1
         if bias is not None and not bias.requires_grad and not (causal and q.shape[2] < k.shape[2]):
-            mask, bias = _biased(bias, mask, causal, q, k), None
+            mask, bias, causal = _biased(bias, mask, causal, q, k), None, False
         elif bias is None and mask is not None and mask.dtype == torch.bool:
             mask = _additive(mask, computed(q.dtype, q.device))
+        if p and q.device.type == "cpu" and bias is None and (q.shape[2] == k.shape[2] or not causal):
+            q, k, v = (x.to(computed(x.dtype, x.device)) for x in (q, k, v))
+            with torch.autocast("cpu", enabled=False):
+                return _flat(run(Scores(mask, causal, module.scaling, p), q, k, v).transpose(1, 2))
     if bias is not None:
         kwargs["position_bias"] = bias
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, beside(module, "eager_attention_forward"))
     out, _ = function(module, q, k, v, mask, dropout=p, scaling=module.scaling, **kwargs)
-    flat: Tensor = out.reshape(*out.shape[:-2], -1)
-    return flat
+    return _flat(out)
+
+
+def _flat(out: Tensor) -> Tensor:
+    """[B, L, H, W] -> [B, L, H W]."""
+    return out.reshape(*out.shape[:-2], -1)
 
 
 def filled(cache: Any, layer: int, cross: bool, kv: list[Tensor]) -> list[Tensor]:
@@ -61,12 +72,6 @@ def filled(cache: Any, layer: int, cross: bool, kv: list[Tensor]) -> list[Tensor
         cache.is_updated[layer] = True
     held = cache.cross_attention_cache.layers[layer]
     return [held.keys, held.values]
-
-
-def keeps_scores(module: Any, device: torch.device, p: float) -> bool:
-    """Whether SDPA would keep all probabilities, two or three times [B, H, L, L]: on a CPU its fused kernel knows no
-    dropout."""
-    return p > 0 and device.type == "cpu" and module.config._attn_implementation == "sdpa"
 
 
 def beside(module: Any, name: str) -> Any:
@@ -83,7 +88,6 @@ def computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
-@torch.compiler.disable
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a boolean mask lets through, -inf elsewhere, as SDPA makes it."""
     found = _ADDITIVE.get(mask)
@@ -94,7 +98,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-@torch.compiler.disable
 def _biased(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor:
     """Bias [1, H, L, L'] and mask as one additive mask, as transformers makes it in each block."""
     from transformers.integrations.sdpa_attention import create_position_bias_mask

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmsys.lorafa.blocks.block import Fused, asks_for_attentions
@@ -35,6 +36,7 @@ class LlamaBlock(Fused):
     self_attn: Any
     mlp: Any
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden_states: Tensor,
@@ -56,7 +58,6 @@ class LlamaBlock(Fused):
         cache, (cos, sin) = self.cache(past_key_values), position_embeddings
         p = attention.attention_dropout if self.training else 0.0
         x = x + self.attend(
-            attention,
             functools.partial(_core, attention, p, cache),
             p,
             {"cos": cos, "sin": sin, "mask": attention_mask, "position_ids": position_ids, **kwargs},

@@ -42,6 +42,7 @@ class T5Block(Fused):
     layer: Any
     is_decoder: bool
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden_states: Tensor,
@@ -100,7 +101,7 @@ class T5Block(Fused):
         if bias is None:
             bias = _bias(module, x.shape[1], inputs[-1].shape[1], 0, x.device, computed(norm.dtype(x), x.device))
         core = functools.partial(_core, module, p)
-        y = self.attend(module, core, p, {"mask": mask, "position_bias": bias, **kwargs}, into, out, *inputs)
+        y = self.attend(core, p, {"mask": mask, "position_bias": bias, **kwargs}, into, out, *inputs)
         return _clamped(x + y), bias
 
     def _filling(

@@ -17,21 +17,33 @@ def draw_seed() -> int:
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape, device
-    and kind of kernel (`llmsys.lorafa.kernels`).
+    """x times a mask of zeros (with probability p) and 1 / (1 - p); the same for the same seed, shape, device and kind
+    of kernel (`llmsys.lorafa.kernels`).
+    """
+    if kernels.serve(x):
+        return kernels.dropped(x, p, seed)
+    mask, factor = kept(x, p, seed)
+    return mask.mul_(x).mul_(factor)
+
+
+def kept(x: Tensor, p: float, seed: int) -> tuple[Tensor, float]:
+    """The mask of zeros and ones in the shape and dtype of x, and the factor for what it keeps.
 
     An element is kept where 16 random bits are at least p 2**16, so p is rounded to a multiple of 2**-16, the factor
     too. Four elements share a draw of 64 bits: on a CPU that takes a sixth of the time of torch's draw for each, so
     that drawing twice costs less than torch's once.
     """
-    if kernels.serve(x):
-        return kernels.dropped(x, p, seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     threshold = min(round(p * 2**16), 2**16 - 1)
     n = x.numel()
     draws = torch.empty((n + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
-    kept = (draws.view(torch.int16)[:n] >= threshold - 2**15).view(x.shape)
-    return kept.to(x.dtype).mul_(x).mul_(1 / (1 - threshold * 2**-16))
+    mask = (draws.view(torch.int16)[:n] >= threshold - 2**15).view(x.shape)
+    return mask.to(x.dtype), 1 / (1 - threshold * 2**-16)  # as numbers: times a boolean takes a CPU four times as long
+
+
+def thinned(x: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """x in place, times what `kept` returned."""
+    return x.mul_(mask).mul_(factor)
 
 
 class Dropout:
