@@ -129,12 +129,13 @@ def test_merged_is_the_same_model_and_unmerged_the_same_bits(family: str, dtype:
     assert torch.equal(outputs(model), beside)
 
 
-def test_merging_rounds_once() -> None:
-    model = mlp(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_merging_rounds_once(dtype: torch.dtype) -> None:
+    model = mlp(dtype=dtype)
     adapter, before = model.first.adapters["default"], model.first.weight.double()
     exact = before + adapter.scale * adapter.B.double() @ adapter.A.double()
     merge(model)
-    assert torch.equal(model.first.weight, exact.to(torch.bfloat16))
+    assert torch.equal(model.first.weight, exact.to(dtype))
 
 
 def test_a_merged_model_runs_no_adapter_and_lets_none_be_changed() -> None:

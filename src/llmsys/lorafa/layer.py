@@ -87,8 +87,8 @@ class Adapter(nn.Module):
         return gradient if self.inverse is None else gradient @ self.inverse.to(gradient.dtype)
 
     def delta(self) -> Tensor:
-        """s B A [M, N] in fp32 (fp64 of an fp64 model): what merging adds to W."""
-        wide = torch.promote_types(self.B.dtype, torch.float32)
+        """s B A [M, N] in fp32, or fp64 where A or B has it: what merging adds to W."""
+        wide = torch.promote_types(torch.promote_types(self.a.dtype, self.B.dtype), torch.float32)
         return self.scale * (self.B.detach().to(wide) @ self.a.detach().to(wide))
 
     @torch.no_grad()

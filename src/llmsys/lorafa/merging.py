@@ -82,9 +82,10 @@ def _set_bias(layer: Any, bias: Tensor | None) -> None:
 
 
 def add(layer: Any, delta: Tensor) -> None:
-    """W <- W + delta [M, N], in place, in the dtype of `delta` (fp32, fp64) and rounded once."""
+    """W <- W + delta [M, N] (fp32, fp64), in place; summed in the wider of their dtypes and rounded once."""
     whole = delta.T if is_transposed(layer) else delta
-    layer.weight.copy_(layer.weight.to(delta.dtype) + whole)
+    wide = torch.promote_types(layer.weight.dtype, delta.dtype)
+    layer.weight.copy_(layer.weight.to(wide) + whole)
 
 
 def refuse_unmergeable(model: nn.Module, layers: Mapping[str, Any], what: str) -> None:
