@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmsys.lorafa.config import LoRAFAConfig
-from llmsys.lorafa.inject import adapted, inject
+from llmsys.lorafa.injection import inject
+from llmsys.lorafa.targets import adapted
 from llmsys.profile.memory import saved_tensors
 
 R = 3
@@ -83,7 +84,11 @@ def build(family: str, layers: int = 2, d: int = 32, f: int = 56, attention: str
 def batch(family: str, padding: int = 5, size: int = 2, length: int = 16, target: int = 8) -> dict[str, Any]:
     """`size` examples, the last with `padding` masked positions at its end."""
     ids = torch.randint(3, 64, (size, length), generator=torch.Generator().manual_seed(2))
-    found: dict[str, Any] = {"input_ids": ids, "labels": ids[:, :target].clone() if "t5" in family else ids, "use_cache": False}
+    found: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": ids[:, :target].clone() if "t5" in family else ids,
+        "use_cache": False,
+    }
     if padding:
         found["attention_mask"] = torch.ones_like(ids)
         found["attention_mask"][-1, -padding:] = 0

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lorafa_harness import LAYERS, R, Written, adapter_grads, batch, build, error, kept, with_adapters, written
+from lorafa_harness import LAYERS, R, adapter_grads, batch, build, error, kept, with_adapters, written
 from torch import Tensor, nn
 
 from llmsys.lorafa.blocks import fuse_blocks
 from llmsys.lorafa.blocks.block import POLICIES, Fused
-from llmsys.lorafa.inject import adapted
+from llmsys.lorafa.targets import adapted
 from llmsys.models import blocks
 
 TRAINED = [False, True]
@@ -80,7 +80,8 @@ def test_gradients_are_autograd_s_own(family: str, train_a: bool) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", MAIN)
 def test_gradients_in_bf16_are_as_near_to_the_exact_ones_as_autograd_s(family: str, autocast: bool) -> None:
-    """The exact ones: the same weights in fp32. A hundredth, or (T5, whose signs flip) what operators one by one reach."""
+    """The exact ones: the same weights in fp32. A hundredth, or (T5, whose signs flip) what operators one by one
+    reach."""
     model = fresh(family, changes={"layers": 1}, train_a=True)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
@@ -107,11 +108,11 @@ def _flat(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("policy", ["none", "mlp", "attn+mlp", "block"])
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_dropout_is_the_same_in_both_passes(family: str, policy: str) -> None:
-    """Of adapters, hidden states and probabilities: the gradient is the slope of a loss with the same draws, which it is
-    only if every mask is drawn again as it was. In fp64, by central differences."""
+    """Of adapters, hidden states and probabilities: the gradient is the slope of a loss with the same draws, which it
+    is only if every mask is drawn again as it was. In fp64, by central differences."""
     rates = {"llama": ["attention_dropout"], "t5": ["dropout_rate"]}
     names = rates.get(family, ["hidden_dropout_prob", "attention_probs_dropout_prob"])
-    model = fresh(family, changes={name: 0.3 for name in names}, train_a=True, dropout=0.3, recompute=policy).double()
+    model = fresh(family, changes=dict.fromkeys(names, 0.3), train_a=True, dropout=0.3, recompute=policy).double()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     directions = [_normal(parameter.shape, seed) for seed, parameter in enumerate(parameters)]
     weights = _normal(run(model, batch(family))[1].shape, seed=100)
@@ -193,7 +194,9 @@ def test_under_a_padding_mask_sdpa_gets_all_heads_keys() -> None:
     assert found == pytest.approx(closed_form("llama", "none", False, keys=1.0), rel=1e-2)
 
 
-@pytest.mark.parametrize(("family", "rate"), [("llama", "attention_dropout"), ("bert", ""), ("t5:encoder", "dropout_rate")])
+@pytest.mark.parametrize(
+    ("family", "rate"), [("llama", "attention_dropout"), ("bert", ""), ("t5:encoder", "dropout_rate")]
+)
 def test_dropout_adds_nothing_and_takes_the_kernel_s_output_away(family: str, rate: str) -> None:
     """Adapters', hidden and, on a CPU, that of probabilities, where torch's own would keep [B, H, L, L] three times."""
     name, _, side = family.partition(":")
@@ -245,7 +248,9 @@ def test_a_bert_that_decodes_crosses_to_its_encoder() -> None:
     ours = with_adapters(copy.deepcopy(theirs), start=True, recompute="attn+mlp")
     assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
     tokens = [
-        each.eval().generate(inputs["input_ids"], max_new_tokens=5, decoder_start_token_id=2, pad_token_id=0, do_sample=False)
+        each.eval().generate(
+            inputs["input_ids"], max_new_tokens=5, decoder_start_token_id=2, pad_token_id=0, do_sample=False
+        )
         for each in (ours, theirs)
     ]
     assert torch.equal(*tokens)
@@ -274,7 +279,9 @@ def test_what_else_is_trained_gets_its_gradient(policy: str) -> None:
                 parameter.requires_grad_(name.endswith((".A", ".B")) or any(kind in name for kind in kinds))
             run(each, batch(family))[0].backward()
         theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-        ours = {name.replace("adapters.default.", ""): p.grad for name, p in model.named_parameters() if p.grad is not None}
+        ours = {
+            name.replace("adapters.default.", ""): p.grad for name, p in model.named_parameters() if p.grad is not None
+        }
         frozen = {name for name in theirs if name.endswith(".A")}
         assert theirs.keys() - frozen == ours.keys()
         assert len(ours) > 14
@@ -328,7 +335,9 @@ def test_wrong_policies_are_refused(caplog: pytest.LogCaptureFixture) -> None:
 def test_who_asks_for_probabilities_gets_them(family: str) -> None:
     theirs = copy.deepcopy(_base(family, attention="eager"))
     ours = with_adapters(copy.deepcopy(theirs), start=True)
-    found, expected = (model(**batch(family), output_attentions=True, output_hidden_states=True) for model in (ours, theirs))
+    found, expected = (
+        model(**batch(family), output_attentions=True, output_hidden_states=True) for model in (ours, theirs)
+    )
     names = ["attentions", "hidden_states"]
     if family == "t5":
         names = ["encoder_attentions", "decoder_attentions", "cross_attentions", "encoder_hidden_states"]
@@ -349,7 +358,7 @@ def test_training_that_computes_attention_again_fills_no_cache(caplog: pytest.Lo
 
 
 def test_masks_are_made_once_for_all_blocks() -> None:
-    """T5's bias and mask, [B, H, L, L], would be more than all that a block keeps: here it grows with the stack alone."""
+    """T5's bias and mask, [B, H, L, L], would be more than all that a block keeps: here it grows with the stack."""
     short, long = (kept_per_block("t5", "encoder", changes={}, recompute="none") for _ in range(2))
     assert short == long
     model = fresh("t5", changes={"layers": 2}).bfloat16()

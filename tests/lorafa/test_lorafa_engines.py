@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from llmsys.lorafa.inject import adapted, shape
 
 import rank_runs as base
 from llmsys.comm.group import group

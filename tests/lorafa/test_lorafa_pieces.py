@@ -386,7 +386,9 @@ def test_attention_computed_again_runs_its_core_once_more_whether_or_not_a_is_tr
             calls.append(None)
             return softmaxed(q, k, v)
 
-        run(Chain(Linears(qkv), Core(core, torch.device("cpu")), Linears([o])), rand().requires_grad_()).sum().backward()
+        run(
+            Chain(Linears(qkv), Core(core, torch.device("cpu")), Linears([o])), rand().requires_grad_()
+        ).sum().backward()
         assert len(calls) == 2
 
 

@@ -149,7 +149,7 @@ def _core(module: Any, p: float, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any)
     return attend(module, q, k, v, kwargs.pop("mask"), p, **kwargs)
 
 
-def _bias(module: Any, length: int, keys: int, seen: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _bias(module: Any, length: int, keys: int, seen: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[1, H, length, keys], learnt in a stack's first self-attention, else zeros."""
     if module.has_relative_attention_bias:
         bias: Tensor = module.compute_bias(length, keys, device=device, past_seen_tokens=seen)

@@ -90,7 +90,8 @@ class Beside:
         return tuple(outputs), extras
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:
-        left, outputs = list(extras), []
+        left = list(extras)
+        outputs: list[Tensor] = []
         for piece, x, (_, count) in zip(self.pieces, inputs, self._sizes, strict=True):
             own, left = left[:count], left[count:]
             outputs += piece.again([x], own)
