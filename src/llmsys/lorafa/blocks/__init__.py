@@ -62,7 +62,7 @@ def fuse_blocks(model: nn.Module, policies: str | Sequence[str]) -> int:
             fuse(block, kind, policy)
     fused = sum(family is not None for family in families)
     if fused < max(len(found), 1):
-        unknown = {type(block).__name__ for block, family in zip(found, families, strict=True) if family is None}
+        unknown = {type(block).__name__ for block, known in zip(found, families, strict=True) if known is None}
         others = ", ".join(sorted(unknown))
         log.warning("blocks of %s keep their own forward pass: only their adapted layers save", others or "no family")
     return fused
