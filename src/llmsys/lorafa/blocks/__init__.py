@@ -63,8 +63,8 @@ def fuse_blocks(model: nn.Module, policies: str | Sequence[str]) -> int:
     fused = sum(family is not None for family in families)
     if fused < max(len(found), 1):
         unknown = {type(block).__name__ for block, known in zip(found, families, strict=True) if known is None}
-        others = ", ".join(sorted(unknown))
-        log.warning("blocks of %s keep their own forward pass: only their adapted layers save", others or "no family")
+        names = ", ".join(sorted(unknown)) or "no family"
+        log.warning("blocks of %s keep their own forward pass: only their adapted layers save", names)
     return fused
 
 

@@ -1,6 +1,6 @@
 """The kernel of attention that a transformers model is set to, with masks made once for all of its blocks.
 
-SDPA takes a boolean mask [B, 1, L, L], makes a float one of it, and keeps that for the backward pass: one a block, which
+SDPA takes a boolean mask [B, 1, L, L], makes a float one of it and keeps that for the backward pass: one a block, that
 is 2 L/D bytes over (batch x length x D) in bf16. T5 adds its position bias to the mask in each block anew, for all
 heads: [B, H, L, L], 2 H L/D bytes, more than everything else in the block together. Both are the same tensor in every
 block, so here the first block's serves all. Shapes: B batch, H heads, L length, W width of a head.
