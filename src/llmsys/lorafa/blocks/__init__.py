@@ -62,8 +62,8 @@ def fuse_blocks(model: nn.Module, policies: str | Sequence[str]) -> int:
             fuse(block, kind, policy)
     fused = sum(family is not None for family in families)
     if fused < max(len(found), 1):
-        unknown = {type(block).__name__ for block, known in zip(found, families, strict=True) if known is None}
-        names = ", ".join(sorted(unknown)) or "no family"
+        others = {type(block).__name__ for block, known in zip(found, families, strict=True) if known is None}
+        names = ", ".join(sorted(others)) or "no family"
         log.warning("blocks of %s keep their own forward pass: only their adapted layers save", names)
     return fused
 
