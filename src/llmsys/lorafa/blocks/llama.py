@@ -25,7 +25,7 @@ from llmsys.lorafa.blocks.kernel import attend, beside, heads
 from llmsys.lorafa.pieces.activation import Activation
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.norm import RMSNorm
-from llmsys.lorafa.pieces.piece import Chain, Piece, run
+from llmsys.lorafa.pieces.piece import Chain, Piece, run, uncompiled
 
 
 class LlamaBlock(Fused):
@@ -36,7 +36,7 @@ class LlamaBlock(Fused):
     self_attn: Any
     mlp: Any
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(
         self,
         hidden_states: Tensor,
