@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmsys.lorafa.blocks.block import Fused, asks_for_attentions, hidden_dropout
