@@ -175,7 +175,7 @@ def kept_per_block(family: str, side: str = "decoder", padding: int = 5, changes
         inputs = batch(family, padding)
         found.append(kept(model, lambda model=model, inputs=inputs: run(model, inputs)[0]))  # type: ignore[misc]
     tokens = inputs["labels"].numel() if side == "decoder" else inputs["input_ids"].numel()
-    return (found[1] - found[0]) / (tokens * D)
+    return (found[1] - found[0]) / (tokens * shape["d"])
 
 
 @pytest.mark.parametrize("train_a", TRAINED)
@@ -188,6 +188,26 @@ def test_what_a_block_keeps_is_its_closed_form(family: str, policy: str, train_a
     found = kept_per_block(name, side, padding, recompute=policy, train_a=train_a)
     keys = 0.5  # `build` has half as many heads of keys
     assert found == pytest.approx(closed_form(name, policy, train_a, side, keys), rel=1e-2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_adapters_dropout_keeps_nothing_whatever_heads_share(groups: int, dropout: float) -> None:
+    for policy in ("none", "mlp", "attn+mlp"):
+        changes = {"num_key_value_heads": HEADS // groups}
+        found = kept_per_block("llama", padding=0, changes=changes, recompute=policy, dropout=dropout)
+        assert found == pytest.approx(closed_form("llama", policy, False, keys=1 / groups), rel=1e-2)
+
+
+@pytest.mark.parametrize("train_a", TRAINED)
+@pytest.mark.parametrize(("policy", "most"), [("none", 22.8), ("mlp", 12.1), ("attn+mlp", 4.04)])
+def test_a_block_of_llama_s_shape_keeps_as_little_as_was_asked_for(policy: str, most: float, train_a: bool) -> None:
+    """bf16, F/D of LLaMA-7B, as many heads of keys as of queries; z and the attention's lse apart. Freezing A changes
+    nothing here: all that a trained A reads is computed again. (4.0 would be met at 7B: 4 bytes x 2 rstd are 8/D.)"""
+    d, f = 256, 688
+    changes = {"d": d, "f": f, "num_key_value_heads": HEADS}
+    found = kept_per_block("llama", padding=0, changes=changes, recompute=policy, train_a=train_a)
+    assert found - 14 * R / d - (policy != "attn+mlp") * 4 * HEADS / d <= most
 
 
 def test_under_a_padding_mask_sdpa_gets_all_heads_keys() -> None:
@@ -378,13 +398,16 @@ def test_masks_are_made_once_for_all_blocks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo reads of every tensor at a graph break
-def test_torch_compile_changes_nothing() -> None:
-    model = fresh("llama", changes={"layers": 1}, dropout=0.0)
-    inputs = batch("llama")
+@pytest.mark.parametrize("policy", ["none", "attn+mlp"])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_torch_compile_changes_nothing(family: str, policy: str) -> None:
+    model = fresh(family, changes={"layers": 1}, recompute=policy)
+    inputs = batch(family)
     loss = run(model, inputs)[0]
     loss.backward()
     expected = adapter_grads(model)
     model.zero_grad()
+    torch.compiler.reset()
     again = torch.compile(model, backend="aot_eager")(**inputs).loss
     again.backward()
     assert error(again.detach(), loss.detach()) < 1e-6
