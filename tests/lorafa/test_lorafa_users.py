@@ -108,7 +108,8 @@ class Model(nn.Module):
             x = layer(x)
         return x
 x = torch.randn(2, 5, 16)
-model = inject(Model(), LoRAFAConfig(r=4, share_a=True, recompute="mlp", dropout=0.1))
+model = inject(Model(), LoRAFAConfig(r=4, share_a=True, dropout=0.1))
+assert "torch._dynamo" not in sys.modules  # a second of a process that compiles nothing
 assert sum(p.requires_grad for p in model.parameters()) == 14
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 model(x).square().mean().backward()

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from llmsys import schema
 from llmsys.schema import recompute
+from llmsys.schema.coherence import CUT_FAMILIES
 
 ADAPTERS = ("lora_peft", "lorafa_peft", "lora", "lorafa")
 METHODS = ("full", *ADAPTERS, *schema.CLOSED_FORM)
@@ -77,8 +78,13 @@ class Case:
 
     @property
     def fused(self) -> schema.LoRA | None:
-        """The method, where blocks run as chains of `llmsys.lorafa`'s pieces."""
+        """The method, where adapted layers are `llmsys.lorafa`'s pieces."""
         return self.method if isinstance(self.method, schema.LoRA) else None
+
+    @property
+    def chained(self) -> bool:
+        """Whether whole blocks are chains of pieces; other families' adapted layers are pieces one by one."""
+        return self.fused is not None and self.model.family in CUT_FAMILIES
 
     @property
     def zero(self) -> int:

@@ -1,8 +1,8 @@
 """`llmsys.lorafa.pieces` on the tape: what its functions keep, compute again and multiply.
 
-A piece keeps its inputs, where its backward pass reads them, and its extras; a chain the inputs of its first piece and
-the extras of all. Which pieces a family's block is made of, and where a policy cuts them, stands in `families`. T rows,
-N inputs, M outputs of a layer, R low-rank width.
+A piece keeps its inputs, where its backward pass reads them, and its extras. How pieces are joined stands in `chains`,
+which of them a family's block is made of, and where a policy cuts, in `families`. T rows, N inputs, M outputs of a
+layer, R low-rank width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from llmsys.cost.tape import Tape, Tensor
+from llmsys.cost.tape import Tensor
 
 if TYPE_CHECKING:
     from llmsys.cost.walk import Walk
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 class Piece(Protocol):
     """A function with one hand-derived backward pass. `play` comes first: the rest is about what it played."""
 
-    trained: bool
+    @property
+    def trained(self) -> bool:
+        """Whether it has parameters that are trained."""
+        ...
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """(outputs, extras), neither noted anywhere."""
@@ -34,7 +37,11 @@ class Piece(Protocol):
         ...
 
     def again(self) -> float:
-        """FLOPs of the outputs once more."""
+        """FLOPs of the outputs once more, for a later piece that reads them."""
+        ...
+
+    def recomputed(self, wanted: bool) -> float:
+        """FLOPs of what its own backward pass computes again."""
         ...
 
     def backward(self, wanted: bool) -> float:
@@ -46,27 +53,29 @@ class Piece(Protocol):
         ...
 
 
-def run(tape: Tape, piece: Piece, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Plays `piece` as one node of autograd's graph."""
-    outputs, extras = piece.play(*inputs)
-    wanted = any(x.grad for x in inputs)
-    tape.forward[tape.part] += piece.forward()
-    if not wanted and not piece.trained:
-        return outputs
-    kept = [*(inputs if piece.reads_inputs(wanted) else ()), *extras]
-    if kept:
-        tape.save(*kept)
-    tape.backward[tape.part] += piece.backward(wanted)
-    tape.passes(sum(x.nbytes for x in outputs), piece.passing(wanted))
-    if isinstance(piece, Chain):
-        tape.again[tape.part] += piece.recomputed(wanted)
-    return tuple(x._replace(grad=True) for x in outputs)
-
-
-class Norm:
-    """RMSNorm or LayerNorm, its weights frozen: keeps x, and one or two fp32 numbers a row."""
+class Free:
+    """What pieces without parameters and products have in common."""
 
     trained = False
+
+    def reads_inputs(self, wanted: bool) -> bool:
+        return wanted
+
+    def forward(self) -> float:
+        return 0.0
+
+    def again(self) -> float:
+        return 0.0
+
+    def recomputed(self, wanted: bool) -> float:
+        return 0.0
+
+    def backward(self, wanted: bool) -> float:
+        return 0.0
+
+
+class Norm(Free):
+    """RMSNorm or LayerNorm, its weights frozen: keeps x, and one or two fp32 numbers a row."""
 
     def __init__(self, walk: Walk, kind: str = "rms") -> None:
         self.walk, self.kind = walk, kind
@@ -81,18 +90,6 @@ class Norm:
         width = 4 if tape.cuda else y.width
         self.nbytes = x.numel * (2 * y.width if tape.autocast else x.width)
         return (y,), [tape.new(rows, width, True), tape.new(rows, width, True)]
-
-    def reads_inputs(self, wanted: bool) -> bool:
-        return wanted
-
-    def forward(self) -> float:
-        return 0.0
-
-    def again(self) -> float:
-        return 0.0
-
-    def backward(self, wanted: bool) -> float:
-        return 0.0
 
     def passing(self, wanted: bool) -> int:
         return self.nbytes * wanted
@@ -139,6 +136,9 @@ class Linears:
     def again(self) -> float:
         return self._base() + self._grow()
 
+    def recomputed(self, wanted: bool) -> float:
+        return 0.0
+
     def backward(self, wanted: bool) -> float:
         """dx by W, by B and by A; dB; dA where it is trained."""
         corrections = sum(2.0 * layer.n_out * self.r**2 for layer in self.own) * self.correction
@@ -157,10 +157,8 @@ class Linears:
         return wanted * x * self.width + masked
 
 
-class Activation:
+class Activation(Free):
     """f(g), or f(g) u: keeps g and u."""
-
-    trained = False
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
@@ -169,27 +167,32 @@ class Activation:
         self.inputs = inputs
         return (self.walk.tape.new(inputs[0].numel, inputs[0].width, False),), []
 
-    def reads_inputs(self, wanted: bool) -> bool:
-        return wanted
-
-    def forward(self) -> float:
-        return 0.0
-
-    def again(self) -> float:
-        return 0.0
-
-    def backward(self, wanted: bool) -> float:
-        return 0.0
-
     def passing(self, wanted: bool) -> int:
         """dg; of a gated one also du, and f(g) beside them."""
         return wanted * self.inputs[0].numel * self.inputs[0].width * (1 if len(self.inputs) == 1 else 3)
 
 
-class Dropout:
-    """A mask drawn again from its seed: keeps nothing."""
+class ReLU(Free):
+    """max(x, 0): keeps a bit an element."""
 
-    trained = False
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+
+    def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        (x,), tape = inputs, self.walk.tape
+        self.nbytes = x.numel * (x.width + 1)
+        return (tape.new(x.numel, x.width, False),), [tape.new(-(-x.numel // 8), 1, False)]
+
+    def reads_inputs(self, wanted: bool) -> bool:
+        return False
+
+    def passing(self, wanted: bool) -> int:
+        """dx, and the bits unpacked to bytes."""
+        return self.nbytes * wanted
+
+
+class Dropout(Free):
+    """A mask drawn again from its seed: keeps nothing."""
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
@@ -205,101 +208,67 @@ class Dropout:
     def reads_inputs(self, wanted: bool) -> bool:
         return False
 
-    def forward(self) -> float:
-        return 0.0
-
-    def again(self) -> float:
-        return 0.0
-
-    def backward(self, wanted: bool) -> float:
-        return 0.0
-
     def passing(self, wanted: bool) -> int:
         return self.nbytes * wanted
 
 
-class Core:
-    """Attention between its projections, computed again with autograd in the backward pass: keeps nothing."""
+class Core(Free):
+    """Attention between its projections, computed again with autograd in the backward pass: keeps `held`, the masks and
+    rotations that it reads."""
 
-    trained = False
-
-    def __init__(self, walk: Walk, core: Callable[..., Tensor]) -> None:
+    def __init__(self, walk: Walk, core: Callable[..., Tensor], *held: Tensor | None) -> None:
         self.walk, self.core = walk, core
+        self.held = [tensor for tensor in held if tensor is not None]
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        tape = self.walk.tape
-        own = [x._replace(grad=True) for x in inputs]
+        own, tape = [x._replace(grad=True) for x in inputs], self.walk.tape
         self.played = tape.aside(lambda: self.core(*own))
-        self.nbytes = self.played.passing + sum(x.nbytes for x in inputs)
-        return (self.played.out._replace(grad=False),), []
-
-    def reads_inputs(self, wanted: bool) -> bool:
-        return wanted
+        # the chain counts the inputs, and the gradient that comes in
+        again = {x.storage for x in inputs} & self.played.saved.keys()
+        self.nbytes = self.played.passing - tape.bytes_of(again) - self.played.out.nbytes
+        return (self.played.out._replace(grad=False),), self.held
 
     def forward(self) -> float:
         return self.played.forward
 
-    def again(self) -> float:
-        return self.played.forward
+    def recomputed(self, wanted: bool) -> float:
+        """Once, for its derivative and for a later piece that reads its output."""
+        return wanted * self.played.forward
 
     def backward(self, wanted: bool) -> float:
-        """Its derivative, for which it is played once more."""
         return wanted * self.played.backward
 
     def passing(self, wanted: bool) -> int:
         return wanted * self.nbytes
 
 
-class Chain:
-    """Pieces one after another: keeps the inputs of the first, if any piece reads its own, and all extras."""
+class Scores(Free):
+    """Attention with dropout on its probabilities on a CPU: keeps q [B, H, L, W], k, v [B, H', L', W] and the mask.
+    `product`: FLOPs of q k^T."""
 
-    def __init__(self, *pieces: Piece) -> None:
-        self.pieces = pieces
-        self.trained = any(piece.trained for piece in pieces)
+    def __init__(self, walk: Walk, bias: Tensor | None, product: float) -> None:
+        self.walk, self.product = walk, product
+        self.given = [] if bias is None else [bias]
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        extras: list[Tensor] = []
-        self.between: list[tuple[Tensor, ...]] = []
-        for piece in self.pieces:
-            self.between.append(inputs)
-            inputs, more = piece.play(*inputs)
-            extras += more
-        self.outputs = inputs
-        return inputs, extras
-
-    def _wanted(self, i: int, wanted: bool) -> bool:
-        return wanted or any(piece.trained for piece in self.pieces[:i])
-
-    def _readers(self, wanted: bool) -> list[int]:
-        """The pieces that read their inputs."""
-        return [i for i, piece in enumerate(self.pieces) if piece.reads_inputs(self._wanted(i, wanted))]
-
-    def reads_inputs(self, wanted: bool) -> bool:
-        return bool(self._readers(wanted))
+        q = inputs[0]
+        head_dim = self.walk.transformer.hidden_size // self.walk.transformer.num_heads
+        scores = int(self.product) // (2 * head_dim)
+        # probabilities, their mask, and the gradients of what was dropped and of the scores, all in fp32
+        self.nbytes = 4 * 4 * scores + sum(x.nbytes for x in inputs)
+        if q.width < 4:  # operands, their gradients and the output's in fp32 too
+            self.nbytes += 2 * sum(4 * x.numel for x in inputs) + 4 * q.numel
+        return (self.walk.tape.new(q.numel, q.width, False),), self.given
 
     def forward(self) -> float:
-        return sum(piece.forward() for piece in self.pieces)
+        return 2 * self.product
 
     def again(self) -> float:
-        return sum(piece.again() for piece in self.pieces)
+        return 2 * self.product
 
     def backward(self, wanted: bool) -> float:
-        return sum(piece.backward(self._wanted(i, wanted)) for i, piece in enumerate(self.pieces))
-
-    def recomputed(self, wanted: bool) -> float:
-        """FLOPs of what the backward pass computes again: up to the last piece that reads its inputs, and attention's
-        core once more, for its derivative."""
-        last = max(self._readers(wanted), default=0)
-        cores = sum(p.again() for i, p in enumerate(self.pieces) if isinstance(p, Core) and self._wanted(i, wanted))
-        return sum(piece.again() for piece in self.pieces[:last]) + cores
+        """dq, dk, dv, dP, and as in every kernel the scores once more."""
+        return wanted * 5 * self.product
 
     def passing(self, wanted: bool) -> int:
-        """The worst moment: what was computed again and is still to be read, the gradient that comes in, and what the
-        piece in hand makes of it."""
-        readers = self._readers(wanted)
-        worst, coming = 0, 0
-        for i in reversed(range(len(self.pieces))):
-            again = sum(x.nbytes for j in readers if 0 < j <= i for x in self.between[j])
-            worst = max(worst, again + coming + self.pieces[i].passing(self._wanted(i, wanted)))
-            coming = sum(x.nbytes for x in self.between[i])
-        return worst
+        return wanted * self.nbytes

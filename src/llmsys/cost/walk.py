@@ -7,11 +7,13 @@ D model width, H heads, V vocabulary, C classes, r low-rank width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 from llmsys import schema
-from llmsys.cost import pieces, shapes
+from llmsys.cost import chains, pieces, shapes
 from llmsys.cost.attention import Attention
 from llmsys.cost.case import Case
+from llmsys.cost.chains import Chain
 from llmsys.cost.families import FAMILIES, Linear
 from llmsys.cost.tape import Tape, Tensor
 
@@ -35,6 +37,7 @@ class Walk:
         self._layers = {layer.name: layer for layer in shapes.linears(case.model)}
         self.owners = shapes.owners(case)
         self._policies = case.policies
+        self._additive: dict[int, Tensor] = {}  # by the storage of a boolean mask
 
     @property
     def transformer(self) -> schema.Transformer:
@@ -45,6 +48,11 @@ class Walk:
     def policy(self) -> str:
         """What the current block computes again."""
         return self._policies[len(self.tape.blocks) - 1]
+
+    @property
+    def again_mlp(self) -> bool:
+        """Whether a chained block's MLP is computed again."""
+        return self.policy in ("mlp", "attn+mlp")
 
     def layer(self, name: str) -> Linear:
         """A linear layer of the current block."""
@@ -64,7 +72,7 @@ class Walk:
         tape, adapter = self.tape, self.case.adapter
         layer = self.layer(name)
         if self.case.fused and layer.name in self.owners:
-            return pieces.run(tape, pieces.Linears(self, name), x)[0]
+            return chains.run(tape, pieces.Linears(self, name), x)[0]
         n_in = layer.n_in // (self.case.cut if layer.cut == 1 else 1)
         n_out = layer.n_out // (self.case.cut if layer.cut == 0 else 1)
         if self.model.quant == "none" and self.model.family != "gpt2":
@@ -103,8 +111,35 @@ class Walk:
         return self.tape.new(self.batch * queries * keys, self.width if eager else 1, False)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
-        """q [B queries, heads x head_dim], k, v [B keys, kv_heads x head_dim] -> like q. See `attention.Attention`."""
-        return Attention(self.case, self.tape, q, k)(q, k, v, mask, bias)
+        """q [B queries, heads x head_dim], k, v [B keys, kv_heads x head_dim] -> like q. See `attention.Attention`.
+
+        In chained blocks (`llmsys.lorafa.blocks.kernel`) a fused kernel's mask is made of a boolean one once for all
+        blocks, and where there is none for dropout on the probabilities, the scores are computed again.
+        """
+        attention, chained = Attention(self.case, self.tape, q, k), self.case.chained
+        if not chained or self.transformer.attention == "eager":
+            return attention(q, k, v, mask, bias)
+        q, k, v = (self.tape.operand(x) for x in (q, k, v))
+        if bias is None and mask is not None:
+            if mask.storage not in self._additive:
+                self._additive[mask.storage] = self.tape.new(mask.numel, q.width, False)
+            bias = self._additive[mask.storage]
+        if self.model.dropout and not self.tape.cuda:
+            return chains.run(self.tape, pieces.Scores(self, bias, attention.flops(q)), q, k, v)[0]
+        return attention(q, k, v, mask, bias)
+
+    def attend(
+        self,
+        core: Callable[..., Tensor],
+        held: Sequence[Tensor | None],
+        into: pieces.Piece,
+        out: pieces.Piece,
+        *inputs: Tensor,
+    ) -> Tensor:
+        """out(core(into(inputs))) of a chained block, under `attn+mlp` in one chain; `held`: what else `core` reads."""
+        if self.policy == "attn+mlp":
+            return chains.run(self.tape, Chain(into, pieces.Core(self, core, *held), out), *inputs)[0]
+        return chains.run(self.tape, out, core(*chains.run_apart(self.tape, into, *inputs)))[0]
 
     def loss(self, logits: Tensor, rows: int) -> None:
         """Cross entropy in fp32: keeps its log-probabilities, 4 bytes x rows x classes, and the int64 labels; nothing

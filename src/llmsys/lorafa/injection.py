@@ -66,9 +66,9 @@ def attach(
     `first`: the path of the layer whose A a layer uses, its own mostly. `matrices`: A of each of those, on the host,
     copied. `biases`: what the bias of an adapter that trains one starts as, copied.
     """
-    from llmsys.lorafa.blocks import fuse_blocks
+    from llmsys.lorafa.blocks import check_policies
 
-    fuse_blocks(model, config.recompute)  # says no, if it does, while nothing has changed
+    check_policies(model, config.recompute)  # says no, if it does, while nothing has changed
     if not names(model):
         model.requires_grad_(False)
     layers = {path: model.get_submodule(path) for path in first}

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmsys import schema
+from llmsys.cost.chains import Branch, Chain, Residual, run
 from llmsys.cost.families.base import Linear, Shape, norms, weights
+from llmsys.cost.pieces import Activation, Dropout, Linears, Norm, Piece
 
 if TYPE_CHECKING:
     from llmsys.cost.tape import Tensor
@@ -68,25 +70,50 @@ def buffer_bytes(model: schema.Transformer) -> int:
 
 
 def play(walk: Walk) -> None:
-    m, tape, tokens, p = walk.transformer, walk.tape, walk.tokens, walk.model.dropout
+    m, tape, tokens = walk.transformer, walk.tape, walk.tokens
     tape.elsewhere("embedding")
     # BERT's type ids are one row, and its positions a slice of a buffer; RoBERTa counts unmasked tokens of each text
     roberta = m.family == "roberta"
     positions = tape.new(tokens, 8, False) if roberta else None
     ids = [tape.new(tokens, 8, False), tape.new(tokens if roberta else walk.length, 8, False)]
     h = walk.embed(tokens * m.hidden_size, *ids, *([positions] if positions else []))
-    h = tape.dropout(tape.layer_norm(h, tokens, walk.trained), p)
+    h = tape.dropout(tape.layer_norm(h, tokens, walk.trained), walk.model.dropout)
     mask = walk.attention_mask(walk.length, walk.length)
     for i in range(m.num_layers):
         tape.block(f"{m.family}.encoder.layer.{i}", h, mask, positions)
-        q, k, v = (walk.linear(f"attention.self.{name}", h) for name in ("query", "key", "value"))
-        out = tape.dropout(walk.linear("attention.output.dense", walk.attention(q, k, v, mask)), p)
-        h = tape.layer_norm(tape.like(out, h), tokens, walk.trained)
-        middle = tape.from_input(walk.linear("intermediate.dense", h))
-        out = tape.dropout(walk.linear("output.dense", middle), p)
-        h = tape.layer_norm(tape.like(out, h), tokens, walk.trained)
+        h = _chained(walk, h, mask, positions) if walk.case.chained else _block(walk, h, mask)
     tape.elsewhere("head")
     walk.loss(_mean_head(walk, h) if m.pooling == "mean" else _first_head(walk, h), walk.batch)
+
+
+def _block(walk: Walk, h: Tensor, mask: Tensor | None) -> Tensor:
+    tape, tokens, p = walk.tape, walk.tokens, walk.model.dropout
+    q, k, v = (walk.linear(f"attention.self.{name}", h) for name in ("query", "key", "value"))
+    out = tape.dropout(walk.linear("attention.output.dense", walk.attention(q, k, v, mask)), p)
+    h = tape.layer_norm(tape.like(out, h), tokens, walk.trained)
+    middle = tape.from_input(walk.linear("intermediate.dense", h))
+    out = tape.dropout(walk.linear("output.dense", middle), p)
+    return tape.layer_norm(tape.like(out, h), tokens, walk.trained)
+
+
+def _chained(walk: Walk, h: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    """As chains of pieces: `llmsys.lorafa.blocks.bert`."""
+    tape = walk.tape
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return walk.attention(q, k, v, mask)
+
+    into = Linears(walk, *(f"attention.self.{name}" for name in ("query", "key", "value")))
+    out = Chain(Linears(walk, "attention.output.dense"), Dropout(walk))
+    h = tape.like(h, walk.attend(core, [mask, positions], into, out, h))
+    norm, into = Norm(walk, "layer"), Linears(walk, "intermediate.dense")
+    onward: list[Piece] = [Activation(walk), Linears(walk, "output.dense"), Dropout(walk)]
+    if walk.again_mlp:
+        (h,) = run(tape, Chain(norm, Residual(tape, Chain(into, *onward))), h)
+    else:
+        x, gate = run(tape, Chain(norm, Branch(tape, into)), h)
+        h = tape.like(x, *run(tape, Chain(*onward), gate))
+    return run(tape, Norm(walk, "layer"), h)[0]
 
 
 def _mean_head(walk: Walk, h: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmsys import schema
+from llmsys.cost.chains import Chain, run
 from llmsys.cost.families.base import Linear, Shape, weights
-from llmsys.cost.pieces import Activation, Chain, Core, Linears, Norm, Piece, run
+from llmsys.cost.pieces import Activation, Linears, Norm, Piece
 
 if TYPE_CHECKING:
     from llmsys.cost.tape import Tensor
@@ -78,8 +79,7 @@ def play(walk: Walk) -> None:
     mask = walk.attention_mask(walk.length, walk.length, causal=True)
     for i in range(m.num_layers):
         tape.block(f"model.layers.{i}", h, positions, cos, sin, mask)
-        block = _fused if walk.case.fused else _block
-        h = block(walk, h, cos, sin, mask)
+        h = _chained(walk, h, positions, cos, sin, mask) if walk.case.chained else _block(walk, h, cos, sin, mask)
     tape.elsewhere("head")
     x = tape.rms_norm(h, tokens, walk.trained)
     walk.loss(walk.head(x, m.hidden_size, m.vocab_size), tokens)
@@ -97,26 +97,21 @@ def _block(walk: Walk, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None)
     return tape.like(h, walk.linear("mlp.down_proj", tape.multiply(gate, walk.linear("mlp.up_proj", x))))
 
 
-def _fused(walk: Walk, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+def _chained(walk: Walk, h: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
     """As chains of pieces: `llmsys.lorafa.blocks.llama`."""
     tape = walk.tape
 
     def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return walk.attention(_rotate(walk, q, cos, sin), _rotate(walk, k, cos, sin), v, mask)
 
-    into: list[Piece] = [Norm(walk), Linears(walk, *(f"self_attn.{name}_proj" for name in "qkv"))]
-    out = Linears(walk, "self_attn.o_proj")
-    if walk.policy == "attn+mlp":
-        (y,) = run(tape, Chain(*into, Core(walk, core), out), h)
-    else:
-        (y,) = run(tape, out, core(*run(tape, Chain(*into), h)))
-    h = tape.like(h, y)
-    into = [Norm(walk), Linears(walk, "mlp.gate_proj", "mlp.up_proj")]
+    into = Chain(Norm(walk), Linears(walk, *(f"self_attn.{name}_proj" for name in "qkv")))
+    h = tape.like(h, walk.attend(core, [cos, sin, mask, positions], into, Linears(walk, "self_attn.o_proj"), h))
+    gates: list[Piece] = [Norm(walk), Linears(walk, "mlp.gate_proj", "mlp.up_proj")]
     onward: list[Piece] = [Activation(walk), Linears(walk, "mlp.down_proj")]
-    if walk.policy in ("mlp", "attn+mlp"):
-        (y,) = run(tape, Chain(*into, *onward), h)
+    if walk.again_mlp:
+        (y,) = run(tape, Chain(*gates, *onward), h)
     else:
-        (y,) = run(tape, Chain(*onward), *run(tape, Chain(*into), h))
+        (y,) = run(tape, Chain(*onward), *run(tape, Chain(*gates), h))
     return tape.like(h, y)
 
 

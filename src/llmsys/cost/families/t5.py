@@ -13,7 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmsys import schema
+from llmsys.cost.chains import Beside, Chain, run
 from llmsys.cost.families.base import Linear, Shape, weights
+from llmsys.cost.pieces import Activation, Dropout, Linears, Norm, Piece, ReLU
 
 if TYPE_CHECKING:
     from llmsys.cost.tape import Tensor
@@ -70,6 +72,7 @@ class _Stack:
         # targets carry no mask of their own: their padding comes last, and is no label
         eager = walk.transformer.attention == "eager"
         self.mask = walk.attention_mask(length, length, causal=causal) if eager or not causal else None
+        self._sums: dict[bool, Tensor] = {}  # of self-attention (True) and cross-attention, for all chained blocks
 
     def run(self, mask: Tensor | None, memory: Tensor | None = None) -> Tensor:
         """The final hidden states; a decoder attends to `memory` [B, L, D] under the source's mask."""
@@ -111,6 +114,8 @@ class _Stack:
 
     def _attend(self, name: str, h: Tensor, memory: Tensor | None, mask: Tensor | None, bias: Tensor) -> Tensor:
         walk, tape = self.walk, self.tape
+        if walk.case.chained:
+            return self._attend_chained(name, h, memory, mask, bias)
         x = self._norm(h)
         q = walk.linear(f"{name}.q", x)
         k, v = (walk.linear(f"{name}.{part}", memory or x) for part in "kv")
@@ -118,6 +123,27 @@ class _Stack:
             bias = self._combined(mask, bias, learnt=memory is None)
         out = walk.attention(q, k, v, mask, bias)
         return tape.like(h, tape.dropout(walk.linear(f"{name}.o", out), walk.model.dropout))
+
+    def _attend_chained(self, name: str, h: Tensor, memory: Tensor | None, mask: Tensor | None, bias: Tensor) -> Tensor:
+        """As chains of pieces: `llmsys.lorafa.blocks.t5`."""
+        walk, norm = self.walk, Norm(self.walk)
+
+        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return walk.attention(q, k, v, mask, bias if eager else self._sum(mask, bias, learnt=memory is None))
+
+        eager = walk.transformer.attention == "eager"
+        into: Piece = Chain(norm, Linears(walk, *(f"{name}.{part}" for part in "qkv")))
+        if memory is not None:
+            into = Beside(Chain(norm, Linears(walk, f"{name}.q")), Linears(walk, *(f"{name}.{part}" for part in "kv")))
+        out = Chain(Linears(walk, f"{name}.o"), Dropout(walk))
+        inputs = (h,) if memory is None else (h, memory)
+        return self.tape.like(h, walk.attend(core, [mask, bias], into, out, *inputs))
+
+    def _sum(self, mask: Tensor | None, bias: Tensor, *, learnt: bool) -> Tensor:
+        """`_combined` as wide as the products are, made by the stack's first block for all."""
+        if learnt not in self._sums:
+            self._sums[learnt] = self.tape.operand(self._combined(mask, bias, learnt=learnt))
+        return self._sums[learnt]
 
     def _combined(self, mask: Tensor | None, bias: Tensor, *, learnt: bool) -> Tensor:
         """The bias where the mask allows it, as a fused kernel reads it: a copy, unless zeros meet no mask."""
@@ -132,5 +158,16 @@ class _Stack:
 
     def _feed_forward(self, name: str, h: Tensor) -> Tensor:
         walk, tape, p = self.walk, self.tape, self.walk.model.dropout
+        if walk.case.chained:
+            return self._feed_forward_chained(name, h)
         x = tape.dropout(tape.from_output(walk.linear(f"{name}.wi", self._norm(h))), p)
         return tape.like(h, tape.dropout(walk.linear(f"{name}.wo", x), p))
+
+    def _feed_forward_chained(self, name: str, h: Tensor) -> Tensor:
+        walk, tape = self.walk, self.tape
+        wi, wo = Linears(walk, f"{name}.wi"), Linears(walk, f"{name}.wo")
+        bits = not walk.again_mlp and not wo.reads_inputs(True)
+        onward: list[Piece] = [ReLU(walk) if bits else Activation(walk), Dropout(walk), wo, Dropout(walk)]
+        if walk.again_mlp:
+            return tape.like(h, *run(tape, Chain(Norm(walk), wi, *onward), h))
+        return tape.like(h, *run(tape, Chain(*onward), *run(tape, Chain(Norm(walk), wi), h)))

@@ -33,10 +33,34 @@ def fuse_blocks(model: nn.Module, policies: str | Sequence[str]) -> int:
     """Puts every block of a known family onto chains, in place; returns how many.
 
     `policies`: one of `POLICIES` for all blocks, or one for each (T5: the encoder's, then the decoder's). A block of
-    another family keeps its own forward pass, which one line in the log says; with `mlp` or `attn+mlp` it is refused.
-    ValueError for an unknown policy, as many as there are no blocks, or one that the model does not have.
+    another family keeps its own forward pass, which one line in the log says. ValueError as `check_policies`.
     """
-    from llmsys.models.surgery import blocks, recompute_blocks
+    from llmsys.models.surgery import recompute_blocks
+
+    found = check_policies(model, policies)
+    if any(policy == "block" for _, _, policy in found):
+        recompute_blocks(model, [policy == "block" for _, _, policy in found])
+    for block, family, policy in found:
+        if getattr(block, "gradient_checkpointing", False) and policy != "block":
+            block.gradient_checkpointing = False  # type: ignore[assignment]  # a flag of GradientCheckpointingLayer
+        if family is not None:
+            module, _, mixin = family.partition(":")
+            kind: type[Fused] = getattr(importlib.import_module(f"llmsys.lorafa.blocks.{module}"), mixin)
+            fuse(block, kind, policy)
+    others = sorted({type(block).__name__ for block, family, _ in found if family is None})
+    if others or not found:
+        names = ", ".join(others) or "no family"
+        log.warning("blocks of %s keep their own forward pass: only their adapted layers save", names)
+    return sum(family is not None for _, family, _ in found)
+
+
+def check_policies(model: nn.Module, policies: str | Sequence[str]) -> list[tuple[nn.Module, str | None, str]]:
+    """Every block of `model` with where its chains are, None where its family has none, and its policy.
+
+    ValueError for an unknown policy, as many as there are no blocks, or one that the model does not have: `mlp` and
+    `attn+mlp` cut within a block, so its family has to be known.
+    """
+    from llmsys.models.surgery import blocks
 
     found = [block for _, block in blocks(model)]
     each = [policies] * max(len(found), 1) if isinstance(policies, str) else list(policies)
@@ -51,21 +75,7 @@ def fuse_blocks(model: nn.Module, policies: str | Sequence[str]) -> int:
         )
     if found and len(each) != len(found):
         raise ValueError(f"recompute: names {len(each)} blocks, and {type(model).__name__} has {len(found)}")
-    if "block" in each:
-        recompute_blocks(model, [policy == "block" for policy in each])
-    for block, family, policy in zip(found, families, each, strict=False):
-        if getattr(block, "gradient_checkpointing", False) and policy != "block":
-            block.gradient_checkpointing = False  # type: ignore[assignment]  # a flag of GradientCheckpointingLayer
-        if family is not None:
-            module, _, mixin = family.partition(":")
-            kind: type[Fused] = getattr(importlib.import_module(f"llmsys.lorafa.blocks.{module}"), mixin)
-            fuse(block, kind, policy)
-    fused = sum(family is not None for family in families)
-    if fused < max(len(found), 1):
-        others = {type(block).__name__ for block, known in zip(found, families, strict=True) if known is None}
-        names = ", ".join(sorted(others)) or "no family"
-        log.warning("blocks of %s keep their own forward pass: only their adapted layers save", names)
-    return fused
+    return list(zip(found, families, each, strict=False))
 
 
 def _family(block: Any) -> str | None:

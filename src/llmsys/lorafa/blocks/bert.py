@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmsys.lorafa.blocks.block import Fused, asks_for_attentions, hidden_dropout
@@ -29,7 +28,7 @@ from llmsys.lorafa.pieces.activation import Activation
 from llmsys.lorafa.pieces.join import Beside, Branch, Residual
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.norm import LayerNorm
-from llmsys.lorafa.pieces.piece import Chain, Piece, run
+from llmsys.lorafa.pieces.piece import Chain, Piece, run, uncompiled
 
 
 class BertBlock(Fused):
@@ -45,7 +44,7 @@ class BertBlock(Fused):
     output: Any
     is_decoder: bool
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(
         self,
         hidden_states: Tensor,

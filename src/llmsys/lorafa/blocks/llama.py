@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmsys.lorafa.blocks.block import Fused, asks_for_attentions
@@ -25,7 +24,7 @@ from llmsys.lorafa.blocks.kernel import attend, beside, heads
 from llmsys.lorafa.pieces.activation import Activation
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.norm import RMSNorm
-from llmsys.lorafa.pieces.piece import Chain, Piece, run
+from llmsys.lorafa.pieces.piece import Chain, Piece, run, uncompiled
 
 
 class LlamaBlock(Fused):
@@ -36,7 +35,7 @@ class LlamaBlock(Fused):
     self_attn: Any
     mlp: Any
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(
         self,
         hidden_states: Tensor,

@@ -12,9 +12,10 @@ Kept in bf16, over (batch x length x D) bytes, apart from z (2R/D a layer), lse 
     attn+mlp       4                                      2                                 the same
 
 and once for all of a decoder's blocks the encoder's output (2l), where one of them reads it: under `attn+mlp`, or
-where its A is trained. Once for all blocks of a stack, too, the sum of position bias and mask. Dropout on the
-probabilities takes a CPU's fused kernel away: instead of out and lse nothing is kept (6I/D for 8I/D, 2I/D for 4I/D;
-with a trained A as before), and the scores are computed again.
+where its A is trained. Once for all blocks of a stack, too, the sum of position bias and mask, and under `attn+mlp` and
+`block` the bias itself, which the first block makes and hands to the others. Dropout on the probabilities takes a CPU's
+fused kernel away: instead of out and lse nothing is kept (6I/D for 8I/D, 2I/D for 4I/D; with a trained A as before),
+and the scores are computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from llmsys.lorafa.pieces.activation import Activation, kind
 from llmsys.lorafa.pieces.join import Beside, run_apart
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.norm import T5Norm
-from llmsys.lorafa.pieces.piece import Chain, Piece, run
+from llmsys.lorafa.pieces.piece import Chain, Piece, run, uncompiled
 from llmsys.lorafa.pieces.relu import ReLU
 
 
@@ -42,7 +43,7 @@ class T5Block(Fused):
     layer: Any
     is_decoder: bool
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(
         self,
         hidden_states: Tensor,

@@ -14,14 +14,32 @@ does not read its inputs in the backward pass: of the last layer of a chain noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Extra = Tensor | int
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """As `torch.compiler.disable`: under `torch.compile` a call into uncompiled code, at which the graph breaks. That
+    imports the compiler where it decorates, which takes a second of a process that may never compile; this does not.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        out: R = torch.compiler.disable(function)(*args, **kwargs)  # only ever traced, in the compiler's process
+        return out
+
+    return called
 
 
 class Piece(Protocol):
@@ -63,7 +81,7 @@ def run(piece: Piece, *inputs: Tensor) -> Any:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-@torch.compiler.disable
+@uncompiled
 def _run(piece: Piece, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     trained = piece.trained()
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (*inputs, *trained)):
