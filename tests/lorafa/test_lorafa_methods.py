@@ -1,5 +1,5 @@
-"""`method=lora` and `method=lorafa` from the command line: every setting of the configuration is one of the adapter that
-is trained, and what A was does not depend on an interruption."""
+"""`method=lora` and `method=lorafa` from the command line: every setting of the configuration is one of the adapter
+that is trained, and what A was does not depend on an interruption."""
 
 from __future__ import annotations
 
