@@ -124,7 +124,9 @@ def finish(record: Record, name: str, turns: Turns, warmup: int, out: Path) -> R
         summary |= {prefix + key: round(value, 4) for key, value in overhead(ours, peer).items()}
         for side, values in (("ours", ours), ("peer", peer)):
             samples[f"{prefix}{side}_step_ms"] = [round(ms, 4) for ms in values]
-    result = dataclasses.replace(record, name=name, task="benchmark", summary=summary, samples=samples, files={})
+    config = {**record.config, "results": "results"}  # not where this machine had its temporary files
+    parts: dict[str, Any] = {"config": config, "summary": summary, "samples": samples, "files": {}}
+    result = dataclasses.replace(record, name=name, task="benchmark", **parts)
     folder = out / name / record.run_id
     folder.mkdir(parents=True, exist_ok=True)
     result.write(folder)
