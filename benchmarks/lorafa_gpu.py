@@ -183,9 +183,14 @@ def table(cells: list[Cell], key: str) -> str:
         texts = []
         for column in columns:
             cell = found.get((name, *column), {"status": "–"})
-            texts.append(f"{cell[key]:,.3f}" if key in cell else cell["status"])
+            texts.append(short(cell[key]) if key in cell else cell["status"])
         rows.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(rows)
+
+
+def short(value: float) -> str:
+    """Four digits, or a whole number."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def main(words: Sequence[str]) -> job.Record:
@@ -198,10 +203,11 @@ def main(words: Sequence[str]) -> job.Record:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a cell")
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
     asked = parser.parse_args(words)
     names = asked.only.split(",")
     shape = SMALL if asked.small else MODEL
-    where = [f"hardware.device={asked.device}", "name=lorafa_gpu", "data=synthetic"]
+    where = [f"hardware.device={asked.device}", "name=lorafa_gpu", "data=synthetic", f"train.threads={asked.threads}"]
     run = job.make(compose.compose([*shape, *where]))
     config = schema.build(run.config)
     torch.set_num_threads(config.train.threads)
@@ -221,7 +227,7 @@ def main(words: Sequence[str]) -> job.Record:
     for cell in bench.cells:
         key = f"{cell['subject']}|{cell['variant']}|{cell['batch']}x{cell['length']}"
         numbers = {k: v for k, v in cell.items() if isinstance(v, float)}
-        summary |= {f"{key}|{k}": round(v, 5) for k, v in numbers.items()}
+        summary |= {f"{key}|{k}": round(v, 8) for k, v in numbers.items()}
         summary[f"{key}|oom"] = int(cell["status"] == "oom")
     record = job.Record(
         name="lorafa_gpu",

@@ -4,7 +4,9 @@ the numbers are those of one rank; A is what was drawn, before and after; and an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import pytest
 import torch
 
 import rank_runs as base
+from llmsys import compose, models, schema
 from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.context import Context
-from llmsys.lorafa import basis
+from llmsys.lorafa import basis, load_adapter, store
 from llmsys.lorafa.targets import adapted, shape
+from llmsys.models import weights
 from rank_pool import ENGINES, Pool
 
 HERE = "test_lorafa_engines"
@@ -29,6 +33,7 @@ HEAD = 2 * 16 * 64
 """Elements of the head's input: micro-batch x length x width."""
 SHARED = [name for name in ENGINES if name != "tp"]
 QUICK = ("zero3", "fsdp2")
+IDS = torch.arange(16)[None] * 7
 BF16 = ["model.dtype=bf16", "train.precision=bf16"]
 
 
@@ -45,7 +50,8 @@ def by_engine(quick: tuple[str, ...] = QUICK) -> list[Any]:
 
 
 def run(place: Place, results: str, overrides: list[str], stop_after: int | None = None) -> dict[str, Any]:
-    """`rank_runs.run`, and of the model that it leaves: each A's hash, and that of what the seed draws."""
+    """`rank_runs.run`, and of the model that it leaves: each A's hash, and that of what the seed draws; and some logits
+    of one that was saved, computed as the engine has cut it."""
     torch.nn.functional.linear = torch._C._nn.linear  # an earlier ZeRO-3 run has left its own in this process
     contexts: list[Context] = []
     found = base.run(place, results, [*TINY, *overrides], stop_after, contexts)
@@ -58,6 +64,10 @@ def run(place: Place, results: str, overrides: list[str], stop_after: int | None
         if config.init == "orthonormal" and not config.train_a:
             drawn = basis.draw(config.init, config.r, shape(layer)[1], config.seed, path)
             found["drawn"][path] = basis.fingerprint(drawn)
+    found["logits"] = None
+    if (Path(found["out"]) / "weights").exists():
+        with torch.no_grad():
+            found["logits"] = model.eval()(input_ids=IDS).logits[0].tolist()
     return found
 
 
@@ -89,23 +99,35 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def finished(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Engine -> the run of `reference` on two ranks, with every policy in the model; saved."""
+
+    @functools.cache
+    def of(engine: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(engine)
+        return shared(pool, folder, "method=lorafa", MIXED, *ENGINES[engine], "train.save_final=true")
+
+    return of
+
+
+@pytest.fixture(scope="module")
 def mixed(reference: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One rank, every policy: the losses are equal, bit for bit."""
-    found = alone(tmp_path_factory.mktemp("mixed"), "method=lorafa", MIXED)
+    found = alone(tmp_path_factory.mktemp("mixed"), "method=lorafa", MIXED, "train.save_final=true")
     assert found["losses"] == reference["losses"]
     return found
 
 
 @pytest.mark.parametrize("engine", by_engine())
 def test_two_ranks_compute_what_one_computes(
-    pool: Pool, reference: dict[str, Any], mixed: dict[str, Any], engine: str, tmp_path: Path
+    finished: Callable[[str], dict[str, Any]], reference: dict[str, Any], mixed: dict[str, Any], engine: str
 ) -> None:
     """Losses to 1e-5 (1e-4 with offload) of one rank that computes nothing again, with every policy in the model.
 
     And the bytes that are saved: DeepSpeed replaces `torch.nn.functional.linear` by one that keeps the input of a
     frozen layer too, for which peft's LoRA-FA saves nothing under ZeRO-3. Here it is at work in the head alone.
     """
-    found = shared(pool, tmp_path, "method=lorafa", MIXED, *ENGINES[engine])
+    found = finished(engine)
     tolerance = 1e-4 if "offload" in engine else 1e-5
     assert found["losses"] == pytest.approx(reference["losses"], rel=tolerance)
     assert found["norms"] == pytest.approx(reference["norms"], rel=10 * tolerance)
@@ -114,6 +136,28 @@ def test_two_ranks_compute_what_one_computes(
     for key in ("trainable_params", "total_params"):
         assert found["summary"][key] == reference["summary"][key]
     assert found["summary"]["saved_bytes"] == mixed["summary"]["saved_bytes"] + (4 * HEAD if "zero3" in engine else 0)
+
+
+@pytest.mark.parametrize("engine", ["local", *by_engine()])
+def test_what_a_run_leaves_is_its_model(
+    finished: Callable[[str], dict[str, Any]], mixed: dict[str, Any], engine: str
+) -> None:
+    """`load_adapter` on the base model, in a process without ranks, gives the logits that the engine's own model has at
+    the end. A is not in the file, and a run cannot begin from adapters as from a whole model."""
+    found = mixed if engine == "local" else finished(engine)
+    folder = Path(found["out"]) / "weights"
+    torch.nn.functional.linear = torch._C._nn.linear
+    cfg = schema.build(compose.compose(["method=lorafa", *base.TINY, *TINY])).model
+    model = models.load(cfg, objective="causal_lm", num_labels=0, device=torch.device("cpu"), seed=0, folder=None)
+    with torch.no_grad():
+        assert not torch.allclose(model.eval()(input_ids=IDS).logits[0], torch.tensor(found["logits"]), atol=1e-3)
+        logits = load_adapter(model, folder).eval()(input_ids=IDS).logits[0]
+    torch.testing.assert_close(logits, torch.tensor(found["logits"]), rtol=1e-5, atol=1e-5)
+    assert {path: basis.fingerprint(layer.adapter.a) for path, layer in adapted(model)} == found["a"]
+    assert not any(name.endswith(".A") for name in store.read(folder / store.FILE)[1])
+    again = dataclasses.replace(cfg, weights="run:tuned")
+    with pytest.raises(ValueError, match=r"^model.weights=run:tuned: that run left adapters, not a whole model; .*$"):
+        weights.find(again, "results", lambda name: Path(found["out"]))
 
 
 @pytest.mark.slow
@@ -138,7 +182,7 @@ def test_no_engine_adds_to_what_a_block_saves(
 def cut(place: Place, overrides: list[str]) -> dict[str, Any]:
     """A step of two micro-batches under ZeRO-3, which here forgets gathered weights as soon as it may. How many of each
     block are gathered when a block begins, forward or computed again, and how many of all after both passes."""
-    from llmsys import compose, schema, wiring
+    from llmsys import wiring
     from llmsys.models import blocks, load
     from llmsys.schema import recompute
     from llmsys.train import optimizer
@@ -181,8 +225,7 @@ def cut(place: Place, overrides: list[str]) -> dict[str, Any]:
                 left.append(gathered(model))
         engine.step(loss.reshape(1), 1.0)
         moved = [bool((engine.full(p) != b).any()) for p, b in zip(engine.trained, before, strict=True)]
-        weights = sum(1 for _ in whole[0].parameters())
-        return {"there": there, "left": left, "moved": moved, "weights": weights}
+        return {"there": there, "left": left, "moved": moved, "weights": sum(1 for _ in whole[0].parameters())}
 
 
 @pytest.mark.parametrize("recompute", [MIXED, "train.recompute=block"])

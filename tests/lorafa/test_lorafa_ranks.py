@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from adapter_harness import MLP, TARGETS, learnt, matrices, mlp
 from torch.nn.parallel import DistributedDataParallel
 
+from llmsys import schema
+from llmsys.comm.place import Place
 from llmsys.lorafa import (
     LoRAFAConfig,
     assert_same_across_ranks,
@@ -25,6 +28,8 @@ from llmsys.lorafa import (
     set_adapter,
     unmerge,
 )
+from llmsys.lorafa.basis import fingerprint
+from llmsys.lorafa.methods import LoRAFA
 from rank_pool import Pool
 
 
@@ -159,3 +164,35 @@ def saved(place: Any, folder: str) -> list[str]:
 def test_names_in_a_file_are_those_inside_ddp(pool: Pool, tmp_path: Path) -> None:
     (a, b) = pool.call("test_lorafa_ranks:saved", str(tmp_path))
     assert a == b == [f"{layer}.adapters.default.A" for layer in TARGETS]
+
+
+def prepared(place: Any, case: str) -> dict[str, str]:
+    """What `method=lorafa` makes of a model that is not the same on both ranks: A and what follows from it, or what the
+    rank is told."""
+    config = schema.LoRA(kind="lorafa", r=3, targets=list(TARGETS))
+    if case != "seed":
+        config = dataclasses.replace(config, init=case, correction="closed_form", share_a=True)
+    made = MLP()
+    made.first.weight.data.add_(float(place.rank))
+    made.second.weight.data.mul_(1 + place.rank * torch.arange(32))
+    method = LoRAFA(config, seed=place.rank if case == "seed" else 0)
+    try:
+        method.prepare(made, [{"x": torch.ones(1, 16).cumsum(1) ** (1 + place.rank) * torch.eye(16)}])
+    except ValueError as error:
+        return {"told": str(error)}
+    return {name: fingerprint(buffer) for name, buffer in made.named_buffers()}
+
+
+def test_the_method_compares_a_that_is_drawn(pool: Pool) -> None:
+    told = {"told": "A of first (default) is not the same on all ranks: 2 of 2 differ"}
+    assert pool.call("test_lorafa_ranks:prepared", "seed") == [told, told]
+
+
+@pytest.mark.parametrize("init", ["weight_svd", "pca"])
+def test_the_method_sends_a_that_is_computed(pool: Pool, init: str) -> None:
+    """Of weights or of batches that are not quite equal on two machines: all have rank 0's."""
+    first, second = pool.call("test_lorafa_ranks:prepared", init)
+    assert first == second
+    assert sum(name.endswith(".A") for name in first) == sum(name.endswith(".inverse") for name in first) == 2
+    alone = prepared(Place(rank=1, world=2), init)
+    assert not {*alone.values()} & {*first.values()}, "else there was nothing to send"

@@ -224,6 +224,8 @@ def test_which_weights_are_trained() -> None:
     full.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
     assert linear_weights_trained(full)
     assert not linear_weights_trained(adapted("none"))
+    for kind in ("lora", "lorafa"):
+        assert not linear_weights_trained(wiring.method(schema.LoRA(kind=kind, r=4)).prepare(make("none")))
     assert not linear_weights_trained(make("nf4"))
 
 

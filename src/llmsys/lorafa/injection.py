@@ -89,7 +89,7 @@ def _first(path: str, layers: Mapping[str, Any]) -> str:
     group: tuple[str, ...] = next((group for group in GROUPS if own in group), (own,))
     if "EncDecAttention" in parent:  # whose query reads the decoder
         group = tuple(other for other in group if (other == "q") == (own == "q"))
-    return next(other for other in (f"{parent}.{sibling}" for sibling in group) if other in layers)
+    return next(other for other in (f"{parent}{'.' * bool(parent)}{sibling}" for sibling in group) if other in layers)
 
 
 def _matrices(

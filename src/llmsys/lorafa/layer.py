@@ -96,6 +96,11 @@ class Adapter(nn.Module):
         """Makes a seeded A (of the owner), in place, the draw number `epoch`, and what follows from A too."""
         r, n = self.a.shape
         self.a.copy_(basis.draw(self.config.init, r, n, self.config.seed, self.owner.path, epoch))
+        self.follow()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Makes what follows from A, in place, that of the A that is here now: for whoever has written another."""
         if self.inverse is not None:
             self.inverse.copy_(self._inverse())
 
@@ -111,6 +116,7 @@ class Adapter(nn.Module):
             if len(self.past) != before:
                 self.redraw(len(self.past))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.follow()
 
     def extra_repr(self) -> str:
         return f"r={self.config.r}, alpha={self.config.alpha}, init={self.config.init}"

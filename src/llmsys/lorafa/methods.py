@@ -72,6 +72,8 @@ class LoRAFA:
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         copy_into(self.state(model), state)
+        for _, layer in adapted(model):
+            layer.adapter.follow()
 
     def save(self, state: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
         """`adapter.safetensors`, which `load_adapter` puts beside the base model, and `meta` as `weights.json`."""

@@ -142,6 +142,8 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
         for what in ("A", "B", "bias"):
             if key(path, what) in contents:
                 getattr(adapter, what).copy_(contents[key(path, what)])
+    for layer in layers.values():
+        layer.adapters[name].follow()
     for path in header.modules:
         for what, parameter in _module(inner, path).named_parameters():
             parameter.copy_(contents[f"{path}.{what}"])

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from llmsys import schema
 from llmsys.models.surgery import BLOCK, is_linear, is_transposed
 
 log = logging.getLogger(__name__)
+
+ADAPTER = re.compile(r"\.lora_|\.adapters\.")
 
 # On some CPUs bitsandbytes warns, when it is imported (peft does), that a kernel for 4-bit inference is not installed:
 # one that is never called here.
@@ -69,10 +72,10 @@ def quantise(model: nn.Module, cfg: schema.Model, device: torch.device) -> list[
 def linear_weights_trained(model: nn.Module) -> bool:
     """Whether a weight matrix of the blocks is trained: False where only adapters, heads or norms are.
 
-    Adapters are known by `lora_` in their names, which peft's layers and ours share.
+    Adapters are known by their names: `lora_` in those of peft's layers, `.adapters.` in ours.
     """
     return any(
-        parameter.requires_grad and parameter.ndim >= 2 and BLOCK.search(name) and "lora_" not in name
+        parameter.requires_grad and parameter.ndim >= 2 and BLOCK.search(name) and not ADAPTER.search(name)
         for name, parameter in model.named_parameters()
     )
 
