@@ -39,12 +39,16 @@ from llmsys.lorafa.ledger.columns import Column
 Coefficients = dict[str, float]
 
 
-def coefficients(model: schema.Transformer, column: Column) -> Coefficients | None:
-    """By origin; None where there is no formula: what torch.compile keeps, and T5, whose position bias costs bytes
-    that do not grow with the batch."""
-    if column.compiled or model.family == "t5":
+def coefficients(
+    model: schema.Transformer, train: schema.Train, column: Column, block: str = ""
+) -> Coefficients | None:
+    """By origin, of an inner block (T5: of the stack that `block` is in). None where there is no formula: for what
+    torch.compile keeps, and for T5 in full, whose trained position bias leaves a CPU no fused kernel."""
+    if column.compiled or (model.family == "t5" and column.name == "full"):
         return None
     shape = Shape(model, column)
+    if model.family == "t5":
+        return t5(shape, train, decoder=block.startswith("decoder"))
     if column.ours:
         return ours(shape)
     return {"llama": llama, "bert": bert, "roberta": bert}[model.family](shape)
@@ -64,6 +68,7 @@ class Shape:
         self.rho = adapter.r / self.d if adapter else 0.0
         self.a = 4 if adapter and adapter.dtype == "fp32" else self.w
         self.dropout = adapter is not None and adapter.dropout > 0
+        self.ours = column.ours
         self.shared = isinstance(method, schema.LoRA) and method.share_a
 
     @property
@@ -80,7 +85,7 @@ def llama(s: Shape) -> Coefficients:
         "attention": s.attention + s.w * trained,
         "mlp": 3 * s.w * s.phi + (s.w + s.w * s.phi) * trained,
     }
-    return found if trained else {**found, **_peft(s, narrow=6, layers=7, shared_inputs=2)}
+    return found if trained else {**found, **_peft(s, reads=6 + s.phi, layers=7, unshared=2 + s.phi)}
 
 
 def bert(s: Shape) -> Coefficients:
@@ -92,42 +97,66 @@ def bert(s: Shape) -> Coefficients:
         "attention": s.attention + s.w * trained,
         "mlp": s.w * s.phi + (s.w + s.w * s.phi) * trained,
     }
-    return found if trained else {**found, **_peft(s, narrow=5, layers=6, shared_inputs=2)}
+    return found if trained else {**found, **_peft(s, reads=5 + s.phi, layers=6, unshared=2 + s.phi)}
 
 
-def _peft(s: Shape, *, narrow: int, layers: int, shared_inputs: int) -> Coefficients:
-    """Of peft's adapters on `layers` modules: `narrow` of them read D numbers a row and one F. Uncast and without
-    dropout the narrow ones read `shared_inputs` tensors, and attention's output, which is kept anyway."""
-    read = s.a * (narrow + s.phi)
-    if s.a == s.w and not s.dropout:
-        read = s.a * (shared_inputs + s.phi)
-    found = {"adapter": layers * s.a * s.rho + read * (s.kind == "lora_peft")}
+def t5(s: Shape, train: schema.Train, *, decoder: bool) -> Coefficients:
+    """A block of either stack, over the stack's own length; lambda = source / target length for keys and values across.
+
+    Its norm keeps x and, where x is narrower, the fp32 copy; ReLU its output, which is the input of `wo`; SDPA its copy
+    of the position bias, H L^2 numbers for the whole batch: w eta L / B. Ours: x; the bias once for all blocks; of ReLU
+    a bit an element, or its input where a trained A reads its output.
+    """
+    length, across = (train.target_length, train.length / train.target_length) if decoder else (train.length, 0.0)
+    norms = 3 if decoder else 2
+    attention = s.attention + decoder * (s.w * (2 + 2 * across) + 4 * s.eta)
+    layers = 8 + 2 * across if decoder else 6
+    if not s.ours:
+        found = {
+            "norm": norms * (4 + s.w * (s.w < 4) + 4 / s.d),
+            "attention": attention + s.w * s.eta * length / train.micro_batch,
+            "mlp": s.w * s.phi,
+        }
+        return {**found, **_peft(s, reads=layers - 1 + s.phi, layers=layers, unshared=norms)}
+    if s.policy == "block":
+        return {"input": float(s.w)}
+    if s.shared:
+        layers = 6 + across if decoder else 4
+    kept = s.w * s.phi if s.kind == "lora" else s.phi / 8
+    return {
+        "norm": norms * (s.w + 4 / s.d),
+        "attention": attention if s.policy != "attn+mlp" else 0.0,
+        "mlp": kept if s.policy == "none" else 0.0,
+        "adapter": layers * s.w * s.rho,
+    }
+
+
+def _peft(s: Shape, *, reads: float, layers: float, unshared: float) -> Coefficients:
+    """Of peft's adapters on `layers` modules, which read `reads` D numbers a row: all of them copies where adapters are
+    wider than the model or have dropout, else only the `unshared` ones, which nothing but adapters keeps."""
+    own = unshared if s.a == s.w and not s.dropout else reads
+    found = {"adapter": layers * s.a * s.rho + s.a * own * (s.kind == "lora_peft")}
     if s.dropout:
-        found["dropout"] = s.a * (narrow + s.phi)
+        found["dropout"] = s.a * reads
     return found
 
 
 def ours(s: Shape) -> Coefficients:
-    """Our blocks. A trained A keeps nothing that is not kept already, but for BERT's block input, which no norm of its
-    own block reads; dropout keeps a seed."""
+    """Our blocks of LLaMA and BERT. A trained A keeps nothing that is not kept already, but for BERT's block input,
+    which no norm of its own block reads; dropout keeps a seed."""
     if s.policy == "block":
         return {"input": float(s.w)}
-    llama = s.family == "llama"
-    gates = 2 if llama else 1
-    inputs = 4  # of attention's projections, `o`, the MLP's first layers, its last
-    modules = inputs if s.shared else inputs + 2 + (gates - 1)
+    is_llama = s.family == "llama"
+    gates = 2 if is_llama else 1
+    modules = 4 if s.shared else 5 + gates
     found = {
-        "norm": 2 * (s.w + 4 / s.d) if llama else 2 * (s.w + 2 * s.w / s.d),
-        "attention": s.attention,
-        "mlp": gates * s.w * s.phi,
+        "norm": 2 * (s.w + 4 / s.d) if is_llama else 2 * (s.w + 2 * s.w / s.d),
+        "attention": s.attention if s.policy != "attn+mlp" else 0.0,
+        "mlp": gates * s.w * s.phi if s.policy == "none" else 0.0,
         "adapter": modules * s.w * s.rho,
     }
-    if s.policy in ("mlp", "attn+mlp"):
-        found["mlp"] = 0.0
-    if s.policy == "attn+mlp":
-        found["attention"] = 0.0
-    if not llama and s.kind == "lora":
+    if not is_llama and s.kind == "lora":
         found["adapter"] += s.w
-    elif not llama and s.policy == "attn+mlp":
+    elif not is_llama and s.policy == "attn+mlp":
         found["attention"] = float(s.w)
     return found

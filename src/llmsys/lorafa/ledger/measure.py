@@ -45,12 +45,15 @@ class Measured:
 
 
 def measure(model: schema.Transformer, train: schema.Train, column: Column, backend: str) -> Measured:
-    """`model` is small and has two blocks a stack. RuntimeError where torch.compile fails."""
+    """Of the last block of each stack of `model`, which is small; compiled, of a block of both together.
+
+    RuntimeError where torch.compile fails.
+    """
     start = time.perf_counter()
     if column.compiled:
-        deeper = dataclasses.replace(model, num_layers=3)
-        two, three = (_compiled(shape, train, column, backend) for shape in (model, deeper))
-        found = Measured(blocks={"": {"compiled": three - two}})
+        deeper = dataclasses.replace(model, num_layers=model.num_layers + 1)
+        fewer, more = (_compiled(shape, train, column, backend) for shape in (model, deeper))
+        found = Measured(blocks={"": {"compiled": more - fewer}})
     else:
         found = _eager(model, train, column)
     return dataclasses.replace(found, seconds=time.perf_counter() - start)
@@ -76,9 +79,9 @@ def _eager(model: schema.Transformer, train: schema.Train, column: Column) -> Me
         alive = live.now - loss.nbytes
         live.mark()
         loss.backward()
-    stacks = (origins.blocks[1::2]) if model.family == "t5" else origins.blocks[1:2]
+    last = origins.blocks[model.num_layers - 1 :: model.num_layers]  # of each stack
     return Measured(
-        blocks={name: origins.by_origin(name) for name in stacks},
+        blocks={name: origins.by_origin(name) for name in last},
         outside=origins.by_origin(""),
         hooks=hooks,
         live=alive,

@@ -15,8 +15,12 @@ VOCABULARY = 64
 """Of a cut model: its logits are not what a block keeps."""
 
 
+LAYERS = {"t5": 3}
+"""Blocks a stack; the last is the inner one. T5's second keeps position biases that serve all behind it too."""
+
+
 def cut(model: schema.Transformer, r: int, width: int) -> tuple[schema.Transformer, int]:
-    """(the model with two blocks a stack, no dropout and the most heads that make it no wider than `width`; its r).
+    """(the model with few blocks, no dropout and the most heads that make it no wider than `width`; its r).
 
     Where no such number of heads leaves all ratios whole, the fewest that do. r is rounded, to at least 1.
     """
@@ -36,7 +40,7 @@ def cut(model: schema.Transformer, r: int, width: int) -> tuple[schema.Transform
         intermediate_size=int(share * model.intermediate_size),
         num_heads=int(share * model.num_heads),
         num_kv_heads=int(share * model.num_kv_heads),
-        num_layers=2,
+        num_layers=LAYERS.get(model.family, 2),
         vocab_size=VOCABULARY,
         dropout=0.0,
         weights="random",
