@@ -41,7 +41,7 @@ def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
         for dropout in (0.0, task.dropout):
             made = columns(r, dropout, compiled=task.backend != "none", share_a=method.share_a)
             for column in made:
-                context.beat(phase=f"measure {heads} dropout={dropout:g} {column.name}")  # type: ignore[arg-type]
+                context.beat()
                 found = _measured(small, config.train, column, task.backend, notes, f"{heads}/{dropout:g}")
                 summary |= found
         for column in columns(method.r, 0.0, compiled=False, share_a=method.share_a):
