@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -73,7 +72,6 @@ def _eager(model: schema.Transformer, train: schema.Train, column: Column) -> Me
     finally:
         origins.close()
     assert hooks == origins.total()
-    gc.collect()
     with Live() as live:
         loss = built(**inputs).loss
         alive = live.now - loss.nbytes
