@@ -130,7 +130,7 @@ def _ledger(config: Config) -> None:
     if not isinstance(model, Transformer) or model.family not in CUT_FAMILIES:
         raise ValueError(f"model.family={model.family}: the ledger is for {', '.join(CUT_FAMILIES)}")
     if method.kind != "lorafa" or not isinstance(method, LoRA):
-        raise ValueError(f"method.kind={method.kind}: the ledger compares all of them; method=lorafa says r and share_a")
+        raise ValueError(f"method.kind={method.kind}: the ledger has all methods; method=lorafa says r and share_a")
     for key, value, only in (
         ("model.quant", model.quant, "none"),
         ("model.attention", model.attention, "sdpa"),

@@ -1,5 +1,7 @@
 """What each way to fine-tune keeps from the forward to the backward pass: measured, derived, and predicted.
 
+Four numbers stand beside each other, which have to agree:
+
     measured     by saved-tensor hooks, each storage once and weights left out, in a model of two blocks on a CPU that
                  has the asked model's ratios; by origin, of an inner block, over (batch x length x width)
     closed form  of the same, as formulas of the shape (`closed`)

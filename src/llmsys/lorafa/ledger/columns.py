@@ -1,5 +1,7 @@
 """The ways to fine-tune that the ledger compares, all at one low-rank width r.
 
+In the order of the tables:
+
     full                      every weight
     peft_lora                 peft's LoRA as it comes: adapters in fp32, beside a bf16 model too
     peft_lora_bf16            the same with adapters in the model's dtype
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 
 from llmsys import schema
 from llmsys.schema.recompute import POLICIES
+from llmsys.schema.task import COLUMNS
 
 FULL = schema.Method(kind="full")
 
@@ -51,4 +54,5 @@ def columns(r: int, dropout: float, *, compiled: bool, share_a: bool = False) ->
     for kind in ("lora", "lorafa"):
         method = schema.LoRA(kind=kind, r=r, alpha=2.0 * r, dropout=dropout, share_a=share_a)
         found += [Column(name=f"{kind}/{policy}", method=method, policy=policy) for policy in POLICIES]
+    assert [column.name for column in found] == [n for n in COLUMNS if compiled or not n.endswith("_compiled")]
     return found

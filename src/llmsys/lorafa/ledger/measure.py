@@ -29,6 +29,10 @@ METHODS: dict[str, Any] = {"full": Full, "lora_peft": LoRA, "lorafa_peft": PeftL
 CLASSES = 2
 
 
+class NotCompiled(Exception):
+    """torch.compile failed; its words."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Of one column. `blocks`: of the inner block of each stack (T5 has two), bytes by origin. `outside`: bytes by
@@ -46,7 +50,7 @@ class Measured:
 def measure(model: schema.Transformer, train: schema.Train, column: Column, backend: str) -> Measured:
     """Of the last block of each stack of `model`, which is small; compiled, of a block of both together.
 
-    RuntimeError where torch.compile fails.
+    NotCompiled where torch.compile fails.
     """
     start = time.perf_counter()
     if column.compiled:
@@ -95,8 +99,12 @@ def _compiled(model: schema.Transformer, train: schema.Train, column: Column, ba
     with _fresh_compiler():
         for _, block in blocks(built):
             block.compile(backend=backend)
-        built(**inputs).loss.backward()
-        return saved_tensors(built, lambda: built(**inputs).loss)
+        try:
+            built(**inputs).loss.backward()
+            return saved_tensors(built, lambda: built(**inputs).loss)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise NotCompiled(f"{type(error).__name__}: {lines[0]}") from error
 
 
 @contextlib.contextmanager

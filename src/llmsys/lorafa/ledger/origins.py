@@ -163,7 +163,8 @@ def _extras(piece: Piece, extras: Sequence[Extra]) -> Iterator[tuple[Tensor, str
 
 
 def _shares(extras: Sequence[Extra], sizes: Sequence[int]) -> list[Sequence[Extra]]:
-    left, found = list(extras), []
+    left = list(extras)
+    found: list[Sequence[Extra]] = []
     for size in sizes:
         found.append(left[:size])
         left = left[size:]

@@ -41,7 +41,9 @@ def whole(model: schema.Transformer, train: schema.Train, column: Column) -> dic
     return {"saved": parts.kept + parts.logits, "peak": peak}
 
 
-def freezing(model: schema.Transformer, train: schema.Train, lora: Column, lorafa: Column) -> dict[str, dict[str, float]]:
+def freezing(
+    model: schema.Transformer, train: schema.Train, lora: Column, lorafa: Column
+) -> dict[str, dict[str, float]]:
     """What `lora` and `lorafa` of ours need of each kind, at one r and one policy, whole model and one step on a GPU.
 
     `adapter_file`: what `save_adapter` writes, but for its header: a trained A, and B. `all_reduce`: bytes of gradients

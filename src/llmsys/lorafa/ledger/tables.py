@@ -1,13 +1,12 @@
-"""A record's numbers as tables: what is kept, against whom, what is alive, the whole model, and what freezing A buys."""
+"""A record's numbers as tables: what is kept, against whom, what is alive, whole models, and what freezing A buys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from llmsys.lorafa.ledger.columns import columns
+from llmsys.schema.task import COLUMNS as NAMES
 
 Summary = Mapping[str, float]
-NAMES = [column.name for column in columns(1, 0.0, compiled=True)]
 ORIGINS = ("norm", "attention", "mlp", "adapter", "dropout", "input", "compiled")
 PEERS = ("peft_lora", "peft_lora_bf16", "peft_lora_compiled", "peft_lora_bf16_compiled", "peft_lorafa")
 OURS = ("lora/none", "lorafa/none", "lorafa/mlp", "lorafa/attn+mlp")
@@ -142,8 +141,8 @@ def _freezing(summary: Summary) -> str:
     )
     params, peak = (round(summary[f"equal_rank/{key}"]) for key in ("params", "peak"))
     return (
-        f"{table}\n\nThe step's difference is dA's products alone. LoRA-FA trains as many parameters as LoRA of r = {r} "
-        f"at r = {params}, and has its total peak at r = {peak}."
+        f"{table}\n\nA step's difference is dA's products. LoRA-FA trains as many parameters as LoRA of r = {r} at r = "
+        f"{params}, and has its total peak at r = {peak}."
     )
 
 

@@ -31,7 +31,8 @@ TOLERANCE = 0.01
 def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
     """The record's summary, and `ledger.md` with its tables and what could not be made."""
     model, task, method = config.model, config.task, config.method
-    assert isinstance(model, schema.Transformer) and isinstance(task, schema.Ledger)
+    assert isinstance(model, schema.Transformer)
+    assert isinstance(task, schema.Ledger)
     assert isinstance(method, schema.LoRA), "`schema.coherence` has said so"
     summary: dict[str, float] = {}
     notes: list[str] = []
@@ -40,21 +41,27 @@ def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
         summary |= {f"shape/{heads}/{key}": value for key, value in _numbers(small, config.train, r).items()}
         for dropout in (0.0, task.dropout):
             # compiling takes longer than all else, so once: without dropout
-            made = columns(r, dropout, compiled=task.backend != "none" and not dropout, share_a=method.share_a)
-            for column in made:
+            for column in _columns(task, method, r, dropout, compiled=task.backend != "none" and not dropout):
                 context.beat()
                 found = _measured(small, config.train, column, task.backend, notes, f"{heads}/{dropout:g}")
                 summary |= found
-        for column in columns(method.r, 0.0, compiled=False, share_a=method.share_a):
+        for column in _columns(task, method, method.r, 0.0, compiled=False):
             parts = _closed(variant, config.train, column)
             if parts is not None:
                 summary[f"full/{heads}/{column.name}/total"] = sum(parts.values())
-    predictable = _predictable(summary, columns(method.r, 0.0, compiled=True, share_a=method.share_a), notes, model)
+    asked = _columns(task, method, method.r, 0.0, compiled=task.backend != "none")
+    predictable = _predictable(summary, asked, notes, model)
     summary |= _whole(config, task, predictable, notes)
     summary |= _freezing(config, task, predictable)
     text = tables.markdown(summary, model.name, notes)
     (context.out / "ledger.md").write_text(text, encoding="utf-8")
     return {"summary": summary, "files": {"tables": "ledger.md"}}
+
+
+def _columns(task: schema.Ledger, method: schema.LoRA, r: int, dropout: float, *, compiled: bool) -> list[Column]:
+    """Those that are asked for."""
+    found = columns(r, dropout, compiled=compiled, share_a=method.share_a)
+    return [column for column in found if not task.columns or column.name in task.columns]
 
 
 def _numbers(small: schema.Transformer, train: schema.Train, r: int) -> dict[str, float]:
@@ -73,18 +80,14 @@ def _numbers(small: schema.Transformer, train: schema.Train, r: int) -> dict[str
 def _measured(
     small: schema.Transformer, train: schema.Train, column: Column, backend: str, notes: list[str], where: str
 ) -> dict[str, float]:
-    from torch._dynamo.exc import TorchDynamoException
-
-    from llmsys.lorafa.ledger.measure import measure
+    from llmsys.lorafa.ledger.measure import NotCompiled, measure
 
     if small.family == "t5":
         train = dataclasses.replace(train, target_length=train.length)
     try:
         measured = measure(small, train, column, backend)
-    except TorchDynamoException as error:
-        if not column.compiled:
-            raise
-        notes.append(f"{where} {column.name}: not made: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    except NotCompiled as error:
+        notes.append(f"{where} {column.name}: not made: {error}")
         return {}
     unit = train.micro_batch * train.length * small.hidden_size
     found: dict[str, float] = {}
@@ -124,11 +127,11 @@ def _predictable(
     """The columns whose bytes of a block the cost model has right."""
     found = []
     for column in made:
-        measured = summary.get(f"block/mha/0/{column.name}/total")
-        cost = summary.get(f"block/mha/0/{column.name}/cost")
         if column.compiled:
             notes.append(f"{column.name}: measured alone, without dropout; the cost model knows no torch.compile")
-        elif measured is None or cost is None or abs(cost - measured) > TOLERANCE * measured:
+            continue
+        measured, cost = (summary[f"block/mha/0/{column.name}/{key}"] for key in ("total", "cost"))
+        if abs(cost - measured) > TOLERANCE * measured:
             notes.append(
                 f"{column.name}: not predicted: no estimate exists yet for {model.family} (the cost model keeps "
                 f"{cost:.2f} a block, measured are {measured:.2f})"
@@ -138,9 +141,7 @@ def _predictable(
     return found
 
 
-def _whole(
-    config: schema.Config, task: schema.Ledger, predictable: list[Column], notes: list[str]
-) -> dict[str, float]:
+def _whole(config: schema.Config, task: schema.Ledger, predictable: list[Column], notes: list[str]) -> dict[str, float]:
     model = config.model
     assert isinstance(model, schema.Transformer)
     found: dict[str, float] = {}
