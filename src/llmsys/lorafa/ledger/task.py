@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from llmsys.context import Context
 
 TOLERANCE = 0.01
-"""Between the cost model's bytes of a block and those measured: beyond it there is no prediction."""
+"""Between the cost model's bytes of a block and those measured: beyond it there is no prediction. Between live bytes and
+saved ones: beyond it there is a note."""
 
 
 def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
@@ -105,6 +106,9 @@ def _measured(
         found[f"{prefix}/cost"] = predict.kept_a_block(small, train, column) / unit
         parts = {"hooks": measured.hooks, "live": measured.live, "backward": measured.backward}
         found |= {f"live/{where}/{column.name}/{key}_bytes": value for key, value in parts.items()}
+        if abs(measured.live - measured.hooks) > TOLERANCE * measured.hooks:
+            beyond = measured.live - measured.hooks
+            notes.append(f"{where} {column.name}: {beyond} bytes are alive that hooks do not see")
         found |= {f"outside/{where}/{column.name}/{key}": value / unit for key, value in measured.outside.items()}
     return found
 
@@ -158,13 +162,14 @@ def _whole(config: schema.Config, task: schema.Ledger, predictable: list[Column]
 
 
 def _freezing(config: schema.Config, task: schema.Ledger, predictable: list[Column]) -> dict[str, float]:
-    """At the first batch size and the first length of the grid."""
+    """In one cell of the grid: its second batch size and length, where it has two."""
     model = config.model
     assert isinstance(model, schema.Transformer)
     by_name = {column.name: column for column in predictable}
     if not {"lora/none", "lorafa/none"} <= by_name.keys():
         return {}
-    train = predict.at(config.train, task.batches[0], min(task.lengths[0], model.max_length))
+    length = min(task.lengths[:2][-1], model.max_length)
+    train = predict.at(config.train, task.batches[:2][-1], length)
     pair = by_name["lora/none"], by_name["lorafa/none"]
     needs = predict.freezing(model, train, *pair)
     found = {f"freezing/{kind}/{key}": value for kind, parts in needs.items() for key, value in parts.items()}
