@@ -84,9 +84,18 @@ def submit(configs: Sequence[dict[str, Any]]) -> int:
         interrupted = True
     finally:
         results.show(records)
+        _show_tables(jobs, records)
     if interrupted:
         return 130
     return 0 if all(record.status in HARMLESS for record in records) else 1
+
+
+def _show_tables(jobs: Sequence[Job], records: Sequence[Record]) -> None:
+    """The tables that runs have made themselves: the file `tables` of a record."""
+    folders = {job.run_id: Path(job.out) for job in jobs}
+    for record in records:
+        if "tables" in record.files:
+            print("\n" + (folders[record.run_id] / record.files["tables"]).read_text(encoding="utf-8"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

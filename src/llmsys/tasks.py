@@ -6,7 +6,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-TASKS = {"train": "llmsys.train.task:train"}
+TASKS = {
+    "train": "llmsys.train.task:train",
+    "lorafa_ledger": "llmsys.lorafa.ledger.task:ledger",
+}
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 
 

@@ -26,10 +26,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 GIB = 2**30
 
 
-def saved_tensors(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+def saved_tensors(
+    model: nn.Module, forward: Callable[[], Tensor], noted: Callable[[Tensor], None] = lambda _: None
+) -> int:
     """Bytes that `forward` (a training forward of `model` that returns the loss) keeps for the backward pass.
 
-    Leaves the model, its gradients and torch's random streams as they were; no backward pass is run.
+    `noted` is told each tensor that counts, while the forward pass is where it is saved, and again where another
+    operator saves it too. Leaves the model, its gradients and torch's random streams as they were; no backward pass is
+    run.
     """
     device = next(model.parameters()).device
     seen: dict[tuple[str, int], int] = {}
@@ -43,6 +47,7 @@ def saved_tensors(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             if storage.data_ptr() not in own:
                 seen[str(plain.device), storage.data_ptr()] = storage.nbytes()
                 alive.append(plain)  # an address must not be handed out again while we count
+                noted(plain)
 
     def pack(tensor: Tensor) -> Tensor:
         note(tensor)

@@ -19,6 +19,7 @@ from llmsys.schema.data import Data
 from llmsys.schema.fields import one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.model import ConvNet, Model, Transformer
+from llmsys.schema.task import Ledger, Task
 from llmsys.schema.train import (
     CLOSED_FORM,
     DDP,
@@ -46,6 +47,7 @@ __all__ = [
     "Dispatch",
     "Engine",
     "Hardware",
+    "Ledger",
     "LoRA",
     "Method",
     "Model",
@@ -59,13 +61,6 @@ __all__ = [
     "build",
     "data_world",
 ]
-
-
-@dataclass(kw_only=True)
-class Task:
-    """Which function runs; see `llmsys.tasks`."""
-
-    kind: str = "train"
 
 
 @dataclass(kw_only=True)
@@ -100,7 +95,7 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "task": {"*": Task},
+    "task": {"train": Task, "lorafa_ledger": Ledger},
     "model": {"transformer": Transformer, "convnet": ConvNet},
     "data": {"*": Data},
     "train": {"*": Train},

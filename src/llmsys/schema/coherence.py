@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llmsys.schema import recompute
 from llmsys.schema.data import OBJECTIVES
 from llmsys.schema.model import ConvNet, Transformer
+from llmsys.schema.task import Ledger
 from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def check(config: Config) -> None:
     _recompute(config)
     _engine(config)
     _network(config)
+    _ledger(config)
 
 
 def _model(config: Config) -> None:
@@ -37,6 +39,8 @@ def _model(config: Config) -> None:
         raise ValueError("train.precision=fp32: with model.dtype=bf16 it must be bf16")
     if isinstance(model, Transformer) and train.length > model.max_length:
         raise ValueError(f"train.length={train.length}: model {model.name} takes at most {model.max_length}")
+    if isinstance(config.task, Ledger):
+        return  # which reads no data
     if model.objective not in OBJECTIVES[data.kind]:
         fitting = [kind for kind, objectives in OBJECTIVES.items() if model.objective in objectives]
         raise ValueError(
@@ -117,6 +121,28 @@ def _engine(config: Config) -> None:
         on_host = config.hardware.device == "cpu" or engine.offload != "none"
         if config.hardware.device != "auto" and not on_host:
             raise ValueError("engine.optimizer=cpu_adam: works in host memory: engine.offload=optimizer")
+
+
+def _ledger(config: Config) -> None:
+    if not isinstance(config.task, Ledger):
+        return
+    model, method, train = config.model, config.method, config.train
+    if not isinstance(model, Transformer) or model.family not in CUT_FAMILIES:
+        raise ValueError(f"model.family={model.family}: the ledger is for {', '.join(CUT_FAMILIES)}")
+    if method.kind != "lorafa" or not isinstance(method, LoRA):
+        raise ValueError(f"method.kind={method.kind}: the ledger has all methods; method=lorafa says r and share_a")
+    for key, value, only in (
+        ("model.quant", model.quant, "none"),
+        ("model.attention", model.attention, "sdpa"),
+        ("method.targets", method.targets, []),
+        ("train.recompute", train.recompute, "none"),
+        ("engine.kind", config.engine.kind, "local"),
+        ("train.precision", train.precision, model.dtype),
+    ):
+        if value != only:
+            raise ValueError(f"{key}={value}: the ledger is for {key}={only}")
+    if method.r > min(model.hidden_size, model.intermediate_size):
+        raise ValueError(f"method.r={method.r}: exceeds the width of model {model.name}, {model.hidden_size}")
 
 
 def _network(config: Config) -> None:
