@@ -207,8 +207,8 @@ class Comparison:
 
     def run(self, make: Make) -> None:
         """Has the base made, then whatever runs are still needed. KeyboardInterrupt and RuntimeError as of `Runs`."""
-        if self.family.base and "model.weights=random" not in self.asked.overrides:
-            make([(f"+exp={self.family.base}", f"results={self.asked.results}", "reuse=any")])
+        if not self._has_base():
+            make([self._base])
         while wanted := [
             words(self.family, each, GRID[i], TUNING_SEED, self.asked)
             for each in self.contestants
@@ -254,13 +254,23 @@ class Comparison:
         return {seed: record for seed, record in found.items() if record is not None and record.status == "ok"}
 
     def records(self) -> list[Record]:
-        """Of every run that is there."""
+        """Of every run that is there; none where the base they start from is yet to be made."""
+        if not self._has_base():
+            return []
         found = [
             record
             for each in self.contestants
             for record in (*self.searched(each).values(), *self.by_seed(each).values())
         ]
         return list({record.run_id: record for record in found}.values())
+
+    @property
+    def _base(self) -> Words:
+        return (f"+exp={self.family.base}", f"results={self.asked.results}", "reuse=any")
+
+    def _has_base(self) -> bool:
+        random = "model.weights=random" in self.asked.overrides
+        return self.family.base is None or random or fresh_runs.finished(self._base) is not None
 
     def _start(self, contestant: Contestant) -> int:
         return GRID.index(self.family.starts[contestant.method])
