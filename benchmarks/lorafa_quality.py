@@ -50,6 +50,8 @@ NAME = "lorafa_quality"
 RECORDS = Path(__file__).parent / "records"
 GRID = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 R, WIDER = 8, 32
+FEW = ("full", "lora", "lorafa_rank", "lorafa_memory")
+CONTESTANTS = (*FEW, "lorafa_params", f"lorafa_r{WIDER}", "lora_peft", "lorafa_peft_memory")
 TUNING_SEED = 100
 RATES_EXPECTED = 4
 """Rates that a contestant is trained at until its best is known, for the estimate of the time left."""
@@ -80,10 +82,11 @@ class Family:
 STARTS = {"full": 5e-4, "lora": 2e-3, "lora_peft": 2e-3, "lorafa": 5e-3}
 LOSS = {"metric": "val_loss", "unit": "nats a token", "higher": False, "margin": 0.02}
 WHOLE = ("train.checkpoint_every=0", "train.save_final=false")
+CAUSAL_BATCH = ("train.global_batch=4", "train.micro_batch=4")
 FAMILIES = {
     "encoder": Family(
         name="encoder",
-        overrides=("+exp=lorafa_minilm", "train.steps=120", "train.length=64", "baselines=[]", *WHOLE),
+        overrides=("+exp=lorafa_minilm", "train.steps=100", "train.length=64", "baselines=[]", *WHOLE),
         metric="accuracy",
         unit="%",
         higher=True,
@@ -93,14 +96,14 @@ FAMILIES = {
     ),
     "seq2seq": Family(
         name="seq2seq",
-        overrides=("+exp=lorafa_t5_docstrings", *WHOLE),
+        overrides=("+exp=lorafa_t5_docstrings", "train.steps=60", "data.max_val=128", *WHOLE),
         base="pretrain_t5_4m",
         starts=STARTS,
         **LOSS,  # type: ignore[arg-type]
     ),
     "causal": Family(
         name="causal",
-        overrides=("+exp=lorafa_llama_6m", *WHOLE),
+        overrides=("+exp=lorafa_llama_6m", "train.steps=60", *CAUSAL_BATCH, "data.max_val=128", *WHOLE),
         base="pretrain_llama_6m",
         starts=STARTS,
         **LOSS,  # type: ignore[arg-type]
@@ -129,8 +132,7 @@ def _width(r: int | None) -> Words:
 
 
 def contestants(family: Family, asked: argparse.Namespace) -> list[Contestant]:
-    """Who is compared in this family; the ranks are what the cost model makes of `R`. Without `--full` the first four
-    of the docstring's, with LoRA-FA at equal memory."""
+    """Who is compared in this family; the ranks are what the cost model makes of `R`."""
 
     def sizes(method: str, r: int | None = None) -> tuple[int, int]:
         return _sizes(_config((*family.overrides, f"method={method}", *_width(r), *asked.overrides)))
@@ -151,8 +153,7 @@ def contestants(family: Family, asked: argparse.Namespace) -> list[Contestant]:
         Contestant("lora_peft", "lora_peft", R, *lora_peft),
         *(Contestant(name, "lorafa", r, *by_r[r]) for name, r in ranks.items() if r in by_r),
     ]
-    few = ("full", "lora", "lorafa_rank", "lorafa_memory")
-    return [each for each in found if asked.full or each.name in few]
+    return [each for each in found if each.name in asked.contestants]
 
 
 @functools.cache
@@ -206,8 +207,8 @@ class Comparison:
 
     def run(self, make: Make) -> None:
         """Has the base made, then whatever runs are still needed. KeyboardInterrupt and RuntimeError as of `Runs`."""
-        if self.family.base and "model.weights=random" not in self.asked.overrides:
-            make([(f"+exp={self.family.base}", f"results={self.asked.results}", "reuse=any")])
+        if not self._has_base():
+            make([self._base])
         while wanted := [
             words(self.family, each, GRID[i], TUNING_SEED, self.asked)
             for each in self.contestants
@@ -253,13 +254,23 @@ class Comparison:
         return {seed: record for seed, record in found.items() if record is not None and record.status == "ok"}
 
     def records(self) -> list[Record]:
-        """Of every run that is there."""
+        """Of every run that is there; none where the base they start from is yet to be made."""
+        if not self._has_base():
+            return []
         found = [
             record
             for each in self.contestants
             for record in (*self.searched(each).values(), *self.by_seed(each).values())
         ]
         return list({record.run_id: record for record in found}.values())
+
+    @property
+    def _base(self) -> Words:
+        return (f"+exp={self.family.base}", f"results={self.asked.results}", "reuse=any")
+
+    def _has_base(self) -> bool:
+        random = "model.weights=random" in self.asked.overrides
+        return self.family.base is None or random or fresh_runs.finished(self._base) is not None
 
     def _start(self, contestant: Contestant) -> int:
         return GRID.index(self.family.starts[contestant.method])
@@ -326,6 +337,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="every family and contestant, and paired seeds")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), help="default: encoder; with --full all")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: four; with --full all")
     parser.add_argument("--seeds", type=int, help="paired seeds at the best rate (default: 5 with --full, else none)")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of a run")
@@ -336,6 +348,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--override", dest="overrides", nargs="+", default=[], help="settings of every run: KEY=VALUE")
     asked = parser.parse_args(argv)
     asked.families = asked.families or (["causal", "encoder", "seq2seq"] if asked.full else ["encoder"])
+    asked.contestants = asked.contestants or (CONTESTANTS if asked.full else FEW)
     asked.seeds = (5 if asked.full else 0) if asked.seeds is None else asked.seeds
     return asked
 
