@@ -19,16 +19,17 @@ CPU = torch.device("cpu")
 
 
 def config(mem_gib: float | None = None, text: str = "auto", **changes: Any) -> schema.Config:
-    made = harness.config("lorafa_peft", model__num_layers=6, train__steps=2, train__save_final=False, **changes)
+    settings = {"model__num_layers": 6, "train__steps": 2, "train__save_final": False, **changes}
+    made = harness.config("lorafa_peft", **settings)
     made.method = schema.LoRA(kind="lorafa", r=4, dropout=0.1)
     made.train.recompute, made.train.lr_by_method["lorafa"] = text, 1e-3
     made.hardware.mem_gib = mem_gib
     return made
 
 
-def peak(text: str) -> float:
+def peak(text: str, **changes: Any) -> float:
     """GiB with which `text` just fits."""
-    return checks.kinds_and_peak(config(text=text), CPU)[1] / (1 - checks.SPARE) / checks.GIB * 1.0001
+    return checks.kinds_and_peak(config(text=text, **changes), CPU)[1] / (1 - checks.SPARE) / checks.GIB * 1.0001
 
 
 def test_a_run_is_the_same_with_less_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -48,6 +49,22 @@ def test_a_run_is_the_same_with_less_memory(tmp_path: Path, caplog: pytest.LogCa
     assert found["none"]["saved_bytes"] > found["mixed"]["saved_bytes"] > found["block"]["saved_bytes"]
     for key in ("loss", "val_loss"):
         assert found["none"][key] == found["mixed"][key] == found["block"][key]
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("t5", marks=pytest.mark.slow), "gpt2"])
+def test_every_family_can_be_fitted(tmp_path: Path, family: str) -> None:
+    """With the same loss, in the memory that lies between no recomputation and the most."""
+    changes: dict[str, Any] = {"family": family, "train__steps": 1}
+    least = "block" if family == "gpt2" else "attn+mlp"
+    tight = (peak("none", **changes) + peak(least, **changes)) / 2
+    found = [
+        harness.run(tmp_path / name, config(mem, **changes))["summary"]
+        for name, mem in (("whole", 8.0), ("tight", tight))
+    ]
+    assert "blocks_none" not in found[0]
+    assert sum(count for key, count in found[1].items() if key.startswith("blocks_")) == 6 * (1 + (family == "t5"))
+    assert found[0]["saved_bytes"] > found[1]["saved_bytes"]
+    assert found[0]["loss"] == found[1]["loss"]
 
 
 def test_what_cannot_fit_is_refused_as_the_leanest_and_what_can_is_offered() -> None:

@@ -32,9 +32,11 @@ def config(kind: str = "full", family: str = "llama", **overrides: Any) -> schem
     data = schema.Data(num_examples=16)
     if family == "bert":
         data = schema.Data(kind="code_packages", labels=["core", "geometry", "matrices"], max_train=96, max_val=48)
+    if family == "t5":
+        data = schema.Data(kind="code_docstrings", max_train=32, max_val=16)
     result = schema.Config(
         task=schema.Task(),
-        model=schema.Transformer(family=family),
+        model=schema.Transformer(family=family, tie_embeddings=family == "t5"),
         data=data,
         train=schema.Train(steps=6, length=32, lr_by_method=dict(RATES)),
         method=method,
