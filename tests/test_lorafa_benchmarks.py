@@ -18,7 +18,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import side_by_side
 
     words = ["--size", "tiny", "--rounds", "2", "--warmup", "1", "--threads", "1", "--out", str(tmp_path)]
-    record = lorafa_speed.main(words)
+    record = lorafa_speed.main([*words, "--only", "peft_lora,peft_lorafa,lorafa/none,lorafa/mlp"])
     assert record.summary["lorafa/none:peft_lora_wall_ratio"] > 0
     printed = capsys.readouterr().out
     side_by_side.main([str(tmp_path)])

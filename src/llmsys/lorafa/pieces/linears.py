@@ -33,7 +33,7 @@ class Linears:
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> None:
         self.layers = [_Layer(layer) for layer in layers]
-        kind = self.layers[0].kind
+        kind = self.layers[0].module.weight.device.type
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         self.slots: dict[int, _Layer] = {}  # one layer for each distinct A
         for layer in self.layers:
@@ -98,11 +98,12 @@ class Linears:
             adapter = layer.adapter
             if adapter is None:
                 continue
-            if adapter.b.requires_grad:
+            b = adapter.b
+            if b.requires_grad:
                 db = adapter.corrected(rows.T @ z[layer.slot].flatten(0, -2))
-                found[id(adapter.b)] = db.to(adapter.b.dtype).mul_(adapter.scale)
+                found[id(b)] = db.to(b.dtype).mul_(adapter.scale)
             if wanted or layer.a_trained:
-                share = (rows @ adapter.b.to(rows.dtype)).mul_(adapter.scale)
+                share = (rows @ b.to(rows.dtype)).mul_(adapter.scale)
                 dz[layer.slot] = dz[layer.slot].add_(share) if layer.slot in dz else share
         if self.reads_inputs(wanted):
             assert inputs is not None
@@ -130,30 +131,36 @@ class Linears:
 
 class _Layer:
     """One frozen linear layer of any kind: `nn.Linear`, transformers' Conv1D, or a quantised one with `product` and
-    `dequantised` (see `llmsys.models.quant_layers`)."""
+    `dequantised` (see `llmsys.models.quant_layers`).
+
+    One is made for each forward pass. What an `nn.Module` is asked for costs a microsecond each time, as much as a small
+    product: what cannot change until the backward pass is asked for once, weights are read where they are used.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.adapter: Adapter | None = getattr(module, "adapter", None)
+        self.owner = None if self.adapter is None else self.adapter.owner
         self.slot = 0
         self.p = self.adapter.dropout if self.adapter is not None and module.training else 0.0
-        self.transposed = is_transposed(module)
-        self.kind = str(self.module.weight.device.type)
-        self.bias_trained = self.bias is not None and self.bias.requires_grad
+        self.stored = _stored(module)
+        bias = self._bias()
+        self.biased = bias is not None
+        self.bias_trained = bias is not None and bias.requires_grad
+        self.a_trained = self.owner is not None and self.owner.A.requires_grad
 
     @property
     def bias(self) -> Any:
         """The adapter's own, or the layer's."""
+        return self._bias() if self.biased else None
+
+    def _bias(self) -> Any:
         own = None if self.adapter is None else self.adapter.bias
         return self.module.bias if own is None else own
 
     def a(self, dtype: torch.dtype) -> Tensor:
-        assert self.adapter is not None
-        return self.adapter.a.to(dtype)
-
-    @property
-    def a_trained(self) -> bool:
-        return self.adapter is not None and self.adapter.a.requires_grad
+        assert self.owner is not None
+        return self.owner.A.to(dtype)
 
     def trained(self) -> list[Tensor]:
         found = [self.bias] if self.bias_trained else []
@@ -163,11 +170,11 @@ class _Layer:
 
     def __call__(self, x: Tensor, z: dict[int, Tensor]) -> Tensor:
         module, adapter = self.module, self.adapter
-        bias: Any = None if self.bias is None else self.bias.to(x.dtype)
-        if hasattr(module, "dequantised"):
+        bias: Any = self.bias.to(x.dtype) if self.biased else None
+        if self.stored == "packed":
             y: Tensor = module.product(x)
             y = y if bias is None else y + bias
-        elif self.transposed:
+        elif self.stored == "transposed":
             y = torch.addmm(bias, x.flatten(0, -2), module.weight.to(x.dtype)).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, module.weight.to(x.dtype), bias)
@@ -180,10 +187,22 @@ class _Layer:
     def back(self, dy: Tensor, dx: Tensor | None) -> Tensor:
         """dx + dy W, in place where there is a dx; dy [T, M]."""
         module = self.module
-        if hasattr(module, "dequantised"):
+        if self.stored == "packed":
             weight = module.dequantised(dy.dtype)
-        elif self.transposed:
+        elif self.stored == "transposed":
             weight = module.weight.to(dy.dtype).T
         else:
             weight = module.weight.to(dy.dtype)
         return dy @ weight if dx is None else dx.addmm_(dy, weight)
+
+
+_STORED: dict[type, str] = {}
+
+
+def _stored(module: nn.Module) -> str:
+    """How a layer's class keeps its weight: `plain` [M, N], `transposed` or `packed` in few bits."""
+    kind = type(module)
+    if kind not in _STORED:
+        packed = hasattr(module, "dequantised")
+        _STORED[kind] = "packed" if packed else "transposed" if is_transposed(module) else "plain"
+    return _STORED[kind]
