@@ -151,6 +151,7 @@ def test_a_cut_shape_has_the_models_ratios() -> None:
     assert (small.hidden_size, small.num_heads, small.num_kv_heads, r) == (1024, 8, 1, 1), "one of 8 keys is the least"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, where it loads its compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo reads of every tensor at a graph break
 def test_compiled_peft_is_measured_too() -> None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from llmsys.context import Context
 
 TOLERANCE = 0.01
-"""Between the cost model's bytes of a block and those measured: beyond it there is no prediction. Between live and saved
-bytes: beyond it there is a note."""
+"""Between the cost model's bytes of a block and those measured: beyond it there is no prediction. Between live bytes
+and saved ones: beyond it there is a note."""
 
 
 def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
