@@ -9,8 +9,10 @@
                  `train.loss=chunked` the gradients, already made, of the head's input and of its weight if trained
 
 What of the first four a rank has is the engine's matter: `engines`. `lora_peft` trains A and B; `lorafa_peft` trains B,
-with A frozen, so no adapted layer keeps its input (arXiv 2308.03303, section 3.2). Both train a text classifier's head
-too, which is new. `majority` trains nothing and `probe` nothing that passes through the model.
+with A frozen, so no adapted layer keeps its input (arXiv 2308.03303, section 3.2). `lora` and `lorafa` run the blocks
+of LLaMA, BERT, RoBERTa and T5 as chains of pieces, and GPT-2's adapted layers as pieces one by one (`pieces`,
+`chains`). All train a text classifier's head too, which is new. `majority` trains nothing and `probe` nothing that
+passes through the model.
 
 The sum is `accounted_bytes` of a record: what is there from a forward pass to its backward pass. Under
 `train.recompute=block` a block keeps only its inputs.
