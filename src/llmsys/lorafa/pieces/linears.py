@@ -133,7 +133,7 @@ class _Layer:
     """One frozen linear layer of any kind: `nn.Linear`, transformers' Conv1D, or a quantised one with `product` and
     `dequantised` (see `llmsys.models.quant_layers`).
 
-    One is made for each forward pass. What an `nn.Module` is asked for costs a microsecond each time, as much as a small
+    One is made for each forward pass. Asking an `nn.Module` for something costs a microsecond, as much as a small
     product: what cannot change until the backward pass is asked for once, weights are read where they are used.
     """
 
