@@ -104,8 +104,9 @@ def t5(s: Shape, train: schema.Train, *, decoder: bool) -> Coefficients:
     """A block of either stack, over the stack's own length; lambda = source / target length for keys and values across.
 
     Its norm keeps x and, where x is narrower, the fp32 copy; ReLU its output, which is the input of `wo`; SDPA its copy
-    of the position bias, H L^2 numbers for the whole batch: w eta L / B. Ours: x; the bias once for all blocks; of ReLU
-    a bit an element, or its input where a trained A reads its output.
+    of the position bias, H L^2 numbers for the whole batch: w eta L / B (transformers 5.17 makes none in an encoder
+    without a mask). Ours: x; the bias once for all blocks; of ReLU a bit an element, or its input where a trained A
+    reads its output.
     """
     length, across = (train.target_length, train.length / train.target_length) if decoder else (train.length, 0.0)
     norms = 3 if decoder else 2

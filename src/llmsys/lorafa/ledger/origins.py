@@ -68,7 +68,8 @@ class Origins:
     def noted(self, tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
         self._times[address] += 1
-        if address not in self._first:
+        # torch's checkpoint notes a block's input too, before (2.11) or after the block is entered
+        if address not in self._first or (self.all_in and not self._first[address][0]):
             self._first[address] = self._place()
             self._bytes[address] = tensor.untyped_storage().nbytes()
 
