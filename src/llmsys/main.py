@@ -91,11 +91,12 @@ def submit(configs: Sequence[dict[str, Any]]) -> int:
 
 
 def _show_tables(jobs: Sequence[Job], records: Sequence[Record]) -> None:
-    """The tables that runs have made themselves: the file `tables` of a record."""
+    """The tables that runs have made themselves: the file `tables` of a record, where it is still there."""
     folders = {job.run_id: Path(job.out) for job in jobs}
     for record in records:
-        if "tables" in record.files:
-            print("\n" + (folders[record.run_id] / record.files["tables"]).read_text(encoding="utf-8"))
+        file = folders[record.run_id] / record.files.get("tables", "")
+        if file.is_file():
+            print("\n" + file.read_text(encoding="utf-8"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -151,6 +151,9 @@ def test_a_cut_shape_has_the_models_ratios() -> None:
     assert (small.hidden_size, small.num_heads, small.num_kv_heads, r) == (1024, 8, 1, 1), "one of 8 keys is the least"
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, where it loads its compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo reads of every tensor at a graph break
 def test_compiled_peft_is_measured_too() -> None:
     """What inductor's partitioner keeps: less than eager, more than our blocks."""
     kept = measure(tiny(), TRAIN, column("peft_lora_compiled"), "aot_eager_decomp_partition").blocks[""]["compiled"]
@@ -180,6 +183,14 @@ def test_what_freezing_buys_is_what_the_products_and_matrices_of_a_cost(tmp_path
     equal = predict.equal_rank(model, train, *pair)
     assert equal["params"] == r * (inputs + outputs) // outputs
     assert r < equal["peak"] <= 64
+
+
+def test_what_cannot_be_compiled_is_a_note_and_no_number() -> None:
+    notes: list[str] = []
+    assert task_module._measured(tiny(), TRAIN, column("peft_lora_compiled"), "no_such", notes, "mha/0") == {}
+    assert len(notes) == 1
+    assert "peft_lora_compiled: not made: InvalidBackend" in notes[0]
+    assert "no_such" in notes[0]
 
 
 def test_where_the_cost_model_is_wrong_there_is_no_prediction() -> None:

@@ -97,14 +97,13 @@ def _compiled(model: schema.Transformer, train: schema.Train, column: Column, ba
 
     built, inputs = build(model, column), batch(model, train)
     with _fresh_compiler():
-        for _, block in blocks(built):
-            block.compile(backend=backend)
         try:
+            for _, block in blocks(built):
+                block.compile(backend=backend)
             built(**inputs).loss.backward()
             return saved_tensors(built, lambda: built(**inputs).loss)
         except torch._dynamo.exc.TorchDynamoException as error:
-            lines = str(error).strip().splitlines() or [""]
-            raise NotCompiled(f"{type(error).__name__}: {lines[0]}") from error
+            raise NotCompiled(" ".join([type(error).__name__, *str(error).split("\n")[:2]])) from error
 
 
 @contextlib.contextmanager

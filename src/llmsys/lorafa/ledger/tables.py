@@ -75,9 +75,10 @@ def _block(summary: Summary, where: str) -> str:
         if dropout == "0":
             cells.append(_number(summary.get(f"full/{heads}/{name}/total")))
         rows.append(cells)
+    both = " of the encoder and one of the decoder" if f"shape/{heads}/stacks" in summary else ""
     last = ["at the model's own shape"] if dropout == "0" else []
     return _table(
-        f"## Saved by a block, bytes over (batch x length x width): {_title(summary, where)}",
+        f"## Saved by a block{both}, bytes over (batch x length x width): {_title(summary, where)}",
         ["", *origins, "total", "closed form", "measured / closed", *last],
         rows,
     )

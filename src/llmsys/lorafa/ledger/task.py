@@ -14,7 +14,6 @@ Everything that a table shows is in the record's summary, under keys of parts jo
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from llmsys.context import Context
 
 TOLERANCE = 0.01
-"""Between the cost model's bytes of a block and those measured: beyond it there is no prediction. Between live bytes and
-saved ones: beyond it there is a note."""
+"""Between the cost model's bytes of a block and those measured: beyond it there is no prediction. Between live bytes
+and saved ones: beyond it there is a note."""
 
 
 def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
@@ -35,19 +34,20 @@ def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
     assert isinstance(model, schema.Transformer)
     assert isinstance(task, schema.Ledger)
     assert isinstance(method, schema.LoRA), "`schema.coherence` has said so"
+    train = predict.at(config.train, config.train.micro_batch, config.train.length)
     summary: dict[str, float] = {}
     notes: list[str] = []
     for heads, variant in shapes.variants(model).items():
         small, r = shapes.cut(variant, method.r, task.width)
-        summary |= {f"shape/{heads}/{key}": value for key, value in _numbers(small, config.train, r).items()}
+        summary |= {f"shape/{heads}/{key}": value for key, value in _numbers(small, train, r).items()}
         for dropout in (0.0, task.dropout):
             # compiling takes longer than all else, so once: without dropout
             for column in _columns(task, method, r, dropout, compiled=task.backend != "none" and not dropout):
                 context.beat()
-                found = _measured(small, config.train, column, task.backend, notes, f"{heads}/{dropout:g}")
+                found = _measured(small, train, column, task.backend, notes, f"{heads}/{dropout:g}")
                 summary |= found
         for column in _columns(task, method, method.r, 0.0, compiled=False):
-            parts = _closed(variant, config.train, column)
+            parts = _closed(variant, train, column)
             if parts is not None:
                 summary[f"full/{heads}/{column.name}/total"] = sum(parts.values())
     asked = _columns(task, method, method.r, 0.0, compiled=task.backend != "none")
@@ -75,6 +75,7 @@ def _numbers(small: schema.Transformer, train: schema.Train, r: int) -> dict[str
         "r": r,
         "batch": train.micro_batch,
         "length": train.length,
+        **({"stacks": 2} if small.family == "t5" else {}),
     }
 
 
@@ -83,8 +84,6 @@ def _measured(
 ) -> dict[str, float]:
     from llmsys.lorafa.ledger.measure import NotCompiled, measure
 
-    if small.family == "t5":
-        train = dataclasses.replace(train, target_length=train.length)
     try:
         measured = measure(small, train, column, backend)
     except NotCompiled as error:
