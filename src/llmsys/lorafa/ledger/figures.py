@@ -17,7 +17,7 @@ GB = 1e9
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#b5b5b5")
 """Of the origins, in their order."""
 POLICY_COLOURS = {"none": "#4c72b0", "mlp": "#55a868", "attn+mlp": "#c44e52", "block": "#8172b3"}
-PEER_STYLES = {
+PEER_STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#333333", "linestyle": ":"},
     "peft_lora": {"color": "#dd8452", "linestyle": ":"},
     "peft_lora_bf16": {"color": "#b8a000", "linestyle": ":"},
@@ -26,11 +26,16 @@ PEER_STYLES = {
 
 
 def smallest_of_families(records: Sequence[Record]) -> list[Record]:
-    """One record of each family of models, that of the narrowest one: a block's bytes hardly depend on the width."""
+    """One record of each family of models, that of the narrowest one: bytes over the width hardly depend on it."""
     found: dict[str, Record] = {}
-    for record in sorted(records, key=lambda each: each.config["model"]["hidden_size"]):
+    for record in _ordered(records):
         found.setdefault(record.config["model"]["family"], record)
     return list(found.values())
+
+
+def _ordered(records: Sequence[Record]) -> list[Record]:
+    """By family, and in one by width."""
+    return sorted(records, key=lambda each: (each.config["model"]["family"], each.config["model"]["hidden_size"]))
 
 
 def blocks(records: Sequence[Record]) -> Any:
@@ -39,7 +44,7 @@ def blocks(records: Sequence[Record]) -> Any:
     In bytes over (batch x length x width), as measured; the black line is the closed form's total.
     """
     panels = []
-    for record in records:
+    for record in _ordered(records):
         wheres = list(dict.fromkeys(tuple(k.split("/")[1:3]) for k in record.summary if k.startswith("block/")))
         for heads in dict.fromkeys(heads for heads, _ in wheres):
             panels.append([(record, heads, dropout) for other, dropout in wheres if other == heads])
@@ -86,7 +91,7 @@ def _bars(axes: Any, summary: Mapping[str, float], where: str) -> set[str]:
 def whole(records: Sequence[Record], what: str) -> Any:
     """Predicted `what`, `saved` or `peak`, of whole models over the batch: a row a model, a panel a length; in GB."""
     panels: dict[str, dict[int, dict[str, list[tuple[int, float]]]]] = {}
-    for record in records:
+    for record in _ordered(records):
         for key, nbytes in record.summary.items():
             if key.startswith("whole/") and key.endswith(f"/{what}_bytes"):
                 cell, name = key.removeprefix("whole/").removesuffix(f"/{what}_bytes").split("/", 1)
@@ -103,25 +108,25 @@ def whole(records: Sequence[Record], what: str) -> Any:
                 axes.plot(*zip(*sorted(lines[name]), strict=True), marker="o", markersize=3, **_style(name))
                 drawn.add(name)
             axes.set_title(f"{model}, length {length}", fontsize=10)
+            axes.set_xlabel("batch")
             axes.set_ylim(bottom=0)
             axes.set_xticks(sorted({batch for points in lines.values() for batch, _ in points}))
             axes.grid(alpha=0.3)
         for axes in axes_row[len(row) :]:
             axes.set_visible(False)
         axes_row[0].set_ylabel({"saved": "saved tensors, GB", "peak": "total peak, GB"}[what])
-    for axes in grid[-1]:
-        axes.set_xlabel("batch")
     handles = [_line(name, **_style(name)) for name in SHOWN if name in drawn]
     figure.legend(handles=handles, loc="outside upper center", ncols=5)
     return figure
 
 
-def _style(name: str) -> dict[str, str]:
-    """Peers dotted, ours with A trained dashed and with A frozen solid, in the colour of their policy."""
+def _style(name: str) -> dict[str, Any]:
+    """Peers dotted; ours in their policy's colour, with A trained broad and pale, so that A frozen shows on top."""
     if name in PEER_STYLES:
         return PEER_STYLES[name]
     method, policy = name.split("/")
-    return {"color": POLICY_COLOURS[policy], "linestyle": "-" if method == "lorafa" else "--"}
+    broad = {"linewidth": 6, "alpha": 0.3} if method == "lora" else {}
+    return {"color": POLICY_COLOURS[policy], **broad}
 
 
 def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
