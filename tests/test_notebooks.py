@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -109,3 +111,37 @@ def test_nothing_to_draw_is_said() -> None:
     for draw in (lambda: figures.blocks([]), lambda: figures.whole([], "peak")):
         with pytest.raises(ValueError, match=r"\+exp=lorafa_ledger"):
             draw()
+
+
+def test_the_comparison_goes_before_the_older_experiments(tmp_path: Path) -> None:
+    """A family with runs in `lorafa_quality` is drawn from it; the encoder without any, from the older experiments."""
+    import quality_figures
+    from llmsys.job import Record
+
+    for name in (quality_figures.RATES, quality_figures.SEEDS):
+        shutil.copytree(ROOT / "benchmarks" / "records" / name, tmp_path / name)
+    families = {
+        name: {"name": name, "metric": "val_loss", "unit": "nats", "higher": False} for name in ("causal", "encoder")
+    }
+    summary, samples = {}, {}
+    for key, rates, seeds in (("causal/lora", [1e-3, 2e-3], [0, 1]), ("encoder/lora", [], [])):
+        summary |= {f"{key}/accounted_bytes": 3.0 * 2**20, f"{key}/lr": 1e-3}
+        samples |= {f"{key}/rates": rates, f"{key}/by_rate": [1.5, 1.7][: len(rates)], f"{key}/diverged": [5e-2]}
+        samples |= {f"{key}/seeds": seeds, f"{key}/by_seed": [1.4, 1.8][: len(seeds)]}
+    samples["encoder/lora/diverged"] = []
+    config = {"families": families, "grid": [1e-3, 2e-3, 5e-2]}
+    folder = tmp_path / quality_figures.QUALITY / "one"
+    folder.mkdir(parents=True)
+    whole = Record(name=quality_figures.QUALITY, run_id="one", task="benchmark", status="ok", config=config)
+    dataclasses.replace(whole, summary=summary, samples=samples).write(folder)
+
+    found = quality_figures.comparisons(tmp_path)
+    assert [each.family["name"] for each in found] == ["causal", "encoder"]
+    assert [each.source == quality_figures.QUALITY for each in found] == [True, False]
+    assert set(found[1].lines) == {"full", "lora_peft", "lorafa_peft"}
+    point = quality_figures.over_memory(found).axes[0].lines[0]
+    assert (*point.get_xdata(), *point.get_ydata()) == pytest.approx((3.0, 1.6))
+    curve = quality_figures.over_rates(found).axes[0].lines[0]
+    assert list(zip(*curve.get_data(), strict=True)) == [(1e-3, 1.5), (2e-3, 1.7)]  # and no point for 5e-2
+    with pytest.raises(ValueError, match="lorafa_quality"):
+        quality_figures.over_rates([])
