@@ -86,7 +86,7 @@ CAUSAL_BATCH = ("train.global_batch=4", "train.micro_batch=4")
 FAMILIES = {
     "encoder": Family(
         name="encoder",
-        overrides=("+exp=lorafa_minilm", "train.steps=100", "train.length=64", "baselines=[]", *WHOLE),
+        overrides=("+exp=lorafa_minilm", "train.steps=50", "train.length=64", "baselines=[]", *WHOLE),
         metric="accuracy",
         unit="%",
         higher=True,
