@@ -20,9 +20,9 @@ from llmsys.lorafa.pieces.piece import run
 from llmsys.lorafa.pieces.scores import Scores
 
 _ADDITIVE: Any = WeakTensorKeyDictionary()
-"""Boolean mask -> (dtype, the float mask)."""
+"""Boolean mask -> ((dtype, its state), the float mask)."""
 _BIASED: Any = WeakTensorKeyDictionary()
-"""Position bias -> (the mask added to it, dtype, causal, their sum)."""
+"""Position bias -> ((the mask added to it, dtype, causal, their state), the mask, their sum)."""
 
 
 def heads(x: Tensor, width: int) -> Tensor:
@@ -90,25 +90,36 @@ def computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a boolean mask lets through, -inf elsewhere, as SDPA makes it."""
-    found = _ADDITIVE.get(mask)
-    if found is None or found[0] != dtype:
-        made = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
-        _ADDITIVE[mask] = found = (dtype, made)
-    made = found[1]
+    state = _state(mask)
+    found = None if state is None else _ADDITIVE.get(mask)
+    if found is not None and found[0] == (dtype, state):
+        made: Tensor = found[1]
+        return made
+    made = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    if state is not None:
+        _ADDITIVE[mask] = ((dtype, state), made)
     return made
+
+
+def _state(*tensors: Tensor | None) -> tuple[int, ...] | None:
+    """Which of their contents tensors have: it counts up when they are written to. None where nobody counts, and what
+    is made must not be kept: under `torch.inference_mode`."""
+    if torch.is_inference_mode_enabled() or any(t is not None and t.is_inference() for t in tensors):
+        return None
+    return tuple(-1 if t is None else t._version for t in tensors)
 
 
 def _biased(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor:
     """Bias [1, H, L, L'] and mask as one additive mask, as transformers makes it in each block."""
     from transformers.integrations.sdpa_attention import create_position_bias_mask
 
-    dtype = computed(q.dtype, q.device)
-    key = (None if mask is None else id(mask), dtype, causal)
-    found = _BIASED.get(bias)
+    dtype, state = computed(q.dtype, q.device), _state(bias, mask)
+    key = (None if mask is None else id(mask), dtype, causal, state)
+    found = None if state is None else _BIASED.get(bias)
     if found is not None and found[0] == key and (mask is None or found[1]() is mask):
         made: Tensor = found[2]
         return made
     made = create_position_bias_mask(bias, mask, causal, q, k).contiguous().to(dtype)
-    if made is not bias:  # else it would keep itself alive
+    if made is not bias and state is not None:  # else it would keep itself alive
         _BIASED[bias] = (key, None if mask is None else weakref.ref(mask), made)
     return made

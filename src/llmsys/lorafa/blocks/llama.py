@@ -15,6 +15,7 @@ Mistral's, Qwen2's and Qwen3's blocks are the same; Qwen3 keeps for its two more
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -55,11 +56,18 @@ class LlamaBlock(Fused):
             return whole
         assert position_embeddings is not None, "transformers' model computes the rotation once for all blocks"
         cache, (cos, sin) = self.cache(past_key_values), position_embeddings
-        p = attention.attention_dropout if self.training else 0.0
+        p, learnt = attention.attention_dropout if self.training else 0.0, _learnt(attention)
         x = x + self.attend(
             functools.partial(_core, attention, p, cache),
             p,
-            {"cos": cos, "sin": sin, "mask": attention_mask, "position_ids": position_ids, **kwargs},
+            {
+                "cos": cos,
+                "sin": sin,
+                "mask": attention_mask,
+                "position_ids": position_ids,
+                **learnt,
+                **kwargs,
+            },
             Chain(RMSNorm(self.input_layernorm), Linears([attention.q_proj, attention.k_proj, attention.v_proj])),
             Linears([attention.o_proj]),
             x,
@@ -70,6 +78,20 @@ class LlamaBlock(Fused):
         if self.again_mlp:
             return x + run(Chain(*into, *onward), x)
         return x + run(Chain(*onward), *run(Chain(*into), x))
+
+
+def _learnt(attention: Any) -> dict[str, Tensor]:
+    """The weights of the heads' norms that are trained: where attention is computed again, they get their gradient as
+    what it is given does."""
+    weights = {name: getattr(attention, name).weight for name in ("q_norm", "k_norm") if hasattr(attention, name)}
+    return {name: weight for name, weight in weights.items() if weight.requires_grad}
+
+
+def _head_norm(norm: Any, weight: Tensor | None) -> RMSNorm:
+    """`norm`, with `weight` in place of its own where there is one."""
+    if weight is None:
+        return RMSNorm(norm)
+    return RMSNorm(SimpleNamespace(weight=weight, variance_epsilon=norm.variance_epsilon))
 
 
 def _core(
@@ -88,7 +110,8 @@ def _core(
     """q [B, L, H W], k, v [B, L, kv W] -> [B, L, H W]."""
     q, k, v = (heads(x, module.head_dim) for x in (q, k, v))
     if hasattr(module, "q_norm"):  # over the width of a head
-        q, k = run(RMSNorm(module.q_norm), q), run(RMSNorm(module.k_norm), k)
+        q = run(_head_norm(module.q_norm, kwargs.pop("q_norm", None)), q)
+        k = run(_head_norm(module.k_norm, kwargs.pop("k_norm", None)), k)
     q, k = beside(module, "apply_rotary_pos_emb")(q, k, cos, sin)
     if cache is not None:
         k, v = cache.update(k, v, module.layer_idx)

@@ -61,8 +61,11 @@ class Core:
         kind, dtype, enabled = self.autocast
         devices = [self.device] if kind == "cuda" else []
         with torch.random.fork_rng(devices, enabled=self.random), torch.autocast(kind, dtype, enabled):
-            if self.random:
-                torch.manual_seed(int(extras[0]))
+            if self.random:  # not torch.manual_seed, which seeds every other device too
+                torch.default_generator.manual_seed(int(extras[0]))
+            if self.random and kind == "cuda":
+                index = torch.cuda.current_device() if self.device.index is None else self.device.index
+                torch.cuda.default_generators[index].manual_seed(int(extras[0]))
             yield
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llmsys.lorafa.pieces.piece import Extra, Piece, run
+from llmsys.lorafa.pieces.piece import Extra, Piece, run, weights_read
 
 
 class Residual:
@@ -77,6 +77,9 @@ class Beside:
 
     def trained(self) -> list[Tensor]:
         return [tensor for piece in self.pieces for tensor in piece.trained()]
+
+    def read(self) -> list[Tensor]:
+        return [tensor for piece in self.pieces for tensor in weights_read(piece)]
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         outputs: list[Tensor] = []

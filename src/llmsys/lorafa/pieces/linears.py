@@ -54,6 +54,9 @@ class Linears:
                 found[id(tensor)] = tensor
         return list(found.values())
 
+    def read(self) -> list[Tensor]:
+        return [tensor for layer in self.layers for tensor in layer.read()]
+
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         x = self._operand(inputs[0])
         self.given = inputs[0].dtype
@@ -167,6 +170,11 @@ class _Layer:
         if self.adapter is not None:
             found += [tensor for tensor in (self.adapter.b, self.adapter.a) if tensor.requires_grad]
         return found
+
+    def read(self) -> list[Tensor]:
+        found = [] if self.stored == "packed" else [self.module.weight]
+        found += [self.bias] if self.biased else []
+        return found if self.adapter is None else [*found, self.adapter.a, self.adapter.b]
 
     def __call__(self, x: Tensor, z: dict[int, Tensor]) -> Tensor:
         module, adapter = self.module, self.adapter

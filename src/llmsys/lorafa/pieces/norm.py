@@ -20,11 +20,14 @@ class RMSNorm:
     fp32. Eager code keeps an fp32 copy of x, twice the bytes of a bf16 x.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
+    def __init__(self, module: Any) -> None:
+        self.module = module
 
     def trained(self) -> list[Tensor]:
         return [self.module.weight] if self.module.weight.requires_grad else []
+
+    def read(self) -> list[Tensor]:
+        return [self.module.weight]
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         (x,) = inputs
@@ -100,7 +103,10 @@ class LayerNorm:
         self.autocast = torch.is_autocast_enabled(kind)
 
     def trained(self) -> list[Tensor]:
-        return [p for p in (self.module.weight, self.module.bias) if p is not None and p.requires_grad]
+        return [p for p in self.read() if p.requires_grad]
+
+    def read(self) -> list[Tensor]:
+        return [p for p in (self.module.weight, self.module.bias) if p is not None]
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         y, mean, rstd = self._norm(inputs[0])
@@ -109,12 +115,12 @@ class LayerNorm:
     def _norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         module = self.module
         found: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
-            self._cast(x), module.normalized_shape, module.weight, module.bias, module.eps
+            self._cast(x), module.normalized_shape, self._cast(module.weight), self._cast(module.bias), module.eps
         )
         return found
 
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.float() if self.autocast else x
+    def _cast(self, x: Any) -> Any:
+        return x.float() if self.autocast and x is not None else x
 
     def again(self, inputs: Sequence[Tensor], extras: Sequence[Extra]) -> tuple[Tensor, ...]:
         return (self._norm(inputs[0])[0],)
@@ -136,12 +142,12 @@ class LayerNorm:
             x,
             module.normalized_shape,
             *extras,
-            module.weight,
-            module.bias,
+            self._cast(module.weight),
+            self._cast(module.bias),
             which,
         )
         return (dx.to(inputs[0].dtype) if wanted else None,), [
-            g for g, asked in zip((dw, db), which[1:], strict=True) if asked
+            g.to(module.weight.dtype) for g, asked in zip((dw, db), which[1:], strict=True) if asked
         ]
 
 

@@ -15,6 +15,7 @@ does not read its inputs in the backward pass: of the last layer of a chain noth
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -46,7 +47,9 @@ class Piece(Protocol):
     """A differentiable function of some tensors and of parameters that it reads from modules, in both passes.
 
     A module's weights are read anew in the backward pass, not kept: engines that cut weights over ranks (ZeRO-3, FSDP2)
-    free them in between and gather them again for the module.
+    free them in between and gather them again for the module. So a weight that somebody has changed or replaced in
+    between would give wrong gradients: what `read` returns is compared, and refused with a RuntimeError, as autograd
+    does with what it keeps. A piece without `read` reads only what it trains.
     """
 
     def trained(self) -> list[Tensor]:
@@ -90,6 +93,44 @@ def _run(piece: Piece, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs
 
 
+def weights_read(piece: Piece) -> list[Tensor]:
+    """The weights that a piece reads in either pass, in a fixed order."""
+    found: list[Tensor] = getattr(piece, "read", piece.trained)()
+    return found
+
+
+Mark = tuple["weakref.ref[Tensor]", int]
+
+
+def _marks(piece: Piece) -> list[Mark]:
+    """Which weights there are, and in which state: what `_check` compares."""
+    return [(weakref.ref(t), 0 if t.is_inference() else t._version) for t in weights_read(piece)]
+
+
+def _check(marks: list[Mark], piece: Piece) -> None:
+    """RuntimeError where a weight is not the one that the forward pass has read."""
+    weights = weights_read(piece)
+    if len(weights) != len(marks):
+        raise RuntimeError(REPLACED)
+    for (reference, version), now in zip(marks, weights, strict=True):
+        before = reference()
+        if before is None or hasattr(now, "ds_id"):  # an engine has put another in its place
+            continue
+        if now is before and not now.is_inference() and now._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a weight of shape {list(now.shape)} is at version {now._version}; expected version {version} instead"
+            )
+        if now is not before and now.untyped_storage()._cdata != before.untyped_storage()._cdata:
+            raise RuntimeError(REPLACED)
+
+
+REPLACED = (
+    "a weight that the backward pass reads was replaced after the forward pass (by set_adapter, or functional_call): "
+    "the gradients would be those of another function"
+)
+
+
 class _Function(torch.autograd.Function):
     """Any piece as one node of autograd's graph.
 
@@ -101,7 +142,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, piece: Piece, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = tensors[:count]
         outputs, extras = piece.forward(*inputs)
-        ctx.piece, ctx.count = piece, count
+        ctx.piece, ctx.count, ctx.marks = piece, count, _marks(piece)
         ctx.wanted = any(ctx.needs_input_grad[2 : 2 + count])
         ctx.keeps = piece.reads_inputs(ctx.wanted)
         ctx.numbers = [None if isinstance(extra, Tensor) else extra for extra in extras]
@@ -114,7 +155,9 @@ class _Function(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         inputs = [saved.pop(0) for _ in range(ctx.count)] if ctx.keeps else None
         extras = [saved.pop(0) if number is None else number for number in ctx.numbers]
-        found, trained = ctx.piece.backward(inputs, extras, grads, ctx.wanted)
+        _check(ctx.marks, ctx.piece)
+        with torch.autocast(grads[0].device.type, enabled=False):  # pieces remember the forward pass's
+            found, trained = ctx.piece.backward(inputs, extras, grads, ctx.wanted)
         return (None, None, *(found if ctx.wanted else [None] * ctx.count), *trained)
 
 
@@ -131,6 +174,9 @@ class Chain:
 
     def trained(self) -> list[Tensor]:
         return [tensor for piece in self.pieces for tensor in piece.trained()]
+
+    def read(self) -> list[Tensor]:
+        return [tensor for piece in self.pieces for tensor in weights_read(piece)]
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         extras: list[Extra] = []
