@@ -60,6 +60,7 @@ def test_loop_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "overhead" in printed
 
 
+@pytest.mark.slow
 def test_ddp_overhead(tmp_path: Path) -> None:
     """Two real ranks; it asserts by itself that the mean of the peer's losses over them is ours."""
     import ddp_overhead

@@ -12,7 +12,13 @@ from llmsys.results import SHARED_KEYS
 from llmsys.train import checks
 
 EXPERIMENTS = sorted(compose.choices("exp"))
-TRAINED = [exp for exp in EXPERIMENTS if exp != "lorafa_ledger"]
+REPEATS = ("full_llama7b", "lora_llama7b", "lorafa_minilm_lr", "lorafa_minilm_seeds", "pretrain_t5_4m")
+"""Which differ from another experiment in numbers alone."""
+TRAINED = [
+    pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
+    for exp in EXPERIMENTS
+    if exp != "lorafa_ledger"
+]
 ON_CUDA = ("peak_gib", "reserved_gib")
 CLASSES = ("accuracy", "accuracy_se", "macro_f1")
 BY_OBJECTIVE = {
@@ -56,7 +62,9 @@ def test_the_ledger_leaves_its_tables(results: Path) -> None:
         assert record.summary[f"block/{cell}/peft_lora/total"] > 2.8 * saved
 
 
-@pytest.mark.parametrize("method", ["full", "lora_peft", "lorafa_peft", "probe", "majority"])
+@pytest.mark.parametrize(
+    "method", ["full", pytest.param("lora_peft", marks=pytest.mark.slow), "lorafa_peft", "probe", "majority"]
+)
 def test_every_method_of_the_demo_runs(method: str, results: Path) -> None:
     smoke = compose.compose(["+exp=lorafa_minilm"])["smoke"]
     made = job.make(compose.compose(["+exp=lorafa_minilm", *smoke, f"method={method}", f"results={results}"]))

@@ -25,6 +25,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == printed.strip()
 
 
+@pytest.mark.slow
 def test_the_one_for_a_gpu_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every cell has its bytes, less of them where more is computed again and where the loss is chunked."""
     import lorafa_gpu

@@ -31,7 +31,7 @@ METHODS = ["full", "lora_peft", "lorafa_peft"]
 SMALL = ["train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.length=64", "train.threads=1"]
 SMALL += ["train.generate_max=2", "profile.warmup=1", "train.save_final=false"]
 QUICK = ("ddp", "zero3", "fsdp2", "tp")
-"""Engines that the short suite tries with every family; the rest is `slow`."""
+"""Engines that the short suite tries with two families; with the others only DDP. The rest is `slow`."""
 
 
 def combinations() -> Iterator[Any]:
@@ -41,7 +41,8 @@ def combinations() -> Iterator[Any]:
             for engine in (name for name in ENGINES if name != "fsdp2-whole"):
                 if engine == "tp" and family not in ("llama", "bert", "roberta"):
                     continue
-                quick = engine in QUICK and method != "lora_peft"
+                all_engines = family in ("llama", "t5") and engine in QUICK
+                quick = (all_engines or engine == "ddp") and method != "lora_peft"
                 yield pytest.param(family, method, engine, marks=[] if quick else pytest.mark.slow)
 
 
