@@ -81,10 +81,14 @@ def test_pca_finds_the_principal_subspace() -> None:
     torch.testing.assert_close(a @ basis[:, :3] @ basis[:, :3].T @ a.T, torch.eye(3), atol=5e-3, rtol=0)
 
 
-def test_weight_svd_spans_the_largest_right_singular_vectors() -> None:
+def test_weight_svd_spans_the_largest_right_singular_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its random probe is drawn on the host: the draws of GPUs, dropout's say, go on as they were."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the GPUs are seeded"))
+    before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(k, 4, generator=generator)).Q for k in (24, 32))
     a = weight_svd(u @ torch.diag(torch.tensor([8.0, 4, 0.2, 0.1])) @ v.T, 2, 0) * 3**0.5
+    assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(a @ v[:, :2] @ v[:, :2].T @ a.T, torch.eye(2), atol=5e-3, rtol=0)
 
 

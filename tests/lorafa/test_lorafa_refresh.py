@@ -116,7 +116,7 @@ def test_peft_gets_all_draws_as_one_adapter_of_the_sum_of_their_ranks(tmp_path: 
 
 def trained(model: MLP, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
     for seed in range(steps):
-        x = torch.randn(16, 16, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype)
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
@@ -161,13 +161,17 @@ def test_the_second_moment_keeps_its_size_in_directions_that_were_never_seen() -
     assert torch.equal(same_second, second)
 
 
-def test_momentum_of_sgd_is_carried_too() -> None:
-    model = mlp()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
-    trained(model, optimizer)
-    before = optimizer.state[adapters(model)[0].B]["momentum_buffer"].clone()
-    refresh(model, optimizer)
-    assert not torch.equal(optimizer.state[adapters(model)[0].B]["momentum_buffer"], before)
+def test_momentum_of_sgd_is_carried_too_and_alike_in_every_dtype() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = mlp(dtype=dtype)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+        trained(model, optimizer)
+        before = optimizer.state[adapters(model)[0].B]["momentum_buffer"].clone()
+        refresh(model, optimizer)
+        found.append(optimizer.state[adapters(model)[0].B]["momentum_buffer"])
+        assert not torch.allclose(found[-1], before)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 def factored(model: MLP) -> Any:

@@ -17,7 +17,7 @@ import torch
 from adapter_harness import IDS, MLP, TARGETS, learnt, matrices, mlp, outputs, tiny
 from safetensors.torch import load_file, save_file
 
-from llmsys.lorafa import LoRAFAConfig, inject, load_adapter, names, save_adapter, set_adapter, to_peft
+from llmsys.lorafa import LoRAFAConfig, inject, load_adapter, merge, names, save_adapter, set_adapter, to_peft
 from llmsys.lorafa.store import FILE, META, read
 
 
@@ -77,7 +77,9 @@ def test_biases_and_a_new_head_are_saved_too(tmp_path: Path) -> None:
     model = mlp(bias="lora_only")
     torch.nn.init.ones_(model.head.weight)
     save_adapter(model, tmp_path, modules=["head"])
-    assert torch.equal(outputs(load_adapter(MLP(), tmp_path)), outputs(model))
+    loaded = load_adapter(MLP(), tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert loaded.head.weight.requires_grad, "as B: what was trained can be trained on"
     with pytest.raises(ValueError, match="modules=neck: this model has no such module"):
         save_adapter(model, tmp_path, modules=["neck"])
     with pytest.raises(ValueError, match="modules=first: has adapters itself"):
@@ -103,6 +105,46 @@ def test_loaded_adapters_stand_beside_others(tmp_path: Path) -> None:
     assert torch.equal(outputs(model), outputs(mlp("one", r=4)))
     set_adapter(model, "two")
     assert torch.equal(outputs(model), outputs(mlp("two")))
+
+
+def test_an_adapter_loaded_into_one_that_is_there_is_the_active_one(tmp_path: Path) -> None:
+    """And never into one that is merged: the weights would keep what was merged before."""
+    model = mlp("one")
+    save_adapter(model, tmp_path, "one")
+    wanted = outputs(model)
+    learnt(inject(model, LoRAFAConfig(r=2, targets=TARGETS), "two"), "two")
+    assert torch.equal(outputs(load_adapter(model, tmp_path, "one")), wanted)
+    assert {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"one"}
+    merge(model)
+    with pytest.raises(ValueError, match="load_adapter: the adapter is merged into the weights"):
+        load_adapter(model, tmp_path, "one")
+
+
+def test_a_state_dict_of_another_draw_is_refused() -> None:
+    """It holds no A: without a word on which that was, B would be run beside another. Casts do not change that word."""
+    state = {key: tensor.double() for key, tensor in mlp(seed=1).state_dict().items()}
+    model = mlp(seed=1)
+    model.load_state_dict(state)
+    assert torch.equal(outputs(model), outputs(mlp(seed=1)))
+    with pytest.raises(
+        ValueError, match=r"first.adapters.default.B: was trained beside another A than .* seed=0, first"
+    ):
+        mlp().load_state_dict(state)
+    mlp().load_state_dict({key: tensor for key, tensor in state.items() if not key.endswith("draw")})  # an older one
+
+
+@pytest.mark.parametrize("config", [{}, {"share_a": True, "correction": "closed_form"}, {"train_a": True}], ids=str)
+def test_an_adapter_that_gets_memory_later_starts_as_any_does(config: dict[str, Any], tmp_path: Path) -> None:
+    """What `to_empty` leaves in memory is anything; a seeded A is in no state dict that would mend it."""
+    config = LoRAFAConfig(r=2, targets=TARGETS, init="gaussian", **config)
+    model = MLP().to("meta")
+    save_adapter(mlp(), tmp_path)
+    with pytest.raises(ValueError, match="load_adapter: first is on the meta device, which holds nothing"):
+        load_adapter(model, tmp_path)
+    inject(model, config).to_empty(device="cpu").load_state_dict(MLP().state_dict(), strict=False)
+    fresh = inject(MLP(), config)
+    assert torch.equal(outputs(model), outputs(fresh))
+    assert torch.equal(outputs(learnt(model)), outputs(learnt(fresh)))
 
 
 def test_a_state_that_an_engine_has_gathered_is_saved_in_place_of_the_models(tmp_path: Path) -> None:

@@ -118,6 +118,29 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         linear_cross_entropy(*inputs, labels[:, :-1])
 
 
+def test_in_fp16_a_sum_over_many_rows_stays_finite_until_it_is_a_mean() -> None:
+    """4096 rows of 20 sum up to 81920 > 65504; their mean is about as large as a row."""
+    h, labels = torch.full((1, 4096, 8), 20.0).half(), torch.zeros(1, 4096, dtype=torch.int64)
+    made = [torch.zeros(16, 8, dtype=dtype, requires_grad=True) for dtype in (torch.float16, torch.float32)]
+    for weight in made:
+        linear_cross_entropy(h.to(weight.dtype), weight, labels).backward()
+    narrow, wide = (weight.grad for weight in made)
+    assert narrow is not None
+    assert wide is not None
+    assert relative(narrow.float(), wide) < 1e-3
+
+
+def test_what_a_row_without_a_label_holds_counts_nowhere() -> None:
+    """Padding may be NaN: transformers' loss is finite then too."""
+    inputs, labels = problem(torch.float32, bias=True)
+    wanted = torch.autograd.grad(loss := linear_cross_entropy(*inputs[:2], labels, inputs[2]), inputs)
+    with torch.no_grad():
+        inputs[0][labels == -100] = float("nan")
+    again = linear_cross_entropy(*inputs[:2], labels, inputs[2])
+    assert again.item() == loss.item()
+    assert all(map(torch.equal, torch.autograd.grad(again, inputs), wanted))
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_no_tensor_is_as_large_as_the_logits(name: str) -> None:
     """Of 1024 tokens and a vocabulary of 64 times the width: the chunk's logits are as many numbers as h."""
@@ -184,3 +207,20 @@ def test_other_models_are_refused_by_name() -> None:
         chunk_loss(make(read("bert_tiny")))
     with pytest.raises(ValueError, match=r"not for Linear"):
         chunk_loss(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("first", ["adapter", "loss"])
+def test_a_head_with_an_adapter_or_another_head_is_refused_whichever_comes_first(first: str) -> None:
+    """Only W of the head is read, so the adapter would neither count nor be trained."""
+    from llmsys.lorafa import LoRAFAConfig, inject
+
+    model, config = make(read("llama_tiny")), LoRAFAConfig(r=2, targets=("q_proj", "lm_head"))
+    if first == "loss":
+        chunk_loss(model)
+    inject(model, config)
+    with pytest.raises(ValueError, match=r"train.loss=chunked: the head has an adapter; leave it out, or use"):
+        chunk_loss(model) if first == "adapter" else model(**batch(read("llama_tiny")))
+    if first == "loss":
+        model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+        with pytest.raises(ValueError, match=r"the model has got another head; call chunk_loss again"):
+            model(**batch(read("llama_tiny")))

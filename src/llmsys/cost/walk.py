@@ -153,18 +153,18 @@ class Walk:
     def _chunked(self, x: Tensor, d: int, v: int) -> Tensor:
         """`models.linear_cross_entropy`: keeps the gradients, dh as wide as the products are and dW, under `logits`.
 
-        `tape.fleeting` is the most that it needs besides, either in the forward pass (h, a chunk of the logits, there
-        once more in fp32, and where weights are narrower than fp32 the sum of dW) or in the backward pass (the scaled
-        gradients).
+        `tape.fleeting` is the most that it needs besides, either in the forward pass (h, a chunk of its rows and of the
+        logits, these once more in fp32, and where weights are narrower than fp32 the sum of dW) or in the backward pass
+        (the scaled gradients).
         """
         tape, rows = self.tape, x.numel // d
         narrow = 2 if self.case.autocast else x.width
         chunk = max(math.ceil(rows / math.ceil(v / d)), min(rows, math.ceil(d / 4)) if self.trained else 0) * v
         tape.elsewhere("logits")
-        forward = x.numel * x.width
+        forward = x.numel * x.width + chunk // v * d * narrow
         backward = 0
-        if self.case.autocast:  # the weight, and the chunk's rows of h
-            forward += v * d * narrow + chunk // v * d * narrow
+        if self.case.autocast:  # the weight
+            forward += v * d * narrow
         if x.grad:
             tape.save(tape.new(x.numel, narrow, True))
             backward += x.numel * (x.width if x.width == narrow else x.width + narrow)

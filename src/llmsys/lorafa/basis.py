@@ -77,7 +77,7 @@ _DRAWS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
 def weight_svd(weight: Tensor, r: int, seed: int) -> Tensor:
     """A of the r largest right singular vectors of `weight` [M, N]; randomised (Halko et al., arXiv 0909.4061)."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every GPU's too, and these are not forked
         _, _, v = torch.svd_lowrank(weight.detach().float().cpu(), q=min(r + 8, *weight.shape), niter=4)
     return rounded(orthonormal(v.T[:r]))
 

@@ -7,6 +7,7 @@ giving the class back. R low-rank width, M outputs, N inputs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,8 @@ class Adapter(nn.Module):
     """A [R, N] and B [M, R]. A frozen A is a buffer: no optimizer, `requires_grad_` or `set_adapter` can reach it.
 
     `path` is the name of A's draw: of the layer, as it was called when the adapter was made. `shared`: the adapter of
-    another layer, whose A this one uses. A is no part of a state dict where a seed gives it. `bias`: where the
+    another layer, whose A this one uses. A is no part of a state dict where a seed gives it: there `draw`, which tells
+    one draw from another, is in its place, and is compared when one is loaded. `bias`: where the
     adapter trains one, it stands in for the layer's own, which stays as it is. `past`: the B's [M, R], on the host,
     that `refresh` has merged into the layer's weight.
     """
@@ -91,6 +93,14 @@ class Adapter(nn.Module):
         wide = torch.promote_types(torch.promote_types(self.a.dtype, self.B.dtype), torch.float32)
         return self.scale * (self.B.detach().to(wide) @ self.a.detach().to(wide))
 
+    @property
+    def draw(self) -> Tensor:
+        """[8] of what a seeded A is drawn from, whatever its epoch: bytes, which no change of a state dict's dtype
+        rounds."""
+        config, (r, n) = self.config, self.a.shape
+        told = f"{config.init}/{r}/{n}/{config.seed}/{self.owner.path}"
+        return torch.tensor(list(hashlib.sha256(told.encode()).digest()[:8]), dtype=torch.uint8)
+
     @torch.no_grad()
     def redraw(self, epoch: int) -> None:
         """Makes a seeded A (of the owner), in place, the draw number `epoch`, and what follows from A too."""
@@ -106,17 +116,35 @@ class Adapter(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.seeded:
+            destination[prefix + "draw"] = self.draw
         if self.past:
             destination[prefix + "past"] = torch.stack(self.past)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        past = state_dict.pop(prefix + "past", None)
+        past, drawn = state_dict.pop(prefix + "past", None), state_dict.pop(prefix + "draw", None)
+        if drawn is not None and not (self.seeded and torch.equal(drawn.cpu().to(torch.uint8), self.draw)):
+            own = f"init={self.config.init}, r={self.config.r}, seed={self.config.seed}, {self.owner.path}"
+            raise ValueError(f"{prefix}B: was trained beside another A than that of {own}; inject as it was then")
         if prefix + "B" in state_dict:
             before, self.past = len(self.past), [] if past is None else [b.cpu() for b in past.unbind()]
             if len(self.past) != before:
                 self.redraw(len(self.past))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.follow()
+
+    @torch.no_grad()
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module. Where A comes to be in memory (`to_empty`), it is drawn, and B is 0."""
+        inverse, device = self.inverse, self.B.device
+        super()._apply(fn, recurse)
+        if device.type == "meta" and not self.B.is_meta:
+            self.B.zero_()
+            if self.owner is self and self.config.init in SEEDED:
+                self.redraw(len(self.past))
+            elif inverse is not None:
+                self.follow()
+        return self
 
     def extra_repr(self) -> str:
         return f"r={self.config.r}, alpha={self.config.alpha}, init={self.config.init}"

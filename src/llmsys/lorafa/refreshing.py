@@ -48,7 +48,7 @@ def refresh(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     frames = {}
     for layer in layers.values():  # all of them first: a shared A is drawn anew once only
         adapter = layer.chosen
-        frames[adapter] = (adapter.a.double(), _metric(adapter))
+        frames[adapter] = (adapter.a.to(torch.float64, copy=True), _metric(adapter))
         merging.add(layer, adapter.delta())
     for adapter, (a, metric) in frames.items():
         adapter.past.append(adapter.B.detach().cpu().clone())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsys.lorafa import merging
-from llmsys.lorafa.adapters import changeable, check_name, having, names, plain
+from llmsys.lorafa.adapters import changeable, check_name, having, names, plain, set_adapter
 from llmsys.lorafa.config import LoRAFAConfig
 from llmsys.lorafa.header import Header, Layer, digest, key, parse
 from llmsys.lorafa.injection import attach
@@ -61,8 +61,10 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
 
     Into a model without that adapter: layers are adapted as the file says. Into one that has it, in the same shape: its
     tensors get the file's values, and an optimizer's references stay good. What a refreshed adapter has merged is
-    merged again. Nothing has changed when ValueError is raised: for a file that is missing, damaged or of another
-    format, a model whose layers are others, an adapter of that name in another shape, and an A that is not the file's.
+    merged again. Further `modules` of the file, frozen with the base otherwise, can be trained on. Nothing has changed
+    when ValueError is raised: for a file that is missing, damaged or of another format, a model whose layers are
+    others, an adapter of that name in another shape, an A that is not the file's, and a model that is merged, wrapped
+    in DDP or on the meta device.
     """
     header, contents = read(Path(folder) / FILE)
     return unpack(model, header, contents, name)
@@ -123,9 +125,14 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
     inner = plain(model)
     layers = header.fitting(inner)
     header.check(contents, inner)
+    for path, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"load_adapter: {path} is on the meta device, which holds nothing; load the weights first")
     matrices = header.matrices(contents)
     if name in names(inner):
         _check_same(having(inner, name), name, header, contents)
+        changeable(model, "load_adapter")
+        set_adapter(model, name)
     else:
         check_name(inner, name)
         changeable(model, "load_adapter")
@@ -137,6 +144,8 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
         biases = {path: contents[key(path, "bias")] for path, layer in header.layers.items() if layer.bias}
         attach(inner, header.config, name, first, matrices, biases)
         _replay(layers, header, contents, name)
+        for path in header.modules:
+            _module(inner, path).requires_grad_(True)
     for path, layer in layers.items():
         adapter = layer.adapters[name]
         for what in ("A", "B", "bias"):

@@ -48,15 +48,26 @@ def chunk_loss(model: Any) -> Any:
 
     Without labels (`generate`) it is as it was. As transformers' own, it takes `num_items_in_batch`, by which the
     summed loss is divided instead of by the labels there are, and `shift_labels`. ValueError for a family whose logits
-    are not known to be its head's output.
+    are not known to be its head's output, and (then, or when the loss is asked for) for a head that is more than one
+    matrix: with an adapter, or quantised.
     """
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family not in FAMILIES:
         raise ValueError(f"train.loss=chunked: is for {', '.join(FAMILIES)}, not for {family}")
     head = model.get_output_embeddings()
+    _check_plain(head)
     head.__class__ = _head_class(head.__class__)
     model.__class__ = _model_class(model.__class__, FAMILIES[family])
     return model
+
+
+def _check_plain(head: Any) -> None:
+    """ValueError where a head's logits are not h W^T + b of its own weight, which is all that is read of it."""
+    for mark, what in (("adapters", "has an adapter"), ("lora_A", "has an adapter"), ("dequantised", "is quantised")):
+        if hasattr(head, mark):
+            raise ValueError(f"train.loss=chunked: the head {what}; leave it out, or use train.loss=whole")
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise ValueError(f"train.loss=chunked: the head is a {type(head).__name__}, and must be a plain nn.Linear")
 
 
 @functools.cache
@@ -74,6 +85,9 @@ def _model_class(plain: Any, shift: bool) -> Any:
         if not shift and kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
             kwargs["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)
         head = self.get_output_embeddings()
+        _check_plain(head)  # what was put there since
+        if not isinstance(head, LossHead):
+            raise ValueError("train.loss=chunked: the model has got another head; call chunk_loss again")
         own = labels if shifted is None else shifted
         count = kwargs.get("num_items_in_batch")
         head.asked = Asked(labels=own, shift=shift and shifted is None, count=count)

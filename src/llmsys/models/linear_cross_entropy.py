@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llmsys.uncompiled import uncompiled
+
 
 def linear_cross_entropy(
     h: Tensor,
@@ -41,11 +43,12 @@ def linear_cross_entropy(
     language models); else positions have their own (seq2seq).
 
     Saved: dh, and dW, db where those are trained; dh in the dtype of the products (under autocast autocast's), the
-    others in their parameter's. Alive for a moment: a chunk of the logits, see `chunk_rows`, and where the products are
-    narrower than fp32 also that chunk in fp32; then dW is added up in fp32 too. Weights are read in the forward pass
+    others in their parameter's (fp32 for fp16's, since before 1/n a sum over all rows may exceed 65504). Alive for a
+    moment: a chunk of the rows of h and of their logits, see `chunk_rows`, and where the products are narrower than
+    fp32 also these logits in fp32; then dW is added up in fp32 too. Weights are read in the forward pass
     alone. Rounded where transformers rounds: logits and dz to the products' dtype, softmax and loss in fp32; the
-    factor 1/n is applied last, so a dz in fp16 does not vanish. ValueError where the shapes do not fit. Differentiable
-    once.
+    factor 1/n is applied last, so a dz in fp16 does not vanish. What a row without a label holds, NaN perhaps, counts
+    nowhere. ValueError where the shapes do not fit. Differentiable once.
     """
     if h.shape[:-1] != labels.shape:
         raise ValueError(f"labels: have shape {list(labels.shape)}, and hidden states {list(h.shape)}")
@@ -64,7 +67,7 @@ def chunk_rows(rows: int, vocabulary: int, width: int, *, trained: bool = False)
     return max(1, math.ceil(rows / math.ceil(vocabulary / width)), min(rows, math.ceil(width / 4)) if trained else 0)
 
 
-@torch.compiler.disable
+@uncompiled
 def _entropy(
     h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, count: Tensor | int | None, ignore_index: int
 ) -> Tensor:
@@ -119,6 +122,7 @@ def _chunked(
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
             x, y, counts = h[part].to(narrow), target[part, None], known[part, None].to(wide)
+            x = x.where(known[part, None], 0)  # 0 times NaN is NaN
             z = x @ w.T if b is None else torch.addmm(b, x, w.T)
             p = z.to(wide)  # in place from here on
             at = p.sub_(p.amax(-1, keepdim=True)).gather(1, y)
@@ -139,6 +143,11 @@ def _chunked(
             del z, dz  # before the next chunk is there
     return total, [
         dh,
-        None if dw is None else dw.to(weight.dtype),
-        None if bias is None or db is None else db.to(bias.dtype),
+        None if dw is None else dw.to(_kept(weight.dtype)),
+        None if bias is None or db is None else db.to(_kept(bias.dtype)),
     ]
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """In which a parameter's gradient waits for the factor 1/n: its own, if that has fp32's range."""
+    return torch.float32 if dtype == torch.float16 else dtype

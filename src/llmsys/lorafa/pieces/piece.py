@@ -14,33 +14,17 @@ does not read its inputs in the backward pass: of the last layer of a chain noth
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmsys.uncompiled import uncompiled as uncompiled
+
 Extra = Tensor | int
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """As `torch.compiler.disable`: under `torch.compile` a call into uncompiled code, at which the graph breaks. That
-    imports the compiler where it decorates, which takes a second of a process that may never compile; this does not.
-    """
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        out: R = torch.compiler.disable(function)(*args, **kwargs)  # only ever traced, in the compiler's process
-        return out
-
-    return called
 
 
 class Piece(Protocol):
