@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-POLICIES = ("none", "mlp", "attn+mlp", "block")
+from llmsys.schema.recompute import POLICIES
+
 PEFT = ("peft_lora", "peft_lora_bf16", "peft_lorafa")
 OURS = tuple(f"{method}/{policy}" for method in ("lora", "lorafa") for policy in POLICIES)
 LR = 1e-4
@@ -94,7 +95,6 @@ def _peft(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
 @contextmanager
 def _ours(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
     from llmsys.lorafa import LoRAFAConfig, inject, unload
-    from llmsys.models import blocks
 
     method, _, policy = name.partition("/")
     config = LoRAFAConfig(
@@ -105,8 +105,6 @@ def _ours(base: Any, name: str, setting: Setting) -> Iterator[Trainer]:
         yield Trainer(base, _adamw(base))
     finally:
         unload(base)
-        for _, block in blocks(base):
-            block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 @contextmanager

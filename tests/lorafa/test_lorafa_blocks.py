@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from llmsys.lorafa import merge, unmerge
 from llmsys.lorafa.blocks import fuse_blocks
-from llmsys.lorafa.blocks.block import POLICIES, Fused
+from llmsys.lorafa.blocks.block import Fused
 from llmsys.lorafa.targets import adapted
 from llmsys.models import blocks
+from llmsys.schema.recompute import POLICIES
 
 TRAINED = [False, True]
 MAIN = ["llama", "bert", "roberta", "t5", "t5_gated"]

@@ -156,8 +156,10 @@ def _unrefreshed(layers: list[tuple[str, Any]], what: str) -> None:
 
 
 def _bare(model: nn.Module) -> None:
-    """Gives all blocks their own forward passes back, in place."""
+    """Gives all blocks their own forward passes back, in place, and what they were told to compute again."""
     from llmsys.lorafa.blocks.block import unfuse
+    from llmsys.lorafa.blocks.checkpointing import give_back
 
     for module in model.modules():
         unfuse(module)
+    give_back(model)

@@ -1,8 +1,10 @@
-"""What LoRA-FA does to a model, as plain values. Imports nothing but the standard library."""
+"""What LoRA-FA does to a model, as plain values. Imports nothing heavier than the standard library."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from llmsys.schema import recompute
 
 INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select", "given")
 SEEDED = ("orthonormal", "gaussian", "select")
@@ -16,13 +18,13 @@ DTYPES = ("fp32", "model")
 class LoRAFAConfig:
     """Adapters y = x W^T + (alpha / r) dropout(x) A^T B^T beside linear layers, A frozen and B trained.
 
-    `targets`: last parts of the names of layers, or more of them; none for every linear layer of the blocks, outside of
-    which only a layer is meant whose name fits none inside. `init`: how A is drawn, see `basis`; `given` is what comes
-    from a file. `share_a`: layers that read the same input (query, key, value; gate, up) have one A. `correction` of
-    B's gradient: `closed_form` is (A A^T)^-1 / s^2 (the paper's second version). `bias`: `lora_only` trains a copy of
-    the biases of adapted layers too. `dtype` of B: `fp32`, or the model's own. `train_a` makes it LoRA (arXiv
-    2106.09685). `recompute`: what the blocks compute again in the backward pass, see `policy`. ValueError for values
-    out of range.
+    `targets`: last parts of the names of layers, or more of them; a text is one of these; none, or `all-linear`, for
+    every linear layer of the blocks, outside of which only a layer is meant whose name fits none inside. `init`: how A
+    is drawn, see `basis`; `given` is what comes from a file. `share_a`: layers that read the same input (query, key,
+    value; gate, up) have one A. `correction` of B's gradient: `closed_form` is (A A^T)^-1 / s^2 (the paper's second
+    version). `bias`: `lora_only` trains a copy of the biases of adapted layers too. `dtype` of B: `fp32`, or the
+    model's own. `train_a` makes it LoRA (arXiv 2106.09685). `recompute`: what the blocks compute again in the backward
+    pass, as `train.recompute` but for `auto` (see `schema.recompute`). ValueError for values out of range.
     """
 
     r: int = 16
@@ -40,7 +42,9 @@ class LoRAFAConfig:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
+        given: tuple[str, ...] = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", () if given == ("all-linear",) else given)
+        recompute.check(self.recompute, key="recompute")
         for key, value, known in (
             ("init", self.init, INITS),
             ("correction", self.correction, CORRECTIONS),

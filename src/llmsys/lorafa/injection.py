@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from llmsys.lorafa import basis
 from llmsys.lorafa.adapters import changeable, check_name, disabled, names, plain, set_adapter
 from llmsys.lorafa.config import SEEDED, LoRAFAConfig
-from llmsys.lorafa.layer import Adapter, adapt
+from llmsys.lorafa.layer import Adapter, adapt, device
 from llmsys.lorafa.targets import adapted, check_width, shape, targets, weight
+from llmsys.models.classes import become
 
 GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -77,7 +78,7 @@ def attach(
         owner: Any = None if first[path] == path else layers[first[path]].adapters[name]  # type: ignore[index]
         dtype = _b_dtype(layer, config)
         kept = _dtype(layer) if config.init != "given" else dtype
-        a = matrices[path].to(layer.weight.device, kept, copy=True) if owner is None else None
+        a = matrices[path].to(device(layer), kept, copy=True) if owner is None else None
         made = Adapter(config, path, a, shape(layer)[0], dtype, shared=owner, bias=biases.get(path))
         adapt(layer).adapters[name] = made
     set_adapter(model, name)
@@ -117,14 +118,14 @@ def _principal(
     def watch(path: str) -> Any:
         return lambda module, args: seen[path].add(args[0])
 
-    device = next(iter(layers.values())).weight.device
+    home = device(next(iter(layers.values())))
     hooks = [layer.register_forward_pre_hook(watch(path)) for path, layer in layers.items()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), disabled(adapted(model)), _unfused(model):
             for batch in batches:
-                _call(model, batch, device)
+                _call(model, batch, home)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -142,16 +143,16 @@ def _principal(
 @contextmanager
 def _unfused(model: nn.Module) -> Iterator[None]:
     """In this context blocks call their layers one by one, so that hooks see the inputs."""
-    from llmsys.lorafa.blocks.block import Fused, unfuse
+    from llmsys.lorafa.blocks.block import Fused, plain_class
 
     fused = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
     try:
-        for module, _ in fused:
-            unfuse(module)
+        for module, kind in fused:
+            become(module, plain_class(kind))
         yield
     finally:
         for module, kind in fused:
-            module.__class__ = kind
+            become(module, kind)
 
 
 def _call(model: nn.Module, batch: Any, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from llmsys.lorafa import basis
 from llmsys.lorafa.config import SEEDED, LoRAFAConfig
 from llmsys.lorafa.pieces.linears import Linears
 from llmsys.lorafa.pieces.piece import run
+from llmsys.models.classes import become, derived
 
 
 class Adapter(nn.Module):
@@ -164,6 +165,7 @@ class Adapted:
     adapters: nn.ModuleDict
     active: str | None
     merged: Any
+    weight: Tensor
 
     @property
     def adapter(self) -> Adapter | None:
@@ -188,8 +190,42 @@ class Adapted:
                 yield adapter.a
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = run(Linears([self]), x if x.ndim > 1 else x.unsqueeze(0))  # type: ignore[list-item]
+        adapter: Any = self.adapter
+        if adapter is None and self.weight.requires_grad:  # the layer is trained itself
+            whole: Tensor = super().forward(x)  # type: ignore[misc]
+            return whole
+        away = [] if adapter is None else [each for each in {adapter, adapter.owner} if offloads(each)]
+        for each in away:  # no adapter is called: its hook has to be
+            each._hf_hook.pre_forward(each)
+        try:
+            y: Tensor = run(Linears([self]), x if x.ndim > 1 else x.unsqueeze(0))  # type: ignore[list-item]
+        finally:
+            for each in away:
+                each._hf_hook.post_forward(each, None)
+        if y.requires_grad and (away or offloads(self)):
+            y.register_hook(_refuse_offloaded)
         return y if x.ndim > 1 else y.squeeze(0)
+
+
+def hooks(module: Any) -> tuple[Any, ...]:
+    """accelerate's, which move a module's inputs, or its weights from wherever they are offloaded to."""
+    hook = vars(module).get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def offloads(module: Any) -> bool:
+    """Whether a hook of accelerate's has the module's weights only while the module is called."""
+    return any(getattr(hook, "offload", False) for hook in hooks(module))
+
+
+def device(layer: Any) -> torch.device:
+    """Where the layer computes: where its weight is, or is brought to by accelerate."""
+    brought = [hook.execution_device for hook in hooks(layer) if getattr(hook, "execution_device", None) is not None]
+    return torch.device(brought[0]) if brought and layer.weight.is_meta else layer.weight.device
+
+
+def _refuse_offloaded(gradient: Tensor) -> None:
+    raise ValueError("backward: accelerate has offloaded weights again that it reads; train without offloading")
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -202,15 +238,14 @@ _CLASSES: dict[type, type] = {nn.Linear: AdaptedLinear}
 def adapted_class(plain: type) -> type:
     """The subclass of a linear layer's class that runs adapters."""
     if plain not in _CLASSES:
-        _CLASSES[plain] = type(f"Adapted{plain.__name__}", (Adapted, plain), {})
+        _CLASSES[plain] = derived(adapted_class, plain, bases=(Adapted, plain))
     return _CLASSES[plain]
 
 
 def adapt(layer: Any) -> Any:
     """Makes `layer` an `Adapted` one without adapters, in place, and returns it."""
     if not isinstance(layer, Adapted):
-        plain: Any = type(layer)
-        layer.__class__ = adapted_class(plain)
+        become(layer, adapted_class(type(layer)))
         layer.adapters, layer.active, layer.merged = nn.ModuleDict(), None, None
     return layer
 
@@ -218,4 +253,4 @@ def adapt(layer: Any) -> Any:
 def restore(layer: Any) -> None:
     """Gives an adapted layer its own class back, in place; its adapters are gone. Its weight stays as it is."""
     del layer.adapters, layer.active, layer.merged
-    layer.__class__ = next(cls for cls in type(layer).__mro__ if not issubclass(cls, Adapted))
+    become(layer, next(cls for cls in type(layer).__mro__ if not issubclass(cls, Adapted)))

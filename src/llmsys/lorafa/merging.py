@@ -96,6 +96,8 @@ def refuse_unmergeable(model: nn.Module, layers: Mapping[str, Any], what: str) -
     for path, layer in layers.items():
         if hasattr(layer, "dequantised"):
             raise ValueError(f"{what}: {path} is quantised; rounding it anew would lose most of what was learnt")
+        if layer.weight.is_meta:
+            raise ValueError(f"{what}: the weight of {path} is not here: accelerate has offloaded it")
         if is_cut(layer.weight):
             raise ValueError(f"{what}: the weight of {path} is cut over ranks; do it before the engine, or after")
         shared = [other for other in homes[id(layer.weight)] if other != f"{path}{'.' * bool(path)}weight"]

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmsys.lorafa.config import LoRAFAConfig
 from llmsys.lorafa.layer import Adapted
+from llmsys.models.classes import is_patched
 from llmsys.models.surgery import BLOCK, is_linear, is_transposed
 
 
@@ -38,6 +39,8 @@ def check(model: nn.Module, path: str) -> None:
     layer: Any = model.get_submodule(path)
     if _bypassed(layer):
         raise ValueError(f"targets={path}: nn.MultiheadAttention reads its weight without calling it")
+    if is_patched(layer):
+        raise ValueError(f"targets={path}: its `forward` has been replaced on the object; an adapter would never run")
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(

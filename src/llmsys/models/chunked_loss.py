@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmsys.models.classes import become, derived
 from llmsys.models.linear_cross_entropy import linear_cross_entropy
 
 FAMILIES = {"llama": True, "gpt2": True, "t5": False}
@@ -56,8 +57,10 @@ def chunk_loss(model: Any) -> Any:
         raise ValueError(f"train.loss=chunked: is for {', '.join(FAMILIES)}, not for {family}")
     head = model.get_output_embeddings()
     _check_plain(head)
-    head.__class__ = _head_class(head.__class__)
-    model.__class__ = _model_class(model.__class__, FAMILIES[family])
+    head_class: Any = type(head)
+    model_class: Any = type(model)
+    become(head, _head_class(head_class))
+    become(model, _model_class(model_class, FAMILIES[family]))
     return model
 
 
@@ -71,8 +74,8 @@ def _check_plain(head: Any) -> None:
 
 
 @functools.cache
-def _head_class(plain: type[nn.Module]) -> type[nn.Module]:
-    return plain if issubclass(plain, LossHead) else type(f"Loss{plain.__name__}", (LossHead, plain), {})
+def _head_class(plain: Any) -> Any:
+    return plain if issubclass(plain, LossHead) else derived(_head_class, plain, bases=(LossHead, plain))
 
 
 @functools.cache
@@ -101,4 +104,4 @@ def _model_class(plain: Any, shift: bool) -> Any:
 
     if getattr(plain, "chunked_loss", False):
         return plain
-    return type(f"Chunked{plain.__name__}", (plain,), {"forward": forward, "chunked_loss": True})
+    return derived(_model_class, plain, shift, bases=(plain,), forward=forward, chunked_loss=True)

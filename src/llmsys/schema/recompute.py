@@ -19,10 +19,13 @@ POLICIES = ("none", "mlp", "attn+mlp", "block")
 WITHIN = ("mlp", "attn+mlp")
 
 
-def check(text: str) -> None:
-    """ValueError for what is neither a policy, nor `auto`, nor policies with counts."""
-    if text != "auto":
-        _runs(text)
+KEY = "train.recompute"
+
+
+def check(text: str, key: str = KEY) -> None:
+    """ValueError for what is neither a policy, nor policies with counts, nor `auto`, which only `KEY` can be."""
+    if text != "auto" or key != KEY:
+        _runs(text, key)
 
 
 def named(text: str) -> list[str]:
@@ -30,14 +33,14 @@ def named(text: str) -> list[str]:
     return [] if text == "auto" else [policy for policy, _ in _runs(text)]
 
 
-def policies(text: str, blocks: int) -> list[str]:
+def policies(text: str, blocks: int, key: str = KEY) -> list[str]:
     """The policy of each of a model's `blocks`. ValueError where counts do not add up to them."""
-    runs = _runs(text)
+    runs = _runs(text, key)
     if runs[0][1] is None:
         return [runs[0][0]] * blocks
     found = [policy for policy, count in runs for _ in range(count or 0)]
     if len(found) != blocks:
-        raise ValueError(f"train.recompute={text}: counts {len(found)} blocks, and the model has {blocks}")
+        raise ValueError(f"{key}={text}: counts {len(found)} blocks, and the model has {blocks}")
     return found
 
 
@@ -52,7 +55,7 @@ def text(policies: list[str]) -> str:
     return ",".join(f"{policy}:{count}" for policy, count in runs)
 
 
-def _runs(text: str) -> list[tuple[str, int | None]]:
+def _runs(text: str, key: str = KEY) -> list[tuple[str, int | None]]:
     parts = text.split(",")
     found: list[tuple[str, int | None]] = []
     for part in parts:
@@ -62,8 +65,7 @@ def _runs(text: str) -> list[tuple[str, int | None]]:
             or (len(parts) > 1 and not count)
             or (count and not re.fullmatch("[1-9][0-9]*", count))
         ):
-            raise ValueError(
-                f"train.recompute={text}: must be one of {', '.join(POLICIES)}, auto, or counts such as mlp:8,none:24"
-            )
+            known = ", ".join((*POLICIES, "auto") if key == KEY else POLICIES)
+            raise ValueError(f"{key}={text}: must be one of {known}, or counts such as mlp:8,none:24")
         found.append((policy, int(count) if count else None))
     return found

@@ -9,7 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from llmsys.lorafa.blocks.block import POLICIES, WITHIN, Fused, fuse
+from llmsys.lorafa.blocks.block import Fused, fuse
+from llmsys.lorafa.blocks.checkpointing import follow
+from llmsys.models.classes import is_patched, refuse_patched
+from llmsys.schema import recompute
+from llmsys.schema.recompute import POLICIES, WITHIN
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +30,22 @@ FAMILIES = {
     "T5Block": "t5:T5Block",
     "MT5Block": "t5:T5Block",
 }
-"""Class name of a block -> where its chains are."""
+"""Class name of a block -> where its chains are. It has to be transformers' own class, with layers of libraries'
+classes in it: what somebody has derived from them computes something else."""
+
+LIBRARIES = ("transformers", "torch", "llmsys", "bitsandbytes")
 
 
 def fuse_blocks(model: nn.Module, policies: str | Sequence[str]) -> int:
     """Puts every block of a known family onto chains, in place; returns how many.
 
-    `policies`: one of `POLICIES` for all blocks, or one for each (T5: the encoder's, then the decoder's). A block of
-    another family keeps its own forward pass, which one line in the log says. ValueError as `check_policies`.
+    `policies`: one of `POLICIES` for all blocks, or one for each (T5: the encoder's, then the decoder's), also as text
+    with counts, `mlp:8,none:24`. A block of another family keeps its own forward pass, which one line in the log says.
+    ValueError as `check_policies`.
     """
-    from llmsys.models.surgery import recompute_blocks
-
     found = check_policies(model, policies)
-    if any(policy == "block" for _, _, policy in found):
-        recompute_blocks(model, [policy == "block" for _, _, policy in found])
+    follow(model, [(block, policy == "block") for block, _, policy in found])
     for block, family, policy in found:
-        if getattr(block, "gradient_checkpointing", False) and policy != "block":
-            block.gradient_checkpointing = False  # type: ignore[assignment]  # a flag of GradientCheckpointingLayer
         if family is not None:
             module, _, mixin = family.partition(":")
             kind: type[Fused] = getattr(importlib.import_module(f"llmsys.lorafa.blocks.{module}"), mixin)
@@ -63,7 +66,9 @@ def check_policies(model: nn.Module, policies: str | Sequence[str]) -> list[tupl
     from llmsys.models.surgery import blocks
 
     found = [block for _, block in blocks(model)]
-    each = [policies] * max(len(found), 1) if isinstance(policies, str) else list(policies)
+    each = list(policies)
+    if isinstance(policies, str):
+        each = recompute.policies(policies, max(len(found), 1), key="recompute")
     unknown = next((policy for policy in each if policy not in POLICIES), None)
     if unknown is not None:
         raise ValueError(f"recompute={unknown}: must be one of {', '.join(POLICIES)}")
@@ -79,4 +84,12 @@ def check_policies(model: nn.Module, policies: str | Sequence[str]) -> list[tupl
 
 
 def _family(block: Any) -> str | None:
-    return next((FAMILIES[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in FAMILIES), None)
+    kind = type(block)
+    if isinstance(block, Fused):  # and wrapped by FSDP2, perhaps
+        return next(FAMILIES[cls.__name__] for cls in kind.__mro__ if cls.__name__ in FAMILIES)
+    if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers.models."):
+        return None
+    refuse_patched(block)
+    parts = (part for part in block.modules() if part is not block and (part._parameters or part._modules))
+    usual = (type(part).__module__.split(".")[0] in LIBRARIES and not is_patched(part) for part in parts)
+    return FAMILIES[kind.__name__] if all(usual) else None

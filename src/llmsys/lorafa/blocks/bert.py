@@ -56,7 +56,7 @@ class BertBlock(Fused):
     ) -> Tensor:
         """hidden_states [B, L, D] -> the same shape."""
         x, memory, here = hidden_states, encoder_hidden_states, self.attention
-        if asks_for_attentions(here.self.config, kwargs):
+        if asks_for_attentions(here.self.config, kwargs) or self.apart():
             whole: Tensor = super().forward(  # type: ignore[misc]  # of the family's own class
                 x, attention_mask, memory, encoder_attention_mask, past_key_values, **kwargs
             )

@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmsys.lorafa.layer import Adapted, hooks
 from llmsys.lorafa.pieces.attention import Core
 from llmsys.lorafa.pieces.dropout import Dropout
 from llmsys.lorafa.pieces.join import run_apart
 from llmsys.lorafa.pieces.piece import Chain, Piece, run
+from llmsys.models.classes import become, derived
+from llmsys.models.surgery import is_linear
 
 log = logging.getLogger(__name__)
-
-POLICIES = ("none", "mlp", "attn+mlp", "block")
-WITHIN = ("mlp", "attn+mlp")
-"""Cuts within a block, which need to know its family."""
-
 
 _CLASSES: dict[type, type] = {}
 
@@ -36,12 +34,28 @@ class Fused:
 
     The forward pass reads weights from the block's modules and does not call these: their hooks do not run. Where a
     caller asks for the probabilities of attention (`output_attentions`), which only such hooks deliver, the block runs
-    as transformers has it, with its adapted layers one by one. Under `torch.compile` a block is a call into uncompiled
-    code, as every piece is.
+    as transformers has it, with its adapted layers one by one; so it does where `apart` says so. Under `torch.compile`
+    a block is a call into uncompiled code, as every piece is.
     """
 
     policy: str = "none"
+    parts: tuple[nn.Module, ...] = ()
+    linear: tuple[nn.Module, ...] = ()
     training: bool
+
+    def apart(self: Any) -> bool:
+        """Whether the block has to run as transformers has it: where accelerate brings weights that only a call of
+        their modules gets, and where a weight without an adapter is trained, which the pieces take as frozen."""
+        found = [hook for part in self.parts for hook in hooks(part)]
+        if found and (any(map(_moves, found)) or len({str(hook.execution_device) for hook in found}) > 1):
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        for layer in self.linear:
+            if layer.weight.requires_grad and not (isinstance(layer, Adapted) and layer.adapter is not None):
+                _say_that_it_is_trained()
+                return True
+        return False
 
     def parameters_read(self: Any) -> Iterator[nn.Parameter]:
         """The weights that `forward` reads from modules which it does not call: an engine that cuts weights over ranks
@@ -90,6 +104,16 @@ def _say_that_there_is_no_cache() -> None:
     log.warning("recompute=attn+mlp: no key-value cache is filled in training; use_cache=False is right there")
 
 
+def _moves(hook: Any) -> bool:
+    """Whether a hook does more than to move a call's inputs to where the weights already are."""
+    return type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload)
+
+
+@functools.cache
+def _say_that_it_is_trained() -> None:
+    log.warning("a weight without an adapter is trained: its block keeps its own forward pass, whatever recompute says")
+
+
 def hidden_dropout(module: Any) -> list[Piece]:
     """A dropout module as a piece, or none where it does nothing."""
     return [Dropout(module.p)] if module.training and module.p else []
@@ -102,19 +126,35 @@ def asks_for_attentions(config: Any, kwargs: dict[str, Any]) -> bool:
 def fused_class(mixin: type[Fused], plain: type) -> type:
     """The subclass of a block's class whose forward pass is `mixin`'s."""
     if plain not in _CLASSES:
-        _CLASSES[plain] = type(f"Fused{plain.__name__}", (mixin, plain), {})
+        _CLASSES[plain] = derived(fused_class, mixin, plain, bases=(mixin, plain))
     return _CLASSES[plain]
 
 
 def fuse(block: Any, mixin: type[Fused], policy: str) -> None:
     """Changes `block`, in place, to run as `mixin` does under `policy`; or only the policy of one that does already."""
     if not isinstance(block, Fused):
-        block.__class__ = fused_class(mixin, type(block))
-    block.policy = policy
+        become(block, fused_class(mixin, type(block)))
+    block.policy, block.parts = policy, tuple(block.modules())[1:]
+    block.linear = tuple(part for part in block.parts if is_linear(part))
+    watched = sorted({type(part).__name__ for part in block.parts if _watched(part)})
+    if watched:
+        log.warning("hooks of %s do not run: their block does not call them", ", ".join(watched))
+
+
+def plain_class(kind: type) -> type:
+    """What a fused block's class is made of."""
+    return next(cls for cls in kind.__mro__ if not issubclass(cls, Fused))
 
 
 def unfuse(block: Any) -> None:
     """Gives a fused block its own forward pass back, in place."""
     if isinstance(block, Fused):
-        plain: Any = next(cls for cls in type(block).__mro__ if not issubclass(cls, Fused))
-        block.__class__ = plain
+        if "_made" not in vars(type(block)):
+            raise ValueError(f"this {type(block).__name__} has been wrapped since, by FSDP2 perhaps; unload before")
+        become(block, plain_class(type(block)))
+        del block.policy, block.parts, block.linear
+
+
+def _watched(part: Any) -> bool:
+    found = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in found)

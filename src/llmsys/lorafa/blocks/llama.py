@@ -49,7 +49,7 @@ class LlamaBlock(Fused):
     ) -> Tensor:
         """hidden_states [B, L, D] -> the same shape."""
         attention, x = self.self_attn, hidden_states
-        if asks_for_attentions(attention.config, kwargs):
+        if asks_for_attentions(attention.config, kwargs) or self.apart():
             whole: Tensor = super().forward(  # type: ignore[misc]  # of the family's own class
                 x, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
             )

@@ -58,7 +58,7 @@ class T5Block(Fused):
         """hidden_states [B, L, D] -> the same shape, and the biases of self- and cross-attention [1, H, L, L'] for the
         next block."""
         x, memory = hidden_states, encoder_hidden_states
-        if asks_for_attentions(self.layer[0].SelfAttention.config, kwargs):
+        if asks_for_attentions(self.layer[0].SelfAttention.config, kwargs) or self.apart():
             whole: tuple[Tensor, Tensor, Tensor | None] = super().forward(  # type: ignore[misc]  # of the family's class
                 x,
                 attention_mask,
