@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmsys.schema import recompute
+from llmsys.schema import recompute, train
 
-INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select", "given")
+INITS = (*train.INITS, "given")
 SEEDED = ("orthonormal", "gaussian", "select")
 """Inits whose A follows from seed, name and shape alone, so that a file needs no A."""
 CORRECTIONS = ("none", "closed_form")
@@ -20,11 +20,11 @@ class LoRAFAConfig:
 
     `targets`: last parts of the names of layers, or more of them; a text is one of these; none, or `all-linear`, for
     every linear layer of the blocks, outside of which only a layer is meant whose name fits none inside. `init`: how A
-    is drawn, see `basis`; `given` is what comes from a file. `share_a`: layers that read the same input (query, key, value; gate, up) have one A. `correction` of
-    B's gradient: `closed_form` is (A A^T)^-1 / s^2 (the paper's second version). `bias`: `lora_only` trains a copy of
-    the biases of adapted layers too. `dtype` of B: `fp32`, or the model's own. `train_a` makes it LoRA (arXiv
-    2106.09685). `recompute`: what the blocks compute again in the backward pass, as `train.recompute` but for `auto`
-    (see `schema.recompute`). ValueError for values out of range.
+    is drawn, see `basis`; `given` is what comes from a file. `share_a`: layers that read the same input (query, key,
+    value; gate, up) have one A. `correction` of B's gradient: `closed_form` is (A A^T)^-1 / s^2 (the paper's second
+    version). `bias`: `lora_only` trains a copy of the biases of adapted layers too. `dtype` of B: `fp32`, or the
+    model's own. `train_a` makes it LoRA (arXiv 2106.09685). `recompute`: what the blocks compute again in the backward
+    pass, as `train.recompute` but for `auto` (see `schema.recompute`). ValueError for values out of range.
     """
 
     r: int = 16
