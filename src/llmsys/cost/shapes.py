@@ -23,6 +23,7 @@ SHARING: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),
     ("q", "k", "v"),
+    ("wi_0", "wi_1"),
 )
 """Names of layers that read the same input, where they are parts of one module."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmsys.schema import recompute
+from llmsys.schema import recompute, train
 
-INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select", "given")
+INITS = (*train.INITS, "given")
 SEEDED = ("orthonormal", "gaussian", "select")
 """Inits whose A follows from seed, name and shape alone, so that a file needs no A."""
 CORRECTIONS = ("none", "closed_form")

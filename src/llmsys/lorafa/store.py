@@ -63,8 +63,8 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     tensors get the file's values, and an optimizer's references stay good. What a refreshed adapter has merged is
     merged again. Further `modules` of the file, frozen with the base otherwise, can be trained on. Nothing has changed
     when ValueError is raised: for a file that is missing, damaged or of another format, a model whose layers are
-    others, an adapter of that name in another shape, an A that is not the file's, and a model that is merged, wrapped
-    in DDP or on the meta device.
+    others, an adapter of that name in another shape, an A that is not the file's, and a model that is merged, on the
+    meta device, or (unless that adapter is active already) wrapped in DDP.
     """
     header, contents = read(Path(folder) / FILE)
     return unpack(model, header, contents, name)
@@ -131,8 +131,9 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
     matrices = header.matrices(contents)
     if name in names(inner):
         _check_same(having(inner, name), name, header, contents)
-        changeable(model, "load_adapter")
-        set_adapter(model, name)
+        changeable(inner, "load_adapter")
+        if any(layer.active != name for layer in layers.values()):
+            set_adapter(model, name)
     else:
         check_name(inner, name)
         changeable(model, "load_adapter")

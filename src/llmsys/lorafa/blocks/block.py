@@ -49,8 +49,6 @@ class Fused:
         found = [hook for part in self.parts for hook in hooks(part)]
         if found and (any(map(_moves, found)) or len({str(hook.execution_device) for hook in found}) > 1):
             return True
-        if not torch.is_grad_enabled():
-            return False
         for layer in self.linear:
             if layer.weight.requires_grad and not (isinstance(layer, Adapted) and layer.adapter is not None):
                 _say_that_it_is_trained()
