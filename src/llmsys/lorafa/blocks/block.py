@@ -46,7 +46,7 @@ class Fused:
     def apart(self: Any) -> bool:
         """Whether the block has to run as transformers has it: where accelerate brings weights that only a call of
         their modules gets, and where a weight without an adapter is trained, which the pieces take as frozen."""
-        found = [hook for part in self.parts for hook in hooks(part)]
+        found = [hook for part in self.parts if "_hf_hook" in part.__dict__ for hook in hooks(part)]
         if found and (any(map(_moves, found)) or len({str(hook.execution_device) for hook in found}) > 1):
             return True
         for layer in self.linear:
