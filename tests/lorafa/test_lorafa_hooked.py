@@ -57,6 +57,9 @@ def test_adapters_run_in_a_model_that_accelerate_has_hooked(hooked: str, fused: 
             if isinstance(module, nn.Linear) and hooked != "blocks":
                 hook(module, offload=hooked == "offloaded")
     assert torch.equal(logits(model), base)
+    if hooked == "offloaded":
+        with pytest.raises(ValueError, match=r"init=weight_svd: the weight of model\.layers\.0.* is not here"):
+            inject(model, LoRAFAConfig(r=2, init="weight_svd"))
     with_adapters(model)
     assert torch.equal(logits(model), expected)
     assert not torch.equal(expected, base)
