@@ -141,6 +141,10 @@ def changeable(model: nn.Module, what: str) -> None:
 
 
 def _unwrapped(model: nn.Module, what: str) -> None:
+    from llmsys.lorafa.blocks.block import is_wrapped
+
+    if what in ("unload", "delete_adapter") and any(map(is_wrapped, model.modules())):
+        raise ValueError(f"{what}: blocks have been wrapped, by FSDP2 perhaps, which cannot be undone; load them anew")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(f"{what}: comes before the model is wrapped in DDP, which would not know the new gradients")
 

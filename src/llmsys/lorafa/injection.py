@@ -100,6 +100,9 @@ def _matrices(
     if config.init in SEEDED:
         return {path: basis.draw(config.init, config.r, shape(x)[1], config.seed, path) for path, x in layers.items()}
     if config.init == "weight_svd":
+        away = next((path for path, layer in layers.items() if layer.weight.is_meta), None)
+        if away is not None:
+            raise ValueError(f"init=weight_svd: the weight of {away} is not here: accelerate has offloaded it")
         wide = torch.float32
         return {path: basis.weight_svd(weight(x, wide), config.r, config.seed) for path, x in layers.items()}
     if config.init == "given":

@@ -46,7 +46,7 @@ class Fused:
     def apart(self: Any) -> bool:
         """Whether the block has to run as transformers has it: where accelerate brings weights that only a call of
         their modules gets, and where a weight without an adapter is trained, which the pieces take as frozen."""
-        found = [hook for part in self.parts for hook in hooks(part)]
+        found = [hook for part in self.parts if "_hf_hook" in part.__dict__ for hook in hooks(part)]
         if found and (any(map(_moves, found)) or len({str(hook.execution_device) for hook in found}) > 1):
             return True
         for layer in self.linear:
@@ -144,11 +144,14 @@ def plain_class(kind: type) -> type:
     return next(cls for cls in kind.__mro__ if not issubclass(cls, Fused))
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a fused block's class has been changed since, as FSDP2 does."""
+    return isinstance(module, Fused) and type(module) not in _CLASSES.values()
+
+
 def unfuse(block: Any) -> None:
     """Gives a fused block its own forward pass back, in place."""
     if isinstance(block, Fused):
-        if "_made" not in vars(type(block)):
-            raise ValueError(f"this {type(block).__name__} has been wrapped since, by FSDP2 perhaps; unload before")
         become(block, plain_class(type(block)))
         del block.policy, block.parts, block.linear
 

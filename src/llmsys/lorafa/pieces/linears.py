@@ -37,7 +37,7 @@ class Linears:
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         self.slots: dict[int, _Layer] = {}  # one layer for each distinct A
         for layer in self.layers:
-            if layer.module.weight.requires_grad:
+            if layer.module.weight.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
                     f"the weight of an adapted {type(layer.module).__name__} is trained; LoRA-FA takes it as frozen: "
                     "leave that layer out of `targets`, or its weight frozen"
