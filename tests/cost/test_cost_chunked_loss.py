@@ -6,12 +6,12 @@ import pytest
 import torch
 from cost_harness import FULL, LOCAL, autocast, batch, build, case, counted_flops, method, saved_bytes, shape, training
 
-from live_bytes import Live
 from llmsys import schema
 from llmsys.cost import estimate, peak_bytes, step_flops
 from llmsys.cost.memory import ledger
 from llmsys.models import chunk_loss
 from llmsys.models.linear_cross_entropy import linear_cross_entropy
+from llmsys.profile.live import Live
 
 FAMILIES = ("llama", "gpt2", "t5")
 DTYPES = [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")]

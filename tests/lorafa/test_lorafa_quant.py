@@ -12,7 +12,6 @@ from lorafa_harness import adapter_grads, batch, error, with_adapters
 from torch import nn
 
 import rank_runs
-from live_bytes import Live
 from llmsys import models, schema
 from llmsys.comm.place import Place
 from llmsys.context import Context
@@ -20,6 +19,7 @@ from llmsys.lorafa import basis, store
 from llmsys.lorafa.blocks import fuse_blocks
 from llmsys.lorafa.layer import adapted_class
 from llmsys.lorafa.targets import adapted
+from llmsys.profile.live import Live
 from llmsys.profile.memory import saved_tensors
 
 FORMATS = ["nf4", "int8"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from live_bytes import Live
 from llmsys.models import chunk_loss
 from llmsys.models.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from llmsys.profile.live import Live
 
 B, L, D, V = 3, 17, 32, 500
 DTYPES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}

@@ -16,14 +16,15 @@ from torch.utils._pytree import tree_iter
 
 
 class Live(TorchDispatchMode):
-    """Counts the storages that operators make while it is on: `now`, and `peak`, the most since `mark`.
+    """Counts the storages that operators make while it is on: `now`, `peak`, the most since `mark`, and the
+    `largest` one.
 
     Storages that were there before do not count. What a kernel allocates and frees inside itself is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.largest = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def mark(self) -> int:
@@ -46,7 +47,7 @@ class Live(TorchDispatchMode):
         nbytes = storage.nbytes()
         self._known.add(storage)
         self.now += nbytes
-        self.peak = max(self.peak, self.now)
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, nbytes)
         weakref.finalize(storage, self._freed, nbytes)
 
     def _freed(self, nbytes: int) -> None:
