@@ -238,3 +238,18 @@ def test_a_peft_model_is_sent_to_from_peft() -> None:
 
     with pytest.raises(ValueError, match="from_peft reads what peft saved"):
         inject(get_peft_model(MLP(), LoraConfig(target_modules=["first"])), LoRAFAConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"r": 4.5}, "r=4.5: must be a whole number"),
+        ({"r": True}, "r=True: must be a whole number"),
+        ({"seed": "0"}, "seed='0': must be a whole number"),
+        ({"alpha": float("nan")}, "alpha=nan: must be a number"),
+        ({"recompute": None}, "recompute=None: must be text"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRAFAConfig(**wrong)

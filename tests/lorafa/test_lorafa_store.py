@@ -18,7 +18,7 @@ from adapter_harness import IDS, MLP, TARGETS, learnt, matrices, mlp, outputs, t
 from safetensors.torch import load_file, save_file
 
 from llmsys.lorafa import LoRAFAConfig, inject, load_adapter, merge, names, save_adapter, set_adapter, to_peft
-from llmsys.lorafa.store import FILE, META, read
+from llmsys.lorafa.store import CONTENTS, FILE, META, fingerprint, read
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -159,9 +159,10 @@ def rewrite(folder: Path, change: Any) -> None:
     from safetensors import safe_open
 
     with safe_open(folder / FILE, framework="pt") as file:
-        header, tensors = json.loads(file.metadata()[META]), load_file(folder / FILE)
+        meta = file.metadata()
+        header, tensors = json.loads(meta[META]), load_file(folder / FILE)
     change(header, tensors)
-    save_file(tensors, folder / FILE, {META: json.dumps(header)})
+    save_file(tensors, folder / FILE, {**meta, META: json.dumps(header), CONTENTS: fingerprint(tensors)})
 
 
 def other_hash(header: dict[str, Any], tensors: Any) -> None:
@@ -195,6 +196,24 @@ def test_a_file_that_is_not_what_it_says_is_refused_and_nothing_has_changed(
         assert "\n" not in str(caught.value)
         assert before[0] == {name: type(module) for name, module in model.named_modules()}
         assert torch.equal(outputs(model), before[1])
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """A's hash tells nothing of B, which is all that was learnt."""
+    file = save_adapter(mlp(), tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged: its tensors are not those that were saved"):
+        load_adapter(MLP(), tmp_path)
+
+
+def test_a_second_adapter_with_modules_of_its_own_is_refused(tmp_path: Path) -> None:
+    """They are the model's, one for all adapters: the first would go on with what was trained beside the second."""
+    save_adapter(mlp(), tmp_path, modules=("head",))
+    one = load_adapter(MLP(), tmp_path, "one")
+    with pytest.raises(ValueError, match="brings head of its own"):
+        load_adapter(one, tmp_path, "two")
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "foreign"])

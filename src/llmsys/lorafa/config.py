@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llmsys.schema import recompute, train
@@ -44,6 +45,16 @@ class LoRAFAConfig:
     def __post_init__(self) -> None:
         given: tuple[str, ...] = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", () if given == ("all-linear",) else given)
+        for key, number, kinds in (
+            ("r", self.r, (int,)),
+            ("seed", self.seed, (int,)),
+            ("alpha", self.alpha, (int, float)),
+            ("dropout", self.dropout, (int, float)),
+        ):
+            if isinstance(number, bool) or not isinstance(number, kinds) or not math.isfinite(number):
+                raise ValueError(f"{key}={number!r}: must be a{' whole' if kinds == (int,) else ''} number")
+        if not isinstance(self.recompute, str):
+            raise ValueError(f"recompute={self.recompute!r}: must be text, none say")
         recompute.check(self.recompute, key="recompute")
         for key, value, known in (
             ("init", self.init, INITS),

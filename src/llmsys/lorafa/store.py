@@ -10,6 +10,7 @@ Reading draws A again and compares hashes: an A that another version of torch dr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +29,8 @@ from llmsys.lorafa.targets import shape
 
 FILE = "adapter.safetensors"
 META = "adapter"
+CONTENTS = "contents"
+"""Keys of the file's metadata: the header, and a hash of all tensors."""
 FREE = ("recompute", "targets")
 """Fields of the configuration that may differ between a file and the adapter it is loaded into."""
 
@@ -52,7 +55,7 @@ def save_adapter(
     file = Path(folder) / FILE
     header, contents = pack(model, name, modules=modules, state=state)
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors.replace(contents, file, {META: header.text()})
+    tensors.replace(contents, file, {META: header.text(), CONTENTS: fingerprint(contents)})
     return file
 
 
@@ -116,7 +119,20 @@ def read(file: Path) -> tuple[Header, dict[str, Tensor]]:
             contents = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged: {error}") from error
-    return parse(meta.get(META, "{}"), str(file)), contents
+    header = parse(meta.get(META, "{}"), str(file))
+    if meta.get(CONTENTS) != fingerprint(contents):
+        raise ValueError(f"{file}: damaged: its tensors are not those that were saved")
+    return header, contents
+
+
+def fingerprint(contents: Mapping[str, Tensor]) -> str:
+    """A hash of tensors by name, of their dtypes, shapes and bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(contents.items()):
+        whole = tensor.detach().cpu().contiguous()
+        found.update(f"{name}/{whole.dtype}/{tuple(whole.shape)}/".encode())
+        found.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()
@@ -137,6 +153,11 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
     else:
         check_name(inner, name)
         changeable(model, "load_adapter")
+        if header.modules and names(inner):
+            raise ValueError(
+                f"{header.where}: brings {', '.join(header.modules)} of its own, which no other adapter here was "
+                "trained with; delete these first, or save it without `modules`"
+            )
         if header.refreshed:
             merging.refuse_unmergeable(inner, layers, "load_adapter")
             if names(inner):
