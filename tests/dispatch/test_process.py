@@ -169,6 +169,7 @@ def test_a_worker_dies_with_its_parent(results: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.slow
 def test_a_parent_that_was_suspended_does_not_take_the_pause_for_a_hang(results: Path) -> None:
     """After a suspension the pipe is full of signs of life: they are read before silence is judged."""
     made = make(results, "train.steps=40", "train.threads=1", "dispatch.heartbeat_s=6")

@@ -68,7 +68,7 @@ def the_record(run: Run) -> Record:
     return run.record
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_run_within_seconds(results: Path, victim: int) -> None:
     run = Run(make(results, *LONG), lambda pids: os.kill(pids[victim], signal.SIGKILL))
     record = the_record(run)
@@ -164,6 +164,7 @@ def listening(pid: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_on_a_shaped_link_take_as_long_as_it_says(results: Path) -> None:
     """2 Mbit/s, and gradients of 0.57 MB: a ring of two sends them once each way, so a step takes 2.3 s, not 20 ms."""
     if reason := link.why_not():

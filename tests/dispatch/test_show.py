@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 SHORT = ("train.steps=40", "train.length=32", "data.num_examples=40", "train.threads=1", "profile.warmup=1")
 
 
@@ -33,6 +35,7 @@ def test_a_terminal_sees_loss_speed_and_time_left(results: Path) -> None:
         assert words in seen, words
 
 
+@pytest.mark.slow
 def test_a_file_gets_no_bar(llmsys: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = llmsys(*SHORT)
     assert done.returncode == 0

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from llmsys import compose, job
 from llmsys.job import Record
 
@@ -58,6 +60,7 @@ def test_a_failing_job_leaves_the_others_recorded_and_exit_code_1(llmsys: Run, r
     assert "failed (nan)" in done.stdout
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_exit_code_0(llmsys: Run, results: Path) -> None:
     done = llmsys("model=llama_85m", "train.steps=1", "dispatch.memory_gib=1")
     assert done.returncode == 0, done.stderr
