@@ -57,6 +57,8 @@ def chunk_loss(model: Any) -> Any:
         raise ValueError(f"train.loss=chunked: is for {', '.join(FAMILIES)}, not for {family}")
     head = model.get_output_embeddings()
     _check_plain(head)
+    if not head.weight.is_floating_point():
+        raise ValueError("train.loss=chunked: the head is quantised; leave it out, or use train.loss=whole")
     head_class: Any = type(head)
     model_class: Any = type(model)
     become(head, _head_class(head_class))
@@ -69,7 +71,7 @@ def _check_plain(head: Any) -> None:
     for mark, what in (("adapters", "has an adapter"), ("lora_A", "has an adapter"), ("dequantised", "is quantised")):
         if hasattr(head, mark):
             raise ValueError(f"train.loss=chunked: the head {what}; leave it out, or use train.loss=whole")
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+    if not isinstance(head, nn.Linear):  # its weight is not asked for: ZeRO-3 gathers what a forward pass looks at
         raise ValueError(f"train.loss=chunked: the head is a {type(head).__name__}, and must be a plain nn.Linear")
 
 
