@@ -90,6 +90,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lorafa_quality, "WIDER", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import fresh_runs

@@ -75,6 +75,7 @@ def test_a_killed_worker_is_crashed_and_its_metrics_stay(results: Path) -> None:
     assert (Path(made.out) / "metrics.jsonl").read_text().count("\n") >= 1
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_a_hang_and_is_killed(results: Path) -> None:
     made = make(results, *LONG, "dispatch.heartbeat_s=8")
     pids: list[int] = []
@@ -140,6 +141,7 @@ def test_an_interrupt_after_the_record_is_written_does_not_replace_it(results: P
     assert (later.status, later.attempts) == ("crashed", 2), "that record was of the attempt before"
 
 
+@pytest.mark.slow
 def test_a_run_again_counts_its_attempts(results: Path) -> None:
     made = make(results, *LONG)
     assert run(made, lambda pid: os.kill(pid, signal.SIGKILL)).attempts == 1

@@ -129,6 +129,7 @@ def test_a_sweep_adds_its_baselines_once() -> None:
     assert sorted(done.stdout.split("\n")[:-1]) == [f"{kind} {seed}" for kind in kinds for seed in (0, 1)], done.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_set_aside_and_the_run_made(llmsys: Run, results: Path) -> None:
     made = job.make(compose.compose([*SHORT, f"results={results}"]))
     out = Path(made.out)
