@@ -82,12 +82,15 @@ def test_ranks_are_chosen_by_size() -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that learns nothing, in place of the three."""
     import lorafa_quality
+    import quality_contestants
 
     causal = lorafa_quality.FAMILIES["causal"]
-    family = dataclasses.replace(causal, overrides=("+exp=lorafa_llama_6m", *lorafa_quality.WHOLE, *TINY), base=None)
+    family = dataclasses.replace(
+        causal, overrides=("+exp=lorafa_llama_6m", *quality_contestants.WHOLE, *TINY), base=None
+    )
     monkeypatch.setattr(lorafa_quality, "FAMILIES", {"encoder": family})
     monkeypatch.setattr(lorafa_quality, "GRID", (5e-4, 2e-3, 5e-3))
-    monkeypatch.setattr(lorafa_quality, "WIDER", 4)
+    monkeypatch.setattr(quality_contestants, "WIDER", 4)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llmsys.lorafa.pieces.piece import Extra, Piece, run, weights_read
+from llmsys.lorafa.pieces.piece import Composed, Extra, Piece, run
 
 
 class Residual:
@@ -67,19 +67,10 @@ class Branch:
         return (dx + straight if wanted and dx is not None else None,), trained
 
 
-class Beside:
+class Beside(Composed):
     """(x_1, x_2, ...) -> the outputs of p_1(x_1), then those of p_2(x_2): cross-attention's query from the decoder, key
     and value from the encoder. Backward: each piece's own. Keeps: what the pieces keep, and all inputs if one reads its
     own (the encoder's output is one tensor for all layers)."""
-
-    def __init__(self, *pieces: Piece) -> None:
-        self.pieces = pieces
-
-    def trained(self) -> list[Tensor]:
-        return [tensor for piece in self.pieces for tensor in piece.trained()]
-
-    def read(self) -> list[Tensor]:
-        return [tensor for piece in self.pieces for tensor in weights_read(piece)]
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         outputs: list[Tensor] = []

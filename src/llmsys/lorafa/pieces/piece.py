@@ -145,13 +145,8 @@ class _Function(torch.autograd.Function):
         return (None, None, *(found if ctx.wanted else [None] * ctx.count), *trained)
 
 
-class Chain:
-    """Pieces one after another: the outputs of each are the inputs of the next.
-
-    Forward: p_n(... p_1(inputs)). Backward: the inputs of every piece that reads them are computed again from the
-    chain's own, then the pieces' backward passes run from the last to the first. Keeps: the inputs of the first piece,
-    if any piece reads its inputs, and the extras of all pieces.
-    """
+class Composed:
+    """What pieces made of pieces share: their weights are those of the parts, part by part."""
 
     def __init__(self, *pieces: Piece) -> None:
         self.pieces = pieces
@@ -161,6 +156,15 @@ class Chain:
 
     def read(self) -> list[Tensor]:
         return [tensor for piece in self.pieces for tensor in weights_read(piece)]
+
+
+class Chain(Composed):
+    """Pieces one after another: the outputs of each are the inputs of the next.
+
+    Forward: p_n(... p_1(inputs)). Backward: the inputs of every piece that reads them are computed again from the
+    chain's own, then the pieces' backward passes run from the last to the first. Keeps: the inputs of the first piece,
+    if any piece reads its inputs, and the extras of all pieces.
+    """
 
     def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Extra]]:
         extras: list[Extra] = []
