@@ -118,7 +118,7 @@ def blocks() -> dict[str, Any]:
         layers = []
         for outputs, inputs in ((96, 40), (96, 40), (40, 96)):
             layer = adapt(nn.Linear(inputs, outputs, bias=False, dtype=dtype).requires_grad_(False))
-            layer.adapters["default"] = Adapter(config, torch.randn(4, inputs).to(dtype) / 8, outputs, dtype)
+            layer.adapters["default"] = Adapter(config, "layer", torch.randn(4, inputs).to(dtype) / 8, outputs, dtype)
             nn.init.normal_(layer.adapters["default"].B, std=0.1)
             layer.active = "default"
             layers.append(layer)
