@@ -1,0 +1,39 @@
+"""Gradient compression that overlaps with the backward pass: S-SGD, Sign-SGD, Top-k, Random-k, Power-SGD and ACP-SGD
+(arXiv 2306.08881), behind one protocol.
+
+    from llmsys.compress import CompressConfig, register
+
+    model = DistributedDataParallel(model)
+    register(model, CompressConfig(method="acpsgd", r=4))      # then train with any loop and any optimizer
+
+The names are resolved late (PEP 562): importing the package imports not even torch, and using it nothing but torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmsys.compress.aggregate import Aggregator
+    from llmsys.compress.config import CompressConfig
+    from llmsys.compress.hook import HookState, compress_hook, register
+    from llmsys.compress.state import CompressionState
+
+_HOMES = {
+    "Aggregator": "aggregate",
+    "CompressConfig": "config",
+    "CompressionState": "state",
+    "HookState": "hook",
+    "compress_hook": "hook",
+    "register": "hook",
+}
+"""Name -> module. No module may be called as one of the names: importing it would hide the name."""
+
+__all__ = ["Aggregator", "CompressConfig", "CompressionState", "HookState", "compress_hook", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"llmsys.compress.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,71 @@
+"""Gradient compression of a list of gradients, for plain loops, DeepSpeed's ZeRO 0 and 1 and FSDP2's replicate axis.
+
+    aggregator = Aggregator(model.named_parameters(), CompressConfig(method="acpsgd", r=4))
+    loss.backward()
+    aggregator.aggregate([p.grad for p in model.parameters()])
+
+All buckets' exchanges are under way together, but after the backward pass: under DDP `hook` hides them behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from llmsys.comm.buckets import buckets
+from llmsys.compress.agreement import check_equal
+from llmsys.compress.config import CompressConfig
+from llmsys.compress.state import CompressionState
+from llmsys.compress.transfer import Group, finish
+
+MIB = 2**20
+
+
+class Aggregator(CompressionState):
+    """Exchanges the gradients of `parameters` (name, tensor), of one type and device, over `group`."""
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        config: CompressConfig,
+        *,
+        group: Group = None,
+        bucket_mib: float = 25.0,
+        loss_scale: Callable[[], float] | None = None,
+    ) -> None:
+        """Collective. ValueError on every rank where configs or parameters differ."""
+        super().__init__(config, group=group, loss_scale=loss_scale)
+        named = list(parameters)
+        self.names = [name for name, _ in named]
+        self.shapes = [tensor.shape for _, tensor in named]
+        if not named:
+            raise ValueError("compress: no parameters to exchange the gradients of")
+        check_equal(config, named, group, named[0][1].device)
+        sizes = [tensor.numel() * tensor.element_size() for _, tensor in named]
+        self.buckets = buckets(sizes, int(bucket_mib * MIB))
+
+    def aggregate(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Makes each of `grads`, in the order of the parameters, their compressed mean over the ranks, in place, and
+        returns them. Collective. Takes one more copy of the gradients while it works."""
+        if [grad.shape for grad in grads] != self.shapes:
+            raise ValueError("compress: gradients are not of the shapes of the parameters, in their order")
+        self.begin()
+        flats, transfers = [], []
+        for bucket in self.buckets:
+            flat = _flatten([grads[i] for i in bucket])
+            views = flat.split([grads[i].numel() for i in bucket])
+            shaped = [view.view(grads[i].shape) for i, view in zip(bucket, views, strict=True)]
+            transfers.append(self.start([self.names[i] for i in bucket], shaped, flat))
+            flats.append(shaped)
+        self.advance()
+        for index in finish(transfers):
+            self.end(transfers[index])
+            for i, view in zip(self.buckets[index], flats[index], strict=True):
+                grads[i].copy_(view)
+        return grads
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])

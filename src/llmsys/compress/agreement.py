@@ -1,0 +1,38 @@
+"""Ranks notice at once that they do not have the same, instead of waiting for each other for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmsys.compress.config import CompressConfig
+from llmsys.compress.transfer import Group
+
+
+def check_equal(
+    config: CompressConfig, named: Iterable[tuple[str, Tensor]], group: Group, device: torch.device
+) -> None:
+    """ValueError, on every rank of `group`, where configs, or names, shapes or types of parameters, are not the same.
+    Collective: one all-reduce of four numbers."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    texts = {
+        "config": json.dumps(dataclasses.asdict(config), sort_keys=True, default=list),
+        "model (names, shapes or types of parameters)": "\n".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in named),
+    }
+    hashes = [_hash(text) for text in texts.values()]
+    both = torch.tensor([*hashes, *(-number for number in hashes)], dtype=torch.int64, device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    for what, greatest, least in zip(texts, both[: len(hashes)].tolist(), both[len(hashes) :].tolist(), strict=True):
+        if greatest != -least:
+            raise ValueError(f"compress: the ranks do not have the same {what}; all of them have to")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")  # below 2**63, also negated

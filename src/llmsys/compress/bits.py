@@ -1,0 +1,42 @@
+"""Signs as bits, eight in a byte: real packing, 32 times smaller than fp32."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+_GATHER = 0x0102040810204080
+"""Multiplied with eight bytes of 0 or 1, as one number, this has them as the bits of its highest byte."""
+AT_ONCE = 1 << 17
+"""Bytes unpacked at a time: 4 MiB of fp32."""
+
+
+def pack(positive: Tensor) -> Tensor:
+    """uint8 [ceil(N / 8)] of bool [N]; the bits beyond N are 0."""
+    missing = -positive.numel() % 8
+    if missing:
+        positive = torch.cat([positive, positive.new_zeros(missing)])
+    words = positive.view(torch.uint8).view(torch.int64)
+    return (words * _GATHER >> 56).to(torch.uint8)
+
+
+def unpack(packed: Tensor, numel: int) -> Tensor:
+    """bool [numel] of what `pack` made."""
+    return (_table(packed.device)[packed.long()] > 0).view(-1)[:numel]
+
+
+def add_signs(target: Tensor, packed: Tensor, scale: Tensor | float) -> None:
+    """target [N], in place, += scale for every bit that is set, -= scale for every other; a piece at a time."""
+    table = _table(target.device).to(target.dtype) * scale
+    for start in range(0, len(packed), AT_ONCE):
+        piece = target[start * 8 : (start + AT_ONCE) * 8]
+        piece += table[packed[start : start + AT_ONCE].long()].view(-1)[: len(piece)].to(piece.dtype)
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """[256, 8]: +1 or -1 for each bit of a byte, in the order in which `pack` sets them."""
+    ones = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
+    return (2.0 * ones - 1.0).to(device)

@@ -1,0 +1,111 @@
+"""Gradient compression under DistributedDataParallel: a communication hook.
+
+    model = DistributedDataParallel(model)
+    state = register(model, CompressConfig(method="acpsgd", r=4))
+
+DDP hands over a bucket of gradients as soon as the backward pass has made them (wait-free back-propagation), and cuts
+buckets by the size of what is compressed, so there are as many messages as without compression (the paper's scaled
+tensor fusion). A bucket is one buffer and one collective.
+
+Methods of one round decompress in the callback of their collective, which neither waits nor starts anything. Those of
+two (Power-SGD, Sign-SGD) start the second rounds of all buckets in order, when the last bucket has come.
+"""
+# No `from __future__ import annotations`: DDP compares the hook's annotations with the classes themselves.
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from llmsys.compress.agreement import check_equal
+from llmsys.compress.config import CompressConfig
+from llmsys.compress.state import CompressionState
+from llmsys.compress.transfer import Transfer
+
+
+class HookState(CompressionState):
+    """What `compress_hook` needs beside: the parameters' names, and what the step's earlier buckets wait for."""
+
+    def __init__(
+        self,
+        config: CompressConfig,
+        model: nn.Module,
+        *,
+        group: Any = None,
+        loss_scale: Callable[[], float] | None = None,
+    ) -> None:
+        super().__init__(config, group=group, loss_scale=loss_scale)
+        self.names: dict[Tensor, str] = {
+            parameter: name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()
+        }
+        self.waiting: list[tuple[Transfer, Tensor, Future[Tensor]]] = []
+
+
+def register(
+    model: DistributedDataParallel, config: CompressConfig, *, loss_scale: Callable[[], float] | None = None
+) -> CompressionState:
+    """Has `model` exchange its gradients by `config` from now on. Collective.
+
+    `loss_scale`: see `CompressionState`. ValueError on every rank where configs or models differ, or where gradients
+    are sparse.
+    """
+    module = model.module
+    for name, part in module.named_modules():
+        if getattr(part, "sparse", False) and isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            raise ValueError(f"{name}: sparse gradients cannot be compressed; make it with sparse=False")
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    check_equal(config, trained, model.process_group, trained[0][1].device)
+    state = HookState(config, module, group=model.process_group, loss_scale=loss_scale)
+    model.register_comm_hook(state, compress_hook)
+    return state
+
+
+def compress_hook(state: HookState, bucket: dist.GradBucket) -> Future[Tensor]:
+    """The hook itself, for what takes a state and a hook (`DistributedDataParallel.register_comm_hook`)."""
+    flat = bucket.buffer()
+    if bucket.index() == 0:
+        state.waiting.clear()  # of a backward pass that was broken off
+        state.begin()
+    names = [state.names[parameter] for parameter in bucket.parameters()]
+    transfer = state.start(names, bucket.gradients(), flat)
+    if bucket.is_last():
+        state.advance()
+    if state.method.rounds == 1:
+        return transfer.future.then(lambda arrived: _decompress(state, transfer, flat, arrived))
+    mine: Future[Tensor] = Future(devices=[flat.device] if flat.is_cuda else [])
+    state.waiting.append((transfer, flat, mine))
+    if bucket.is_last():
+        _second_rounds(state)
+    return mine
+
+
+def _decompress(state: HookState, transfer: Transfer, flat: Tensor, arrived: Future[Any]) -> Tensor:
+    arrived.value()  # raises what went wrong on the way
+    more = transfer.advance()
+    assert not more, "a callback starts nothing"
+    state.end(transfer)
+    return flat
+
+
+def _second_rounds(state: HookState) -> None:
+    """Waits for the first rounds in the order of the buckets, starting each one's second; all ranks in that order."""
+    waiting = list(state.waiting)
+    state.waiting.clear()
+    for transfer, flat, mine in waiting:
+        transfer.future.wait()
+        if transfer.advance():
+            transfer.future.add_done_callback(functools.partial(_complete, state, transfer, flat, mine))
+        else:  # nothing in it that needs a second
+            state.end(transfer)
+            mine.set_result(flat)
+
+
+def _complete(state: HookState, transfer: Transfer, flat: Tensor, mine: Future[Tensor], arrived: Future[Any]) -> None:
+    try:
+        mine.set_result(_decompress(state, transfer, flat, arrived))
+    except Exception as error:  # noqa: BLE001 - a callback's exception goes nowhere: the one who waits has to have it
+        mine.set_exception(error)  # type: ignore[arg-type]

@@ -1,0 +1,61 @@
+"""Scaled sign with error feedback (Karimireddy et al., arXiv 1901.09847): mean(|c|) sign(c), c = gradient + error."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmsys.compress import bits
+from llmsys.compress.config import CompressConfig
+from llmsys.compress.feedback import corrected
+from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Sent, where
+from llmsys.compress.wire import dtype_of
+
+
+class EFSign:
+    """One bit of each element and one fp32 scale of each tensor, of every rank: their mean is no sign any more."""
+
+    linear = False
+    rounds = 1
+
+    def __init__(self, config: CompressConfig) -> None:
+        self.config = config
+
+    def exchange(self, part: Part) -> Exchange:
+        finite = part.guard()
+        signed = [entry for entry in part.entries if not self.config.skips(entry.name)]
+        whole = [entry for entry in part.entries if self.config.skips(entry.name)]
+        what = [corrected(entry, self.config).view(-1) for entry in signed]
+        own = [bits.pack(x >= 0) for x in what]
+        dtype = dtype_of(part.flat)
+        scales = [x.abs().mean(dtype=dtype).reshape(1) for x in what]
+        numbers = torch.cat([*scales, *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
+        where(~finite, numbers, math.nan)
+        payload = torch.cat([numbers.view(torch.uint8), *own])
+        gathered = payload.new_empty(part.world, len(payload))
+        yield AllGather(payload, gathered)
+        if self.config.feedback:
+            self._add(what, own, [-scale for scale in scales])
+        yield WAIT
+        length = len(numbers) * dtype.itemsize
+        theirs = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
+        arrived = torch.isfinite(theirs.sum())
+        part.flat.zero_()
+        pieces = gathered[:, length:].split([len(x) for x in own], 1)
+        for rank in range(part.world):
+            shares = list((theirs[rank, : len(signed)] / part.world).unbind())
+            self._add([e.grad.view(-1) for e in signed], [piece[rank] for piece in pieces], shares)
+        self._write_whole(whole, theirs[:, len(signed) :].mean(0))
+        where(~arrived, part.flat, math.nan)
+        kept = what if self.config.feedback else []
+        return Sent(arrived, lambda: self._add(kept, own, scales))
+
+    def _add(self, targets: list[Tensor], packed: list[Tensor], scales: list[Tensor]) -> None:
+        for target, signs, scale in zip(targets, packed, scales, strict=False):
+            bits.add_signs(target, signs, scale)
+
+    def _write_whole(self, entries: list[Entry], numbers: Tensor) -> None:
+        for entry, piece in zip(entries, numbers.split([e.grad.numel() for e in entries]), strict=True):
+            entry.grad.copy_(piece.view(entry.grad.shape))

@@ -1,0 +1,213 @@
+"""Power-SGD (Vogels et al., arXiv 1905.13727) and ACP-SGD (Zhang et al., arXiv 2306.08881): low-rank factors of a
+gradient instead of it.
+
+A gradient is a matrix G [N, M], E what was not sent of earlier ones, C = G + E; factors are rows, p [R, N], q [R, M]:
+
+    Power-SGD, algorithm 1      p = mean of q C^T;  p orthonormal;  q = mean of p C;          G~ = p^T q
+    ACP-SGD, even steps         q orthonormal;      p = mean of q C^T;                        G~ = p^T q
+             odd steps          p orthonormal;      q = mean of p C;                          G~ = p^T q
+
+so ACP-SGD takes half a power iteration a step, from the factor that the last step has received, and exchanges once.
+
+E becomes C - p^T q with the rank's *own* p or q, before the mean of all is known: while that is on its way. The average
+over the ranks is the same as with the mean's, as C - p^T q is linear in C, p and q once the other factor is shared.
+
+Everything that is not compressed travels in the same buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmsys.compress import shapes
+from llmsys.compress.config import CompressConfig
+from llmsys.compress.feedback import corrected
+from llmsys.compress.memory import generator
+from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Sent, where
+from llmsys.compress.orthogonal import orthonormal_
+from llmsys.compress.wire import Wire, copy, dtype_of
+
+P, Q = "p", "q"
+
+
+@dataclass
+class Matrix:
+    """A gradient as a matrix, and its factors' first rows, as many as are in use at this step."""
+
+    entry: Entry
+    grad: Tensor
+    """[N, M], a view."""
+    what: Tensor
+    """C [N, M] while the factors are made, afterwards E; without error feedback the gradient itself."""
+    p: Tensor
+    q: Tensor
+
+    def project(self, side: str, what: Tensor) -> Tensor:
+        """A factor of `what` [N, M] by the other one: q what^T [R, N] for `p`, p what [R, M] for `q`."""
+        what = what.to(self.p.dtype)  # itself, in full precision
+        return torch.mm(self.q, what.t()) if side == P else torch.mm(self.p, what)
+
+    def add(self, p: Tensor, q: Tensor, sign: int) -> None:
+        """`what` += sign p^T q, in place."""
+        if self.what.dtype == p.dtype:
+            self.what.addmm_(p.t(), q, alpha=sign)
+        else:
+            self.what.add_(torch.mm(p.t(), q), alpha=sign)
+
+    def write(self, p: Tensor, q: Tensor) -> None:
+        """The gradient becomes p^T q, in place."""
+        if self.grad.dtype == p.dtype:
+            torch.mm(p.t(), q, out=self.grad)
+        else:
+            self.grad.copy_(torch.mm(p.t(), q))
+
+
+class LowRank:
+    """What both methods share."""
+
+    linear = True
+    rounds = 1
+
+    def __init__(self, config: CompressConfig) -> None:
+        self.config = config
+
+    def split(self, part: Part) -> tuple[list[Matrix], list[Entry]]:
+        """What travels as factors, with C made, in place, of E; and what travels whole."""
+        r = self.config.r_at(part.step)
+        matrices, rest = [], []
+        for entry in part.entries:
+            if shapes.low_rank(entry.name, entry.grad.shape, self.config):
+                matrices.append(self._matrix(entry, r))
+            else:
+                rest.append(entry)
+        return matrices, rest
+
+    def _matrix(self, entry: Entry, r: int) -> Matrix:
+        grad = entry.grad.view(entry.grad.shape[0], -1)
+        what = corrected(entry, self.config).view(grad.shape)
+        p, q = _factors(entry, self.config)
+        return Matrix(entry, grad, what, p[:r], q[:r])
+
+    def refreshes(self, part: Part) -> bool:
+        every = self.config.refresh_every
+        return bool(every) and part.step > 0 and part.step % every == 0
+
+    def dense(self, part: Part) -> Exchange:
+        """A step on which everything travels whole, with all that error feedback has kept, and gives the subspace:
+        one power iteration from a new random factor, on what all ranks have."""
+        finite = part.guard()
+        matrices, rest = self.split(part)
+        wire = Wire([*(x.what for x in matrices), *(entry.grad for entry in rest)], self.config)
+        wire.divide(part.world, finite)
+        yield AllReduce(wire.buffer)
+        yield WAIT
+        arrived = wire.finite()
+        copy([*(x.grad for x in matrices), *(entry.grad for entry in rest)], wire.views)
+        for x in matrices:
+            if self.config.feedback:
+                where(arrived, x.what, 0.0)  # all of it has been sent
+            whole = torch.where(arrived, x.grad, 0.0).to(x.p.dtype)
+            x.q.copy_(_random(x, part.step, self.config))
+            x.p.copy_(x.project(P, whole))
+            orthonormal_(x.p)
+            x.q.copy_(x.project(Q, whole))
+        return Sent(arrived, _nothing)
+
+    def take(self, matrices: Sequence[Matrix], pairs: Sequence[tuple[Tensor, Tensor]], sign: int) -> None:
+        """E -= what this rank has sent (`sign` -1), or takes it back (1)."""
+        if self.config.feedback:
+            for x, (p, q) in zip(matrices, pairs, strict=True):
+                x.add(p, q, sign)
+
+
+class ACPSGD(LowRank):
+    """One factor a step, the two in turn."""
+
+    def exchange(self, part: Part) -> Exchange:
+        if self.refreshes(part):
+            return (yield from self.dense(part))
+        finite = part.guard()
+        matrices, rest = self.split(part)
+        side = P if part.step % 2 == 0 else Q
+        for x in matrices:
+            given = x.q if side == P else x.p
+            if not self.config.reuse:
+                given.copy_(_random(x, part.step, self.config, given))
+            orthonormal_(given)
+        own = [x.project(side, x.what) for x in matrices]
+        wire = Wire([*own, *(entry.grad for entry in rest)], self.config)
+        wire.divide(part.world, finite)
+        yield AllReduce(wire.buffer)
+        pairs = [(mine, x.q) if side == P else (x.p, mine) for x, mine in zip(matrices, own, strict=True)]
+        self.take(matrices, pairs, -1)
+        yield WAIT
+        arrived = wire.finite()
+        for x, view in zip(matrices, wire.views, strict=False):
+            mean = view.to(x.p.dtype)
+            x.write(*((mean, x.q) if side == P else (x.p, mean)))
+            received = x.p if side == P else x.q
+            received.copy_(torch.where(arrived, mean, received))
+        copy([entry.grad for entry in rest], wire.views[len(matrices) :])
+        return Sent(arrived, lambda: self.take(matrices, pairs, 1))
+
+
+class PowerSGD(LowRank):
+    """Both factors in every step, the second from the mean of the first. Whole tensors travel with the first."""
+
+    rounds = 2
+
+    def exchange(self, part: Part) -> Exchange:
+        if self.refreshes(part):
+            return (yield from self.dense(part))
+        finite = part.guard()
+        matrices, rest = self.split(part)
+        first = Wire([*(x.project(P, x.what) for x in matrices), *(entry.grad for entry in rest)], self.config)
+        first.divide(part.world, finite)
+        yield AllReduce(first.buffer)
+        yield WAIT
+        arrived = first.finite()
+        copy([entry.grad for entry in rest], first.views[len(matrices) :])
+        if not matrices:
+            return Sent(arrived, _nothing)
+        for x, view in zip(matrices, first.views, strict=False):
+            x.p.copy_(torch.where(arrived, view, 0.0))
+            orthonormal_(x.p)
+        own = [x.project(Q, x.what) for x in matrices]
+        second = Wire(own, self.config)
+        second.divide(part.world, arrived)
+        yield AllReduce(second.buffer)
+        pairs = [(x.p, mine) for x, mine in zip(matrices, own, strict=True)]
+        self.take(matrices, pairs, -1)
+        yield WAIT
+        for x, view in zip(matrices, second.views, strict=True):
+            mean = view.to(x.q.dtype)
+            x.write(x.p, mean)
+            x.q.copy_(torch.where(arrived, mean, x.q))
+        return Sent(arrived, lambda: self.take(matrices, pairs, 1))
+
+
+def _nothing() -> None:
+    pass
+
+
+def _factors(entry: Entry, config: CompressConfig) -> tuple[Tensor, Tensor]:
+    """The parameter's factors, as wide as they will ever be; drawn at first use, alike on all ranks."""
+    memory, grad = entry.memory, entry.grad
+    if memory.p is None or memory.q is None:
+        r = shapes.width(grad.shape, config.widest)
+        drawn = (
+            torch.randn(r, size, generator=generator(f"{entry.name}/{side}", config.seed))
+            for side, size in zip((P, Q), shapes.matrix(grad.shape), strict=True)
+        )
+        memory.p, memory.q = (factor.to(grad.device, dtype_of(grad)) for factor in drawn)
+    return memory.p, memory.q
+
+
+def _random(x: Matrix, step: int, config: CompressConfig, like: Tensor | None = None) -> Tensor:
+    """A factor drawn anew for this step, of the shape of q or `like`."""
+    like = x.q if like is None else like
+    return torch.randn(like.shape, generator=generator(x.entry.name, config.seed, step)).to(like)

@@ -1,0 +1,165 @@
+"""Top-k SGD (Aji and Heafield, arXiv 1704.05021; Lin et al., DGC, arXiv 1712.01887) and Random-k: few of the elements.
+
+Each rank's largest elements are its own, so places travel too and all ranks' have to be gathered: volume grows with
+their number. Random-k draws the same places on all ranks, so values alone are summed: what this saves, and what it
+costs to send others than the largest, is what the comparison of the two at equal bytes shows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmsys.compress import shapes
+from llmsys.compress.config import CompressConfig
+from llmsys.compress.feedback import corrected
+from llmsys.compress.memory import generator
+from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Sent, where
+from llmsys.compress.wire import Wire, copy, dtype_of
+
+SAMPLED = 0.01
+"""Of the elements, on which a threshold is estimated."""
+
+
+@dataclass
+class Kept:
+    """The elements of a gradient that are sent: `values` [K] of `what` (flat) at `places` [K]."""
+
+    entry: Entry
+    what: Tensor
+    places: Tensor
+    values: Tensor
+
+
+def take(kept: list[Kept], config: CompressConfig) -> None:
+    """What is sent is no error any more."""
+    if config.feedback:
+        for x in kept:
+            x.what[x.places] = 0.0
+
+
+def restore(kept: list[Kept], config: CompressConfig) -> None:
+    if config.feedback:
+        for x in kept:
+            x.what.index_add_(0, x.places, x.values.to(x.what.dtype))
+
+
+class TopK:
+    """Of every tensor the `density` largest by magnitude, as fp32 values (of fp64 such) and int32 places, in one gather.
+
+    What is excepted (`skip`) travels whole in the same gather.
+    """
+
+    linear = False
+    rounds = 1
+
+    def __init__(self, config: CompressConfig) -> None:
+        self.config = config
+
+    def exchange(self, part: Part) -> Exchange:
+        finite = part.guard()
+        whole = [entry for entry in part.entries if self.config.skips(entry.name)]
+        kept = [self._select(entry, part.step) for entry in part.entries if not self.config.skips(entry.name)]
+        dtype = dtype_of(part.flat)
+        values = torch.cat([*(x.values for x in kept), *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
+        where(~finite, values, math.nan)
+        payload = torch.cat([values.view(torch.int32), *(x.places.int() for x in kept)])
+        gathered = payload.new_empty(part.world, len(payload))
+        yield AllGather(payload, gathered)
+        take(kept, self.config)
+        yield WAIT
+        length = len(values) * dtype.itemsize // 4
+        values = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
+        places = gathered[:, length:]
+        arrived = torch.isfinite(values.sum())
+        self._add(part, kept, whole, values, places, arrived)
+        return Sent(arrived, lambda: restore(kept, self.config))
+
+    def _select(self, entry: Entry, step: int) -> Kept:
+        what = corrected(entry, self.config).view(-1)
+        k = shapes.kept(what.numel(), self.config.density)
+        if what.numel() >= 2**31:
+            raise ValueError(f"{entry.name}: {what.numel()} elements; places are 31 bits, so name it in skip")
+        if self.config.select == "exact":
+            places = torch.topk(what.abs(), k, sorted=False).indices
+        else:
+            places = self._above(what.abs(), k, generator(entry.name, self.config.seed, step))
+        return Kept(entry, what, places, what[places].to(dtype_of(what)))
+
+    def _above(self, size: Tensor, k: int, source: torch.Generator) -> Tensor:
+        """Places of k elements, the most of them above the quantile of a sample: of those above the first k, and
+        where they are too few the first others."""
+        number = max(min(size.numel(), 1024), round(SAMPLED * size.numel()))
+        sample = size[torch.randint(size.numel(), (number,), generator=source).to(size.device)]
+        least = torch.topk(sample, max(1, round(number * k / size.numel()))).values.min()
+        above = torch.nonzero(size >= least).view(-1)[:k]
+        if len(above) == k:
+            return above
+        left = torch.ones(size.numel(), dtype=torch.bool, device=size.device)
+        left[above] = False
+        return torch.cat([above, torch.nonzero(left).view(-1)[: k - len(above)]])
+
+    def _add(
+        self, part: Part, kept: list[Kept], whole: list[Entry], values: Tensor, places: Tensor, finite: Tensor
+    ) -> None:
+        """Every gradient becomes, in place, the mean of what the ranks have sent of it, in the order of the ranks."""
+        sizes = [*(len(x.values) for x in kept), *(entry.grad.numel() for entry in whole)]
+        pieces = (values / part.world).split(sizes, 1)
+        part.flat.zero_()
+        start = 0
+        for x, piece in zip(kept, pieces, strict=False):
+            flat = x.entry.grad.view(-1)
+            for rank in range(part.world):  # one rank's places are all different: the order of sums is certain
+                flat.index_add_(0, places[rank, start : start + piece.shape[1]], piece[rank].to(flat.dtype))
+            start += piece.shape[1]
+        for entry, piece in zip(whole, pieces[len(kept) :], strict=True):
+            entry.grad.copy_(piece.sum(0).view(entry.grad.shape))
+        where(~finite, part.flat, math.nan)
+
+
+class RandomK:
+    """Of every tensor the `density` that a generator shared by all ranks draws: one of each stratum of the tensor."""
+
+    linear = True
+    rounds = 1
+
+    def __init__(self, config: CompressConfig) -> None:
+        self.config = config
+
+    def exchange(self, part: Part) -> Exchange:
+        finite = part.guard()
+        whole = [entry for entry in part.entries if self.config.skips(entry.name)]
+        kept = [self._select(entry, part.step) for entry in part.entries if not self.config.skips(entry.name)]
+        wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config)
+        wire.divide(part.world, finite)
+        yield AllReduce(wire.buffer)
+        take(kept, self.config)
+        yield WAIT
+        arrived = wire.finite()
+        for x, mean in zip(kept, wire.views, strict=False):
+            flat = x.entry.grad.view(-1).zero_()
+            flat[x.places] = mean.to(flat.dtype)
+        copy([entry.grad for entry in whole], wire.views[len(kept) :])
+        where(~arrived, part.flat, math.nan)
+        return Sent(arrived, lambda: restore(kept, self.config))
+
+    def _select(self, entry: Entry, step: int) -> Kept:
+        what = corrected(entry, self.config).view(-1)
+        places = strata(
+            what.numel(), shapes.kept(what.numel(), self.config.density), entry.name, self.config.seed, step
+        )
+        places = places.to(what.device)
+        return Kept(entry, what, places, what[places].to(dtype_of(what)))
+
+
+def strata(numel: int, k: int, name: str, seed: int, step: int) -> Tensor:
+    """k different places of `numel`, one drawn evenly from each of k equal parts: every place as likely as any other.
+
+    A permutation would cost as much as the exact Top-k.
+    """
+    edges = torch.arange(k + 1, dtype=torch.int64) * numel // k
+    drawn = torch.rand(k, generator=generator(name, seed, step), dtype=torch.float64)
+    return edges[:-1] + (drawn * (edges[1:] - edges[:-1])).long()
