@@ -1,4 +1,4 @@
-"""What ranks do in the tests of the hook: train a small model under DDP, and compare its gradients with the reference's."""
+"""What ranks do in the tests of the hook: train a small model under DDP, with the reference's gradients beside."""
 
 from __future__ import annotations
 

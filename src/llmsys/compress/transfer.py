@@ -107,7 +107,7 @@ def _end(exchange: Exchange) -> Sent:
     try:
         next(exchange)
     except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
+        return end.value
     raise AssertionError("ranks ask for different numbers of collectives")
 
 

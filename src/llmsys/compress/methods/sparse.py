@@ -48,7 +48,7 @@ def restore(kept: list[Kept], config: CompressConfig) -> None:
 
 
 class TopK:
-    """Of every tensor the `density` largest by magnitude, as fp32 values (of fp64 such) and int32 places, in one gather.
+    """Of every tensor the `density` largest by magnitude, as fp32 values (of fp64: fp64) and int32 places: one gather.
 
     What is excepted (`skip`) travels whole in the same gather.
     """
