@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmsys.compress.config import CompressConfig
     from llmsys.compress.hook import HookState, compress_hook, register
     from llmsys.compress.state import CompressionState
+    from llmsys.compress.store import load_state, save_state
 
 _HOMES = {
     "Aggregator": "aggregate",
@@ -26,11 +27,22 @@ _HOMES = {
     "CompressionState": "state",
     "HookState": "hook",
     "compress_hook": "hook",
+    "load_state": "store",
     "register": "hook",
+    "save_state": "store",
 }
 """Name -> module. No module may be called as one of the names: importing it would hide the name."""
 
-__all__ = ["Aggregator", "CompressConfig", "CompressionState", "HookState", "compress_hook", "register"]
+__all__ = [
+    "Aggregator",
+    "CompressConfig",
+    "CompressionState",
+    "HookState",
+    "compress_hook",
+    "load_state",
+    "register",
+    "save_state",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,10 +36,9 @@ class Aggregator(CompressionState):
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         """Collective. ValueError on every rank where configs or parameters differ."""
-        super().__init__(config, group=group, loss_scale=loss_scale)
         named = list(parameters)
+        super().__init__(config, named, group=group, loss_scale=loss_scale)
         self.names = [name for name, _ in named]
-        self.shapes = [tensor.shape for _, tensor in named]
         if not named:
             raise ValueError("compress: no parameters to exchange the gradients of")
         check_equal(config, named, group, named[0][1].device)
@@ -49,7 +48,7 @@ class Aggregator(CompressionState):
     def aggregate(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Makes each of `grads`, in the order of the parameters, their compressed mean over the ranks, in place, and
         returns them. Collective. Takes one more copy of the gradients while it works."""
-        if [grad.shape for grad in grads] != self.shapes:
+        if [grad.shape for grad in grads] != list(self.shapes.values()):
             raise ValueError("compress: gradients are not of the shapes of the parameters, in their order")
         self.begin()
         flats, transfers = [], []

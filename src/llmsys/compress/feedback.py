@@ -18,4 +18,5 @@ def corrected(entry: Entry, config: CompressConfig) -> Tensor:
     if memory.error is None:
         dtype = torch.float32 if config.error_dtype == "fp32" and entry.grad.element_size() < 4 else entry.grad.dtype
         memory.error = torch.zeros(entry.grad.shape, dtype=dtype, device=entry.grad.device)
+    memory.error = memory.error.to(entry.grad.device)  # itself, but after it was read from a file
     return memory.error.add_(entry.grad)

@@ -38,10 +38,9 @@ class HookState(CompressionState):
         group: Any = None,
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
-        super().__init__(config, group=group, loss_scale=loss_scale)
-        self.names: dict[Tensor, str] = {
-            parameter: name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()
-        }
+        named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(config, named.items(), group=group, loss_scale=loss_scale)
+        self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
         self.waiting: list[tuple[Transfer, Tensor, Future[Tensor]]] = []
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from llmsys.compress.transfer import Group, Transfer, plain
 
 
 class CompressionState:
-    """The state of one rank. `step` counts synchronised backward passes.
+    """The state of one rank. `step` counts synchronised backward passes. `named`: the parameters by name.
 
     `loss_scale`: what gives the factor by which losses are multiplied at present (`GradScaler.get_scale`): what is kept
     of gradients is rescaled when it changes. None where losses are as they are.
@@ -25,12 +26,14 @@ class CompressionState:
     def __init__(
         self,
         config: CompressConfig,
+        named: Iterable[tuple[str, Tensor]],
         *,
         group: Group = None,
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self.config, self.group, self.loss_scale = config, group, loss_scale
         there = dist.is_initialized()
+        self.shapes = {name: tensor.shape for name, tensor in named}
         self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if there else (0, 1)
         self.method = methods.method(config)
         self.step = 0
@@ -46,13 +49,16 @@ class CompressionState:
     def begin(self) -> None:
         """Before a step's first bucket. A step of which one part was not finite has been left out by whoever applies
         gradients (GradScaler, our trainer): what it sent goes back into the memory, on every rank alike."""
+        self._settle()
+        if self.loss_scale is not None:
+            self._rescale(self.loss_scale())
+
+    def _settle(self) -> None:
         with plain():
             if any(not flag.finite() for _, flag in self._sent):
                 for sent, _ in self._sent:
                     sent.restore()
-            self._sent.clear()
-            if self.loss_scale is not None:
-                self._rescale(self.loss_scale())
+        self._sent.clear()
 
     def start(self, names: Sequence[str], grads: Sequence[Tensor], flat: Tensor) -> Transfer:
         """Starts to exchange `grads`, which are views into `flat` and change in place when it ends (`end`)."""
@@ -69,14 +75,58 @@ class CompressionState:
         """After a step's last bucket was started."""
         self.step += 1
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank keeps, as `<parameter>/error`, `/p` and `/q`: references."""
+        self._settle()
+        return {f"{name}/{kind}": t for name, memory in self.memories.items() for kind, t in memory.tensors().items()}
+
+    def plain(self) -> dict[str, Any]:
+        """What it keeps beside tensors."""
+        return {"step": self.step, "loss_scale": self._scale}
+
+    def load(self, states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
+        """Goes on from what `tensors` and `plain` gave on each of the ranks that were there, in order.
+
+        On as many ranks each takes its own, to the bit. On another number each takes the mean of all errors: for linear
+        methods what all send together depends on that mean alone, so the averaged trajectory is kept exactly; for the
+        others (Top-k, scaled sign) nearly. Another method, or another r, may go on with the errors of the one before.
+        ValueError for parameters that this model has not, or in other shapes.
+        """
+        tensors, plain = states[self.rank] if len(states) == self.world else (_merged(states), states[0][1])
+        memories: dict[str, Memory] = {}
+        for key, tensor in tensors.items():
+            name, _, kind = key.rpartition("/")
+            self._check(name, kind, tensor)
+            setattr(memories.setdefault(name, Memory(name)), kind, tensor.clone())
+        self.memories, self._sent = memories, []
+        self.step, self._scale = int(plain["step"]), plain["loss_scale"]
+
+    def _check(self, name: str, kind: str, tensor: Tensor) -> None:
+        if name not in self.shapes:
+            raise ValueError(f"compress: the saved state is of another model; this one has no parameter {name}")
+        shape = self.shapes[name]
+        if kind == "error" and tensor.shape != shape:
+            raise ValueError(f"compress: {name} has the shape {tuple(shape)}, in the saved state {tuple(tensor.shape)}")
+
     def _rescale(self, scale: float) -> None:
         if self._scale is not None and self._scale != scale:
-            for error in self.errors():
-                error.mul_(scale / self._scale)
+            for memory in self.memories.values():
+                if memory.error is not None:
+                    memory.error.mul_(scale / self._scale)
         self._scale = scale
 
-    def errors(self) -> Iterable[Tensor]:
-        return [memory.error for memory in self.memories.values() if memory.error is not None]
+
+def _merged(states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> dict[str, Tensor]:
+    """The mean of the ranks' errors, where one has none 0, and the factors, which all ranks have alike."""
+    found: dict[str, Tensor] = {}
+    for key in dict.fromkeys(key for tensors, _ in states for key in tensors):
+        there = [tensors[key] for tensors, _ in states if key in tensors]
+        if key.endswith("/error"):
+            mean = torch.stack([tensor.to(torch.float64) for tensor in there]).sum(0) / len(states)
+            found[key] = mean.to(there[0].dtype)
+        else:
+            found[key] = there[0]
+    return found
 
 
 class _Flag:

@@ -197,13 +197,20 @@ def _nothing() -> None:
 def _factors(entry: Entry, config: CompressConfig) -> tuple[Tensor, Tensor]:
     """The parameter's factors, as wide as they will ever be; drawn at first use, alike on all ranks."""
     memory, grad = entry.memory, entry.grad
-    if memory.p is None or memory.q is None:
-        r = shapes.width(grad.shape, config.widest)
+    r = shapes.width(grad.shape, config.widest)
+    before = memory.p, memory.q
+    if any(factor is None or len(factor) != r or factor.device != grad.device for factor in before):
         drawn = (
             torch.randn(r, size, generator=generator(f"{entry.name}/{side}", config.seed))
             for side, size in zip((P, Q), shapes.matrix(grad.shape), strict=True)
         )
-        memory.p, memory.q = (factor.to(grad.device, dtype_of(grad)) for factor in drawn)
+        p, q = (factor.to(grad.device, dtype_of(grad)) for factor in drawn)
+        for factor, old in zip((p, q), before, strict=True):
+            if old is not None:  # from a file, and perhaps of another r
+                factor[: len(old)] = old[:r]
+        memory.p, memory.q = p, q
+    assert memory.p is not None
+    assert memory.q is not None
     return memory.p, memory.q
 
 
