@@ -22,11 +22,14 @@ CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / 
 def register() -> None:
     """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
     store = ConfigStore.instance()
     for group, kinds in schema.SCHEMAS.items():
         for kind, cls in kinds.items():
-            store.store(group=group, name=f"{group if kind == '*' else kind}_schema", node=cls)
+            node = OmegaConf.structured(cls)
+            OmegaConf.set_readonly(node, None)  # of a frozen class it would be read-only: no choice and no override
+            store.store(group=group, name=f"{group if kind == '*' else kind}_schema", node=node)
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -46,9 +46,11 @@ class Job:
 
     @property
     def label(self) -> str:
-        """What a person calls this run: experiment, method, seed and id."""
+        """What a person calls this run: experiment, method, compression, seed and id."""
         method, seed = self.config["method"]["kind"], self.config["train"]["seed"]
-        return f"{self.config['name']} · {method} · seed {seed} · {self.run_id}"
+        compress = self.config.get("compress", {}).get("kind", "none")
+        what = method if compress == "none" else f"{method} · {compress}"
+        return f"{self.config['name']} · {what} · seed {seed} · {self.run_id}"
 
 
 @dataclass(kw_only=True)
@@ -149,6 +151,8 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
     identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
     identity["train"] = {key: value for key, value in config["train"].items() if key != "resume"}
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
+    if identity.get("compress", {}).get("kind") == "none":
+        del identity["compress"]  # as it was before there was the group: records without it are of the same runs
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
     text = json.dumps([identity, device_name, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

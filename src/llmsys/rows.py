@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmsys.job import Record
+from llmsys.schema.compress import LOW_RANK, SPARSE
 
 SHARED_KEYS = (
     *("accuracy", "accuracy_se", "macro_f1", "loss", "val_loss", "perplexity", "tokens_per_s", "samples_per_s"),
@@ -20,14 +21,17 @@ Row = dict[str, Any]
 """One line of a table: what identifies a run, its summary under the summary's own keys, and `config`, flattened."""
 
 IDENTITY = (
-    *("experiment", "model", "data", "data_hash", "device", "engine", "network", "recompute", "method", "r", "lr"),
-    *("seed", "status", "reason"),
+    *("experiment", "model", "data", "data_hash", "device", "engine", "network", "compress", "recompute", "method", "r"),
+    *("lr", "seed", "status", "reason"),
 )
 
 
 def row(record: Record) -> Row:
     """One record as a line of a table. `lr` is the rate that this run's method was trained at, None where none was."""
     config = _flat(record.config)
+    compressed = compress(config)
+    if compressed == "none":  # whatever else the group says, and as in records that do not know it
+        config = {key: value for key, value in config.items() if not key.startswith("compress.")}
     method = config.get("method.kind")
     rate = config.get(f"train.lr_by_method.{method}")
     return {
@@ -39,6 +43,7 @@ def row(record: Record) -> Row:
         "device": record.env.get("device_name"),
         "engine": engine(config),
         "network": network(config, record.env.get("network", {})),
+        "compress": compressed,
         "recompute": config.get("train.recompute"),
         "method": method,
         "r": config.get("method.r"),
@@ -72,6 +77,14 @@ def network(config: Row, found: dict[str, Any]) -> str:
     return name if found.get("shaped") else f"{name} (unshaped)"
 
 
+def compress(config: Row) -> str:
+    """How gradients travel, with the one number that matters most: `none`, `acpsgd r=4`, `topk 0.001`, `sign`."""
+    kind = str(config.get("compress.kind", "none"))
+    if kind in LOW_RANK:
+        return f"{kind} r={config['compress.r']}"
+    return f"{kind} {config['compress.density']:g}" if kind in SPARSE else kind
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> Row:
     out: Row = {}
     for key, value in values.items():
@@ -81,7 +94,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Row:
 
 _SPOKEN_FOR = (
     *("name", "results", "reuse", "force", "smoke", "baselines", "tracker.", "dispatch.", "train.lr_", "data.make"),
-    *("engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network."),
+    *("engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network.", "compress.kind"),
 )
 """Settings that change no result, or that have a column of their own; by how their keys begin."""
 
@@ -116,7 +129,8 @@ def best(rows: Sequence[Row], key: str) -> list[Row]:
     sign = -1 if any(word in key for word in ("loss", "_ms", "bytes", "gib", "perplexity")) else 1
     chosen: dict[tuple[Any, ...], Row] = {}
     for each in rows:
-        place = tuple(each[name] for name in ("experiment", "model", "data", "data_hash", "device", "method"))
+        names = ("experiment", "model", "data", "data_hash", "device", "method", "compress")
+        place = tuple(each[name] for name in names)
         if key in each and (place not in chosen or sign * each[key] > sign * chosen[place][key]):
             chosen[place] = each
     if not chosen:

@@ -47,7 +47,7 @@ def _status(each: Row) -> str | None:
 
 def _identity(rows: Sequence[Row]) -> list[Column]:
     """What tells the rows apart: columns that differ, and settings that differ among rows alike in these."""
-    distinct = ("experiment", "model", "data", "device", "engine", "network", "recompute", "seed")
+    distinct = ("experiment", "model", "data", "device", "engine", "network", "compress", "recompute", "seed")
     names = [key for key in distinct if len({each[key] for each in rows}) > 1]
     hashes = {(each["data"], each["data_hash"]) for each in rows if each["data_hash"]}
     if len(hashes) > len({data for data, _ in hashes}):
@@ -55,7 +55,7 @@ def _identity(rows: Sequence[Row]) -> list[Column]:
     columns = [_plain(key) for key in names]
     alike: dict[tuple[Any, ...], list[dict[str, str]]] = {}
     for each in rows:
-        shown = ("experiment", "model", "data", "engine", "network", "recompute", "method", "r")
+        shown = ("experiment", "model", "data", "engine", "network", "compress", "recompute", "method", "r")
         place = tuple(each[key] for key in shown)
         alike.setdefault(place, []).append(settings(each, seed=False))
     varying = {

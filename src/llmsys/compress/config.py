@@ -2,99 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-METHODS = ("none", "fp16", "bf16", "sign", "efsign", "topk", "randomk", "powersgd", "acpsgd")
-LOW_RANK = ("powersgd", "acpsgd")
-SPARSE = ("topk", "randomk")
-ERROR_FEEDBACK = (*LOW_RANK, *SPARSE, "efsign")
-"""Methods that keep, per parameter, what they have not sent yet."""
+from llmsys.schema.compress import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig:
-    """One way to exchange gradients, equal on all ranks.
-
-    `r`: width of the factors of Power-SGD and ACP-SGD; a matrix [N, M] gets at most min(N, M). `ranks`: from which step
-    on which other `r` holds, {0: 8, 1000: 4}; factors keep their widest shape, of which the first rows are used.
-    `density`: the share of elements that Top-k and Random-k send. `select`: Top-k by `exact` selection, or by a
-    `threshold` estimated on a sample.
-    `error_feedback`: what was not sent is added to the next gradient. `error_dtype`: in what it is kept: `gradient`
-    (one copy of the gradients, whatever they are in) or `fp32`.
-    `reuse`: ACP-SGD projects onto the factor of its last step; without it onto a new random one (the paper's ablation).
-    `refresh_every`: low rank: after so many steps one is exchanged whole, with all that error feedback has kept, and
-    the subspace is taken from it (PowerSGD+, arXiv 2509.11254); 0: never.
-    `min_rate`: a matrix whose factors (ACP-SGD: their mean) would not be smaller by this factor travels whole.
-    `skip`: names of parameters, with wildcards (`*.embed_tokens.*`), that travel whole.
-    `wire`: in what factors and everything that travels whole are sent: `fp32` or `bf16`.
-    `seed`: of everything random; what is drawn depends on it, the parameter's name and the step alone.
-    """
+class CompressConfig(Settings):
+    """One way to exchange gradients, equal on all ranks: a `method` of `schema.compress.METHODS`, and the settings that
+    `schema.compress.Settings` explains. ValueError for those that do not go together."""
 
     method: str = "acpsgd"
-    r: int = 4
-    ranks: Mapping[int, int] = field(default_factory=dict)
-    density: float = 0.001
-    select: str = "exact"
-    error_feedback: bool = True
-    error_dtype: str = "gradient"
-    reuse: bool = True
-    refresh_every: int = 0
-    min_rate: float = 1.0
-    skip: Sequence[str] = ()
-    wire: str = "fp32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("select", self.select, ("exact", "threshold"))
-        _one_of("error_dtype", self.error_dtype, ("gradient", "fp32"))
-        _one_of("wire", self.wire, ("fp32", "bf16"))
-        if self.r < 1:
-            raise ValueError(f"r={self.r}: must be at least 1")
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density}: must be above 0 and at most 1; it is the share that is sent")
-        object.__setattr__(self, "ranks", {int(step): r for step, r in self.ranks.items()})  # JSON has keys of text
-        if any(step < 0 or r < 1 for step, r in self.ranks.items()):
-            raise ValueError(f"ranks={dict(self.ranks)}: {{step: r}} with steps from 0 and r from 1")
-        if self.refresh_every < 0:
-            raise ValueError(f"refresh_every={self.refresh_every}: a number of steps, or 0 for never")
-        if not self.min_rate > 0:
-            raise ValueError(f"min_rate={self.min_rate}: must be positive")
-        if isinstance(self.skip, str):
-            raise ValueError(f"skip={self.skip!r}: a list of names, not one name")
-        if self.method == "sign" and self.skip:
-            raise ValueError("skip: not with method=sign, whose votes are +-1 and not on the scale of a gradient")
-        self._only("ranks", bool(self.ranks), LOW_RANK)
-        self._only("refresh_every", bool(self.refresh_every), LOW_RANK)
-        self._only("reuse=false", not self.reuse, ("acpsgd",))
-        self._only("select=threshold", self.select == "threshold", ("topk",))
-        self._only("wire=bf16", self.wire == "bf16", (*LOW_RANK, "randomk"))
-
-    @property
-    def feedback(self) -> bool:
-        """Whether this method keeps errors. Sign-SGD with majority vote has none by definition, the dense ones need
-        none."""
-        return self.error_feedback and self.method in ERROR_FEEDBACK
-
-    @property
-    def widest(self) -> int:
-        return max([self.r, *self.ranks.values()])
-
-    def r_at(self, step: int) -> int:
-        """The width in effect at `step` (from 0)."""
-        past = [start for start in self.ranks if start <= step]
-        return self.ranks[max(past)] if past else self.r
-
-    def skips(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip)
-
-    def _only(self, what: str, asked: bool, methods: Sequence[str]) -> None:
-        if asked and self.method not in methods:
-            raise ValueError(f"{what}: is for method={' or '.join(methods)}, not for method={self.method}")
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value}: must be one of {', '.join(known)}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llmsys.compress import shapes
+from llmsys.cost import compressed as shapes
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.sparse import strata

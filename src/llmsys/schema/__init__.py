@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.schema import coherence
+from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
 from llmsys.schema.fields import one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
@@ -40,6 +41,7 @@ __all__ = [
     "FSDP2",
     "SCHEMAS",
     "Adapter",
+    "Compress",
     "Config",
     "ConvNet",
     "Data",
@@ -79,6 +81,7 @@ class Config:
     train: Train
     method: Method
     engine: Engine
+    compress: Compress = field(default_factory=Compress)
     hardware: Hardware
     network: Network
     dispatch: Dispatch
@@ -109,6 +112,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "lorafa": LoRA,
     },
     "engine": {"local": Engine, "ddp": DDP, "deepspeed": DeepSpeed, "fsdp2": FSDP2, "tp": Engine},
+    "compress": {"*": Compress},
     "hardware": {"*": Hardware},
     "network": {"*": Network},
     "dispatch": {"inline": Dispatch, "process": Dispatch},
@@ -116,6 +120,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "profile": {"*": Profile},
 }
 """Group -> kind -> the class of its settings; `*` where every choice in the group shares one class."""
+LATER = ("compress",)
+"""Groups that configs written by earlier versions of this package do not have; without one its defaults hold."""
 
 
 def build(plain: dict[str, Any]) -> Config:
@@ -127,6 +133,8 @@ def build(plain: dict[str, Any]) -> Config:
         raise ValueError("exp: the experiment's file must begin with the line '# @package _global_'")
     groups = {}
     for group, kinds in SCHEMAS.items():
+        if group in LATER and group not in plain:
+            continue
         if not isinstance(plain.get(group), dict):
             raise ValueError(f"{group}: missing; it is a group of settings")
         values = plain[group]

@@ -29,6 +29,7 @@ def check(config: Config) -> None:
     _method(config)
     _recompute(config)
     _engine(config)
+    _compress(config)
     _network(config)
     _ledger(config)
 
@@ -121,6 +122,19 @@ def _engine(config: Config) -> None:
         on_host = config.hardware.device == "cpu" or engine.offload != "none"
         if config.hardware.device != "auto" and not on_host:
             raise ValueError("engine.optimizer=cpu_adam: works in host memory: engine.offload=optimizer")
+
+
+def _compress(config: Config) -> None:
+    """Where each rank has the whole gradient of its own examples when it is to be exchanged."""
+    kind, engine = config.compress.kind, config.engine
+    if kind == "none" or engine.kind == "ddp" or (isinstance(engine, DeepSpeed) and engine.zero < 2):
+        return
+    name = f"engine=deepspeed engine.zero={engine.zero}" if isinstance(engine, DeepSpeed) else f"engine={engine.kind}"
+    why = {
+        "local": "engine=local is one rank",
+        "tp": "with engine=tp all ranks see the same examples and there is nothing to average",
+    }.get(engine.kind, f"with {name} a rank keeps a part of the gradients only and they are cut as they are made")
+    raise ValueError(f"compress.kind={kind}: {why}; use engine=ddp, or engine=deepspeed with engine.zero=0 or 1")
 
 
 def _ledger(config: Config) -> None:

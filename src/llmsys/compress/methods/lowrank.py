@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsys.compress import shapes
+from llmsys.cost import compressed as shapes
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
@@ -92,10 +92,6 @@ class LowRank:
         p, q = _factors(entry, self.config)
         return Matrix(entry, grad, what, p[:r], q[:r])
 
-    def refreshes(self, part: Part) -> bool:
-        every = self.config.refresh_every
-        return bool(every) and part.step > 0 and part.step % every == 0
-
     def dense(self, part: Part) -> Exchange:
         """A step on which everything travels whole, with all that error feedback has kept, and gives the subspace:
         one power iteration from a new random factor, on what all ranks have."""
@@ -128,7 +124,7 @@ class ACPSGD(LowRank):
     """One factor a step, the two in turn."""
 
     def exchange(self, part: Part) -> Exchange:
-        if self.refreshes(part):
+        if self.config.refreshes(part.step):
             return (yield from self.dense(part))
         finite = part.guard()
         matrices, rest = self.split(part)
@@ -161,7 +157,7 @@ class PowerSGD(LowRank):
     rounds = 2
 
     def exchange(self, part: Part) -> Exchange:
-        if self.refreshes(part):
+        if self.config.refreshes(part.step):
             return (yield from self.dense(part))
         finite = part.guard()
         matrices, rest = self.split(part)
