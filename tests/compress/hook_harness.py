@@ -59,7 +59,7 @@ def against_reference(place: Place, settings: dict[str, Any], steps: int = 8, **
     """The largest difference of any gradient from the reference's, and of any weight between ranks; collectives of the
     last step."""
     with group(place, torch.device("cpu")):
-        config = CompressConfig(**settings)
+        config = CompressConfig(**{"min_rate": 1, **settings})
         model = Net(seed=place.rank)  # DDP makes them equal
         ddp = {"bucket_cap_mb": MANY, "gradient_as_bucket_view": True, **ddp}
         wrapped = DistributedDataParallel(model, **ddp)

@@ -67,9 +67,13 @@ class CompressionState:
         return Transfer(self.method.exchange(part), self.group, self.world)
 
     def end(self, transfer: Transfer) -> None:
-        """Notes how a transfer that is over has ended."""
+        """A transfer is over."""
         assert transfer.sent is not None, "it is not over"
-        self._sent.append((transfer.sent, _Flag(transfer.sent.finite)))
+        self.note(transfer.sent)
+
+    def note(self, sent: Sent) -> None:
+        """Keeps how an exchange of this step has ended until it is known whether the step was left out."""
+        self._sent.append((sent, _Flag(sent.finite)))
 
     def advance(self) -> None:
         """After a step's last bucket was started."""

@@ -38,16 +38,10 @@ def width(shape: Sequence[int], r: int) -> int:
 
 
 def low_rank(name: str, shape: Sequence[int], config: Settings) -> bool:
-    """Whether Power-SGD or ACP-SGD sends factors of it: where they are smaller than it is by `min_rate`.
-
-    By the widest rank of a schedule, so that a parameter is not compressed now and then.
-    """
-    if config.method not in LOW_RANK or len(shape) < 2 or config.skips(name) or 0 in shape:
+    """Whether Power-SGD or ACP-SGD sends factors of it; the same matrices at every step of a schedule of ranks."""
+    if config.method not in LOW_RANK or len(shape) < 2 or 0 in shape or config.skips(name):
         return False
-    n, m = matrix(shape)
-    elements = (n + m) * width(shape, config.widest)
-    sent = elements / 2 if config.method == "acpsgd" else elements
-    return sent * config.min_rate < n * m
+    return min(matrix(shape)) > config.min_rate * config.widest or not config.min_rate
 
 
 def kept(numel: int, density: float) -> int:

@@ -31,7 +31,8 @@ class Settings:
     `reuse`: ACP-SGD projects onto the factor of its last step; without it onto a new random one (the paper's ablation).
     `refresh_every`: low rank: after so many steps one is exchanged whole, with all that error feedback has kept, and
     the subspace is taken from it (PowerSGD+, arXiv 2509.11254); 0: never.
-    `min_rate`: a matrix whose factors (ACP-SGD: their mean) would not be smaller by this factor travels whole.
+    `min_rate`: a matrix is compressed where its larger factor is more than so many times smaller than it, which is
+    min(N, M) > min_rate r; others travel whole, as LoRA's adapters do. 0: every matrix is, as in the paper's code.
     `skip`: names of parameters, with wildcards (`*.embed_tokens.*`), that travel whole.
     `wire`: in what factors and everything that travels whole are sent: `fp32` or `bf16`.
     `seed`: of everything random; what is drawn depends on it, the parameter's name and the step alone.
@@ -45,7 +46,7 @@ class Settings:
     error_dtype: str = "gradient"
     reuse: bool = True
     refresh_every: int = 0
-    min_rate: float = 1.0
+    min_rate: float = 4.0
     skip: Sequence[str] = ()
     wire: str = "fp32"
     seed: int = 0
@@ -71,8 +72,8 @@ class Settings:
         object.__setattr__(self, "ranks", self._by_step())
         if self.refresh_every < 0:
             raise self._wrong("refresh_every", "a number of steps, or 0 for never")
-        if not self.min_rate > 0:
-            raise self._wrong("min_rate", "must be positive")
+        if not self.min_rate >= 0:
+            raise self._wrong("min_rate", "must be 0 (every matrix is compressed) or more")
         if isinstance(self.skip, str):
             raise self._wrong("skip", "a list of names, not one name")
         if self.method == "sign" and self.skip:

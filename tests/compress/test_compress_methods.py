@@ -1,0 +1,310 @@
+"""Compressed means are what the papers say, nothing is lost on the way, and wires carry the bytes they should."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from simulated import SHAPES, Ranks, distance, random_grads
+
+from llmsys.compress import bits, shapes
+from llmsys.compress.config import ERROR_FEEDBACK, METHODS, CompressConfig
+from llmsys.compress.memory import generator
+from llmsys.compress.methods.method import AllGather, AllReduce, AllToAll
+from llmsys.compress.methods.sparse import strata
+from llmsys.compress.orthogonal import orthonormal_
+from llmsys.compress.reference import Reference
+
+CONFIGS = {
+    **{name: CompressConfig(method=name, r=2, density=0.1, min_rate=1) for name in METHODS},
+    "ranks": CompressConfig(r=2, min_rate=1, ranks={3: 4, 6: 1}),
+    "no reuse": CompressConfig(r=2, min_rate=1, reuse=False),
+    "no feedback": CompressConfig(r=2, min_rate=1, error_feedback=False),
+    "refreshed acpsgd": CompressConfig(r=3, min_rate=1, refresh_every=4),
+    "refreshed powersgd": CompressConfig(method="powersgd", r=3, min_rate=1, refresh_every=4),
+    "skipping acpsgd": CompressConfig(r=2, min_rate=1, skip=["c", "d*"]),
+    "skipping topk": CompressConfig(method="topk", density=0.1, skip=["c", "e"]),
+    "skipping randomk": CompressConfig(method="randomk", density=0.1, skip=["c"]),
+    "skipping efsign": CompressConfig(method="efsign", skip=["c", "e"]),
+}
+LINEAR = ("powersgd", "acpsgd", "randomk")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_rank_has_what_the_reference_has(name: str, world: int) -> None:
+    ranks, reference = Ranks(CONFIGS[name], world), Reference(CONFIGS[name], world)
+    for step in range(9):
+        grads = random_grads(world, step)
+        assert distance(ranks.step(grads), reference.step(grads)) < 1e-11
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sign"])
+def test_how_buckets_are_cut_does_not_matter(method: str) -> None:
+    config = CompressConfig(method=method, r=2, density=0.1, min_rate=1)
+    one, three = Ranks(config, 2), Ranks(config, 2)
+    for step in range(5):
+        grads = random_grads(2, step)
+        assert distance(one.step(grads), three.step(grads, cuts=3)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("method", ERROR_FEEDBACK)
+def test_what_is_not_sent_is_kept(method: str) -> None:
+    """sum of outputs + mean of errors = sum of the mean gradients, whatever the compressor."""
+    ranks = Ranks(CompressConfig(method=method, r=2, density=0.05, min_rate=1), 3)
+    sent, given = ({name: torch.zeros(*shape, dtype=torch.float64) for name, shape in SHAPES.items()} for _ in range(2))
+    for step in range(20):
+        grads = random_grads(3, step)
+        found = ranks.step(grads)[0]
+        for name in SHAPES:
+            sent[name] += found[name]
+            given[name] += sum(rank[name] for rank in grads) / 3
+    for name in SHAPES:
+        kept = [state.memory(name).error for state in ranks.states]
+        mean = sum(error for error in kept if error is not None) / 3
+        torch.testing.assert_close(sent[name] + mean, given[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["powersgd", "acpsgd"])
+def test_local_and_global_error_feedback_have_one_trajectory(method: str) -> None:
+    """Gradients have a part that stays: of noise alone rounding errors grow, as no direction is better than another."""
+    config, shape = CompressConfig(method=method, r=4), {"w": (64, 48), "b": (48,)}
+    ranks, reference = Ranks(config, 4, shape), Reference(config, 4, global_feedback=True)
+    (base,) = random_grads(1, 1000, shape)
+    for step in range(50):
+        grads = [{name: base[name] + 0.5 * g for name, g in rank.items()} for rank in random_grads(4, step, shape)]
+        assert distance(ranks.step(grads), reference.step(grads)) < 1e-10
+
+
+@pytest.mark.parametrize("method", LINEAR)
+def test_the_mean_of_ranks_is_the_rank_of_the_mean(method: str) -> None:
+    """Linear: what comes out depends on the mean gradient alone."""
+    config = CompressConfig(method=method, r=2, density=0.1, min_rate=1)
+    many, one = Ranks(config, 3), Ranks(config, 1)
+    for step in range(10):
+        grads = random_grads(3, step)
+        mean = {name: sum(rank[name] for rank in grads) / 3 for name in SHAPES}
+        assert distance(many.step(grads), one.step([mean])[0]) < 1e-11
+
+
+@pytest.mark.parametrize("settings", [{"method": "powersgd", "r": 99}, {"r": 99}, {"method": "topk", "density": 1.0}])
+def test_at_full_width_the_mean_is_exact(settings: dict[str, object]) -> None:
+    """Also where r is larger than the matrix, whose factors have as many rows as it has directions. (ACP-SGD of a matrix
+    that is not square is so in every other step only: p then has min(N, M) of N directions.)"""
+    config = CompressConfig(**settings, min_rate=0)  # type: ignore[arg-type]
+    shape = {"w": (12, 12), "b": (5,)} if config.method == "acpsgd" else SHAPES
+    ranks = Ranks(config, 2, shape)
+    for step in range(4):
+        grads = random_grads(2, step, shape)
+        mean = {name: (grads[0][name] + grads[1][name]) / 2 for name in shape}
+        assert distance(ranks.step(grads), mean) < 1e-11
+
+
+def test_a_constant_low_rank_gradient_is_exact_from_the_second_step() -> None:
+    """One half step finds the columns' space, the next the rows'."""
+    left, right = torch.randn(30, 2, dtype=torch.float64), torch.randn(2, 20, dtype=torch.float64)
+    ranks = Ranks(CompressConfig(r=2, min_rate=1, error_feedback=False), 2, {"w": (30, 20)})
+    grads = [{"w": left @ right}, {"w": 3 * left @ right}]
+    errors = [distance(ranks.step(grads), {"w": 2 * left @ right}) for _ in range(3)]
+    assert errors[0] > 0.1
+    assert max(errors[1:]) < 1e-12
+
+
+def test_one_factor_changes_a_step_and_in_turn() -> None:
+    """The other one is only made orthonormal, so it spans what it did."""
+    ranks = Ranks(CompressConfig(r=2, min_rate=1), 2)
+    memory = ranks.states[0].memory("a")
+    for step in range(6):
+        before = [None if factor is None else factor.clone() for factor in (memory.p, memory.q)]
+        ranks.step(random_grads(2, step))
+        for factor, old, moves in zip((memory.p, memory.q), before, (step % 2 == 0, step % 2 == 1), strict=True):
+            assert factor is not None
+            if old is not None:
+                orthonormal_(old)
+                again = factor.clone()
+                orthonormal_(again)
+                same = torch.allclose(old.T @ old, again.T @ again)
+                assert same is not moves, step
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+def test_a_step_with_a_gradient_that_is_not_finite_is_as_if_left_out(method: str, poison: float) -> None:
+    """It comes out not finite on every rank, and what was sent in it goes back: the sum of what is applied and kept is
+    that of the finite gradients. fp16 has no memory, so there is nothing to keep healthy."""
+    config = CompressConfig(method=method, r=2, density=0.1, min_rate=1)
+    ranks = Ranks(config, 3)
+    total, applied = (torch.zeros(12, 10, dtype=torch.float64) for _ in range(2))
+    for step in range(8):
+        grads = random_grads(3, step)
+        if step == 4:
+            grads[1]["a"][3, 5] = poison
+        else:
+            total += sum(rank["a"] for rank in grads) / 3
+        found = ranks.step(grads, cuts=2)
+        finite = [math.isfinite(float(rank["a"].sum())) for rank in found]
+        assert finite == [step != 4] * 3, step
+        if step != 4:
+            applied += found[0]["a"]
+        elif config.feedback:
+            total += (grads[0]["a"] + grads[2]["a"]) / 3  # theirs were finite, and stay in their memories
+    if config.feedback:
+        torch.testing.assert_close(applied + sum(ranks.errors("a")) / 3, total, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_gradients_stay_zero(method: str) -> None:
+    """No NaN of a QR of zeros. Sign-SGD has no zero: there votes alternate, so nothing drifts."""
+    ranks = Ranks(CompressConfig(method=method, r=2, density=0.1, min_rate=1), 2)
+    zero = [{name: torch.zeros(*shape) for name, shape in SHAPES.items()} for _ in range(2)]
+    total = sum(ranks.step(zero)[0]["a"] for _ in range(4))
+    assert torch.equal(total, torch.zeros(12, 10))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_on_the_wire(world: int) -> None:
+    """What is asked for, to the byte; a model of 100,100 elements in fp32, r = 4, density 0.001."""
+    shape = {"w": (500, 200), "b": (100,)}
+    numel, padded = 100_100, -(-12_513 // world) * world  # bits, in as many parts as there are ranks
+    expected = {
+        "none": [(AllReduce, 4 * numel)],
+        "fp16": [(AllReduce, 2 * numel)],
+        "bf16": [(AllReduce, 2 * numel)],
+        "sign": [(AllToAll, padded + world), (AllGather, padded // world + 1)],  # a byte each says if it is finite
+        "efsign": [(AllGather, 12_500 + 13 + 2 * 4)],
+        "topk": [(AllGather, 8 * (100 + 1))],
+        "randomk": [(AllReduce, 4 * (100 + 1))],
+        "powersgd": [(AllReduce, 4 * (4 * 500 + 100)), (AllReduce, 4 * 4 * 200)],
+        "acpsgd": [(AllReduce, 4 * (4 * 500 + 100))],
+    }
+    for method, wanted in expected.items():
+        ranks = Ranks(CompressConfig(method=method), world, shape)
+        ranks.step(random_grads(world, 0, shape, torch.float32))
+        assert [(type(each), each.buffer.nbytes) for each in ranks.asked] == wanted, method
+    ranks = Ranks(CompressConfig(wire="bf16"), world, shape)
+    sizes = []
+    for step in range(2):
+        ranks.step(random_grads(world, step, shape, torch.float32))
+        sizes += [each.buffer.nbytes for each in ranks.asked]
+    assert sizes == [2 * (4 * 500 + 100), 2 * (4 * 200 + 100)]
+
+
+@pytest.mark.parametrize("method", ERROR_FEEDBACK)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(method: str, dtype: torch.dtype) -> None:
+    """Factors and sums are fp32; gradients, and errors unless asked otherwise, keep their type."""
+    for kept in ("gradient", "fp32"):
+        config = CompressConfig(method=method, r=2, density=0.1, min_rate=1, error_dtype=kept)
+        ranks, reference = Ranks(config, 2), Reference(config, 2)
+        for step in range(6):
+            grads = random_grads(2, step, dtype=dtype)
+            found = ranks.step(grads)
+            wanted = reference.step([{name: g.double() for name, g in rank.items()} for rank in grads])
+        assert found[0]["a"].dtype == dtype
+        assert ranks.errors("a")[0].dtype == (torch.float32 if kept == "fp32" else dtype)
+        if method in ("powersgd", "acpsgd"):  # of the others a rounding may choose another element
+            far = max(float((found[0][n].double() - wanted[n]).norm() / wanted[n].norm()) for n in SHAPES)
+            assert far < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_a_change_of_the_loss_scale_rescales_what_is_kept() -> None:
+    """With gradients twice as large, what comes out is twice as large, and nothing else changes."""
+    plain, scaled = Ranks(CompressConfig(r=2, min_rate=1), 2), Ranks(CompressConfig(r=2, min_rate=1), 2)
+    factors = [1.0, 1.0, 2.0, 2.0, 0.5]
+    for step, factor in enumerate(factors):
+        for state in scaled.states:
+            state.loss_scale = lambda factor=factor: factor  # type: ignore[misc]
+        grads = random_grads(2, step)
+        found = scaled.step([{name: g * factor for name, g in rank.items()} for rank in grads])
+        wanted = plain.step(grads)[0]
+        assert distance(found, {name: g * factor for name, g in wanted.items()}) < 1e-11
+
+
+def test_bits_go_there_and_back() -> None:
+    for numel in (1, 7, 8, 9, 1003):
+        signs = torch.randn(numel, generator=torch.Generator().manual_seed(numel)) > 0
+        packed = bits.pack(signs)
+        assert packed.nbytes == math.ceil(numel / 8)
+        assert torch.equal(bits.unpack(packed, numel), signs)
+        target = torch.zeros(numel)
+        bits.add_signs(target, packed, 0.5)
+        assert torch.equal(target, torch.where(signs, 0.5, -0.5))
+
+
+def test_the_majority_wins_and_ties_have_a_rule() -> None:
+    """Of two ranks, that of rank `step mod 2`; so over the steps no direction is preferred."""
+    ranks = Ranks(CompressConfig(method="sign"), 2, {"w": (4, 4)})
+    apart = [{"w": torch.ones(4, 4)}, {"w": -torch.ones(4, 4)}]
+    assert [float(ranks.step(apart)[0]["w"].mean()) for _ in range(4)] == [1.0, -1.0, 1.0, -1.0]
+    three = Ranks(CompressConfig(method="sign"), 3, {"w": (4, 4)})
+    assert torch.equal(three.step([*apart, apart[1]])[2]["w"], -torch.ones(4, 4))
+
+
+def test_strata_are_different_places_and_all_as_likely() -> None:
+    counts = torch.zeros(50)
+    for step in range(4000):
+        places = strata(50, 7, "w", 0, step)
+        assert len(set(places.tolist())) == 7
+        counts[places] += 1
+    assert (counts / 4000 - 7 / 50).abs().max() < 5 * math.sqrt(0.14 * 0.86 / 4000)
+
+
+def test_a_threshold_finds_nearly_the_largest() -> None:
+    """At least half of the exact Top-k's sum of squares, of elements that are Gaussian."""
+    shape = {"w": (400, 250)}
+    grads = random_grads(1, 0, shape)
+    norms = []
+    for select in ("exact", "threshold"):
+        config = CompressConfig(method="topk", density=0.01, select=select)
+        found = Ranks(config, 1, shape).step(grads)[0]["w"]
+        assert int((found != 0).sum()) == 1000
+        norms.append(float(found.square().sum()))
+    assert norms[1] > 0.5 * norms[0]
+
+
+def test_draws_depend_on_name_seed_and_step_alone() -> None:
+    torch.manual_seed(1)
+    first = torch.randn(5, generator=generator("w", 0, 3))
+    torch.manual_seed(2)
+    assert torch.equal(first, torch.randn(5, generator=generator("w", 0, 3)))
+    for other in (generator("v", 0, 3), generator("w", 1, 3), generator("w", 0, 4)):
+        assert not torch.equal(first, torch.randn(5, generator=other))
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "worth"),
+    [
+        ((100, 100), {"r": 4}, True),
+        ((100,), {"r": 4}, False),
+        ((17, 100), {"r": 4}, True),
+        ((16, 100), {"r": 4}, False),
+        ((4096, 8), {"r": 4}, False),  # an adapter of LoRA
+        ((8, 8), {"r": 99, "min_rate": 0}, True),
+        ((100, 100), {"r": 4, "min_rate": 25.0}, False),
+        ((100, 100), {"r": 4, "ranks": {9: 25}}, False),
+        ((100, 100), {"r": 4, "skip": ["emb*"]}, False),
+        ((64, 3, 7, 7), {"r": 4}, True),
+    ],
+)
+def test_what_is_worth_compressing(shape: tuple[int, ...], settings: dict[str, object], worth: bool) -> None:
+    assert shapes.low_rank("embed.weight", shape, CompressConfig(**settings)) is worth  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "dgc"}, "dgc: must be one of none, fp16"),
+        ({"r": 0}, "r=0: must be at least 1"),
+        ({"method": "topk", "density": 0.0}, "density=0.0: must be above 0 and at most 1"),
+        ({"method": "topk", "density": 1.5}, "density=1.5"),
+        ({"method": "sign", "skip": ["a"]}, "skip: not with"),
+        ({"method": "topk", "refresh_every": 3}, "refresh_every: is for"),
+        ({"method": "powersgd", "reuse": False}, "reuse=false: is for"),
+        ({"ranks": {-1: 4}}, "ranks="),
+        ({"skip": "embed"}, "a list of names"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CompressConfig(**settings)  # type: ignore[arg-type]
