@@ -21,7 +21,19 @@ Row = dict[str, Any]
 """One line of a table: what identifies a run, its summary under the summary's own keys, and `config`, flattened."""
 
 IDENTITY = (
-    *("experiment", "model", "data", "data_hash", "device", "engine", "network", "compress", "recompute", "method", "r"),
+    *(
+        "experiment",
+        "model",
+        "data",
+        "data_hash",
+        "device",
+        "engine",
+        "network",
+        "compress",
+        "recompute",
+        "method",
+        "r",
+    ),
     *("lr", "seed", "status", "reason"),
 )
 

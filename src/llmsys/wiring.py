@@ -5,6 +5,7 @@ The only shared file that knows the subsystems, so that `train` and `runner` nee
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ ENGINES = {
     "fsdp2": "llmsys.train.engines.fsdp2:FSDP2",
     "tp": "llmsys.train.engines.tp:TP",
 }
+SYNCS = {
+    "ddp": "llmsys.compress.sync:DDPSync",
+    "deepspeed": "llmsys.compress.sync:DeepSpeedSync",
+}
 
 
 def _named(place: str) -> Any:
@@ -56,7 +61,14 @@ def engine(config: schema.Config, place: Place, device: torch.device) -> Engine:
 
 
 def grad_sync(config: schema.Config) -> GradSync:
-    """How gradients of several ranks are made one; on one rank, not at all."""
-    from llmsys.train.engines.local import NoSync
+    """How gradients of several ranks are made one: by the engine itself, or compressed (`compress.kind`).
+    `schema.build` has checked that the engine leaves them whole."""
+    if config.compress.kind == "none":
+        from llmsys.train.engines.local import NoSync
 
-    return NoSync()
+        return NoSync()
+    from llmsys.compress.config import CompressConfig
+
+    values = dataclasses.asdict(config.compress)
+    made: GradSync = _named(SYNCS[config.engine.kind])(CompressConfig(method=values.pop("kind"), **values))
+    return made

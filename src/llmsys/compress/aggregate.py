@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 class Aggregator(CompressionState):
-    """Exchanges the gradients of `parameters` (name, tensor), of one type and device, over `group`."""
+    """Exchanges the gradients of `parameters` (name, tensor), on one device, over `group`."""
 
     def __init__(
         self,
@@ -42,8 +42,11 @@ class Aggregator(CompressionState):
         if not named:
             raise ValueError("compress: no parameters to exchange the gradients of")
         check_equal(config, named, group, named[0][1].device)
-        sizes = [tensor.numel() * tensor.element_size() for _, tensor in named]
-        self.buckets = buckets(sizes, int(bucket_mib * MIB))
+        self.buckets: list[list[int]] = []
+        for dtype in dict.fromkeys(tensor.dtype for _, tensor in named):
+            alike = [i for i, (_, tensor) in enumerate(named) if tensor.dtype == dtype]
+            sizes = [named[i][1].numel() * named[i][1].element_size() for i in alike]
+            self.buckets += [[alike[i] for i in bucket] for bucket in buckets(sizes, int(bucket_mib * MIB))]
 
     def aggregate(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Makes each of `grads`, in the order of the parameters, their compressed mean over the ranks, in place, and
@@ -63,6 +66,7 @@ class Aggregator(CompressionState):
             self.end(transfers[index])
             for i, view in zip(self.buckets[index], flats[index], strict=True):
                 grads[i].copy_(view)
+        self._settle()  # now, as what it could put back holds on to the copy of the gradients
         return grads
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llmsys.cost import compressed as shapes
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.sparse import strata
+from llmsys.cost import compressed as shapes
 
 Grads = Mapping[str, Tensor]
 

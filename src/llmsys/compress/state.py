@@ -33,7 +33,9 @@ class CompressionState:
     ) -> None:
         self.config, self.group, self.loss_scale = config, group, loss_scale
         there = dist.is_initialized()
-        self.shapes = {name: tensor.shape for name, tensor in named}
+        tensors = dict(named)
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.devices = {name: tensor.device for name, tensor in tensors.items()}
         self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if there else (0, 1)
         self.method = methods.method(config)
         self.step = 0
@@ -101,7 +103,7 @@ class CompressionState:
         for key, tensor in tensors.items():
             name, _, kind = key.rpartition("/")
             self._check(name, kind, tensor)
-            setattr(memories.setdefault(name, Memory(name)), kind, tensor.clone())
+            setattr(memories.setdefault(name, Memory(name)), kind, tensor.to(self.devices[name], copy=True))
         self.memories, self._sent = memories, []
         self.step, self._scale = int(plain["step"]), plain["loss_scale"]
 

@@ -1,11 +1,11 @@
-"""What is predicted: a config, and the three facts about a run that its groups do not say.
+"""What is predicted: a config, and the facts about a run that its first groups do not say.
 
 Every cost model takes (model, train, method, engine) and these facts as keywords; inside, all of it is one `Case`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from llmsys import schema
@@ -18,11 +18,12 @@ ENGINES = ("local", "ddp", "deepspeed", "fsdp2", "tp")
 
 
 class Facts(TypedDict, total=False):
-    """What data and device add to a config; see `Case`."""
+    """What data, device and the way of gradients add to a config; see `Case`."""
 
     num_labels: int
     padded: bool | None
     device: str
+    compress: schema.Compress
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Case:
     `num_labels`: classes of a classifier; 0 means two of a text, `model.num_classes` of an
     image. `padded`: batches carry an attention mask; None means that they do
     for bert, roberta and t5, and do not for llama and gpt2. `device`: `cpu` and `cuda` differ in dropout's masks and in
-    attention's kernels. Raises ValueError for a method or an engine that is not known here.
+    attention's kernels. `compress`: how gradients travel. Raises ValueError for a method or an engine that is not known
+    here.
     """
 
     model: schema.Model
@@ -42,6 +44,7 @@ class Case:
     num_labels: int = 0
     padded: bool | None = None
     device: str = "cpu"
+    compress: schema.Compress = field(default_factory=schema.Compress)
 
     def __post_init__(self) -> None:
         for key, kind, known in (("method", self.method.kind, METHODS), ("engine", self.engine.kind, ENGINES)):

@@ -98,6 +98,8 @@ def _low_rank_elements(gradients: Sequence[Named], config: Settings, step: int) 
 
 def mean_bytes(gradients: Sequence[Named], config: Settings, world: int, steps: int) -> dict[str, int]:
     """`step_bytes` on average over the first `steps` steps."""
+    if config.method not in LOW_RANK:
+        return step_bytes(gradients, config, world, 0)
     alike: dict[tuple[int, bool, int], list[int]] = {}
     for step in range(steps):
         alike.setdefault((config.r_at(step), config.refreshes(step), step % 2), []).append(step)

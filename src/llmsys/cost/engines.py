@@ -11,6 +11,9 @@
     fsdp2        every parameter cut along its first dimension, padded to equal shares; gradients and moments alike
     tp           the linear layers of the blocks and the head cut over the ranks; norms and embeddings whole
 
+Gradient compression adds what a rank keeps of earlier gradients (`compressed`), and for a moment what it sends and
+receives; under DeepSpeed, where all gradients are exchanged at once, also a copy of them.
+
 AdamW keeps two moments and a 4-byte step count for each tensor it is given: a parameter, or under ZeRO a flat slice of
 one of its two groups (matrices, which decay, and vectors, which do not). DeepSpeed's CPU Adam counts steps in Python.
 """
@@ -23,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llmsys import schema
-from llmsys.cost import shapes
+from llmsys.cost import compressed, shapes
 from llmsys.cost.case import Case
 from llmsys.cost.shapes import Parameter
 
@@ -35,13 +38,15 @@ BUCKET = 50_000_000
 class Holding:
     """Bytes of a rank by kind; `host` is the share of each kind that an engine keeps in the host's memory.
 
-    `fleeting` is what is on the device for a moment only, at the peak: gathered weights, and buckets.
+    `fleeting` is what is on the device for a moment only, at the peak: gathered weights, and buckets. `compress` is
+    what gradient compression keeps.
     """
 
     weights: int
     gradients: int
     optimizer: int
     master: int = 0
+    compress: int = 0
     host: dict[str, int] = field(default_factory=dict)
     fleeting: int = 0
 
@@ -50,8 +55,28 @@ def hold(case: Case) -> Holding:
     """What a rank of `case` holds."""
     if case.method.kind == "majority":
         return Holding(weights=0, gradients=0, optimizer=0)
-    holding = ENGINES[case.engine.kind](case, shapes.held(case))
-    return dataclasses.replace(holding, weights=holding.weights + shapes.buffer_bytes(case))
+    parameters = shapes.held(case)
+    holding = ENGINES[case.engine.kind](case, parameters)
+    holding = dataclasses.replace(holding, weights=holding.weights + shapes.buffer_bytes(case))
+    return holding if case.compress.kind == "none" else _compressed(case, holding, parameters)
+
+
+def _compressed(case: Case, holding: Holding, parameters: list[Parameter]) -> Holding:
+    """At the peak everything that is sent and has arrived is there, in all buckets, and of those methods that look at
+    the size of elements the largest tensor once more, in fp32."""
+    gradients = [(p.name, p.shape, p.width) for p in parameters if p.trained]
+    config, world = case.compress, case.train.world
+    wire = max(
+        2 * sum(compressed.step_bytes(gradients, config, world, step).values())
+        for step in (0, 1, *([config.refresh_every] if config.refresh_every else []))
+    )
+    looks = config.kind in ("topk", "efsign") and max((4 * p.numel for p in parameters if p.trained), default=0)
+    copied = sum(p.nbytes for p in parameters if p.trained) if case.engine.kind == "deepspeed" else 0
+    return dataclasses.replace(
+        holding,
+        compress=sum(compressed.state_bytes(gradients, config)),
+        fleeting=holding.fleeting + wire + looks + copied,
+    )
 
 
 def _whole(case: Case, parameters: list[Parameter]) -> Holding:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from llmsys import schema
 
 RING = {"reduce_scatter": (1, 1), "all_gather": (1, 1), "all_reduce": (2, 2), "broadcast": (1, 0)}
+RING["all_to_all"] = (1, 1)  # each piece straight to its rank
 """Collective -> how many times p-1 messages one after another, and how many times (p-1)/p of the tensor (0: all)."""
 
 TREE = {"all_reduce": 2, "broadcast": 1}

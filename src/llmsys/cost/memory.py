@@ -4,6 +4,7 @@
     gradients    what is trained, in its own dtype
     optimizer    AdamW: two moments like the gradient, and a 4-byte step count for each tensor
     master       fp32 copies of the weights, where the engine keeps them
+    compress     what gradient compression keeps of earlier gradients: `compressed`
     activations  what autograd keeps of the blocks and the ends of the model; derived in `tape` and `families`
     logits       the loss's log-probabilities: 4 bytes x tokens x vocabulary, often the largest single tensor; with
                  `train.loss=chunked` the gradients, already made, of the head's input and of its weight if trained
@@ -18,7 +19,7 @@ The sum is `accounted_bytes` of a record: what is there from a forward pass to i
 `train.recompute=block` a block keeps only its inputs.
 
 Not included: the allocator's slack, workspaces, and what is needed for a moment. `peak_bytes` adds the largest of
-those: the gradient of the logits, what recomputation brings back of a block, weights that an engine gathers.
+those: the gradient of the logits, what recomputation brings back of a block, what an engine gathers or exchanges.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Ledger:
 def estimate(
     model: schema.Model, train: schema.Train, method: schema.Method, engine: schema.Engine, **facts: Unpack[Facts]
 ) -> dict[str, int]:
-    """Bytes a rank by kind: weights, gradients, optimizer, master where there is one, activations, logits.
+    """Bytes a rank by kind: weights, gradients, optimizer, master and compress where there are, activations, logits.
 
     Host memory that an engine offloads to is included. `facts`: see `Case`. Raises ValueError for an engine or a method
     that is not known here, and for a target that names no layer.
@@ -66,6 +67,7 @@ def estimate(
         "gradients": held.gradients,
         "optimizer": held.optimizer,
         **({"master": held.master} if held.master else {}),
+        **({"compress": held.compress} if held.compress else {}),
         "activations": parts.kept,
         "logits": parts.logits,
     }
@@ -86,7 +88,7 @@ def peak_bytes(
     parts, held = ledger(case), engines.hold(case)
     host = {} if case.device == "cpu" else held.host
     gradients = held.gradients - host.get("gradients", 0)
-    always = held.weights + held.optimizer + held.master - sum(host.values()) + host.get("gradients", 0)
+    always = held.weights + held.optimizer + held.master + held.compress - sum(host.values()) + host.get("gradients", 0)
     before = gradients if schema.accumulation(train, engine) > 1 else 0
     loss = parts.kept + parts.logits + (parts.fleeting or 2 * parts.logits) + before
     last = len(parts.moments) - 1

@@ -14,6 +14,9 @@
                    cut by inputs, backward before each that is cut by outputs (DTensor does it for each matrix, where
                    Megatron-LM does it once for query, key and value); all_gather of the logits, where the head is cut
 
+Under `compress` ddp, deepspeed 0 and 1 say in place of `all_reduce g` what `compressed` has, here on average over the
+steps of the run.
+
 Left out, as it is some bytes: norms, losses and flags; adapters' inner widths under `tp`; and averaging batch norms'
 statistics.
 """
@@ -25,7 +28,7 @@ from collections import Counter
 from typing import Unpack
 
 from llmsys import schema
-from llmsys.cost import links, shapes
+from llmsys.cost import compressed, links, shapes
 from llmsys.cost.case import Case, Facts
 from llmsys.cost.shapes import Parameter
 
@@ -55,10 +58,13 @@ def step_payload(
             "all_gather": gathers * sum(_padded(p, train.world) for p in parameters),
             "reduce_scatter": sum(_padded(p, train.world) for p in trained),
         }
+    said = Counter(_exchanged(case, trained))
     if not isinstance(engine, schema.DeepSpeed) or engine.zero == 0:
-        return {"all_reduce": gradients}
-    if engine.zero < 3:
-        return {"all_reduce": gradients * (micro if engine.zero == 2 else 1), "all_gather": gradients}
+        return dict(said)
+    if engine.zero == 1:
+        return dict(said + Counter(all_gather=gradients))
+    if engine.zero == 2:
+        return {"all_reduce": micro * gradients, "all_gather": gradients}
     gathered, behind = 0, 0
     for p in reversed(parameters):
         gathered += (1 if 2 * behind < REUSE else 2) * _round_up(p.numel, train.world) * p.width
@@ -91,6 +97,12 @@ def step_seconds(
     """
     payload = step_payload(model, train, method, engine, **facts)
     return sum(line.seconds(kind, nbytes, train.world) for kind, nbytes in payload.items())
+
+
+def _exchanged(case: Case, trained: list[Parameter]) -> dict[str, int]:
+    """Of gradients that every rank has whole."""
+    gradients = [(p.name, p.shape, p.width) for p in trained]
+    return compressed.mean_bytes(gradients, case.compress, case.train.world, case.train.steps)
 
 
 def _tensor_parallel(case: Case, micro: int) -> dict[str, int]:

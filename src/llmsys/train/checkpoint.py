@@ -104,11 +104,15 @@ class Reader:
                 raise ValueError(f"of another schema than {SCHEMA}")
             self.world: int = self.shared["world"]
             self._files = [safe_open(path / f"rank-{r}.safetensors", framework="pt") for r in range(self.world)]
-            own = path / f"rank-{rank}.json"
-            self.plain: dict[str, Any] = json.loads(own.read_text(encoding="utf-8")) if rank < self.world else {}
+            self.plain = self.plain_of(rank) if rank < self.world else {}
         except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
             raise ValueError(f"{path}: damaged: {error}") from error
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def plain_of(self, rank: int) -> dict[str, Any]:
+        """The plain values of one of the ranks that wrote."""
+        found: dict[str, Any] = json.loads((self.path / f"rank-{rank}.json").read_text(encoding="utf-8"))
+        return found
 
     def names(self, prefix: str) -> list[str]:
         """The names that begin with `prefix/`, without it."""

@@ -60,7 +60,7 @@ def facts(config: schema.Config, device: torch.device) -> Facts:
     """What data and device add to the config. The classes of `hub` data are not known before it is read: two."""
     labels = {"images": 0 if config.data.kind == "hub" else 10}.get(config.model.objective, len(config.data.labels))
     there = "cuda" if hardware.named(config.hardware) else device.type
-    return Facts(num_labels=labels, padded=padded(config), device=there)
+    return Facts(num_labels=labels, padded=padded(config), device=there, compress=config.compress)
 
 
 def padded(config: schema.Config) -> bool:

@@ -106,6 +106,10 @@ class Engine(Protocol):
         ...
 
 
+SyncState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+"""What a gradient synchroniser keeps on one rank: tensors and plain values, which JSON has."""
+
+
 class GradSync(Protocol):
     """How gradients are made equal on all ranks, where the engine leaves that to us."""
 
@@ -115,4 +119,18 @@ class GradSync(Protocol):
 
     def aggregate(self, model: nn.Module) -> None:
         """After the last micro-batch, before clipping: makes each `.grad`, in place, the aggregate over the ranks."""
+        ...
+
+    def state(self) -> SyncState:
+        """What this rank keeps from step to step, for a checkpoint: references by name, and plain values. Both empty
+        where nothing is kept; plain values are there wherever something may be."""
+        ...
+
+    def load_state(self, states: Sequence[SyncState]) -> None:
+        """Goes on from what `state` gave on each of the ranks that there were, in their order; reads what it needs of
+        it. ValueError for the state of another model."""
+        ...
+
+    def held(self) -> list[Tensor]:
+        """This rank's own tensors of it."""
         ...

@@ -2,7 +2,8 @@
 
 Tensors are stored whole, by name: `model/<name>` of what the method trains, and `optimizer/<key>/<name>`. So a
 checkpoint of two ranks is read by one, and one of an engine by another (`train.resume`). Random streams are each
-rank's own; on another number of ranks they begin anew, which changes dropout and nothing else.
+rank's own; on another number of ranks they begin anew, which changes dropout and nothing else. What gradient
+compression keeps is each rank's own too: `compress/<rank>/<name>`; all ranks' go into those of another number.
 """
 
 from __future__ import annotations
@@ -95,7 +96,27 @@ class Saver:
             reproducible.set_streams(reader.all(f"random-{rank}"), reader.plain["random"])
         else:
             self.context.log.info("written by %d ranks: random streams (dropout) begin anew", reader.world)
+        self._load_sync(reader)
         self._reader = None
+
+    def _load_sync(self, reader: checkpoint.Reader) -> None:
+        """Puts back what the gradient synchroniser keeps, where both the writer of the checkpoint and this run have
+        some."""
+        sync, log = self.context.grad_sync, self.context.log
+        plain = [reader.plain_of(rank).get("compress", {}) for rank in range(reader.world)]
+        _, keeps = sync.state()
+        if keeps and all(plain):
+            names = [reader.names(f"compress/{rank}") for rank in range(reader.world)]
+            sync.load_state(
+                [
+                    (reader.lazily({name: f"compress/{rank}/{name}" for name in own}), values)
+                    for rank, (own, values) in enumerate(zip(names, plain, strict=True))
+                ]
+            )
+        elif keeps:
+            log.warning("%s: made without gradient compression, whose memories begin empty", reader.path)
+        elif any(plain):
+            log.warning("%s: made with gradient compression; what was not sent yet is left out", reader.path)
 
     def _check(self, reader: checkpoint.Reader) -> None:
         """ValueError if a checkpoint is not of this code and run, or if rows of its metrics are gone."""
@@ -123,6 +144,8 @@ class Saver:
         for number, (name, tensor) in enumerate(self._tensors(model)):
             if number % world == rank:
                 share[name] = tensor.cpu()
+        sync_tensors, sync_plain = context.grad_sync.state()
+        share |= {f"compress/{rank}/{name}": tensor.cpu() for name, tensor in sync_tensors.items()}
         random_tensors, random_plain = reproducible.streams()
         share |= {f"random-{rank}/{name}": tensor for name, tensor in random_tensors.items()}
         shared = {
@@ -136,7 +159,7 @@ class Saver:
             self.folder,
             step,
             share,
-            {"random": random_plain},
+            {"random": random_plain, **({"compress": sync_plain} if sync_plain else {})},
             shared,
             device=context.device,
             keep=[self.best_step],

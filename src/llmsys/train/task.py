@@ -152,7 +152,8 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> tuple[dict[s
     batch = {key: value.to(loop.device) for key, value in loop.micro_batches(0)[0].items()}
     saved = memory.saved_tensors(loop.model, lambda: loop.forward(batch, 1)) if config.profile.probe else 0
     loop.engine.settle()
-    accounted = memory.accounted(loop.engine.held(), saved)
+    kept = loop.context.grad_sync.held()
+    accounted = memory.accounted({**loop.engine.held(), **({"compress": kept} if kept else {})}, saved)
     if not config.profile.probe:
         accounted = {key: value for key, value in accounted.items() if key not in ("saved_bytes", "accounted_bytes")}
     with loop.mixed():

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsys.cost import compressed as shapes
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Sent, where
 from llmsys.compress.orthogonal import orthonormal_
 from llmsys.compress.wire import Wire, copy, dtype_of
+from llmsys.cost import compressed as shapes
 
 P, Q = "p", "q"
 

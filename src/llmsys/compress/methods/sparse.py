@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsys.cost import compressed as shapes
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Sent, where
 from llmsys.compress.wire import Wire, copy, dtype_of
+from llmsys.cost import compressed as shapes
 
 SAMPLED = 0.01
 """Of the elements, on which a threshold is estimated."""

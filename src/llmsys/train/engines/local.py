@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.profile import memory
+from llmsys.train.protocols import SyncState
 
 
 class Local:
@@ -106,6 +107,15 @@ class NoSync:
 
     def aggregate(self, model: nn.Module) -> None:
         pass
+
+    def state(self) -> SyncState:
+        return {}, {}
+
+    def load_state(self, states: Sequence[SyncState]) -> None:
+        pass
+
+    def held(self) -> list[Tensor]:
+        return []
 
 
 def local(tensor: Tensor) -> Tensor:
