@@ -81,6 +81,7 @@ def stepped(place: Place, overrides: list[str], poison: int | None = None) -> di
     found: dict[str, Any] = {"traffic": [], "calls": [], "norms": [], "weights": [], "steps": []}
     with group(place, device):
         model = load(config.model, objective="causal_lm", num_labels=0, device=device, seed=0, folder=None)
+        torch.manual_seed(0)  # adapters are drawn
         model = wiring.method(config.method).prepare(model, [])
         engine, sync = wiring.engine(config, place, device), wiring.grad_sync(config)
         wrapped = engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, 1e-3))
