@@ -41,7 +41,7 @@ class Aggregator(CompressionState):
         self.names = [name for name, _ in named]
         if not named:
             raise ValueError("compress: no parameters to exchange the gradients of")
-        check_equal(config, named, group, named[0][1].device)
+        check_equal(config, self.shapes.items(), group, named[0][1].device)
         sizes = [tensor.numel() * tensor.element_size() for _, tensor in named]
         self.buckets = buckets(sizes, int(bucket_mib * MIB))
 
