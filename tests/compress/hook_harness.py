@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from typing import Any
 
@@ -10,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.comm.traffic import Traffic
-from llmsys.compress import CompressConfig, register
+from llmsys.compress import Aggregator, CompressConfig, load_state, register, save_state
 from llmsys.compress.reference import Reference
 
 MANY = 0.002
@@ -55,36 +56,176 @@ def everywhere(value: Any) -> list[Any]:
     return found
 
 
-def against_reference(place: Place, settings: dict[str, Any], steps: int = 8, **ddp: Any) -> dict[str, float]:
+def wrapped(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(model, **{"bucket_cap_mb": MANY, "gradient_as_bucket_view": True, **options})
+
+
+def config_of(settings: dict[str, Any]) -> CompressConfig:
+    """r = 2, and small matrices are compressed too."""
+    return CompressConfig(**{"r": 2, "min_rate": 1, "density": 0.05, **settings})
+
+
+def against_reference(
+    place: Place, settings: dict[str, Any], options: dict[str, Any], steps: int = 6, parts: int = 1
+) -> dict[str, float]:
     """The largest difference of any gradient from the reference's, and of any weight between ranks; collectives of the
-    last step."""
-    with group(place, torch.device("cpu")):
-        config = CompressConfig(**{"min_rate": 1, **settings})
-        model = Net(seed=place.rank)  # DDP makes them equal
-        ddp = {"bucket_cap_mb": MANY, "gradient_as_bucket_view": True, **ddp}
-        wrapped = DistributedDataParallel(model, **ddp)
-        register(wrapped, config)
-        torch.manual_seed(place.rank)  # nothing may depend on it
-        reference, worst = Reference(config, place.world), 0.0
-        named = dict(model.named_parameters())
-        for step in range(steps):
-            local = torch.autograd.grad(loss(model(batch(place.rank, step))), list(named.values()))
-            wanted = reference.step(everywhere(dict(zip(named, local, strict=True))))
-            traffic = Traffic()
-            with traffic:
-                loss(wrapped(batch(place.rank, step))).backward()
-            for name, p in named.items():
-                assert p.grad is not None
-                worst = max(worst, float((p.grad - wanted[name]).abs().max()))
-            descend(model)
-        whole = everywhere(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        apart = max(float((each - whole[0]).abs().max()) for each in whole)
-        return {"worst": worst, "apart": apart, **traffic.calls}
+    last step. Each step's gradient is accumulated over `parts` batches. Option `compile`: torch.compile's backend."""
+    options = dict(options)
+    backend, to_none = options.pop("compile", None), options.pop("set_to_none", True)
+    skip = options.get("find_unused_parameters", False)
+    config, model = config_of(settings), Net(seed=place.rank)  # DDP makes them equal
+    ddp = wrapped(model, **options)
+    register(ddp, config)
+    called: Any = torch.compile(ddp, backend=backend) if backend else ddp
+    torch.manual_seed(place.rank)  # nothing may depend on it
+    reference, worst = Reference(config, place.world), 0.0
+    named = {name: p for name, p in model.named_parameters() if not (skip and name.startswith("unused"))}
+    traffic = Traffic()
+    for step in range(steps):
+        batches = [batch(place.rank, step, part) for part in range(parts)]
+        whole = sum((loss(model(x, skip=skip)) for x in batches), torch.zeros((), dtype=torch.float64))
+        local = torch.autograd.grad(whole, list(named.values()))
+        wanted = reference.step(everywhere(dict(zip(named, local, strict=True))))
+        for x in batches[:-1]:
+            with ddp.no_sync():
+                loss(called(x, skip=skip)).backward()
+        with traffic if step == steps - 1 else contextlib.nullcontext():
+            loss(called(batches[-1], skip=skip)).backward()
+        for name, p in named.items():
+            assert p.grad is not None
+            worst = max(worst, float((p.grad - wanted[name]).abs().max()))
+        descend(model, to_none)
+    return {"worst": worst, "apart": apart(model), **traffic.calls}
 
 
-def descend(model: nn.Module) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.grad is not None and all(map(math.isfinite, p.grad.flatten()[:1].tolist())):
-                p -= 0.05 * p.grad
-            p.grad = None
+def replicas(place: Place, settings: dict[str, Any], steps: int) -> float:
+    """How far apart ranks' weights are after so many steps, with seeds and gradients of their own."""
+    model = Net(seed=place.rank)
+    ddp = wrapped(model)
+    register(ddp, config_of(settings))
+    torch.manual_seed(place.rank)
+    for step in range(steps):
+        loss(ddp(batch(place.rank, step))).backward()
+        descend(model)
+    return apart(model)
+
+
+def aggregated(place: Place, settings: dict[str, Any], steps: int = 6) -> float:
+    """The largest difference of the aggregator's gradients from the reference's."""
+    config, model = config_of(settings), Net()
+    named = dict(model.named_parameters())
+    aggregator, reference = Aggregator(named.items(), config, bucket_mib=MANY), Reference(config, place.world)
+    worst = 0.0
+    for step in range(steps):
+        local = torch.autograd.grad(loss(model(batch(place.rank, step))), list(named.values()))
+        wanted = reference.step(everywhere(dict(zip(named, local, strict=True))))
+        found = aggregator.aggregate([g.clone() for g in local])
+        worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(found, wanted.values(), strict=True)))
+    return worst
+
+
+def poisoned(place: Place, settings: dict[str, Any], value: float) -> dict[str, Any]:
+    """Steps whose gradient was not finite, where rank 1's loss was `value` times too large in step 3; and replicas."""
+    model = Net()
+    ddp = wrapped(model)
+    register(ddp, config_of(settings))
+    bad = []
+    for step in range(8):
+        factor = value if step == 3 and place.rank == 1 else 1.0
+        (loss(ddp(batch(place.rank, step))) * factor).backward()
+        if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
+            bad.append(step)
+            model.zero_grad()
+        descend(model)
+    return {"bad": bad, "apart": apart(model), "finite": all(bool(p.isfinite().all()) for p in model.parameters())}
+
+
+def scaled(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+    """With torch's GradScaler, where the loss overflows in step 3 on rank 1: its scales, and how far weights are from
+    those of a run that has no scale and leaves that step out."""
+    ends = []
+    scales = []
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**16), None):
+        model = Net().float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        ddp = wrapped(model)
+        state = register(ddp, config_of(settings), loss_scale=scaler.get_scale if scaler else None)
+        for step in range(8):
+            optimizer.zero_grad()
+            value = loss(ddp(batch(place.rank, step).float()))
+            if step == 3 and place.rank == 1:
+                value = value * math.inf
+            (scaler.scale(value) if scaler else value).backward()
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+                scales.append(scaler.get_scale())
+            elif step != 3:
+                optimizer.step()
+        assert state.step == 8
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return {"scales": scales, "far": float((ends[0] - ends[1]).abs().max())}
+
+
+def resumed(place: Place, settings: dict[str, Any], folder: str, cap: float) -> float:
+    """How far a run that was saved after 3 steps and went on with buckets of `cap` MiB is from one that was not."""
+    model = Net()
+    ddp = wrapped(model)
+    state = register(ddp, config_of(settings))
+
+    def train(ddp: DistributedDataParallel, steps: range) -> Tensor:
+        for step in steps:
+            loss(ddp(batch(place.rank, step))).backward()
+            descend(ddp.module)
+        return torch.cat([p.detach().flatten() for p in ddp.module.parameters()])
+
+    train(ddp, range(3))
+    save_state(state, folder)
+    again = copy.deepcopy(model)
+    straight = train(ddp, range(3, 7))
+    dist.barrier()
+    other = wrapped(again, bucket_cap_mb=cap)
+    load_state(register(other, config_of(settings)), folder)
+    return float((train(other, range(3, 7)) - straight).abs().max())
+
+
+def refused(place: Place, case: str) -> str:
+    """What a rank is told that has not the same as the other."""
+    model: nn.Module = Net()
+    if case == "config":
+        config = CompressConfig(r=2 + place.rank)
+    elif case == "model":
+        model = nn.ModuleDict({f"layer{place.rank}": nn.Linear(4, 4)})
+        config = CompressConfig()
+    else:
+        model, config = nn.Embedding(10, 4, sparse=True), CompressConfig()
+    try:
+        register(wrapped(model), config)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def vectors(place: Place) -> float:
+    """A model without a matrix: how far its gradients are from the mean."""
+    model = nn.LayerNorm(30)
+    ddp = wrapped(model)
+    register(ddp, CompressConfig())
+    x = torch.randn(5, 30, generator=torch.Generator().manual_seed(place.rank))
+    (local,) = torch.autograd.grad(loss(model(x)), [model.weight])
+    loss(ddp(x)).backward()
+    assert model.weight.grad is not None
+    return float((model.weight.grad - sum(everywhere(local)) / place.world).abs().max())
+
+
+def apart(model: nn.Module) -> float:
+    whole = everywhere(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return max(float((each - whole[0]).abs().max()) for each in whole)
+
+
+@torch.no_grad()
+def descend(model: nn.Module, to_none: bool = True) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p -= 0.05 * p.grad
+    model.zero_grad(set_to_none=to_none)

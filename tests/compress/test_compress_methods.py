@@ -92,7 +92,7 @@ def test_the_mean_of_ranks_is_the_rank_of_the_mean(method: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"method": "powersgd", "r": 99}, {"r": 99}, {"method": "topk", "density": 1.0}])
 def test_at_full_width_the_mean_is_exact(settings: dict[str, object]) -> None:
-    """Also where r is larger than the matrix, whose factors have as many rows as it has directions. (ACP-SGD of a matrix
+    """Also where r is larger than the matrix, whose factors have as many rows as it has directions. (ACP-SGD of one
     that is not square is so in every other step only: p then has min(N, M) of N directions.)"""
     config = CompressConfig(**settings, min_rate=0)  # type: ignore[arg-type]
     shape = {"w": (12, 12), "b": (5,)} if config.method == "acpsgd" else SHAPES

@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,11 @@ import pytest
 import torch
 from adapter_harness import outputs
 
+import alone
 import llmsys.lorafa
 from llmsys.lorafa import load_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def python(code: str, *arguments: str, cwd: Path) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument is set as true:UserWarning")  # the Trainer's default
@@ -62,16 +55,7 @@ def test_the_examples_work_on_two_ranks(example: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter" / "adapter.safetensors").is_file()
 
 
-ALONE = """
-import sys
-from importlib.machinery import PathFinder
-class Bare:
-    allowed = {*sys.argv[1].split(), *sys.stdlib_module_names}
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.allowed or name.startswith("_sysconfigdata"):
-            return PathFinder.find_spec(name, path, target)
-sys.meta_path[:] = [*(finder for finder in sys.meta_path if "frozen" in finder.__module__), Bare()]
-sys.meta_path.remove(PathFinder)
+CODE = """
 import llmsys.lorafa
 assert "torch" not in sys.modules
 import torch
@@ -123,39 +107,12 @@ with torch.no_grad():
     to_peft(model, "peft")
     assert torch.allclose(from_peft(Model().eval(), "peft")(x), model(x), atol=1e-5)
     unload(merge(model))
-print(*sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)))
 """
-
-
-def normal(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def requirements(*names: str) -> set[str]:
-    """Distributions and all that they require on this platform."""
-    found: set[str] = set()
-    left = list(names)
-    while left:
-        name = normal(re.split(r"[^\w.-]", left.pop())[0])
-        if name in found:
-            continue
-        found.add(name)
-        try:
-            asked = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        left += [one for one in asked if "extra ==" not in one]
-    return found
 
 
 def test_torch_and_safetensors_are_enough(tmp_path: Path) -> None:
     """For all but the families' own blocks: on a model with LLaMA's names that is not transformers'."""
-    wanted = requirements("torch", "numpy", "safetensors")
-    modules = {top for top, owners in metadata.packages_distributions().items() if wanted & set(map(normal, owners))}
-    modules |= {"llmsys", "torch", "torchgen", "functorch"}
-    assert not {"transformers", "peft", "accelerate", "hydra", "omegaconf", "bitsandbytes"} & modules
-    loaded = python(ALONE, " ".join(modules), cwd=tmp_path).split()
-    assert "safetensors" in loaded
+    assert "safetensors" in alone.run(CODE, tmp_path)
 
 
 def test_every_public_name_is_found_and_none_is_hidden_by_a_module() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmsys.compress.aggregate import Aggregator
+    from llmsys.compress.codec import Payload, decode, encode
     from llmsys.compress.config import CompressConfig
     from llmsys.compress.hook import HookState, compress_hook, register
     from llmsys.compress.state import CompressionState
@@ -26,7 +27,10 @@ _HOMES = {
     "CompressConfig": "config",
     "CompressionState": "state",
     "HookState": "hook",
+    "Payload": "codec",
     "compress_hook": "hook",
+    "decode": "codec",
+    "encode": "codec",
     "load_state": "store",
     "register": "hook",
     "save_state": "store",
@@ -38,7 +42,10 @@ __all__ = [
     "CompressConfig",
     "CompressionState",
     "HookState",
+    "Payload",
     "compress_hook",
+    "decode",
+    "encode",
     "load_state",
     "register",
     "save_state",

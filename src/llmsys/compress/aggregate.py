@@ -41,7 +41,7 @@ class Aggregator(CompressionState):
         self.names = [name for name, _ in named]
         if not named:
             raise ValueError("compress: no parameters to exchange the gradients of")
-        check_equal(config, named, group, named[0][1].device)
+        check_equal(config, self.shapes.items(), group, named[0][1].device)
         self.buckets: list[list[int]] = []
         for dtype in dict.fromkeys(tensor.dtype for _, tensor in named):
             alike = [i for i, (_, tensor) in enumerate(named) if tensor.dtype == dtype]

@@ -9,22 +9,21 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.transfer import Group
 
 
 def check_equal(
-    config: CompressConfig, named: Iterable[tuple[str, Tensor]], group: Group, device: torch.device
+    config: CompressConfig, named: Iterable[tuple[str, torch.Size]], group: Group, device: torch.device
 ) -> None:
-    """ValueError, on every rank of `group`, where configs, or names, shapes or types of parameters, are not the same.
+    """ValueError, on every rank of `group`, where configs, or names or shapes of parameters, are not the same.
     Collective: one all-reduce of four numbers."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     texts = {
         "config": json.dumps(dataclasses.asdict(config), sort_keys=True, default=list),
-        "model (names, shapes or types of parameters)": "\n".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in named),
+        "model (names or shapes of parameters)": "\n".join(f"{name} {tuple(shape)}" for name, shape in named),
     }
     hashes = [_hash(text) for text in texts.values()]
     both = torch.tensor([*hashes, *(-number for number in hashes)], dtype=torch.int64, device=device)

@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
@@ -41,7 +42,14 @@ class HookState(CompressionState):
         named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(config, named.items(), group=group, loss_scale=loss_scale)
         self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
+        self.checked = False
         self.waiting: list[tuple[Transfer, Tensor, Future[Tensor]]] = []
+
+    def check(self, device: torch.device) -> None:
+        """See `agreement`; collective, once."""
+        if not self.checked:
+            check_equal(self.config, self.shapes.items(), self.group, device)
+            self.checked = True
 
 
 def register(
@@ -49,23 +57,26 @@ def register(
 ) -> CompressionState:
     """Has `model` exchange its gradients by `config` from now on. Collective.
 
-    `loss_scale`: see `CompressionState`. ValueError on every rank where configs or models differ, or where gradients
-    are sparse.
+    `loss_scale`: see `CompressionState`. ValueError on every rank where configs or models differ, where gradients are
+    sparse, and for a model that is not wrapped.
     """
+    if not isinstance(model, DistributedDataParallel):
+        raise ValueError(f"register: {type(model).__name__} is not wrapped in DistributedDataParallel; run it on ranks")
     module = model.module
     for name, part in module.named_modules():
         if getattr(part, "sparse", False) and isinstance(part, nn.Embedding | nn.EmbeddingBag):
             raise ValueError(f"{name}: sparse gradients cannot be compressed; make it with sparse=False")
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    check_equal(config, trained, model.process_group, trained[0][1].device)
     state = HookState(config, module, group=model.process_group, loss_scale=loss_scale)
+    state.check(trained[0][1].device)
     model.register_comm_hook(state, compress_hook)
     return state
 
 
 def compress_hook(state: HookState, bucket: dist.GradBucket) -> Future[Tensor]:
-    """The hook itself, for what takes a state and a hook (`DistributedDataParallel.register_comm_hook`)."""
+    """The hook itself, for what takes a `HookState` and a hook: DDP's `register_comm_hook`, Lightning's strategy."""
     flat = bucket.buffer()
+    state.check(flat.device)
     if bucket.index() == 0:
         state.waiting.clear()  # of a backward pass that was broken off
         state.begin()

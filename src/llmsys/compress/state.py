@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,16 +33,23 @@ class CompressionState:
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self.config, self.group, self.loss_scale = config, group, loss_scale
-        there = dist.is_initialized()
         tensors = dict(named)
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.devices = {name: tensor.device for name, tensor in tensors.items()}
-        self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if there else (0, 1)
         self.method = methods.method(config)
         self.step = 0
         self.memories: dict[str, Memory] = {}
         self._scale: float | None = None
         self._sent: list[tuple[Sent, _Flag]] = []
+
+    @functools.cached_property
+    def rank(self) -> int:
+        """Of this process in the group, which need not be there when the state is made."""
+        return dist.get_rank(self.group) if dist.is_initialized() else 0
+
+    @functools.cached_property
+    def world(self) -> int:
+        return dist.get_world_size(self.group) if dist.is_initialized() else 1
 
     def memory(self, name: str) -> Memory:
         if name not in self.memories:

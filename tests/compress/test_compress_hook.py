@@ -1,0 +1,122 @@
+"""Under DDP, on real ranks: the reference's gradients, replicas that stay equal, faults that all ranks notice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rank_pool import Pool
+
+METHODS = ("none", "fp16", "bf16", "sign", "efsign", "topk", "randomk", "powersgd", "acpsgd")
+COLLECTIVES = {
+    "sign": {"all_to_all": 1, "all_gather": 1},
+    "efsign": {"all_gather": 1},
+    "topk": {"all_gather": 1},
+    "powersgd": {"all_reduce": 2},
+}
+"""Of a bucket and step; of the others one all-reduce."""
+BUCKETS = 4
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Pool]:
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+def check(found: list[dict[str, float]], method: str) -> None:
+    for rank in found:
+        assert rank.pop("worst") < 1e-10
+        assert rank.pop("apart") == 0.0
+        assert rank == {kind: BUCKETS * n for kind, n in COLLECTIVES.get(method, {"all_reduce": 1}).items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_the_references_in_one_collective_a_bucket(pool: Pool, method: str) -> None:
+    """Sign-SGD and Power-SGD have two rounds. Four buckets, which DDP cuts anew after the first step."""
+    check(pool.call("hook_harness:against_reference", {"method": method}, {}), method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_on_four_ranks_too(four: Pool, method: str) -> None:
+    check(four.call("hook_harness:against_reference", {"method": method}, {}), method)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({}, 4),
+        ({"find_unused_parameters": True}, 1),
+        ({"static_graph": True}, 1),
+        ({"set_to_none": False}, 1),
+        ({"gradient_as_bucket_view": False}, 1),
+        pytest.param({"compile": "aot_eager", "bucket_cap_mb": 25}, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_whatever_ddp_does_beside(pool: Pool, options: dict[str, Any], parts: int) -> None:
+    """Accumulation, unused parameters, a graph said to be static, gradients that stay, copies of them, compilation."""
+    for rank in pool.call("hook_harness:against_reference", {"method": "acpsgd"}, options, 5, parts):
+        assert rank["worst"] < 1e-10
+        assert rank["apart"] == 0.0
+
+
+@pytest.mark.parametrize("method", ["powersgd", "acpsgd", "sign"])
+def test_replicas_stay_equal_to_the_bit(pool: Pool, method: str) -> None:
+    """Ranks seeded differently, four buckets, 50 steps: a Q of Power-SGD that was started from a callback, on gloo, met
+    that of another bucket sooner or later."""
+    assert pool.call("hook_harness:replicas", {"method": method}, 50) == [0.0, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["powersgd", "acpsgd", "sign", "topk"])
+def test_replicas_of_four_stay_equal(four: Pool, method: str) -> None:
+    assert four.call("hook_harness:replicas", {"method": method}, 50) == [0.0] * 4
+
+
+@pytest.mark.parametrize("method", ["none", "sign", "topk", "powersgd", "acpsgd"])
+def test_the_aggregator_does_what_the_hook_does(pool: Pool, method: str) -> None:
+    assert max(pool.call("hook_harness:aggregated", {"method": method})) < 1e-10
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("method", ["sign", "topk", "powersgd", "acpsgd"])
+def test_one_ranks_overflow_is_noticed_by_all_and_forgotten(pool: Pool, method: str, value: float) -> None:
+    expected = {"bad": [3], "apart": 0.0, "finite": True}
+    assert pool.call("hook_harness:poisoned", {"method": method}, value) == [expected, expected]
+
+
+def test_a_grad_scaler_skips_and_goes_on(pool: Pool) -> None:
+    """A scale that is a power of two changes no bit, before and after it was halved."""
+    expected = {"scales": [2.0**16] * 3 + [2.0**15] * 5, "far": 0.0}
+    assert pool.call("hook_harness:scaled", {"method": "acpsgd"}) == [expected, expected]
+
+
+@pytest.mark.parametrize("cap", [0.002, 25.0])
+@pytest.mark.parametrize("method", ["powersgd", "acpsgd", "topk"])
+def test_a_saved_state_goes_on_with_the_same_bits(pool: Pool, method: str, cap: float, tmp_path: Path) -> None:
+    """Saved between ACP-SGD's two factors, and read with buckets as they were and with one."""
+    assert pool.call("hook_harness:resumed", {"method": method}, str(tmp_path), cap) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"), [("config", "the same config"), ("model", "the same model"), ("sparse", "sparse=False")]
+)
+def test_what_ranks_must_have_alike_is_checked_at_once(pool: Pool, case: str, words: str) -> None:
+    assert all(words in told for told in pool.call("hook_harness:refused", case))
+
+
+def test_a_model_of_vectors_only(pool: Pool) -> None:
+    assert max(pool.call("hook_harness:vectors")) < 1e-7

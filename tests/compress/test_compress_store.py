@@ -1,0 +1,122 @@
+"""A saved state: on another number of ranks, of another method or width, and files that are not what they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from simulated import SHAPES, Ranks, distance, random_grads
+
+from llmsys.compress import CompressConfig, load_state, save_state
+from llmsys.compress.state import CompressionState
+
+CONFIG = CompressConfig(r=2, density=0.1, min_rate=1)
+
+
+def trained(config: CompressConfig = CONFIG, world: int = 2, steps: int = 3) -> Ranks:
+    ranks = Ranks(config, world)
+    for step in range(steps):
+        ranks.step(random_grads(world, step))
+    return ranks
+
+
+def saved(ranks: Ranks, folder: Path) -> Path:
+    for state in ranks.states:
+        save_state(state, folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["powersgd", "acpsgd", "randomk"])
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_another_number_of_ranks_keeps_the_averaged_trajectory(method: str, world: int, tmp_path: Path) -> None:
+    """Exactly, for linear methods, whatever the new ranks' shares of the same mean gradient are."""
+    config = CompressConfig(method=method, r=2, density=0.1, min_rate=1)
+    before = trained(config)
+    saved(before, tmp_path)
+    after = Ranks(config, world)
+    for state in after.states:
+        load_state(state, tmp_path)
+        assert state.step == 3
+    for step in range(3, 8):
+        grads = random_grads(world, step)
+        mean = {name: sum(rank[name] for rank in grads) / world for name in SHAPES}
+        assert distance(after.step(grads), before.step([mean, mean])[0]) < 1e-11
+
+
+@pytest.mark.parametrize("method", ["topk", "efsign"])
+def test_the_others_keep_the_sum_of_errors(method: str, tmp_path: Path) -> None:
+    config = CompressConfig(method=method, density=0.1)
+    saved(trained(config), tmp_path)
+    after = Ranks(config, 3)
+    for state in after.states:
+        load_state(state, tmp_path)
+    mean = sum(trained(config).errors("a")) / 2
+    torch.testing.assert_close(sum(after.errors("a")) / 3, mean)
+
+
+def test_a_step_that_was_left_out_is_settled_before_it_is_saved(tmp_path: Path) -> None:
+    straight, other = trained(), trained()
+    bad = random_grads(2, 3)
+    bad[0]["a"][0, 0] = float("nan")
+    straight.step(bad)
+    other.step(bad)
+    saved(other, tmp_path)
+    after = Ranks(CONFIG, 2)
+    for state in after.states:
+        load_state(state, tmp_path)
+    grads = random_grads(2, 4)
+    assert distance(after.step(grads), straight.step(grads)[0]) == 0.0
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_another_r_keeps_directions_and_errors(r: int, tmp_path: Path) -> None:
+    before = trained()
+    saved(before, tmp_path)
+    after = Ranks(CompressConfig(r=r, min_rate=1), 2)
+    for state in after.states:
+        load_state(state, tmp_path)
+    error = before.errors("a")[0].clone()
+    assert torch.equal(after.errors("a")[0], error)
+    after.step(random_grads(2, 3))
+    p = after.states[0].memory("a").p
+    assert p is not None
+    assert len(p) == r
+
+
+def test_another_method_goes_on_with_the_errors(tmp_path: Path) -> None:
+    before = trained(CompressConfig(method="topk", density=0.1))
+    saved(before, tmp_path)
+    after = Ranks(CONFIG, 2)
+    for state in after.states:
+        load_state(state, tmp_path)
+    assert torch.equal(after.errors("a")[1], before.errors("a")[1])
+    after.step(random_grads(2, 3))
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    folder = saved(trained(), tmp_path)
+    fresh = Ranks(CONFIG, 2).states[0]
+    second = folder / "compress-rank-1.safetensors"
+    whole = second.read_bytes()
+    save_state(trained(steps=4).states[1], folder)
+    with pytest.raises(ValueError, match=r"compress-rank-1.* at step 4, but rank 0's is of 2 at step 3"):
+        load_state(fresh, folder)
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"compress-rank-1.safetensors: damaged"):
+        load_state(fresh, folder)
+    second.unlink()
+    with pytest.raises(ValueError, match=r"compress-rank-1.safetensors: there is no such file"):
+        load_state(fresh, folder)
+    assert not fresh.memories
+    assert fresh.step == 0
+
+
+def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = saved(trained(), tmp_path)
+    for named, words in [
+        ([("a", torch.empty(12, 10))], "no parameter c"),
+        ([(name, torch.empty(3, 3)) for name in SHAPES], r"shape \(3, 3\), in the saved state \(12, 10\)"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load_state(CompressionState(CONFIG, named), folder)

@@ -1,0 +1,77 @@
+"""What a user copies works as it stands, and with torch alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import alone
+import llmsys.compress
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CODE = """
+import llmsys.compress
+assert "torch" not in sys.modules
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from llmsys.compress import *
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def train(method):
+    model = DistributedDataParallel(torch.nn.Linear(40, 30), bucket_cap_mb=0.001)
+    state = register(model, CompressConfig(method=method, r=2))
+    model(torch.randn(5, 40)).square().mean().backward()
+    return model, state
+for method in ("none", "sign", "efsign", "topk", "randomk", "powersgd"):
+    train(method)
+model, state = train("acpsgd")
+save_state(state, "out")
+load_state(state, "out")
+aggregator = Aggregator(model.module.named_parameters(), CompressConfig())
+aggregator.aggregate([p.grad for p in model.parameters()])
+x = torch.randn(3, 40, 50)
+assert decode(encode(x, CompressConfig())).shape == x.shape
+"""
+
+
+def test_torch_and_safetensors_are_enough(tmp_path: Path) -> None:
+    assert "safetensors" in alone.run(CODE, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["trainer", "accelerate", "lightning"])
+def test_the_examples_learn_on_two_ranks(example: str, tmp_path: Path) -> None:
+    """Lightning starts its ranks itself; the others are started by torchrun."""
+    if example == "lightning" and importlib.util.find_spec("lightning") is None:
+        pytest.skip("Lightning is not installed: pip install lightning")
+    launcher = [] if example == "lightning" else ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(EXAMPLES / f"compress_{example}.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"'?loss'?:? '?(\d+\.\d+)", done.stdout)]
+    assert losses[-1] < 0.98 * losses[0]
+    if example == "accelerate":
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "compress-rank-0.safetensors",
+            "compress-rank-1.safetensors",
+        }
+
+
+def test_every_public_name_is_found_and_none_is_hidden_by_a_module() -> None:
+    """Importing llmsys.compress.x sets the package's attribute x to the module, whatever x was."""
+    modules = {module.name for module in pkgutil.iter_modules(llmsys.compress.__path__)}
+    assert not modules & set(llmsys.compress.__all__)
+    assert sorted(llmsys.compress._HOMES) == llmsys.compress.__all__
+    values: dict[str, Any] = {name: getattr(llmsys.compress, name) for name in llmsys.compress.__all__}
+    assert all(value.__module__ == f"llmsys.compress.{llmsys.compress._HOMES[name]}" for name, value in values.items())
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = llmsys.compress.nothing
