@@ -28,9 +28,9 @@ class EFSign:
         signed = [entry for entry in part.entries if not self.config.skips(entry.name)]
         whole = [entry for entry in part.entries if self.config.skips(entry.name)]
         what = [corrected(entry, self.config).view(-1) for entry in signed]
-        own = [bits.pack(x >= 0) for x in what]
+        own = [bits.pack(x) for x in what]
         dtype = dtype_of(part.flat)
-        scales = [x.abs().mean(dtype=dtype).reshape(1) for x in what]
+        scales = [torch.linalg.vector_norm(x, 1, dtype=dtype).reshape(1) / x.numel() for x in what]
         numbers = torch.cat([*scales, *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
         where(~finite, numbers, math.nan)
         payload = torch.cat([numbers.view(torch.uint8), *own])

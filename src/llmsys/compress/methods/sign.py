@@ -31,7 +31,7 @@ class Sign:
 
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
-        packed = bits.pack(part.flat >= 0 if part.step % 2 == 0 else part.flat > 0)
+        packed = bits.pack(part.flat, zero=part.step % 2 == 0)
         size = math.ceil(len(packed) / part.world)
         votes = packed.new_zeros(part.world * size)
         votes[: len(packed)] = packed
