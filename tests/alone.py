@@ -1,5 +1,5 @@
-"""Runs code in a process that finds torch, numpy, safetensors and what they require, and nothing else that is there: what
-a user has who takes one subsystem into a project of his own.
+"""Runs code in a process that finds torch, numpy, safetensors and what they require, and nothing else: what a user has
+who takes one subsystem into a project of his own.
 """
 
 from __future__ import annotations

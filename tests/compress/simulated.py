@@ -35,7 +35,7 @@ class Ranks:
         names = list(grads[0])
         found: list[dict[str, Tensor]] = [{} for _ in grads]
         for cut in range(cuts):
-            parts = [self._part(state, rank, names[cut::cuts]) for state, rank in zip(self.states, grads, strict=True)]
+            parts = [self.part(state, rank, names[cut::cuts]) for state, rank in zip(self.states, grads, strict=True)]
             exchanges = [state.method.exchange(part) for state, part in zip(self.states, parts, strict=True)]
             sent = simulate([self._noted(exchanges[0]), *exchanges[1:]])
             for state, part, each, own in zip(self.states, parts, sent, found, strict=True):
@@ -50,7 +50,7 @@ class Ranks:
         assert all(error is not None for error in found)
         return found  # type: ignore[return-value]
 
-    def _part(self, state: CompressionState, grads: Grads, names: Sequence[str]) -> Part:
+    def part(self, state: CompressionState, grads: Grads, names: Sequence[str]) -> Part:
         flat = torch.cat([grads[name].reshape(-1) for name in names])
         views = flat.split([grads[name].numel() for name in names])
         entries = [

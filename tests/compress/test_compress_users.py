@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pkgutil
 import re
@@ -50,8 +49,6 @@ def test_torch_and_safetensors_are_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", ["trainer", "accelerate", "lightning"])
 def test_the_examples_learn_on_two_ranks(example: str, tmp_path: Path) -> None:
     """Lightning starts its ranks itself; the others are started by torchrun."""
-    if example == "lightning" and importlib.util.find_spec("lightning") is None:
-        pytest.skip("Lightning is not installed: pip install lightning")
     launcher = [] if example == "lightning" else ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     command = [sys.executable, *launcher, str(EXAMPLES / f"compress_{example}.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 _GATHER = 0x0102040810204080
 """Multiplied with eight bytes of 0 or 1, as one number, this has them as the bits of its highest byte."""
-AT_ONCE = 1 << 17
-"""Bytes unpacked at a time: 4 MiB of fp32."""
+AT_ONCE = 1 << 14
+"""Bytes of signs at a time: 512 KiB of fp32."""
 
 
-def pack(positive: Tensor) -> Tensor:
-    """uint8 [ceil(N / 8)] of bool [N]; the bits beyond N are 0."""
-    missing = -positive.numel() % 8
-    if missing:
-        positive = torch.cat([positive, positive.new_zeros(missing)])
-    words = positive.view(torch.uint8).view(torch.int64)
-    return (words * _GATHER >> 56).to(torch.uint8)
+def pack(x: Tensor, *, zero: bool = True) -> Tensor:
+    """uint8 [ceil(N / 8)] of x [N]: a bit is set where x is positive, and where it is 0 as `zero` says; those beyond N
+    are not. A piece at a time: what is made between is eight times as large."""
+    packed = torch.empty(math.ceil(x.numel() / 8), dtype=torch.uint8, device=x.device)
+    for start in range(0, len(packed), AT_ONCE):
+        piece = x[start * 8 : (start + AT_ONCE) * 8]
+        positive = piece >= 0 if zero else piece > 0
+        missing = -len(positive) % 8
+        if missing:
+            positive = torch.cat([positive, positive.new_zeros(missing)])
+        words = positive.view(torch.uint8).view(torch.int64)
+        packed[start : start + AT_ONCE] = words * _GATHER >> 56
+    return packed
 
 
 def unpack(packed: Tensor, numel: int) -> Tensor:

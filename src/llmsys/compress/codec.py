@@ -64,7 +64,7 @@ def encode(tensor: Tensor, config: CompressConfig, key: str = "", step: int = 0)
     elif method in ("fp16", "bf16"):
         pieces = [flat.to(DTYPES[method])]
     elif method == "efsign":
-        pieces = [flat.abs().mean(dtype=torch.float32).reshape(1), bits.pack(flat >= 0)]
+        pieces = [flat.abs().mean(dtype=torch.float32).reshape(1), bits.pack(flat)]
     elif method == "topk":
         places = torch.topk(flat.abs(), k, sorted=False).indices
         header["k"], pieces = k, [flat[places].float(), places.int()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,22 +29,22 @@ class EFSign:
         signed = [entry for entry in part.entries if not self.config.skips(entry.name)]
         whole = [entry for entry in part.entries if self.config.skips(entry.name)]
         what = [corrected(entry, self.config).view(-1) for entry in signed]
-        own = [bits.pack(x >= 0) for x in what]
         dtype = dtype_of(part.flat)
-        scales = [x.abs().mean(dtype=dtype).reshape(1) for x in what]
+        scales = [torch.linalg.vector_norm(x, 1, dtype=dtype).reshape(1) / x.numel() for x in what]
         numbers = torch.cat([*scales, *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
         where(~finite, numbers, math.nan)
-        payload = torch.cat([numbers.view(torch.uint8), *own])
+        payload = torch.cat([numbers.view(torch.uint8), *(bits.pack(x) for x in what)])
+        length, sizes = len(numbers) * dtype.itemsize, [math.ceil(x.numel() / 8) for x in what]
+        own = payload[length:].split(sizes)
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
         if self.config.feedback:
             self._add(what, own, [-scale for scale in scales])
         yield WAIT
-        length = len(numbers) * dtype.itemsize
         theirs = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         arrived = torch.isfinite(theirs.sum())
         part.flat.zero_()
-        pieces = gathered[:, length:].split([len(x) for x in own], 1)
+        pieces = gathered[:, length:].split(sizes, 1)
         for rank in range(part.world):
             shares = list((theirs[rank, : len(signed)] / part.world).unbind())
             self._add([e.grad.view(-1) for e in signed], [piece[rank] for piece in pieces], shares)
@@ -52,7 +53,7 @@ class EFSign:
         kept = what if self.config.feedback else []
         return Sent(arrived, lambda: self._add(kept, own, scales))
 
-    def _add(self, targets: list[Tensor], packed: list[Tensor], scales: list[Tensor]) -> None:
+    def _add(self, targets: list[Tensor], packed: Sequence[Tensor], scales: list[Tensor]) -> None:
         for target, signs, scale in zip(targets, packed, scales, strict=False):
             bits.add_signs(target, signs, scale)
 

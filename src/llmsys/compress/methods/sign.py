@@ -31,7 +31,7 @@ class Sign:
 
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
-        packed = bits.pack(part.flat >= 0 if part.step % 2 == 0 else part.flat > 0)
+        packed = bits.pack(part.flat, zero=part.step % 2 == 0)
         size = math.ceil(len(packed) / part.world)
         votes = packed.new_zeros(part.world * size)
         votes[: len(packed)] = packed
@@ -56,11 +56,13 @@ def majority(votes: Tensor, decides: int) -> Tensor:
     """uint8 [N] of votes uint8 [world, N], bit by bit; where as many are for as against, the vote of rank `decides`."""
     world = len(votes)
     result = torch.zeros_like(votes[0])
-    for bit in range(8):
-        mine = (votes >> bit) & 1
-        twice = 2 * mine.sum(0, dtype=torch.int32) - world
-        won = (twice > 0) | ((twice == 0) & (mine[decides] == 1))
-        result |= won.to(torch.uint8) << bit
+    for start in range(0, len(result), bits.AT_ONCE):
+        piece = votes[:, start : start + bits.AT_ONCE]
+        for bit in range(8):
+            mine = (piece >> bit) & 1
+            twice = 2 * mine.sum(0, dtype=torch.int32) - world
+            won = (twice > 0) | ((twice == 0) & (mine[decides] == 1))
+            result[start : start + bits.AT_ONCE] |= won.to(torch.uint8) << bit
     return result
 
 

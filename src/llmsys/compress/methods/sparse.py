@@ -22,6 +22,10 @@ from llmsys.cost import compressed as shapes
 
 SAMPLED = 0.01
 """Of the elements, on which a threshold is estimated."""
+SPARE = 1.5
+"""How many more elements than are needed should be above the threshold."""
+PIECE = 1 << 18
+"""Elements whose magnitudes are there at a time."""
 
 
 @dataclass
@@ -84,23 +88,10 @@ class TopK:
         if what.numel() >= 2**31:
             raise ValueError(f"{entry.name}: {what.numel()} elements; places are 31 bits, so name it in skip")
         if self.config.select == "exact":
-            places = torch.topk(what.abs(), k, sorted=False).indices
+            places = largest(what, k)
         else:
-            places = self._above(what.abs(), k, generator(entry.name, self.config.seed, step))
+            places = above(what, k, generator(entry.name, self.config.seed, step))
         return Kept(entry, what, places, what[places].to(dtype_of(what)))
-
-    def _above(self, size: Tensor, k: int, source: torch.Generator) -> Tensor:
-        """Places of k elements, the most of them above the quantile of a sample: of those above the first k, and
-        where they are too few the first others."""
-        number = max(min(size.numel(), 1024), round(SAMPLED * size.numel()))
-        sample = size[torch.randint(size.numel(), (number,), generator=source).to(size.device)]
-        least = torch.topk(sample, max(1, round(number * k / size.numel()))).values.min()
-        above = torch.nonzero(size >= least).view(-1)[:k]
-        if len(above) == k:
-            return above
-        left = torch.ones(size.numel(), dtype=torch.bool, device=size.device)
-        left[above] = False
-        return torch.cat([above, torch.nonzero(left).view(-1)[: k - len(above)]])
 
     def _add(
         self, part: Part, kept: list[Kept], whole: list[Entry], values: Tensor, places: Tensor, finite: Tensor
@@ -118,6 +109,34 @@ class TopK:
         for entry, piece in zip(whole, pieces[len(kept) :], strict=True):
             entry.grad.copy_(piece.sum(0).view(entry.grad.shape))
         where(~finite, part.flat, math.nan)
+
+
+def largest(x: Tensor, k: int) -> Tensor:
+    """Places of the k elements of x [N] that are largest by magnitude: the largest of the largest of its pieces, since
+    magnitudes of all of it would be another copy of the gradient."""
+    found = []
+    for start in range(0, x.numel(), PIECE):
+        piece = x[start : start + PIECE].abs()
+        found.append(torch.topk(piece, min(k, len(piece)), sorted=False).indices + start)
+    places = torch.cat(found)
+    if len(found) == 1:
+        return places
+    return places[torch.topk(x[places].abs(), k, sorted=False).indices]
+
+
+def above(x: Tensor, k: int, source: torch.Generator) -> Tensor:
+    """The same, of those elements alone that are above a threshold. It is estimated on a sample, and low enough that
+    more than k are above it; where they are fewer, it is lowered."""
+    number = min(x.numel(), max(1024, round(SAMPLED * x.numel())))
+    sample = x[torch.randint(x.numel(), (number,), generator=source).to(x.device)].abs()
+    share = min(1.0, SPARE * k / x.numel())
+    least = float(torch.topk(sample, math.ceil(number * share)).values.min())
+    while True:
+        pieces = range(0, x.numel(), PIECE)
+        places = torch.cat([torch.nonzero(x[i : i + PIECE].abs() >= least).view(-1) + i for i in pieces])
+        if len(places) >= k:
+            return places[torch.topk(x[places].abs(), k, sorted=False).indices]
+        least = least / 2 if least > 1e-30 else 0.0
 
 
 class RandomK:
