@@ -17,7 +17,7 @@ REPEATS = ("full_llama7b", "lora_llama7b", "lorafa_minilm_lr", "lorafa_minilm_se
 TRAINED = [
     pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
     for exp in EXPERIMENTS
-    if exp != "lorafa_ledger"
+    if exp not in ("lorafa_ledger", "compress_simulate")
 ]
 ON_CUDA = ("peak_gib", "reserved_gib")
 CLASSES = ("accuracy", "accuracy_se", "macro_f1")

@@ -9,6 +9,7 @@ from typing import Any
 TASKS = {
     "train": "llmsys.train.task:train",
     "lorafa_ledger": "llmsys.lorafa.ledger.task:ledger",
+    "compress_simulate": "llmsys.compress.simulate.task:simulate",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 

@@ -20,7 +20,7 @@ from llmsys.schema.data import Data
 from llmsys.schema.fields import one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.model import ConvNet, Model, Transformer
-from llmsys.schema.task import Ledger, Task
+from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.train import (
     CLOSED_FORM,
     DDP,
@@ -55,6 +55,7 @@ __all__ = [
     "Model",
     "Network",
     "Profile",
+    "Simulate",
     "Task",
     "Tracker",
     "Train",
@@ -98,7 +99,7 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "task": {"train": Task, "lorafa_ledger": Ledger},
+    "task": {"train": Task, "lorafa_ledger": Ledger, "compress_simulate": Simulate},
     "model": {"transformer": Transformer, "convnet": ConvNet},
     "data": {"*": Data},
     "train": {"*": Train},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llmsys.schema import recompute
 from llmsys.schema.data import OBJECTIVES
 from llmsys.schema.model import ConvNet, Transformer
-from llmsys.schema.task import Ledger
+from llmsys.schema.task import Ledger, Simulate
 from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def check(config: Config) -> None:
     _compress(config)
     _network(config)
     _ledger(config)
+    _simulate(config)
 
 
 def _model(config: Config) -> None:
@@ -157,6 +158,11 @@ def _ledger(config: Config) -> None:
             raise ValueError(f"{key}={value}: the ledger is for {key}={only}")
     if method.r > min(model.hidden_size, model.intermediate_size):
         raise ValueError(f"method.r={method.r}: exceeds the width of model {model.name}, {model.hidden_size}")
+
+
+def _simulate(config: Config) -> None:
+    if isinstance(config.task, Simulate) and config.hardware.name == "auto":
+        raise ValueError("hardware.name=auto: a simulated cluster's device has a name, e.g. hardware=rtx2080ti")
 
 
 def _network(config: Config) -> None:

@@ -13,6 +13,10 @@ COLUMNS = (
     *(f"{method}/{policy}" for method in ("lora", "lorafa") for policy in POLICIES),
 )
 """What a ledger compares: see `llmsys.lorafa.ledger.columns`."""
+SIMULATED = ("none", "fp16", "sign", "efsign", "topk", "randomk", "powersgd_packed", "powersgd", "acpsgd")
+"""Ways to exchange gradients whose iterations are simulated; `powersgd_packed`: after the backward pass, at once."""
+PAPER_MODELS = ("resnet50", "resnet152", "bert_base", "bert_large")
+SIMULATED_NETWORKS = ("eth1g", "eth10g", "ib100")
 BACKENDS = ("aot_eager_decomp_partition", "inductor", "none")
 
 
@@ -52,3 +56,71 @@ class Ledger(Task):
             values = getattr(self, key)
             if not values or min(values) < 1:
                 raise ValueError(f"task.{key}={values}: needs positive numbers, e.g. task.{key}=[8,64]")
+
+
+@dataclass(kw_only=True)
+class Simulate(Task):
+    """What `llmsys.compress.simulate` predicts, for the device `hardware.name`.
+
+    `worlds`: numbers of GPUs, `per_machine` of them on one link. `precision` and `efficiency`: forward, backward and
+    compression reach this share of the device's peak; `memory_efficiency`: compression, of its memory's bandwidth;
+    `launch_us`: the least that a kernel takes. `min_rate`: 0 is the paper's, every matrix is compressed. `bucket_mib`:
+    0 leaves each tensor alone; `overlap=false`: nothing goes on at the same time.
+    What was measured elsewhere: `alpha_s` (a message) and `beta_bytes_per_s` (a link) in place of `networks`,
+    `gamma_bytes_per_s` (memory, in compression), `compute_ms` (forward and backward pass, by model).
+    """
+
+    kind: str = "compress_simulate"
+    models: list[str] = field(default_factory=lambda: list(PAPER_MODELS))
+    methods: list[str] = field(default_factory=lambda: list(SIMULATED))
+    networks: list[str] = field(default_factory=lambda: list(SIMULATED_NETWORKS))
+    worlds: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    per_machine: int = 4
+    precision: str = "fp32"
+    efficiency: float = 0.5
+    memory_efficiency: float = 0.8
+    launch_us: float = 5.0
+    bucket_mib: float = 25.0
+    overlap: bool = True
+    min_rate: float = 0.0
+    density: float = 0.001
+    alpha_s: float | None = None
+    beta_bytes_per_s: float | None = None
+    gamma_bytes_per_s: float | None = None
+    compute_ms: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, known in (
+            ("models", PAPER_MODELS),
+            ("methods", SIMULATED),
+            ("networks", SIMULATED_NETWORKS),
+            ("compute_ms", PAPER_MODELS),
+        ):
+            names = getattr(self, key)
+            if not names and key != "compute_ms":
+                raise ValueError(f"task.{key}=[]: empty; there are {', '.join(known)}")
+            for name in names:
+                one_of(f"task.{key}", name, known)
+        at_least("task.per_machine", self.per_machine, 1)
+        if not self.worlds:
+            raise ValueError("task.worlds=[]: empty; it is a list of numbers of GPUs, e.g. task.worlds=[8,32]")
+        for world in self.worlds:
+            if world < 1 or (world > self.per_machine and world % self.per_machine):
+                raise ValueError(f"task.worlds={world}: must be a multiple of task.per_machine={self.per_machine}")
+        for key in ("efficiency", "memory_efficiency", "density"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"task.{key}={getattr(self, key)}: must lie in (0, 1]")
+        for key in ("launch_us", "bucket_mib", "min_rate"):
+            at_least(f"task.{key}", getattr(self, key), 0)
+        for name, given in (
+            ("beta_bytes_per_s", self.beta_bytes_per_s),
+            ("gamma_bytes_per_s", self.gamma_bytes_per_s),
+            *((f"compute_ms.{model}", ms) for model, ms in self.compute_ms.items()),
+        ):
+            if given is not None and not given > 0:
+                raise ValueError(f"task.{name}={given}: must be positive")
+        if self.alpha_s is not None:
+            at_least("task.alpha_s", self.alpha_s, 0)
+        if (self.alpha_s is None) != (self.beta_bytes_per_s is None):
+            missing = "alpha_s" if self.alpha_s is None else "beta_bytes_per_s"
+            raise ValueError(f"task.{missing}: missing; a link is given by task.alpha_s and task.beta_bytes_per_s")

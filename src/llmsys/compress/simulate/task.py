@@ -1,0 +1,124 @@
+"""The task `compress_simulate`: predicts iterations of the paper's models by every method on clusters.
+
+Everything that the tables show is in the record's summary, under keys of parts joined by `/`:
+
+    <model>/<network>/<world>/<method>/iteration_ms    mean of an iteration; device_ms of it computing, compress_ms of
+                                                       that compressing and decompressing; wire_ms: the link, hidden
+                                                       or not
+    break_even/<model>/<world>/<method>_gbit           up to which link rate the method is faster than S-SGD, at the
+                                                       latency of the last network: 0 nowhere, 1000 everywhere tried
+    average/<none or powersgd>_over_acpsgd_x           the paper's two averages, over all its models on its main cluster
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmsys import schema
+from llmsys.compress.kernels_cost import Rates
+from llmsys.compress.paper_models import MODELS, PaperModel
+from llmsys.compress.simulate import predict, tables
+from llmsys.compress.simulate.clusters import INNER_LATENCY_US, NETWORKS, Cluster
+from llmsys.cost import hardware
+from llmsys.cost.hardware import Device
+from llmsys.cost.links import Line
+
+if TYPE_CHECKING:
+    from llmsys.context import Context
+
+
+def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
+    """The record's summary, and `simulate.md` with its tables."""
+    task, device = config.task, hardware.named(config.hardware)
+    assert isinstance(task, schema.Simulate)
+    assert device is not None, "`schema.coherence` has said so"
+    lines = _lines(task)
+    summary: dict[str, float] = {}
+    for name in task.models:
+        context.beat()
+        model = MODELS[name]
+        machine = _machine(task, device, name, model)
+        for world in task.worlds:
+            plans = _plans(task, model, machine, world)
+            for network, line in lines.items():
+                cluster = _cluster(task, device, line, world)
+                for method, plan in plans.items():
+                    summary |= _cell(f"{name}/{network}/{world}/{method}", plan, cluster)
+            cluster = _cluster(task, device, list(lines.values())[-1], world)
+            for method, plan in plans.items():
+                if method != "none" and world > task.per_machine:
+                    rate = predict.break_even_gbit(plan, plans["none"], cluster)
+                    summary[f"break_even/{name}/{world}/{method}_gbit"] = rate
+    if (averages := tables.averages(summary)) is not None:
+        summary |= zip(("average/none_over_acpsgd_x", "average/powersgd_over_acpsgd_x"), averages, strict=True)
+    notes = _notes(task, device)
+    (context.out / "simulate.md").write_text(tables.markdown(summary, notes), encoding="utf-8")
+    return {"summary": summary, "files": {"tables": "simulate.md"}}
+
+
+def _plans(task: schema.Simulate, model: PaperModel, machine: predict.Machine, world: int) -> dict[str, predict.Plan]:
+    """S-SGD's is among them: all others are compared with it."""
+    found = {}
+    for method in dict.fromkeys(["none", *task.methods]):
+        config = predict.settings(method, model, min_rate=task.min_rate, density=task.density)
+        found[method] = predict.plan(
+            model, method, config, machine, world, bucket_mib=task.bucket_mib, overlap=task.overlap
+        )
+    return found
+
+
+def _cell(where: str, plan: predict.Plan, cluster: Cluster) -> dict[str, float]:
+    found = plan.iteration(cluster)
+    return {
+        f"{where}/iteration_ms": found.total_s * 1e3,
+        f"{where}/device_ms": found.device_s * 1e3,
+        f"{where}/compress_ms": (found.compress_s + found.decompress_s) * 1e3,
+        f"{where}/wire_ms": found.wire_s * 1e3,
+    }
+
+
+def _machine(task: schema.Simulate, device: Device, name: str, model: PaperModel) -> predict.Machine:
+    achieved = device.peak(task.precision) * task.efficiency
+    compute = achieved
+    if name in task.compute_ms:
+        compute = 3 * model.batch * sum(p.flops for p in model.parameters) / (task.compute_ms[name] * 1e-3)
+    memory = task.gamma_bytes_per_s or device.gb_per_s * 1e9 * task.memory_efficiency
+    rates = Rates(flops_per_s=achieved, bytes_per_s=memory, launch_s=task.launch_us * 1e-6)
+    return predict.Machine(compute_flops_per_s=compute, compress=rates)
+
+
+def _lines(task: schema.Simulate) -> dict[str, Line]:
+    """By name; a rate that is given is one network, `given`, instead of those named."""
+    if task.beta_bytes_per_s is not None:
+        assert task.alpha_s is not None
+        return {"given": Line(task.alpha_s, 1 / task.beta_bytes_per_s)}
+    return {name: NETWORKS[name].line for name in task.networks}
+
+
+def _cluster(task: schema.Simulate, device: Device, outer: Line, world: int) -> Cluster:
+    inner = Line.of_rate(device.gbps(task.per_machine), INNER_LATENCY_US * 1e-6)
+    return Cluster(inner=inner, outer=outer, world=world, per_machine=task.per_machine)
+
+
+def _notes(task: schema.Simulate, device: Device) -> list[str]:
+    """What the numbers stand on."""
+    given = ", ".join(f"{name} {ms:g} ms" for name, ms in task.compute_ms.items())
+    memory = (
+        f"{task.gamma_bytes_per_s / 1e9:g} GB/s as given"
+        if task.gamma_bytes_per_s
+        else f"{task.memory_efficiency:g} of {device.gb_per_s:g} GB/s"
+    )
+    found = [
+        f"{device.title}: {task.efficiency:g} of {device.peak(task.precision) / 1e12:g} TFLOP/s ({task.precision}), "
+        f"{memory} of memory, {task.launch_us:g} us a kernel at least ({device.source})",
+        f"{task.per_machine} GPUs share a machine's link; buckets of {task.bucket_mib:g} MiB"
+        + ("" if task.overlap else "; nothing overlaps"),
+    ]
+    if given:
+        found.append(f"forward and backward pass as given: {given}")
+    if task.beta_bytes_per_s is None:
+        found += [
+            f"{net.title}: {net.gbit:g} Gbit/s, {net.latency_us:g} us a message ({net.source})"
+            for net in (NETWORKS[name] for name in task.networks)
+        ]
+    return found
