@@ -9,6 +9,7 @@ import torch
 
 from llmsys import compose, job, runner, schema
 from llmsys.results import SHARED_KEYS
+from llmsys.schema.task import SIMULATED
 from llmsys.train import checks
 
 EXPERIMENTS = sorted(compose.choices("exp"))
@@ -60,6 +61,21 @@ def test_the_ledger_leaves_its_tables(results: Path) -> None:
         saved = record.summary[f"block/{cell}/lorafa/none/total"]
         assert record.summary[f"block/{cell}/lorafa/none/total_closed"] == pytest.approx(saved, rel=0.01)
         assert record.summary[f"block/{cell}/peft_lora/total"] > 2.8 * saved
+
+
+def test_the_simulation_leaves_tables_and_advice(results: Path) -> None:
+    smoke = compose.compose(["+exp=compress_simulate"])["smoke"]
+    made = job.make(compose.compose(["+exp=compress_simulate", *smoke, f"results={results}"]))
+    record = runner.run(made)
+    assert record.status == "ok", record.error
+    text = (Path(made.out) / record.files["tables"]).read_text()
+    for title in ("10GbE, 8 GPUs", "Break-even", "on 10GbE with 8 GPUs and ResNet-50: "):
+        assert title in text
+    for method in SIMULATED:
+        where = f"resnet50/eth10g/8/{method}"
+        assert record.summary[f"{where}/iteration_ms"] >= record.summary[f"{where}/device_ms"] > 0
+    with pytest.raises(ValueError, match=r"hardware\.name=auto"):
+        schema.build(compose.compose(["+exp=compress_simulate", "hardware=auto"]))
 
 
 @pytest.mark.parametrize(

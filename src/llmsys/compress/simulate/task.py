@@ -8,10 +8,12 @@ Everything that the tables show is in the record's summary, under keys of parts 
     break_even/<model>/<world>/<method>_gbit           up to which link rate the method is faster than S-SGD, at the
                                                        latency of the last network: 0 nowhere, 1000 everywhere tried
     average/<none or powersgd>_over_acpsgd_x           the paper's two averages, over all its models on its main cluster
+    sensitivity/<setting>=<value>/<the same>           with another value of what is no specification
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
@@ -25,6 +27,14 @@ from llmsys.cost.links import Line
 
 if TYPE_CHECKING:
     from llmsys.context import Context
+
+
+ASSUMED: dict[str, tuple[float, ...]] = {
+    "efficiency": (0.3, 0.4, 0.6, 0.7),
+    "memory_efficiency": (0.5, 1.0),
+    "launch_us": (2.0, 10.0),
+}
+"""What is no specification, and other values of it."""
 
 
 def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
@@ -49,11 +59,32 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
                 if method != "none" and world > task.per_machine:
                     rate = predict.break_even_gbit(plan, plans["none"], cluster)
                     summary[f"break_even/{name}/{world}/{method}_gbit"] = rate
-    if (averages := tables.averages(summary)) is not None:
-        summary |= zip(("average/none_over_acpsgd_x", "average/powersgd_over_acpsgd_x"), averages, strict=True)
+    if averages := tables.averages(summary):
+        summary |= {f"average/{key}": value for key, value in averages.items()}
+        context.beat()
+        summary |= _sensitivity(task, device)
     notes = _notes(task, device)
     (context.out / "simulate.md").write_text(tables.markdown(summary, notes), encoding="utf-8")
     return {"summary": summary, "files": {"tables": "simulate.md"}}
+
+
+def _sensitivity(task: schema.Simulate, device: Device) -> dict[str, float]:
+    """The averages with one assumption changed at a time."""
+    network, world = tables.MAIN
+    found = {}
+    for key, values in ASSUMED.items():
+        for value in values:
+            other = dataclasses.replace(task, methods=list(tables.ORDER), **{key: value})
+            cells: dict[str, float] = {}
+            for name in tables.RECALLED:
+                model = MODELS[name]
+                plans = _plans(other, model, _machine(other, device, name, model), world)
+                cluster = _cluster(other, device, NETWORKS[network].line, world)
+                for method in tables.ORDER:
+                    cells |= _cell(f"{name}/{network}/{world}/{method}", plans[method], cluster)
+            for which, average in tables.averages(cells).items():
+                found[f"sensitivity/{key}={value:g}/{which}"] = average
+    return found
 
 
 def _plans(task: schema.Simulate, model: PaperModel, machine: predict.Machine, world: int) -> dict[str, predict.Plan]:
