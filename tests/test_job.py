@@ -58,6 +58,7 @@ def test_what_can_change_the_result_makes_another_run(change: dict[str, object])
         {"reuse": "never"},
         {"force": True},
         {"smoke": ["a=b"]},
+        {"command": ["train.steps=5"]},
     ],
     ids=str,
 )

@@ -28,7 +28,7 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "tracker")
+_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker")
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 
 
