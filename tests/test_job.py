@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,7 @@ def test_device_and_threads_are_resolved_before_the_id() -> None:
     ("words", "message"),
     [
         (["method.r=33"], r"method\.r=33: exceeds the width of model\.layers\.0\.self_attn\.k_proj, which is 64 x 32"),
-        (["method.targets=[o_proj,wq]"], r"method\.targets=wq: no such linear layer in the blocks; there are q_proj, .*"),
+        (["method.targets=[o_proj,wq]"], r"method\.targets=wq: no such linear layer in the blocks; there are .*"),
         (["method=lora_peft", "method.targets=[wq]"], r"method\.targets=wq: no such linear layer .*"),
         (["method.bias=lora_only"], r"method\.bias=lora_only: no layer in method\.targets has a bias"),
     ],
@@ -125,6 +127,16 @@ def test_a_record_survives_the_file_and_refuses_what_it_does_not_know(tmp_path: 
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(ValueError, match=r"record\.json"):
         Record.read(tmp_path)
+
+
+def test_what_a_kill_left_beside_a_record_goes_with_the_next_one(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    kept = {".record.json.bad", f".record.json.{os.getppid()}", f".record.json.{10**30}"}
+    for name in (f".record.json.{gone.pid}", f".record.json.{os.getpid()}", *kept):
+        (tmp_path / name).write_text("{")
+    Record(name="n", run_id="r", task="train", status="ok").write(tmp_path)
+    assert set(os.listdir(tmp_path)) == {"record.json", *kept}
 
 
 def test_the_committed_example_of_schema_1_is_read_and_written_alike() -> None:

@@ -307,3 +307,4 @@ def test_a_half_written_adapter_never_replaces_a_good_one(tmp_path: Path) -> Non
         assert torch.equal(outputs(load_adapter(MLP(), tmp_path / moment)), outputs(mlp()))
         save_adapter(mlp(alpha=7), tmp_path / moment)
         assert read(tmp_path / moment / FILE)[0].config.alpha == 7
+        assert os.listdir(tmp_path / moment) == [FILE], "which the next save has removed"
