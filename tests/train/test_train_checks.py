@@ -34,7 +34,7 @@ def test_the_rate_is_the_method_s_times_the_scale() -> None:
 
 
 def test_too_little_memory_is_refused_with_what_would_run(tmp_path: Path) -> None:
-    """Named by kind and in GiB; the commands are whole, and the truncated model really fits."""
+    """Named by kind and unit; the commands are whole, and the truncated model really fits."""
     config = harness.config("lora_peft", name="lorafa_llama7b", smoke=["model=llama_tiny", "train.steps=2"])
     config.model.num_layers, config.hardware.mem_gib = 64, 0.02
     config.model.weights = "/no/such/folder"  # weights come last, so nobody misses them
@@ -42,8 +42,9 @@ def test_too_little_memory_is_refused_with_what_would_run(tmp_path: Path) -> Non
         harness.run(tmp_path, config)
     message = str(refused.value)
     assert refused.value.reason == "memory"
-    for part in ("weights", "gradients", "optimizer", "activations", "logits", "GiB", "hardware.mem_gib=0.02"):
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "MiB", "hardware.mem_gib=0.02"):
         assert part in message
+    assert " 0.00" not in message, "a tiny run's kinds are told in KiB"
     command = "  python -m llmsys +exp=lorafa_llama7b data=synthetic method=lora_peft"
     lines = message.splitlines()
     assert f"{command} model=llama_tiny train.steps=2" in lines
