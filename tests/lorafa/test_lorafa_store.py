@@ -212,8 +212,10 @@ def test_a_second_adapter_with_modules_of_its_own_is_refused(tmp_path: Path) -> 
     """They are the model's, one for all adapters: the first would go on with what was trained beside the second."""
     save_adapter(mlp(), tmp_path, modules=("head",))
     one = load_adapter(MLP(), tmp_path, "one")
-    with pytest.raises(ValueError, match="brings head of its own"):
+    with pytest.raises(ValueError, match="brings head of its own, and a model has one of each for all adapters") as told:
         load_adapter(one, tmp_path, "two")
+    way = "load it into another copy of the base, delete_adapter one first, or save it without `modules`"
+    assert way in str(told.value)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "foreign"])
