@@ -67,9 +67,11 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     tensors get the file's values, and an optimizer's references stay good. What a refreshed adapter has merged is
     merged again. Further `modules` of the file, frozen with the base otherwise, can be trained on; they are the
     model's, so disabling or deleting the adapter leaves them as loaded, and beside another adapter they are refused.
-    Nothing has changed when ValueError is raised: for a file that is missing, damaged or of another format, a model whose layers are
-    others, an adapter of that name in another shape, an A that is not the file's, and a model that is merged, on the
-    meta device, or (unless that adapter is active already) wrapped in DDP.
+
+    Nothing has changed when ValueError is raised: for a file that is missing, damaged or of another format, a model
+    whose layers are others, an adapter of that name in another shape, an A that is not the file's, and a model that is
+    merged, on the meta device, cut over ranks, or (unless that adapter is active already) wrapped in DDP. Nor has it
+    when there is no memory for the adapter.
     """
     header, contents = read(Path(folder) / FILE)
     return unpack(model, header, contents, name)
@@ -143,9 +145,7 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
     inner = plain(model)
     layers = header.fitting(inner)
     header.check(contents, inner)
-    for path, layer in layers.items():
-        if layer.weight.is_meta:
-            raise ValueError(f"load_adapter: {path} is on the meta device, which holds nothing; load the weights first")
+    _check_writable(inner, layers, header.modules, name)
     matrices = header.matrices(contents)
     if name in names(inner):
         _check_same(having(inner, name), name, header, contents)
@@ -195,6 +195,24 @@ def _replay(layers: Mapping[str, Any], header: Header, contents: Mapping[str, Te
             adapter.past.append(contents[key(path, "past")][epoch].clone())
     for layer in layers.values() if header.refreshed else ():
         layer.adapters[name].redraw(header.refreshed)
+
+
+def _check_writable(model: nn.Module, layers: Mapping[str, Any], modules: Sequence[str], name: str) -> None:
+    """ValueError where the values of a file cannot be written into the model as it is now."""
+    targets = {path: layer.weight for path, layer in layers.items()}
+    targets |= {f"{path}.{what}": p for path in modules for what, p in _module(model, path).named_parameters()}
+    for path, tensor in targets.items():
+        if tensor.is_meta:
+            raise ValueError(f"load_adapter: {path} is on the meta device, which holds nothing; load the weights first")
+    written = {path: targets[path] for path in targets if path not in layers}
+    for path, layer in layers.items():
+        there = layer.adapters[name].named_parameters() if name in getattr(layer, "adapters", ()) else ()
+        written |= {key(path, f"adapters.{name}.{what}"): parameter for what, parameter in there}
+    for path, tensor in written.items():
+        if merging.is_cut(tensor):
+            raise ValueError(
+                f"load_adapter: {path} is cut over ranks, which no file is; load it before the engine does"
+            )
 
 
 def _check_same(layers: Mapping[str, Any], name: str, header: Header, contents: Mapping[str, Tensor]) -> None:
