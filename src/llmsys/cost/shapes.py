@@ -99,7 +99,7 @@ def check_adapters(model: schema.Model, method: schema.Method) -> None:
     for name, n_in, n_out, _ in layers:
         if method.r > min(n_in, n_out):
             raise ValueError(f"method.r={method.r}: exceeds the width of {name}, which is {n_in} x {n_out}")
-    if method.bias != "none" and not any(f"{layer.name}.bias" in parameters(model) for layer in layers):
+    if method.bias != "none" and not {f"{layer.name}.bias" for layer in layers} & parameters(model).keys():
         raise ValueError(f"method.bias={method.bias}: no layer in method.targets has a bias")
 
 
