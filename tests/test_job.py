@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmsys import compose, job
+from llmsys.files import MACHINE
 from llmsys.job import Record
 
 CONFIG = compose.compose(["train.threads=1"])
@@ -132,8 +133,9 @@ def test_a_record_survives_the_file_and_refuses_what_it_does_not_know(tmp_path: 
 def test_what_a_kill_left_beside_a_record_goes_with_the_next_one(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as gone:
         pass
-    kept = {".record.json.bad", f".record.json.{os.getppid()}", f".record.json.{10**30}"}
-    for name in (f".record.json.{gone.pid}", f".record.json.{os.getpid()}", *kept):
+    ours, elsewhere = f".record.json.{MACHINE}", f".record.json.{MACHINE}x.{gone.pid}"  # may be alive over there
+    kept = {f"{ours}.bad", f"{ours}.{os.getppid()}", f"{ours}.{10**30}", elsewhere}
+    for name in (f"{ours}.{gone.pid}", f"{ours}.{os.getpid()}", *kept):
         (tmp_path / name).write_text("{")
     Record(name="n", run_id="r", task="train", status="ok").write(tmp_path)
     assert set(os.listdir(tmp_path)) == {"record.json", *kept}

@@ -39,7 +39,7 @@ def save(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = N
 def replace(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
     """As `save`, but a crash at any instant, or a full disk (OSError), leaves the old file or the new one, whole.
 
-    A kill leaves its unfinished `.<name>.<process id>` beside it, which the next call removes.
+    A kill leaves its unfinished file beside it, which the next call removes (`llmsys.files`).
     """
     temporary = beside(path)
     try:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmsys import schema
+from llmsys.files import MACHINE
 from llmsys.models import load, weights
 
 CPU = torch.device("cpu")
@@ -164,9 +165,9 @@ def test_what_a_kill_left_goes_with_the_next_save(tmp_path: Path, monkeypatch: p
     """Not what a living process writes, and not the only weights there are, which a kill between two renames leaves."""
     with subprocess.Popen(["true"]) as gone:
         pass
-    left = [tmp_path / f".weights.{gone.pid}", tmp_path / f".weights.{gone.pid}.earlier"]
+    left = [tmp_path / f".weights.{MACHINE}.{gone.pid}", tmp_path / f".weights.{MACHINE}.{gone.pid}.earlier"]
     living = tmp_path / f".weights.{os.getppid()}"
-    others = [tmp_path / f".weights.{gone.pid}.py", tmp_path / f".weights-{gone.pid}"]
+    others = [tmp_path / f".weights.{MACHINE}.{gone.pid}.py", tmp_path / f".weights-{gone.pid}"]
     for path in (*left, living, *others):
         path.mkdir()
         (path / weights.FILE).write_bytes(b"")
