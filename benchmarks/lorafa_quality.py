@@ -18,9 +18,10 @@ These are the comparisons that reviewers of the paper (arXiv 2308.03303) asked f
     lorafa_r32           LoRA-FA of r = 32
 
 Accounted memory is weights, gradients, optimizer and saved tensors by the cost model. First each contestant is trained
-at rates of one grid, the same for all, on a seed of its own, until its best rate is found (`paired.to_try`); then at
-that rate on other seeds. A seed draws adapters, heads and the order of the data alike for all, so differences are taken
-seed by seed, with the end of their one-sided 90 % interval on the bad side (`paired`).
+at rates of one grid, the same for all, on a seed of its own, until its best rate is found (`paired.to_try`). Where one
+seed cannot tell neighbours apart (`Family.tuning`), the two best are trained on a second one too, and the better mean
+wins. Then it is trained at that rate on other seeds. A seed draws adapters, heads and the order of the data alike for
+all, so differences are taken seed by seed, with the end of their one-sided 90 % interval on the bad side (`paired`).
 
 Two runs at a time on one thread each use two cores best. The runs are ordinary ones, `results/lorafa_quality/<id>`; the
 table is a record of its own beside them, and `--keep` copies all of these records to benchmarks/records.
@@ -33,6 +34,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,9 +49,10 @@ from quality_contestants import CONTESTANTS, FAMILIES, FEW, Contestant, Family, 
 NAME = "lorafa_quality"
 RECORDS = Path(__file__).parent / "records"
 GRID = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
-TUNING_SEED = 100
-RATES_EXPECTED = 4
-"""Rates that a contestant is trained at until its best is known, for the estimate of the time left."""
+FINALISTS = 2
+"""Rates that are trained on every tuning seed."""
+RATES_EXPECTED = 5
+"""Runs of a contestant until its best rate is known, for the estimate of the time left."""
 
 
 def words(family: Family, contestant: Contestant, rate: float, seed: int, asked: argparse.Namespace) -> Words:
@@ -79,13 +82,21 @@ class Comparison:
         if not self._has_base():
             make([self._base])
         while wanted := [
-            words(self.family, each, GRID[i], TUNING_SEED, self.asked)
+            words(self.family, each, GRID[i], self.family.tuning[0], self.asked)
             for each in self.contestants
             for i in paired.to_try(len(GRID), self._start(each), self._heights(self.searched(each)))
         ]:
             make(wanted)
             if all(fresh_runs.finished(each) is None for each in wanted):  # nothing makes runs
                 break
+        make(
+            [
+                words(self.family, each, GRID[i], seed, self.asked)
+                for each in self.contestants
+                for i in self.finalists(each)
+                for seed in self.family.tuning[1:]
+            ]
+        )
         rates = {each: self.rate(each) for each in self.contestants if self.settled(each)}
         make(
             [
@@ -101,19 +112,37 @@ class Comparison:
         found: dict[int, Record] = {}
         while True:
             places = paired.to_try(len(GRID), self._start(contestant), self._heights(found))
-            there = {i: self._record(contestant, GRID[i], TUNING_SEED) for i in places}
+            there = {i: self._record(contestant, GRID[i], self.family.tuning[0]) for i in places}
             if not any(there.values()):
                 return dict(sorted(found.items()))
             found |= {i: record for i, record in there.items() if record is not None}
 
+    def finalists(self, contestant: Contestant) -> list[int]:
+        """The places of the best rates of the search, the best first; none where one tuning seed is enough."""
+        heights = self._heights(self.searched(contestant))
+        wanted = self.asked.seeds and len(self.family.tuning) > 1
+        return sorted(heights, key=lambda i: (-heights[i], i))[:FINALISTS] if wanted else []
+
+    def finals(self, contestant: Contestant) -> dict[int, list[Record]]:
+        """Place of a finalist -> its runs on the tuning seeds, those that are there."""
+        seeds, places = self.family.tuning, self.finalists(contestant)
+        runs = {i: [self._record(contestant, GRID[i], seed) for seed in seeds] for i in places}
+        return {i: [run for run in each if run is not None] for i, each in runs.items()}
+
     def rate(self, contestant: Contestant) -> float | None:
         """The best rate, as far as is known."""
-        best = paired.summit(self._heights(self.searched(contestant)))
+        heights = self._heights(self.searched(contestant))
+        finals = self.finals(contestant)
+        if finals and all(len(runs) == len(self.family.tuning) for runs in finals.values()):
+            heights = {i: statistics.fmean(map(self._height, runs)) for i, runs in finals.items()}
+        best = paired.summit(heights)
         return None if best is None else GRID[best]
 
     def settled(self, contestant: Contestant) -> bool:
         """Whether the search for its rate is over."""
-        return not paired.to_try(len(GRID), self._start(contestant), self._heights(self.searched(contestant)))
+        return not paired.to_try(len(GRID), self._start(contestant), self._heights(self.searched(contestant))) and all(
+            len(runs) == len(self.family.tuning) for runs in self.finals(contestant).values()
+        )
 
     def by_seed(self, contestant: Contestant) -> dict[int, Record]:
         """Seed -> run at the best rate, of those that are there; one that diverged is left out."""
@@ -129,7 +158,11 @@ class Comparison:
         found = [
             record
             for each in self.contestants
-            for record in (*self.searched(each).values(), *self.by_seed(each).values())
+            for record in (
+                *self.searched(each).values(),
+                *(run for runs in self.finals(each).values() for run in runs),
+                *self.by_seed(each).values(),
+            )
         ]
         return list({record.run_id: record for record in found}.values())
 
@@ -146,8 +179,11 @@ class Comparison:
 
     def _heights(self, found: Mapping[int, Record]) -> dict[int, float]:
         """As `paired.to_try` has them."""
+        return {i: self._height(run) for i, run in found.items()}
+
+    def _height(self, run: Record) -> float:
         sign = 1 if self.family.higher else -1
-        return {i: sign * self.family.value(r) if r.status == "ok" else -math.inf for i, r in found.items()}
+        return sign * self.family.value(run) if run.status == "ok" else -math.inf
 
     def _record(self, contestant: Contestant, rate: float, seed: int) -> Record | None:
         return fresh_runs.finished(words(self.family, contestant, rate, seed, self.asked))
@@ -176,6 +212,12 @@ def record(comparisons: Sequence[Comparison], asked: argparse.Namespace) -> Reco
                 summary[f"{key}/lr"] = rate
             value = comparison.family.value
             samples |= {f"{key}/rates": list(ended), f"{key}/by_rate": [value(run) for run in ended.values()]}
+            finals = {
+                GRID[i]: statistics.fmean(map(value, runs))
+                for i, runs in comparison.finals(each).items()
+                if len(runs) == len(comparison.family.tuning) and all(run.status == "ok" for run in runs)
+            }
+            samples |= {f"{key}/finalists": list(finals), f"{key}/by_finalist": list(finals.values())}
             samples |= {f"{key}/diverged": [GRID[i] for i in rates if GRID[i] not in ended]}
             samples |= {f"{key}/seeds": list(seeds), f"{key}/by_seed": [value(run) for run in seeds.values()]}
     runs = [each for comparison in comparisons for each in comparison.records()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import paired
 from llmsys.job import Record
 
 MIB = 2**20
-REFERENCES = ("lora", "full")
+REFERENCES = ("lora", "lora_peft", "full")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Line:
     numbers: dict[str, float]
     by_rate: dict[float, float | None]
     by_seed: dict[int, float]
+    finals: dict[float, float] = field(default_factory=dict)
+    """Of the best rates, the mean over all tuning seeds."""
 
 
 def newest(folder: Path) -> Record:
@@ -53,6 +55,7 @@ def lines(record: Record, family: str) -> dict[str, Line]:
             dict(zip(sample(name, "rates"), sample(name, "by_rate"), strict=True))
             | dict.fromkeys(sample(name, "diverged")),
             {int(s): v for s, v in zip(sample(name, "seeds"), sample(name, "by_seed"), strict=True)},
+            dict(zip(sample(name, "finalists"), sample(name, "by_finalist"), strict=True)),
         )
         for name, numbers in found.items()
     }
@@ -73,7 +76,7 @@ def _head(family: dict[str, Any]) -> str:
 
 
 def _rates(record: Record, family: dict[str, Any]) -> str:
-    """Results on the tuning seed; the best in bold."""
+    """Results on the first tuning seed, and in brackets on all of them; the rate that was chosen in bold."""
     found = lines(record, family["name"])
     grid = [rate for rate in record.config["grid"] if any(rate in line.by_rate for line in found.values())]
     rows = []
@@ -82,9 +85,10 @@ def _rates(record: Record, family: dict[str, Any]) -> str:
         for rate in grid:
             value = line.by_rate.get(rate)
             text = "diverged" if rate in line.by_rate and value is None else _number(family, value)
+            text += f" ({_number(family, line.finals[rate])})" if rate in line.finals else ""
             cells.append(f"**{text}**" if rate == line.numbers.get("lr") else text)
         rows.append([_name(line), *cells])
-    return _markdown(["on the tuning seed, by learning rate", *(f"{rate:g}" for rate in grid)], rows)
+    return _markdown(["on the tuning seed (on all), by learning rate", *(f"{rate:g}" for rate in grid)], rows)
 
 
 def _seeds(record: Record, family: dict[str, Any]) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from llmsys import compose, job
+from llmsys.files import MACHINE
 from llmsys.job import Record
 
 CONFIG = compose.compose(["train.threads=1"])
@@ -58,6 +61,7 @@ def test_what_can_change_the_result_makes_another_run(change: dict[str, object])
         {"reuse": "never"},
         {"force": True},
         {"smoke": ["a=b"]},
+        {"command": ["train.steps=5"]},
     ],
     ids=str,
 )
@@ -91,6 +95,27 @@ def test_device_and_threads_are_resolved_before_the_id() -> None:
     assert made.config["train"]["threads"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.r=33"], r"method\.r=33: exceeds the width of model\.layers\.0\.self_attn\.k_proj, which is 64 x 32"),
+        (["method.targets=[o_proj,wq]"], r"method\.targets=wq: no such linear layer in the blocks; there are .*"),
+        (["method=lora_peft", "method.targets=[wq]"], r"method\.targets=wq: no such linear layer .*"),
+        (["method.bias=lora_only"], r"method\.bias=lora_only: no layer in method\.targets has a bias"),
+    ],
+)
+def test_adapters_that_the_model_s_shape_has_no_room_for_are_refused_before_there_is_a_folder(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    """And before data is read, though there is none; where the layer is not meant, or r is its width, it is made."""
+    shape = ["method=lorafa", "model.num_kv_heads=2", f"results={tmp_path / 'results'}"]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        job.make(compose.compose([*shape, "data=jsonl", f"data.path={tmp_path / 'none.jsonl'}", *words]))
+    assert list(tmp_path.iterdir()) == []
+    job.make(compose.compose([*shape, "method.r=32"]))
+    job.make(compose.compose([*shape, "method.r=64", "method.targets=[o_proj]"]))
+
+
 def test_a_record_survives_the_file_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     record = Record(name="n", run_id="r", task="train", status="ok", summary={"loss": 1.5}, samples={"step_ms": [1.0]})
     record.write(tmp_path)
@@ -103,6 +128,17 @@ def test_a_record_survives_the_file_and_refuses_what_it_does_not_know(tmp_path: 
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(ValueError, match=r"record\.json"):
         Record.read(tmp_path)
+
+
+def test_what_a_kill_left_beside_a_record_goes_with_the_next_one(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    ours, elsewhere = f".record.json.{MACHINE}", f".record.json.{MACHINE}x.{gone.pid}"  # may be alive over there
+    kept = {f"{ours}.bad", f"{ours}.{os.getppid()}", f"{ours}.{10**30}", elsewhere}
+    for name in (f"{ours}.{gone.pid}", f"{ours}.{os.getpid()}", *kept):
+        (tmp_path / name).write_text("{")
+    Record(name="n", run_id="r", task="train", status="ok").write(tmp_path)
+    assert set(os.listdir(tmp_path)) == {"record.json", *kept}
 
 
 def test_the_committed_example_of_schema_1_is_read_and_written_alike() -> None:

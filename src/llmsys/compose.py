@@ -32,12 +32,27 @@ def register() -> None:
             store.store(group=group, name=f"{group if kind == '*' else kind}_schema", node=node)
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """A composed config as nested dicts, resolved and without Hydra's own part; a missing value is an error."""
+def plain(config: Any, words: Sequence[str]) -> dict[str, Any]:
+    """A composed config as nested dicts, resolved and without Hydra's own part; a missing value is an error.
+
+    `words` of the command line become its `command`. Where results lie is left out: a published record is not to name
+    a folder of this machine.
+    """
     from omegaconf import OmegaConf
 
     composed = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    return {**values, "command": [word for word in words if word.partition("=")[0].lstrip("+") != "results"]}
+
+
+def typed() -> list[str]:
+    """The words that compose the job which Hydra hands over now, with the folder of the user's own experiments."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    own = [Path(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    here = [path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path for path in own]
+    return [*(f"--config-dir={path}" for path in here), *hydra.overrides.task]
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -46,7 +61,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
     register()
     with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return plain(hydra.compose("config", list(overrides)))
+        return plain(hydra.compose("config", list(overrides)), overrides)
 
 
 def choices(group: str) -> dict[str, str]:

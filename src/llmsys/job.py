@@ -28,7 +28,7 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "tracker")
+_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker")
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 
 
@@ -165,7 +165,7 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     with the files they name.
     """
     from llmsys import data, tasks
-    from llmsys.cost import hardware
+    from llmsys.cost import hardware, shapes
     from llmsys.models import fingerprint
 
     config = copy.deepcopy(config)
@@ -182,6 +182,8 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     _only_its_own_rate(config)
     hardware.named(schema.build(config).hardware)  # an unknown name is said here
     typed = schema.build(config)
+    if not isinstance(typed.task, schema.Ledger):  # which makes a model of its own width
+        shapes.check_adapters(typed.model, typed.method)
     inputs = dict(inputs or {})
     content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
     if continued := resume.source(config):

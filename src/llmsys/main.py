@@ -120,7 +120,7 @@ def main() -> None:
     configs: list[dict[str, Any]] = []
 
     def collect(config: Any) -> None:
-        configs.append(compose.plain(config))
+        configs.append(compose.plain(config, compose.typed()))
 
     try:
         hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()

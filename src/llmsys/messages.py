@@ -97,7 +97,7 @@ def _keys() -> list[str]:
         if field.name in schema.SCHEMAS:
             for cls in schema.SCHEMAS[field.name].values():
                 keys += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(cls)]
-        else:
+        elif field.name != "command":  # which nobody sets
             keys.append(field.name)
     return sorted(set(keys))
 

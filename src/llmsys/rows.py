@@ -105,8 +105,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Row:
 
 
 _SPOKEN_FOR = (
-    *("name", "results", "reuse", "force", "smoke", "baselines", "tracker.", "dispatch.", "train.lr_", "data.make"),
-    *("engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network.", "compress.kind"),
+    *("name", "results", "reuse", "force", "smoke", "baselines", "command", "tracker.", "dispatch.", "train.lr_"),
+    *("data.make", "engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network."),
+    "compress.kind",
 )
 """Settings that change no result, or that have a column of their own; by how their keys begin."""
 

@@ -39,10 +39,10 @@ def _accuracy(row: Row) -> str | None:
     return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
 
 
-def _status(each: Row) -> str | None:
+def _status(each: Row) -> str:
     if each["status"] != "ok":
         return f"{each['status']} ({each['reason']})"
-    return None if each["resumed"] is None else f"timed from step {each['resumed']}"
+    return "ok" if each["resumed"] is None else f"ok, timed from step {each['resumed']}"
 
 
 def _identity(rows: Sequence[Row]) -> list[Column]:
@@ -74,7 +74,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     columns += [Column("method", lambda row: f"{row['method']}" + (f" r={row['r']}" if row["r"] else ""))]
     columns += [_number("lr", "lr", "{:.1e}")] if any(len(values) > 1 for values in rates.values()) else []
     columns += [
-        Column("status", _status),
+        *([Column("status", _status)] if any(_status(row) != "ok" for row in rows) else []),
         _number("trainable parameters", "trainable_params", "{:,.0f}"),
         _number("saved tensors MiB", "saved_bytes", "{:,.1f}", mib),
         _number("accounted memory MiB", "accounted_bytes", "{:,.1f}", mib),

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmsys.files import beside
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,9 +39,9 @@ def save(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = N
 def replace(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
     """As `save`, but a crash at any instant, or a full disk (OSError), leaves the old file or the new one, whole.
 
-    A kill leaves its unfinished `.<name>.<process id>` beside it.
+    A kill leaves its unfinished file beside it, which the next call removes (`llmsys.files`).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = beside(path)
     try:
         save(tensors, temporary, meta)
         sync(temporary)

@@ -68,13 +68,17 @@ def test_out_of_memory_is_exit_code_0(llmsys: Run, results: Path) -> None:
 
 
 def test_a_refusal_says_what_is_needed_and_what_would_run_and_is_tried_again(llmsys: Run, results: Path) -> None:
-    arguments = ("+exp=lorafa_llama7b", "hardware.mem_gib=8")
+    """What would run is what was typed, with one change."""
+    arguments = ("+exp=lorafa_llama7b", "hardware.mem_gib=8", "method.r=64", "train.recompute='mlp:2,none:30'")
     done = llmsys(*arguments)
     assert done.returncode == 0
     (record,) = records(results)
     assert (record.status, record.reason) == ("skipped", "memory")
     for words in ("weights", "GiB", "8", "python -m llmsys +exp=lorafa_llama7b", "model=llama_tiny"):
         assert words in record.error, words
+    typed = "  python -m llmsys +exp=lorafa_llama7b hardware.mem_gib=8 method.r=64"
+    assert f"""{typed} "train.recompute='mlp:2,none:30'" force=true   # in spite of this""" in record.error.splitlines()
+    assert record.config["command"] == list(arguments)
     assert record.seconds < 60, "before anything is loaded"
     llmsys(*arguments)
     assert records(results)[0].attempts == 2
@@ -118,7 +122,8 @@ def test_a_sweep_adds_its_baselines_once() -> None:
     code = (
         "import sys; from llmsys import main\n"
         "def show(configs):\n"
-        "    for made in main.make_jobs(configs): print(made.config['method']['kind'], made.config['train']['seed'])\n"
+        "    for made in main.make_jobs(configs):\n"
+        "        print(made.config['method']['kind'], made.config['train']['seed'], *made.config['command'])\n"
         "    return 0\n"
         "main.submit = show\n"
         "sys.argv = ['llmsys', '-m', '+exp=lorafa_minilm', 'method=full,lora_peft', 'train.seed=0,1']\n"
@@ -126,7 +131,13 @@ def test_a_sweep_adds_its_baselines_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     kinds = ["full", "lora_peft", "majority", "probe"]
-    assert sorted(done.stdout.split("\n")[:-1]) == [f"{kind} {seed}" for kind in kinds for seed in (0, 1)], done.stderr
+    words = "+exp=lorafa_minilm {}train.seed={}{}"
+    typed = {
+        **{(kind, seed): words.format(f"method={kind} ", seed, "") for kind in kinds[:2] for seed in (0, 1)},
+        **{(kind, seed): words.format("", seed, f" method={kind}") for kind in kinds[2:] for seed in (0, 1)},
+    }
+    lines = [f"{kind} {seed} {command}" for (kind, seed), command in typed.items()]
+    assert sorted(done.stdout.split("\n")[:-1]) == sorted(lines), done.stderr
 
 
 @pytest.mark.slow

@@ -85,6 +85,26 @@ def matrices(model: Any) -> dict[str, Tensor]:
     return {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith(".A")}
 
 
+def everything(model: nn.Module) -> Any:
+    """All that a model is, to be compared: classes, attributes, hooks, what is trained, and every bit."""
+
+    def told(tensor: Tensor) -> Any:
+        bits = b"" if tensor.is_meta else tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return id(tensor), tensor.requires_grad, tensor.dtype, tensor.shape, bits
+
+    def simple(value: Any) -> bool:
+        return isinstance(value, str | int | float | tuple | list | None)
+
+    return (
+        {
+            path: (type(m), {key: value if simple(value) else id(value) for key, value in vars(m).items()})
+            for path, m in model.named_modules()
+        },
+        {path: (len(m._forward_hooks), len(m._forward_pre_hooks)) for path, m in model.named_modules()},
+        {name: told(tensor) for named in (model.named_parameters, model.named_buffers) for name, tensor in named()},
+    )
+
+
 def _die(folder: Path, moment: str) -> None:
     from llmsys import tensors
 

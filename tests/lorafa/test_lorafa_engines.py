@@ -243,6 +243,29 @@ def test_zero3_gathers_a_block_at_a_time_and_every_b_gets_its_gradient(pool: Poo
         assert len(found["moved"]) == 7 * LAYERS
 
 
+@pytest.mark.parametrize(
+    ("quant", "method"),
+    [
+        ("nf4", "lorafa"),
+        ("int8", "lora"),
+        pytest.param("nf4", "lora", marks=pytest.mark.slow),
+        pytest.param("int8", "lorafa", marks=pytest.mark.slow),
+    ],
+)
+def test_over_a_quantised_base_two_ranks_compute_what_one_computes(
+    pool: Pool, quant: str, method: str, tmp_path: Path
+) -> None:
+    """Under DDP, which must leave the few bits alone: they are no numbers that could be averaged."""
+    overrides = [f"method={method}", f"model.quant={quant}"]
+    one = alone(tmp_path / "1", *overrides)
+    two = shared(pool, tmp_path / "2", *overrides, MIXED, *ENGINES["ddp"])
+    assert one["losses"][-1] < one["losses"][0]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+    assert two["a"] == one["a"]
+
+
 @pytest.mark.parametrize("engine", by_engine(("zero3",)))
 def test_a_stopped_run_goes_on_with_the_same_bits(pool: Pool, engine: str, tmp_path: Path) -> None:
     """With dropout, whose masks are drawn again from seeds that come of the run's random stream."""

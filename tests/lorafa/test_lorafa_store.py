@@ -14,10 +14,10 @@ from typing import Any
 import adapter_harness
 import pytest
 import torch
-from adapter_harness import IDS, MLP, TARGETS, learnt, matrices, mlp, outputs, tiny
+from adapter_harness import IDS, MLP, TARGETS, everything, learnt, matrices, mlp, outputs, tiny
 from safetensors.torch import load_file, save_file
 
-from llmsys.lorafa import LoRAFAConfig, inject, load_adapter, merge, names, save_adapter, set_adapter, to_peft
+from llmsys.lorafa import LoRAFAConfig, inject, layer, load_adapter, merge, names, save_adapter, set_adapter, to_peft
 from llmsys.lorafa.store import CONTENTS, FILE, META, fingerprint, read
 
 
@@ -154,6 +154,16 @@ def test_a_state_that_an_engine_has_gathered_is_saved_in_place_of_the_models(tmp
     assert all((tensor == 2).all() for tensor in load_file(tmp_path / FILE).values())
 
 
+def refused(model: Any, folder: Path, message: str, name: str = "default") -> str:
+    """The one line with which a file is refused; nothing at all has changed then."""
+    before = everything(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_adapter(model, folder, name)
+    assert everything(model) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def rewrite(folder: Path, change: Any) -> None:
     """Gives a file what `change` makes of its header and tensors."""
     from safetensors import safe_open
@@ -178,6 +188,7 @@ def other_hash(header: dict[str, Any], tensors: Any) -> None:
         (lambda h, t: h["config"].update(knob=1), "this llmsys knows no knob"),
         (lambda h, t: h["config"].update(init="best"), "init=best: must be one of"),
         (lambda h, t: h.pop("layers"), "damaged, or no adapter of llmsys: KeyError 'layers'"),
+        (lambda h, t: h["layers"]["second"].update(shares="first"), "damaged: second cannot share the A of first"),
         (lambda h, t: t.pop("second.B"), r"lacks second\.B"),
         (lambda h, t: t.update(third=torch.ones(1)), "has an unknown third"),
         (lambda h, t: t.update({"first.B": torch.ones(3, 2)}), r"first\.B has shape \(3, 2\), not \(32, 2\)"),
@@ -189,13 +200,7 @@ def test_a_file_that_is_not_what_it_says_is_refused_and_nothing_has_changed(
     save_adapter(mlp(), tmp_path)
     rewrite(tmp_path, change)
     for model in (MLP(), mlp(alpha=8)):
-        before = {name: type(module) for name, module in model.named_modules()}, outputs(model)
-        with pytest.raises(ValueError, match=message) as caught:
-            load_adapter(model, tmp_path)
-        assert str(tmp_path / FILE) in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert before[0] == {name: type(module) for name, module in model.named_modules()}
-        assert torch.equal(outputs(model), before[1])
+        assert str(tmp_path / FILE) in refused(model, tmp_path, message)
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
@@ -204,16 +209,49 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged: its tensors are not those that were saved"):
-        load_adapter(MLP(), tmp_path)
+    refused(MLP(), tmp_path, "damaged: its tensors are not those that were saved")
 
 
 def test_a_second_adapter_with_modules_of_its_own_is_refused(tmp_path: Path) -> None:
     """They are the model's, one for all adapters: the first would go on with what was trained beside the second."""
     save_adapter(mlp(), tmp_path, modules=("head",))
     one = load_adapter(MLP(), tmp_path, "one")
-    with pytest.raises(ValueError, match="brings head of its own"):
-        load_adapter(one, tmp_path, "two")
+    told = refused(one, tmp_path, "brings head of its own, and a model has one of each for all adapters", "two")
+    assert "load it into another copy of the base, delete_adapter one first, or save it without `modules`" in told
+
+
+def test_what_cannot_be_written_into_is_refused_before_anything_is(tmp_path: Path) -> None:
+    """A head that has no memory yet, one that FSDP2 has cut, and blocks that transformers does not compute again."""
+    save_adapter(mlp(), tmp_path / "head", modules=("head",))
+    save_adapter(mlp(), tmp_path / "block")
+    rewrite(tmp_path / "block", lambda header, tensors: header["config"].update(recompute="block"))
+    bare, cut, blocks = MLP(), MLP(), MLP()
+    bare.head.to("meta")
+    cut.head.weight._local_tensor = torch.ones(1)  # type: ignore[attr-defined]  # as a DTensor has
+    blocks.layers = torch.nn.ModuleList([torch.nn.Tanh()])
+    refused(bare, tmp_path / "head", r"load_adapter: head\.weight is on the meta device")
+    refused(cut, tmp_path / "head", r"load_adapter: head\.weight is cut over ranks")
+    refused(blocks, tmp_path / "block", "recompute=block: is for transformers, and MLP is none")
+
+
+def test_a_model_is_as_it_was_where_there_is_no_memory_for_the_last_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(mlp(), tmp_path)
+    make, made = layer.Adapter.__init__, []
+
+    def second(self: Any, *args: Any, **more: Any) -> None:
+        made.append(self)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError
+        make(self, *args, **more)
+
+    monkeypatch.setattr(layer.Adapter, "__init__", second)
+    model = MLP()
+    before = everything(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(model, tmp_path)
+    assert everything(model) == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "foreign"])
@@ -227,8 +265,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> Non
         file.write_bytes(b"\x80\x04garbage" * 99)
     else:
         save_file({"weight": torch.ones(1)}, file)
-    with pytest.raises(ValueError, match=f"^{file}: (no such file|damaged)"):
-        load_adapter(MLP(), tmp_path)
+    refused(MLP(), tmp_path, f"^{file}: (no such file|damaged)")
 
 
 @pytest.mark.parametrize(
@@ -242,8 +279,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> Non
 )
 def test_an_adapter_for_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     save_adapter(learnt(inject(tiny(), LoRAFAConfig(r=4))), tmp_path)
-    with pytest.raises(ValueError, match=f"is for another model: {message}"):
-        load_adapter(tiny(**changes), tmp_path)
+    refused(tiny(**changes), tmp_path, f"is for another model: {message}")
 
 
 def test_an_adapter_of_the_same_name_in_another_shape_is_refused(tmp_path: Path) -> None:
@@ -253,8 +289,7 @@ def test_an_adapter_of_the_same_name_in_another_shape_is_refused(tmp_path: Path)
         ({"seed": 1}, "has another seed"),
         ({"targets": ("first",)}, "is beside other"),
     ):
-        with pytest.raises(ValueError, match=f"name=default: {what}.* load that under another name"):
-            load_adapter(mlp(**other), tmp_path)
+        refused(mlp(**other), tmp_path, f"name=default: {what}.* load that under another name")
 
 
 def test_an_a_that_was_written_into_is_not_saved_as_its_seed(tmp_path: Path) -> None:
@@ -307,3 +342,4 @@ def test_a_half_written_adapter_never_replaces_a_good_one(tmp_path: Path) -> Non
         assert torch.equal(outputs(load_adapter(MLP(), tmp_path / moment)), outputs(mlp()))
         save_adapter(mlp(alpha=7), tmp_path / moment)
         assert read(tmp_path / moment / FILE)[0].config.alpha == 7
+        assert os.listdir(tmp_path / moment) == [FILE], "which the next save has removed"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmsys import schema
+from llmsys.files import MACHINE
 from llmsys.models import load, weights
 
 CPU = torch.device("cpu")
@@ -146,17 +148,36 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def full(path: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_a_failed_save_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = weights.save({"a": torch.ones(2)}, tmp_path / "weights", {})
-
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(weights.files, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         weights.save({"a": torch.zeros(2)}, folder, {})
     assert torch.equal(load_file(folder / weights.FILE)["a"], torch.ones(2))
     assert os.listdir(tmp_path) == ["weights"]
+
+
+def test_what_a_kill_left_goes_with_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what a living process writes, and not the only weights there are, which a kill between two renames leaves."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    left = [tmp_path / f".weights.{MACHINE}.{gone.pid}", tmp_path / f".weights.{MACHINE}.{gone.pid}.earlier"]
+    living = tmp_path / f".weights.{os.getppid()}"
+    others = [tmp_path / f".weights.{MACHINE}.{gone.pid}.py", tmp_path / f".weights-{gone.pid}"]
+    for path in (*left, living, *others):
+        path.mkdir()
+        (path / weights.FILE).write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.files, "sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            weights.save({"a": torch.ones(2)}, tmp_path / "weights", {})
+    assert left[1].exists()
+    weights.save({"a": torch.ones(2)}, tmp_path / "weights", {})
+    assert set(tmp_path.iterdir()) == {tmp_path / "weights", living, *others}
 
 
 def test_a_full_disk_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def test_the_rate_is_the_method_s_times_the_scale() -> None:
 
 
 def test_too_little_memory_is_refused_with_what_would_run(tmp_path: Path) -> None:
-    """Named by kind and in GiB; the commands are whole, and the truncated model really fits."""
+    """Named by kind and unit; the commands are whole, and the truncated model really fits."""
     config = harness.config("lora_peft", name="lorafa_llama7b", smoke=["model=llama_tiny", "train.steps=2"])
     config.model.num_layers, config.hardware.mem_gib = 64, 0.02
     config.model.weights = "/no/such/folder"  # weights come last, so nobody misses them
@@ -41,8 +42,9 @@ def test_too_little_memory_is_refused_with_what_would_run(tmp_path: Path) -> Non
         harness.run(tmp_path, config)
     message = str(refused.value)
     assert refused.value.reason == "memory"
-    for part in ("weights", "gradients", "optimizer", "activations", "logits", "GiB", "hardware.mem_gib=0.02"):
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "MiB", "hardware.mem_gib=0.02"):
         assert part in message
+    assert " 0.00" not in message, "a tiny run's kinds are told in KiB"
     command = "  python -m llmsys +exp=lorafa_llama7b data=synthetic method=lora_peft"
     lines = message.splitlines()
     assert f"{command} model=llama_tiny train.steps=2" in lines
@@ -51,6 +53,29 @@ def test_too_little_memory_is_refused_with_what_would_run(tmp_path: Path) -> Non
     assert found
     config.model.num_layers, config.model.weights = int(found[1]), "random"
     assert checks.check_memory(config, CPU) <= 0.02 * 2**30
+
+
+def test_what_would_run_is_what_was_typed_with_a_change() -> None:
+    """Nothing typed is lost, what is changed stands once, and a shell hands on what Hydra reads. A smoke that chooses
+    another model takes the model's own settings with it."""
+    words = ["+exp=lorafa_llama7b", "method.r=64", "model.num_layers=8", "train.length=256", "data.labels=[a b,'c$']"]
+    config = schema.build(compose.compose([*words, "results=elsewhere", "train.recompute='mlp:4,none:4'"]))
+    lean = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="block"))
+    config.hardware.mem_gib = sum(checks.kinds_and_peak(each, CPU)[1] for each in (config, lean)) / 2 / 2**30
+    with pytest.raises(Refused) as refused:
+        checks.check_memory(config, CPU)
+    lines = [line.strip() for line in str(refused.value).splitlines() if line.startswith("  ")]
+    offered = [compose.compose(shlex.split(line, comments=True)[3:]) for line in lines]
+    assert len(offered) == 4, "the smoke, more computed again, fewer blocks, and force"
+    for found in offered:
+        assert len({word.partition("=")[0] for word in found["command"]}) == len(found["command"])
+        assert (found["method"]["r"], found["results"], found["data"]["labels"]) == (64, "elsewhere", ["a b", "c$"])
+    smoke, again, fewer, forced = offered
+    assert smoke["model"]["num_layers"] == compose.compose(["model=llama_tiny"])["model"]["num_layers"]
+    assert (again["train"]["recompute"], again["model"]["num_layers"]) == ("auto", 8)
+    assert fewer["train"] == {**forced["train"], "recompute": "mlp"}
+    assert fewer["model"] == {**forced["model"], "num_layers": fewer["model"]["num_layers"]}
+    assert forced == compose.compose([*config.command, "results=elsewhere", "force=true"])
 
 
 def test_without_an_experiment_the_command_names_model_and_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -15,6 +16,8 @@ import torch
 import train_harness as harness
 
 from llmsys.train import checkpoint, optimizer
+from llmsys.train.saver import Saver
+from llmsys.train.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,13 @@ def test_a_checkpoint_of_something_else_is_set_aside(
     assert [row["step"] for row in harness.curve(out) if "loss" in row] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("damage", ["state.json", "rank-0.json", "rank-0.safetensors", "metrics", "metrics byte"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("state.json", "rank-0.json", "rank-0.safetensors", "metrics", "metrics byte"),
+        *("state.json bit", "rank-0.json bit", "rank-0.safetensors bit"),
+    ],
+)
 def test_a_damaged_checkpoint_or_curve_starts_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -97,8 +106,9 @@ def test_a_damaged_checkpoint_or_curve_starts_again(
     elif damage == "metrics byte":
         metrics.write_bytes(metrics.read_bytes().replace(b"loss", b"lo\xffs", 1))
     else:
-        path = tmp_path / "checkpoint" / "step-00000004" / damage
-        path.write_bytes(path.read_bytes()[:-40])
+        path = tmp_path / "checkpoint" / "step-00000004" / damage.removesuffix(" bit")
+        content = path.read_bytes()
+        path.write_bytes(flipped(content, "safetensors" in damage) if damage.endswith("bit") else content[:-40])
     with caplog.at_level(logging.WARNING):
         resumed = harness.run(tmp_path, harness.resumable())["resumed_from_step"]
     if "metrics" in damage:
@@ -109,6 +119,32 @@ def test_a_damaged_checkpoint_or_curve_starts_again(
         assert resumed == 3, "the one before, which was kept as the best"
         assert "damaged" in caplog.text
     assert [row["step"] for row in harness.curve(tmp_path) if "loss" in row] == list(range(1, 9))
+
+
+def flipped(content: bytes, tensors: bool) -> bytes:
+    """With one other bit: of the last number of the tensors, or of a digit of JSON, which is a digit still."""
+    digits = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
+    place = len(content) - 3 if tensors else digits[len(digits) // 2]
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_another_run_s_checkpoint_is_not_gone_on_from_where_it_is_damaged(tmp_path: Path) -> None:
+    """There is no curve to begin again: one line says what can be done. One of older code, without sums, is read."""
+    save(tmp_path / "checkpoint", 4, torch.ones(8))
+    path = tmp_path / "checkpoint" / "step-00000004"
+    config = harness.config(train__resume="there")
+    saver = Saver(config, harness.context(tmp_path / "run", config, inputs={"resume": str(path)}), Watch(config.train))
+    tensors = path / "rank-0.safetensors"
+    tensors.write_bytes(flipped(tensors.read_bytes(), True))
+    with pytest.raises(
+        ValueError, match=r"^train\.resume=there: .*step-00000004: damaged: rank-0\.safetensors is .*"
+    ) as told:
+        saver.find()
+    assert "\n" not in str(told.value)
+    state = json.loads((path / "state.json").read_text())
+    del state["crc32"]
+    (path / "state.json").write_text(json.dumps(state))
+    checkpoint.Reader(path, 0).verify()
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:

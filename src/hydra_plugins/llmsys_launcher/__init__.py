@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 
@@ -38,6 +39,7 @@ class LlmsysLauncher(Launcher):
         return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
 
     def _collect(self, composed: Any) -> JobReturn:
+        HydraConfig.instance().set_config(composed)  # as of a single job: whoever collects it asks for its overrides
         value = self.task_function(composed)
         done = JobReturn(overrides=list(composed.hydra.overrides.task), cfg=composed, task_name="llmsys")
         done.status = JobStatus.COMPLETED

@@ -72,16 +72,35 @@ def blocks(model: schema.Model) -> list[str]:
 
 def adapted(case: Case) -> list[Linear]:
     """The linear layers that get an adapter, by the rule of `models.surgery.linear_names`."""
-    if case.adapter is None:
-        return []
-    layers = linears(case.model)
-    for target in case.adapter.targets:
+    return [] if case.adapter is None else _targeted(case.model, case.adapter)
+
+
+def _targeted(model: schema.Model, adapter: schema.Adapter) -> list[Linear]:
+    layers = linears(model)
+    for target in adapter.targets:
         if not any(fits(layer.name, target) for layer in layers):
             there = ", ".join(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in layers))
             raise ValueError(f"method.targets={target}: no such linear layer in the blocks; there are {there}")
-    if not case.adapter.targets:
+    if not adapter.targets:
         return layers
-    return [layer for layer in layers if any(fits(layer.name, target) for target in case.adapter.targets)]
+    return [layer for layer in layers if any(fits(layer.name, target) for target in adapter.targets)]
+
+
+def check_adapters(model: schema.Model, method: schema.Method) -> None:
+    """ValueError where adapters name no layer of the model's shape, or are wider than one, before there is a model.
+
+    peft's may be wider: there that is waste, here A's rows could not be orthonormal.
+    """
+    if not isinstance(method, schema.Adapter):
+        return
+    layers = _targeted(model, method)
+    if not isinstance(method, schema.LoRA):
+        return
+    for name, n_in, n_out, _ in layers:
+        if method.r > min(n_in, n_out):
+            raise ValueError(f"method.r={method.r}: exceeds the width of {name}, which is {n_in} x {n_out}")
+    if method.bias != "none" and not {f"{layer.name}.bias" for layer in layers} & parameters(model).keys():
+        raise ValueError(f"method.bias={method.bias}: no layer in method.targets has a bias")
 
 
 def fits(name: str, target: str) -> bool:

@@ -20,7 +20,6 @@ import inspect
 import json
 import logging
 import os
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from llmsys.data import corpus
 from llmsys.data.neutral import Neutraliser
+from llmsys.files import write_atomic
 
 log = logging.getLogger("llmsys.data")
 
@@ -160,17 +160,9 @@ def _read(path: Path) -> list[Function] | None:
 
 
 def _write(path: Path, functions: list[Function]) -> None:
-    rest = b"".join(json.dumps(asdict(function)).encode() + b"\n" for function in functions)
+    rest = "".join(json.dumps(asdict(function)) + "\n" for function in functions)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        log.warning("%s: cannot be written (%s); the next run cuts the functions again", path.parent, error.strerror)
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
-        os.replace(name, path)
-    except OSError as error:  # a full disk, say
-        Path(name).unlink(missing_ok=True)
+        write_atomic(path, f"{hashlib.sha256(rest.encode()).hexdigest()}\n{rest}")
+    except OSError as error:  # a folder of another's, a full disk
         log.warning("%s: cannot be written (%s); the next run cuts the functions again", path, error.strerror)

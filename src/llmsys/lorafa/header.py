@@ -135,15 +135,25 @@ def parse(text: str, where: str) -> Header:
         config = {name: value for name, value in plain["config"].items() if name not in unknown}
         refreshed, modules = int(plain["refreshed"]), tuple(plain["modules"])
         shared = {layer.first for layer in layers.values()} - layers.keys()
+        odd = [
+            path for path, layer in layers.items() if not shared and not _fits(layer, layers[layer.first], layer.first)
+        ]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: damaged, or no adapter of llmsys: {type(error).__name__} {error}") from error
     if unknown or shared:
         raise ValueError(f"{where}: this llmsys knows no {', '.join([*unknown, *sorted(shared)])}")
+    if odd:
+        raise ValueError(f"{where}: damaged: {odd[0]} cannot share the A of {layers[odd[0]].first}")
     try:
         made = LoRAFAConfig(**config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return Header(where=where, config=made, layers=layers, refreshed=refreshed, modules=modules)
+
+
+def _fits(layer: Layer, owner: Layer, path: str) -> bool:
+    """Whether the owner of a layer's A, at `path`, has one of its own, and reads as much as the layer."""
+    return owner.first == path and owner.shape[1] == layer.shape[1]
 
 
 def digest(adapter: Adapter, path: str) -> str:

@@ -70,17 +70,19 @@ def attach(
     from llmsys.lorafa.blocks import check_policies
 
     check_policies(model, config.recompute)  # says no, if it does, while nothing has changed
-    if not names(model):
-        model.requires_grad_(False)
     layers = {path: model.get_submodule(path) for path in first}
+    made: dict[str, Adapter] = {}  # all of them first, as there may be no memory for the last
     for path in sorted(layers, key=lambda path: first[path] != path):  # those that have an A before those that share it
         layer: Any = layers[path]
-        owner: Any = None if first[path] == path else layers[first[path]].adapters[name]  # type: ignore[index]
+        owner = None if first[path] == path else made[first[path]]
         dtype = _b_dtype(layer, config)
         kept = _dtype(layer) if config.init != "given" else dtype
         a = matrices[path].to(device(layer), kept, copy=True) if owner is None else None
-        made = Adapter(config, path, a, shape(layer)[0], dtype, shared=owner, bias=biases.get(path))
-        adapt(layer).adapters[name] = made
+        made[path] = Adapter(config, path, a, shape(layer)[0], dtype, shared=owner, bias=biases.get(path))
+    if not names(model):
+        model.requires_grad_(False)
+    for path, adapter in made.items():
+        adapt(layers[path]).adapters[name] = adapter
     set_adapter(model, name)
 
 

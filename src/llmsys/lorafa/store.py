@@ -45,9 +45,10 @@ def save_adapter(
 ) -> Path:
     """Writes the adapter `name` as `folder/adapter.safetensors`, whole or not at all; returns the file's path.
 
-    `modules`: paths of modules whose parameters were trained in full and are saved too. `state`: whole tensors by the
-    names of the model's parameters, for an engine that has cut them over ranks; others are read from the model. Of
-    several ranks, one calls. ValueError for an A that is no longer what was drawn, and for tensors cut over ranks;
+    `modules`: paths of modules whose parameters were trained in full and are saved too; the model has one of each,
+    whichever adapter is active, so an adapter with `modules` stands alone and these outlast it. `state`: whole tensors
+    by the names of the model's parameters, for an engine that has cut them over ranks; others are read from the model.
+    Of several ranks, one calls. ValueError for an A that is no longer what was drawn, and for tensors cut over ranks;
     OSError for a full disk.
     """
     from llmsys import tensors
@@ -64,10 +65,13 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
 
     Into a model without that adapter: layers are adapted as the file says. Into one that has it, in the same shape: its
     tensors get the file's values, and an optimizer's references stay good. What a refreshed adapter has merged is
-    merged again. Further `modules` of the file, frozen with the base otherwise, can be trained on. Nothing has changed
-    when ValueError is raised: for a file that is missing, damaged or of another format, a model whose layers are
-    others, an adapter of that name in another shape, an A that is not the file's, and a model that is merged, on the
-    meta device, or (unless that adapter is active already) wrapped in DDP.
+    merged again. Further `modules` of the file, frozen with the base otherwise, can be trained on; they are the
+    model's, so disabling or deleting the adapter leaves them as loaded, and beside another adapter they are refused.
+
+    Nothing has changed when ValueError is raised: for a file that is missing, damaged or of another format, a model
+    whose layers are others, an adapter of that name in another shape, an A that is not the file's, and a model that is
+    merged, on the meta device, cut over ranks, or (unless that adapter is active already) wrapped in DDP. Nor has it
+    when there is no memory for the adapter.
     """
     header, contents = read(Path(folder) / FILE)
     return unpack(model, header, contents, name)
@@ -141,9 +145,7 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
     inner = plain(model)
     layers = header.fitting(inner)
     header.check(contents, inner)
-    for path, layer in layers.items():
-        if layer.weight.is_meta:
-            raise ValueError(f"load_adapter: {path} is on the meta device, which holds nothing; load the weights first")
+    _check_writable(inner, layers, header.modules, name)
     matrices = header.matrices(contents)
     if name in names(inner):
         _check_same(having(inner, name), name, header, contents)
@@ -155,8 +157,9 @@ def unpack(model: nn.Module, header: Header, contents: Mapping[str, Tensor], nam
         changeable(model, "load_adapter")
         if header.modules and names(inner):
             raise ValueError(
-                f"{header.where}: brings {', '.join(header.modules)} of its own, which no other adapter here was "
-                "trained with; delete these first, or save it without `modules`"
+                f"{header.where}: brings {', '.join(header.modules)} of its own, and a model has one of each for all "
+                f"adapters: load it into another copy of the base, delete_adapter {', '.join(names(inner))} first, or "
+                "save it without `modules`"
             )
         if header.refreshed:
             merging.refuse_unmergeable(inner, layers, "load_adapter")
@@ -192,6 +195,24 @@ def _replay(layers: Mapping[str, Any], header: Header, contents: Mapping[str, Te
             adapter.past.append(contents[key(path, "past")][epoch].clone())
     for layer in layers.values() if header.refreshed else ():
         layer.adapters[name].redraw(header.refreshed)
+
+
+def _check_writable(model: nn.Module, layers: Mapping[str, Any], modules: Sequence[str], name: str) -> None:
+    """ValueError where the values of a file cannot be written into the model as it is now."""
+    targets = {path: layer.weight for path, layer in layers.items()}
+    targets |= {f"{path}.{what}": p for path in modules for what, p in _module(model, path).named_parameters()}
+    for path, tensor in targets.items():
+        if tensor.is_meta:
+            raise ValueError(f"load_adapter: {path} is on the meta device, which holds nothing; load the weights first")
+    written = {path: targets[path] for path in targets if path not in layers}
+    for path, layer in layers.items():
+        there = layer.adapters[name].named_parameters() if name in getattr(layer, "adapters", ()) else ()
+        written |= {key(path, f"adapters.{name}.{what}"): parameter for what, parameter in there}
+    for path, tensor in written.items():
+        if merging.is_cut(tensor):
+            raise ValueError(
+                f"load_adapter: {path} is cut over ranks, which no file is; load it before the engine does"
+            )
 
 
 def _check_same(layers: Mapping[str, Any], name: str, header: Header, contents: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 
 from llmsys import schema
 from llmsys import tensors as files
+from llmsys.files import beside, sweep
 from llmsys.models import published
 
 FILE = "model.safetensors"
@@ -200,14 +200,15 @@ def save(model_state: dict[str, torch.Tensor], folder: Path, meta: dict[str, Any
         # A copy that owns its memory: safetensors refuses tensors that overlap, e.g. slices of one buffer.
         state[name] = tensor.to("cpu", copy=True).contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = beside(folder)
     earlier = temporary.with_name(temporary.name + ".earlier")
     try:
+        temporary.mkdir()
         files.save(state, temporary / FILE)
         (temporary / "weights.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         for path in (temporary / FILE, temporary / "weights.json", temporary):
             files.sync(path)
-        temporary.chmod(0o755)  # mkdtemp makes it private, which would hide it from other users
+        temporary.chmod(0o755)  # to other users too, as what is in it
         if folder.exists():
             folder.rename(earlier)  # moved aside, not removed: until the new one is in place nothing is lost
         temporary.rename(folder)
@@ -217,5 +218,6 @@ def save(model_state: dict[str, torch.Tensor], folder: Path, meta: dict[str, Any
         for left in (temporary, earlier):
             if left.exists():
                 shutil.rmtree(left)
+    sweep(folder, ".earlier")  # until now a killed process's may have been the only ones
     files.sync(folder.parent)
     return folder

@@ -68,7 +68,11 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class Config:
-    """One run, whole."""
+    """One run, whole.
+
+    `command`: the words after `python -m llmsys` that composed it, but for `results`; none where a program made it. It
+    is known when all else is composed, so nobody sets it, and it is no part of what a run is.
+    """
 
     name: str = "scratch"
     results: str = "results"
@@ -76,6 +80,7 @@ class Config:
     force: bool = False
     smoke: list[str] = field(default_factory=list)
     baselines: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
     task: Task
     model: Model
     data: Data

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 
 from llmsys import schema
 from llmsys.schema import recompute as policies
@@ -13,46 +15,79 @@ def alternatives(
     config: schema.Config, fits: Callable[[schema.Config], bool], there: str, *, recompute: bool = False
 ) -> str:
     """The commands that would run: the experiment's smoke, the same run with more computed again (where `recompute` may
-    help), a smaller run, each if it `fits`, and `force`."""
-    command = _command(config)
+    help), a smaller run, each if it `fits`, and `force`. Each is what was typed, with a change."""
+    words, rest = (_typed(config), []) if config.command else _told(config)
+    one = []
+    if ":" in config.train.recompute:  # one policy: counts are for so many blocks, and now there are to be fewer
+        one = [f"train.recompute={max(policies.named(config.train.recompute), key=policies.POLICIES.index)}"]
     runs = []
     if config.smoke:
-        runs.append(f"{command} {' '.join(config.smoke)}")
-    command += f" model.weights={config.model.weights}"
+        runs.append(_command(words, [*one, *config.smoke]))
+    words += rest
     if recompute and isinstance(config.model, schema.Transformer) and fits(_with(config, "auto")):
-        runs.append(f"{command} train.recompute=auto")
-    if config.train.recompute != "none":
-        # one policy: counts are for so many blocks, and now there are to be fewer
-        config = _with(config, max(policies.named(config.train.recompute), key=policies.POLICIES.index))
-        command += f" train.recompute={config.train.recompute}"
-    for override, smaller in _smaller(config):
+        runs.append(_command(words, ["train.recompute=auto"]))
+    fewer = _with(config, one[0].partition("=")[2]) if one else config
+    for override, smaller in _smaller(fewer):
         if fits(smaller):
-            runs.append(f"{command} {override}")
+            runs.append(_command(words, [*one, override]))
             break
-    runs.append(f"{command} force=true")
+    runs.append(_command(words, ["force=true"]))
     commands = "\n".join(f"  {run}" for run in runs)
     return f"What would run:\n{commands}   # in spite of this\n{there}"
 
 
-def _command(config: schema.Config) -> str:
-    data, engine = config.data, config.engine
-    words = ["python -m llmsys"]
-    if config.name == "scratch":  # no experiment that would choose them again
-        words.append(f"model={config.model.name} data={data.kind}")
-        words += (
-            [f"'data.columns={{{', '.join(f'{k}: {v}' for k, v in data.columns.items())}}}'"] if data.columns else []
+def _command(words: Sequence[str], changes: Sequence[str]) -> str:
+    """`words` with `changes` in the place of those for the same keys, as a shell takes them.
+
+    A change that chooses for a group takes the place of the group's settings too: they were for the other choice.
+    """
+    kept = list(words)
+    for change in changes:
+        key = _key(change)
+        at = next((index for index, word in enumerate(kept) if _key(word) == key), len(kept))
+        before, after = (
+            [word for word in part if _key(word) != key and not _key(word).startswith(f"{key}.")]
+            for part in (kept[:at], kept[at:])
         )
+        kept = [*before, change, *after]
+    return " ".join(["python -m llmsys", *map(_quoted, kept)])
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it; one with Hydra's own quotes in double ones, so that it can be read."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
+def _typed(config: schema.Config) -> list[str]:
+    """What was typed, and where results go if that is not where they go by themselves."""
+    usual = os.environ.get("LLMSYS_RESULTS", "results")
+    return [*config.command, *([f"results={config.results}"] if config.results != usual else [])]
+
+
+def _told(config: schema.Config) -> tuple[list[str], list[str]]:
+    """Of a config that a program has made: the words that come nearest to it, and further ones that are no part of the
+    experiment's smoke."""
+    data, engine = config.data, config.engine
+    if config.name == "scratch":  # no experiment that would choose them again
+        words = [f"model={config.model.name}", f"data={data.kind}"]
+        words += [f"data.columns={{{', '.join(f'{k}: {v}' for k, v in data.columns.items())}}}"] if data.columns else []
     else:
-        words.append(f"+exp={config.name}")
+        words = [f"+exp={config.name}"]
         words += [f"data={data.kind}"] if data.kind != "hub" else []  # its columns are the experiment's
     words.append(f"method={config.method.kind}")
     if data.path:
         words.append(f"data.path={data.path}")
     if engine.kind != "local":
-        words.append(f"engine={engine.kind} train.world={config.train.world}")
+        words += [f"engine={engine.kind}", f"train.world={config.train.world}"]
     if isinstance(engine, schema.DeepSpeed):
-        words.append(f"engine.zero={engine.zero} engine.offload={engine.offload}")
-    return " ".join(words)
+        words += [f"engine.zero={engine.zero}", f"engine.offload={engine.offload}"]
+    again = config.train.recompute
+    rest = [f"train.recompute='{again}'" if "," in again else f"train.recompute={again}"] if again != "none" else []
+    return words, [f"model.weights={config.model.weights}", *rest]
 
 
 def _with(config: schema.Config, text: str) -> schema.Config:

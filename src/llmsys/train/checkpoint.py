@@ -4,6 +4,8 @@
 whole and go by name, each in one rank's file, so that any number of ranks can read them; a rank writes its share, so
 that none holds them all. The folder is written under another name, flushed to disk and then renamed, which is atomic;
 only then older ones are removed. So every folder with a `step-` name is whole. Nothing in it is a pickle.
+
+A disk may still change it: `state.json` has the CRC-32 of every file, itself included, which `Reader` compares.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from llmsys.comm import collectives
 SCHEMA = 2
 STEP = re.compile(r"step-(\d+)")
 STATE = "state.json"
+SUMS = "crc32"
 
 
 def save(
@@ -53,21 +57,26 @@ def save(
         except OSError as error:
             fault = error.errno or errno.EIO
     _all_or_none(fault, fresh, device)
+    sums = [0, 0]
     try:
-        own = fresh / f"rank-{rank}.safetensors", fresh / f"rank-{rank}.json"
+        own = [fresh / name for name in _names(rank)]
         files.save(tensors, own[0])
         own[1].write_text(json.dumps(plain), encoding="utf-8")
-        if rank == 0:
-            text = json.dumps({"schema": SCHEMA, "step": step, "world": collectives.world(), **shared})
-            (fresh / STATE).write_text(text, encoding="utf-8")
-            files.sync(fresh / STATE)
-        for path in (*own, fresh):
+        for path in own:
             files.sync(path)
+        sums = [_sum(path) for path in own]
     except OSError as error:
         fault = error.errno or errno.EIO
     _all_or_none(fault, fresh, device)
+    world = collectives.world()
+    every = collectives.all_gather(torch.tensor(sums, device=device)).flatten().tolist()
     if rank == 0:
         try:
+            named = zip((name for r in range(world) for name in _names(r)), every, strict=True)
+            state = {"schema": SCHEMA, "step": step, "world": world, **shared, SUMS: dict(named)}
+            (fresh / STATE).write_text(_sealed(state), encoding="utf-8")
+            for path in (fresh / STATE, fresh):
+                files.sync(path)
             if final.exists():
                 shutil.rmtree(final)  # of an earlier attempt at this very step
             os.rename(fresh, final)
@@ -77,6 +86,29 @@ def save(
             fault = error.errno or errno.EIO
     _all_or_none(fault, fresh, device)
     return final
+
+
+def _names(rank: int) -> tuple[str, str]:
+    return f"rank-{rank}.safetensors", f"rank-{rank}.json"
+
+
+def _sum(path: Path) -> int:
+    """CRC-32 of a file, which one changed bit changes, and of changes at random all but one in 4 billion."""
+    found = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            found = zlib.crc32(chunk, found)
+    return found
+
+
+def _sealed(state: dict[str, Any]) -> str:
+    """`state` as JSON, with its own sum beside those of the other files."""
+    state = json.loads(json.dumps(state))
+    return json.dumps({**state, SUMS: {**state[SUMS], STATE: _seal(state)}})
+
+
+def _seal(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def _all_or_none(fault: int, fresh: Path, device: torch.device) -> None:
@@ -91,7 +123,8 @@ def _all_or_none(fault: int, fresh: Path, device: torch.device) -> None:
 class Reader:
     """A whole checkpoint: `shared` and this rank's `plain` values, and tensors by name, read when asked for.
 
-    ValueError names a file that cannot be read: no kill leaves that, but a failing disk or a hand may.
+    ValueError names a file that cannot be read, or whose sum is another: no kill leaves that, but a failing disk or a
+    hand may. Sums of tensors are compared by `verify`. A checkpoint of older code has none.
     """
 
     def __init__(self, path: Path, rank: int) -> None:
@@ -103,6 +136,9 @@ class Reader:
             if self.shared.get("schema") != SCHEMA:
                 raise ValueError(f"of another schema than {SCHEMA}")
             self.world: int = self.shared["world"]
+            self._sums: dict[str, int] = self.shared.pop(SUMS, {})
+            if self._sums and self._sums.pop(STATE, None) != _seal({**self.shared, SUMS: self._sums}):
+                raise ValueError(f"{STATE} is not what was written")
             self._files = [safe_open(path / f"rank-{r}.safetensors", framework="pt") for r in range(self.world)]
             self.plain = self.plain_of(rank) if rank < self.world else {}
         except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
@@ -113,6 +149,12 @@ class Reader:
         """The plain values of one of the ranks that wrote."""
         found: dict[str, Any] = json.loads((self.path / f"rank-{rank}.json").read_text(encoding="utf-8"))
         return found
+
+    def verify(self) -> None:
+        """ValueError names the first file that is not what was written. Reads all of them."""
+        for name, expected in self._sums.items():
+            if _sum(self.path / name) != expected:
+                raise ValueError(f"{self.path}: damaged: {name} is not what was written")
 
     def names(self, prefix: str) -> list[str]:
         """The names that begin with `prefix/`, without it."""

@@ -79,8 +79,8 @@ def resolved(config: schema.Config, device: torch.device) -> schema.Config:
     have = int(collectives.all_gather(torch.tensor(int(have), device=device)).min())
     chosen = _chosen(config, device, have)
     log.info(
-        "train.recompute=auto: %s, which needs %.2f GiB and computes %.3g FLOP again for each micro-batch; %s has %.2f",
-        chosen.text, chosen.peak / GIB, chosen.again, where, have / GIB,
+        "train.recompute=auto: %s, which needs %s and computes %.3g FLOP again for each micro-batch; %s has %s",
+        chosen.text, readable(chosen.peak), chosen.again, where, readable(have),
     )  # fmt: skip
     return _with(config, chosen.text)
 
@@ -95,6 +95,13 @@ def _chosen(config: schema.Config, device: torch.device, have: float) -> policy.
 
 def _with(config: schema.Config, text: str) -> schema.Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=text))
+
+
+def readable(size: float) -> str:
+    """Bytes in the largest unit of which there is one whole, to two decimals: `23.69 GiB`, `0 B`."""
+    units = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
+    name = next((name for name, unit in units.items() if size >= unit), None)
+    return f"{size:.0f} B" if name is None else f"{size / units[name]:.2f} {name}"
 
 
 def kinds_and_peak(config: schema.Config, device: torch.device) -> tuple[dict[str, int], int]:
@@ -112,7 +119,7 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
     parts, need = kinds_and_peak(config, device)
     have, where = available_memory(config, device)
     sharing = _sharing(config, device)
-    kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in parts.items())
+    kinds = ", ".join(f"{kind} {readable(size)}" for kind, size in parts.items())
     what = f"{config.model.name} with method={config.method.kind}"
     if config.train.recompute != "none":
         what += f" and train.recompute={config.train.recompute}"
@@ -123,10 +130,10 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
         return kinds_and_peak(other, device)[1] * sharing <= have
 
     if need * sharing > have and not config.force:
-        each = f"about {need / GIB:.2f} GiB ({kinds})"
+        each = f"about {readable(need)} ({kinds})"
         each += f" on each of {sharing} ranks, which share a host" if sharing > 1 else ""
         raise Refused(
-            f"{what} needs {each}; {where} has {have / GIB:.2f} GiB.\n"
+            f"{what} needs {each}; {where} has {readable(have)}.\n"
             + alternatives(
                 config,
                 fits=fits,
@@ -142,8 +149,8 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
         asked, free = sum(offloaded.values()) * config.train.world, host_available()
         if asked > free:
             raise Refused(
-                f"{what} offloads {asked / GIB:.2f} GiB to the host on {config.train.world} ranks; "
-                f"this host (free now) has {free / GIB:.2f} GiB.\n"
+                f"{what} offloads {readable(asked)} to the host on {config.train.world} ranks; "
+                f"this host (free now) has {readable(free)}.\n"
                 + alternatives(config, fits=lambda smaller: False, there="Without engine.offload it is on the device."),
                 reason="memory",
             )

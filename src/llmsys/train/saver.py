@@ -50,7 +50,7 @@ class Saver:
         if not step and not self.config.train.resume:
             return
         source = own if step else Path(context.inputs["resume"])
-        self._reader = checkpoint.Reader(source, context.place.rank)
+        self._reader = checkpoint.Reader(source, context.place.rank) if step else self._given(source)
         self.start = int(self._reader.shared["step"])
         self.watch.load_state(self._reader.shared["watch"])
         if step:
@@ -63,7 +63,9 @@ class Saver:
         candidates = checkpoint.found(self.folder)
         for path in candidates:
             try:
-                self._check(checkpoint.Reader(path, 0))
+                reader = checkpoint.Reader(path, 0)
+                self._check(reader)
+                reader.verify()
             except ValueError as error:
                 self.context.log.warning("%s", error)
             else:
@@ -72,6 +74,18 @@ class Saver:
             aside = checkpoint.set_aside(self.folder)
             self.context.log.warning("checkpoints set aside as %s; training begins at step 0", aside.name)
         return None
+
+    def _given(self, source: Path) -> checkpoint.Reader:
+        """Another run's checkpoint."""
+        try:
+            reader = checkpoint.Reader(source, self.context.place.rank)
+            reader.verify()
+        except ValueError as error:
+            raise ValueError(
+                f"train.resume={self.config.train.resume}: {error}; remove {source.name}, and the one before it is "
+                "taken if there is one, or begin without train.resume"
+            ) from error
+        return reader
 
     def load_model(self, model: nn.Module) -> None:
         """Copies the checkpoint's weights into the model, in place, before an engine takes it over."""

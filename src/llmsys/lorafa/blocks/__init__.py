@@ -61,7 +61,7 @@ def check_policies(model: nn.Module, policies: str | Sequence[str]) -> list[tupl
     """Every block of `model` with where its chains are, None where its family has none, and its policy.
 
     ValueError for an unknown policy, as many as there are no blocks, or one that the model does not have: `mlp` and
-    `attn+mlp` cut within a block, so its family has to be known.
+    `attn+mlp` cut within a block, so its family has to be known, and `block` is transformers' own doing.
     """
     from llmsys.models.surgery import blocks
 
@@ -78,6 +78,12 @@ def check_policies(model: nn.Module, policies: str | Sequence[str]) -> list[tupl
         raise ValueError(
             f"recompute={cut}: is for blocks of {', '.join(FAMILIES)}, and {type(model).__name__} has others"
         )
+    if (
+        "block" in each
+        and found
+        and not any(getattr(m, "supports_gradient_checkpointing", False) for m in model.modules())
+    ):
+        raise ValueError(f"recompute=block: is for transformers, and {type(model).__name__} is none")
     if found and len(each) != len(found):
         raise ValueError(f"recompute: names {len(each)} blocks, and {type(model).__name__} has {len(found)}")
     return list(zip(found, families, each, strict=False))
