@@ -73,7 +73,7 @@ def test_the_simulation_leaves_tables_and_advice(results: Path) -> None:
         assert title in text
     for method in SIMULATED:
         where = f"resnet50/eth10g/8/{method}"
-        assert record.summary[f"{where}/iteration_ms"] >= record.summary[f"{where}/device_ms"] > 0
+        assert record.summary[f"{where}/iteration_ms"] * (1 + 1e-9) >= record.summary[f"{where}/device_ms"] > 0
     with pytest.raises(ValueError, match=r"hardware\.name=auto"):
         schema.build(compose.compose(["+exp=compress_simulate", "hardware=auto"]))
 

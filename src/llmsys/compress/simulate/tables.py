@@ -99,8 +99,8 @@ def _beside(summary: Summary) -> str:
     return (
         f"{table}\n\nOn average S-SGD takes {ours[0]:.2f} times as long as ACP-SGD (the paper: {HEADLINES[0]:.2f}), "
         f"Power-SGD, of both versions, {ours[1]:.2f} times (the paper: {HEADLINES[1]:.2f}). The paper's are measured. "
-        "Ours come from specifications of device and links, and from the shares of them and the least time of a kernel "
-        "that are said above, all of them fitted to nothing; below, what becomes of the averages with others."
+        "Ours come from specifications of device and links, and from the assumed shares of them and least time of a "
+        "kernel that are said above; what becomes of the averages under other assumptions stands below."
     )
 
 

@@ -74,7 +74,8 @@ def _sensitivity(task: schema.Simulate, device: Device) -> dict[str, float]:
     found = {}
     for key, values in ASSUMED.items():
         for value in values:
-            other = dataclasses.replace(task, methods=list(tables.ORDER), **{key: value})
+            changed: dict[str, Any] = {"methods": list(tables.ORDER), key: value}
+            other = dataclasses.replace(task, **changed)
             cells: dict[str, float] = {}
             for name in tables.RECALLED:
                 model = MODELS[name]
