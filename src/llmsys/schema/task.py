@@ -103,6 +103,7 @@ class Simulate(Task):
                 raise ValueError(f"task.{key}=[]: empty; there are {', '.join(known)}")
             for name in names:
                 one_of(f"task.{key}", name, known)
+        one_of("task.precision", self.precision, ("fp32", "tf32", "bf16", "fp16"))
         at_least("task.per_machine", self.per_machine, 1)
         if not self.worlds:
             raise ValueError("task.worlds=[]: empty; it is a list of numbers of GPUs, e.g. task.worlds=[8,32]")
