@@ -25,6 +25,7 @@ from llmsys.compress.simulate.predict import (
     plan,
     settings,
 )
+from llmsys.cost import hardware
 from llmsys.cost.links import Line
 from llmsys.schema.compress import METHODS
 from llmsys.schema.task import PAPER_MODELS, SIMULATED, SIMULATED_NETWORKS
@@ -69,10 +70,11 @@ def test_messages_are_those_that_the_method_really_sends(method: str) -> None:
 
 
 def test_acp_sends_one_message_a_bucket_and_power_two() -> None:
+    """The first bucket is the last bias alone: nothing in it has factors."""
     acp, power = made("acpsgd"), made("powersgd")
     for step in acp.steps:
-        assert [len(bucket.rounds) for bucket in step] == [1] * len(power.steps[0])
-    assert [len(bucket.rounds) for bucket in power.steps[0]] == [2] * len(power.steps[0])
+        assert [len(bucket.rounds) for bucket in step] == [1] * 6
+    assert [len(bucket.rounds) for bucket in power.steps[0]] == [1, *[2] * 5]
     assert [len(bucket.rounds) for bucket in made(PACKED).steps[0]] == [2]
     matrices_twice = sum(message.nbytes for bucket in power.steps[0] for message in bucket.rounds)
     halves = sum(message.nbytes for step in acp.steps for bucket in step for message in bucket.rounds)
@@ -143,6 +145,60 @@ def test_machines_share_a_link_where_ranks_send_to_each_other_directly() -> None
     assert cluster(world=4).seconds("all_reduce", n) == pytest.approx(
         Line.of_rate(15.75, 1e-6).seconds("all_reduce", n, 4)
     )
+
+
+@pytest.mark.parametrize(("method", "passes"), [("none", 2), ("fp16", 5), ("powersgd", 11), ("acpsgd", 10)])
+def test_work_on_a_large_matrix_is_its_passes_over_memory(method: str, passes: int) -> None:
+    """Of a square matrix with r = 1, whose factors are small beside it: what `kernels_cost` says of our methods."""
+    config = CompressConfig(method=method, r=1, min_rate=0)
+    per_byte = dataclasses.replace(FREE, bytes_per_s=1.0)
+    n = 10_000
+    found = work([("a", (n, n), 4)], config, per_byte, 8, 0)
+    assert sum(found.before) + found.during + found.after == pytest.approx(4 * passes * n * n, rel=2e-3)
+
+
+def test_power_and_acp_orthogonalise_one_factor_a_step() -> None:
+    """Where nothing costs but kernels: 2 r of them for a QR, and Power-SGD's second product and buffer."""
+    per_kernel = dataclasses.replace(FREE, launch_s=1.0)
+    steps = {}
+    for r in (1, 3):
+        for method in ("powersgd", "acpsgd"):
+            config = CompressConfig(method=method, r=r, min_rate=0)
+            found = work([("a", (10, 20), 4)], config, per_kernel, 8, 0)
+            steps[method, r] = sum(found.before) + found.during + found.after
+    assert steps["powersgd", 3] - steps["powersgd", 1] == steps["acpsgd", 3] - steps["acpsgd", 1] == 4
+
+
+def test_gathered_signs_cost_each_rank_more_with_every_other_and_a_vote_does_not() -> None:
+    gradients = [("a", (4096, 4096), 4)]
+    after = {
+        (method, world): work(gradients, CompressConfig(method=method), DEVICE, world, 0).after
+        for method in ("sign", "efsign")
+        for world in (8, 64)
+    }
+    assert after["sign", 64] == after["sign", 8]
+    assert after["efsign", 64] > 6 * after["efsign", 8]
+
+
+def test_the_papers_averages_are_those_of_its_recalled_table() -> None:
+    """So what is shown beside them is averaged as they are."""
+    network, world = tables.MAIN
+    summary = {
+        f"{model}/{network}/{world}/{method}/iteration_ms": float(ms)
+        for model, row in tables.RECALLED.items()
+        for method, ms in zip(tables.ORDER, row, strict=True)
+    }
+    assert [round(value, 2) for value in tables.averages(summary).values()] == list(tables.HEADLINES)
+    del summary[f"resnet50/{network}/{world}/none/iteration_ms"]
+    assert not tables.averages(summary)
+
+
+@pytest.mark.parametrize(("model", "images_per_s"), [("resnet50", 294), ("resnet152", 110)])
+def test_the_assumed_efficiency_is_near_one_that_others_have_measured(model: str, images_per_s: float) -> None:
+    """One RTX 2080 Ti training in fp32 (Lambda, "RTX 2080 Ti Deep Learning Benchmarks with TensorFlow", 2019)."""
+    flops = 3 * sum(each.flops for each in MODELS[model].parameters)
+    reached = images_per_s * flops / hardware.DEVICES["rtx2080ti"].peak("fp32")
+    assert schema.Simulate().efficiency == pytest.approx(reached, rel=0.15)
 
 
 def test_advice_names_the_fastest_and_says_where_nothing_pays() -> None:

@@ -63,9 +63,11 @@ class Simulate(Task):
     """What `llmsys.compress.simulate` predicts, for the device `hardware.name`.
 
     `worlds`: numbers of GPUs, `per_machine` of them on one link. `precision` and `efficiency`: forward, backward and
-    compression reach this share of the device's peak; `memory_efficiency`: compression, of its memory's bandwidth;
-    `launch_us`: the least that a kernel takes. `min_rate`: 0 is the paper's, every matrix is compressed. `bucket_mib`:
-    0 leaves each tensor alone; `overlap=false`: nothing goes on at the same time.
+    compression reach this share of the device's peak (an RTX 2080 Ti 0.54 and 0.57 on ResNet-50 and ResNet-152, by
+    Lambda's benchmarks of 2019); `memory_efficiency`: compression, of its memory's bandwidth; `launch_us`: the least
+    that a kernel takes. These three are round assumptions.
+    `min_rate`: 0 is the paper's, every matrix is compressed. `bucket_mib`: 0 leaves each tensor alone; `overlap=false`:
+    nothing goes on at the same time.
     What was measured elsewhere: `alpha_s` (a message) and `beta_bytes_per_s` (a link) in place of `networks`,
     `gamma_bytes_per_s` (memory, in compression), `compute_ms` (forward and backward pass, by model).
     """
@@ -101,6 +103,7 @@ class Simulate(Task):
                 raise ValueError(f"task.{key}=[]: empty; there are {', '.join(known)}")
             for name in names:
                 one_of(f"task.{key}", name, known)
+        one_of("task.precision", self.precision, ("fp32", "tf32", "bf16", "fp16"))
         at_least("task.per_machine", self.per_machine, 1)
         if not self.worlds:
             raise ValueError("task.worlds=[]: empty; it is a list of numbers of GPUs, e.g. task.worlds=[8,32]")

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 
-from llmsys import results
-from llmsys.compress.simulate import tables
+from llmsys import results, schema
+from llmsys.compress.simulate import tables, task
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"llmsys.compress.simulate: {error}")
     for record in found:
-        print(tables.markdown(record.summary, [f"{record.config['hardware']['name']}, run {record.run_id}"]))
+        print(tables.markdown(record.summary, task.notes(schema.build(record.config))))
 
 
 if __name__ == "__main__":

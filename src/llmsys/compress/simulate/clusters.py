@@ -70,7 +70,8 @@ class Cluster:
         """A collective over a tensor of `nbytes`, as `cost.links` counts it; 0 on one rank."""
         if self.world <= self.per_machine:
             return self.inner.seconds(kind, nbytes, self.world)
-        slowest = Line(max(self.inner.alpha_s, self.outer.alpha_s), max(self.inner.beta_s, self.outer.beta_s))
+        links = [self.outer] if self.per_machine == 1 else [self.inner, self.outer]
+        slowest = Line(max(link.alpha_s for link in links), max(link.beta_s for link in links))
         found = slowest.seconds(kind, nbytes, self.world)
         if kind != "all_to_all":
             return found

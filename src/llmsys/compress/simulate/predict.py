@@ -84,7 +84,7 @@ def plan(
 
 
 def _cut(parameters: Sequence[Parameter], bucket_mib: float) -> list[list[int]]:
-    """As DDP does."""
+    """By `comm.buckets`, with DDP's sizes."""
     from llmsys.comm.buckets import buckets
 
     cap = max(1, int(bucket_mib * MIB))

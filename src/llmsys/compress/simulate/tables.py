@@ -14,6 +14,8 @@ from llmsys.schema.task import SIMULATED
 Summary = Mapping[str, float]
 TITLES = {"none": "S-SGD", "powersgd": "Power-SGD*", PACKED: "Power-SGD", "acpsgd": "ACP-SGD"}
 """As the paper calls them: the star is the version whose buckets overlap with the backward pass."""
+GPU = "rtx2080ti"
+"""Of the paper's cluster, 4 in each machine."""
 MAIN = ("eth10g", 32)
 """Network and GPUs of the paper's main table."""
 RECALLED = {
@@ -77,7 +79,10 @@ def markdown(summary: Summary, notes: Sequence[str] = ()) -> str:
 
 
 def _beside(summary: Summary) -> str:
-    """The paper's main table, as recalled, beside ours."""
+    """The paper's main table, as recalled, beside ours, where that is of the same cluster."""
+    ours = [summary[f"average/{key}"] for key in AVERAGES if f"average/{key}" in summary]
+    if not ours:
+        return ""
     rows = []
     for cell in cells(summary):
         if (cell.network, cell.world) == MAIN and cell.model in RECALLED and set(ORDER) <= set(cell.ms):
@@ -85,22 +90,17 @@ def _beside(summary: Summary) -> str:
             both = (f"{cell.ms[name]:.0f} ({paper})" for name, paper in zip(ORDER, theirs, strict=True))
             ratio = f"{cell.ms['none'] / cell.ms['acpsgd']:.2f}x ({theirs[0] / theirs[-1]:.2f}x)"
             rows.append([MODELS[cell.model].title, *both, ratio])
-    if not rows:
-        return ""
     network, world = MAIN
     table = _table(
         f"## {NETWORKS[network].title}, {world} GPUs: iteration ms, ours (the paper's, recalled from memory)",
         ["", *(TITLES[name] for name in ORDER), "S-SGD / ACP-SGD"],
         rows,
     )
-    ours = list(averages(summary).values())
-    if not ours:
-        return table
     return (
         f"{table}\n\nOn average S-SGD takes {ours[0]:.2f} times as long as ACP-SGD (the paper: {HEADLINES[0]:.2f}), "
         f"Power-SGD, of both versions, {ours[1]:.2f} times (the paper: {HEADLINES[1]:.2f}). The paper's are measured. "
-        "Ours come from specifications of device and links, and from the shares of them and the least time of a kernel "
-        "that are said above, all of them fitted to nothing; below, what becomes of the averages with others."
+        "Ours come from specifications of device and links, and from the assumed shares of them and least time of a "
+        "kernel that are said above; what becomes of the averages under other assumptions stands below."
     )
 
 

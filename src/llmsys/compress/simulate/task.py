@@ -7,7 +7,8 @@ Everything that the tables show is in the record's summary, under keys of parts 
                                                        or not
     break_even/<model>/<world>/<method>_gbit           up to which link rate the method is faster than S-SGD, at the
                                                        latency of the last network: 0 nowhere, 1000 everywhere tried
-    average/<none or powersgd>_over_acpsgd_x           the paper's two averages, over all its models on its main cluster
+    average/<none or powersgd>_over_acpsgd_x           the paper's two averages, over all its models on its main
+                                                       cluster, with its GPU and settings
     sensitivity/<setting>=<value>/<the same>           with another value of what is no specification
 """
 
@@ -42,6 +43,9 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
     task, device = config.task, hardware.named(config.hardware)
     assert isinstance(task, schema.Simulate)
     assert device is not None, "`schema.coherence` has said so"
+    if task.precision not in device.tflops:
+        known = ", ".join(device.tflops)
+        raise ValueError(f"task.precision={task.precision}: {device.title} has none; there are {known}")
     lines = _lines(task)
     summary: dict[str, float] = {}
     for name in task.models:
@@ -59,13 +63,20 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
                 if method != "none" and world > task.per_machine:
                     rate = predict.break_even_gbit(plan, plans["none"], cluster)
                     summary[f"break_even/{name}/{world}/{method}_gbit"] = rate
-    if averages := tables.averages(summary):
+    if _as_in_the_paper(config) and (averages := tables.averages(summary)):
         summary |= {f"average/{key}": value for key, value in averages.items()}
         context.beat()
         summary |= _sensitivity(task, device)
-    notes = _notes(task, device)
-    (context.out / "simulate.md").write_text(tables.markdown(summary, notes), encoding="utf-8")
+    (context.out / "simulate.md").write_text(tables.markdown(summary, notes(config)), encoding="utf-8")
     return {"summary": summary, "files": {"tables": "simulate.md"}}
+
+
+def _as_in_the_paper(config: schema.Config) -> bool:
+    """Whether its numbers may stand beside: its GPU and its settings, whatever is assumed of them."""
+    task, plain = config.task, schema.Simulate()
+    assert isinstance(task, schema.Simulate)
+    keys = ("per_machine", "precision", "bucket_mib", "overlap", "min_rate", "beta_bytes_per_s")
+    return config.hardware.name == tables.GPU and all(getattr(task, key) == getattr(plain, key) for key in keys)
 
 
 def _sensitivity(task: schema.Simulate, device: Device) -> dict[str, float]:
@@ -74,7 +85,8 @@ def _sensitivity(task: schema.Simulate, device: Device) -> dict[str, float]:
     found = {}
     for key, values in ASSUMED.items():
         for value in values:
-            other = dataclasses.replace(task, methods=list(tables.ORDER), **{key: value})
+            changed: dict[str, Any] = {"methods": list(tables.ORDER), key: value}
+            other = dataclasses.replace(task, **changed)
             cells: dict[str, float] = {}
             for name in tables.RECALLED:
                 model = MODELS[name]
@@ -131,8 +143,11 @@ def _cluster(task: schema.Simulate, device: Device, outer: Line, world: int) -> 
     return Cluster(inner=inner, outer=outer, world=world, per_machine=task.per_machine)
 
 
-def _notes(task: schema.Simulate, device: Device) -> list[str]:
+def notes(config: schema.Config) -> list[str]:
     """What the numbers stand on."""
+    task, device = config.task, hardware.named(config.hardware)
+    assert isinstance(task, schema.Simulate)
+    assert device is not None
     given = ", ".join(f"{name} {ms:g} ms" for name, ms in task.compute_ms.items())
     memory = (
         f"{task.gamma_bytes_per_s / 1e9:g} GB/s as given"
