@@ -46,7 +46,7 @@ def lines(record: Record, family: str) -> dict[str, Line]:
             found.setdefault(name, {})[what] = number
 
     def sample(name: str, key: str) -> list[float]:
-        return record.samples[f"{family}/{name}/{key}"]
+        return record.samples.get(f"{family}/{name}/{key}", [])
 
     return {
         name: Line(
