@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # `rank_pool`, however pytest is started
+sys.path.insert(0, str(Path(__file__).parent))  # however pytest is started
+
+from rank_pool import Pool
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,3 +34,22 @@ def llmsys(results: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _pools() -> Iterator[list[Pool]]:
+    made: list[Pool] = []
+    yield made
+    for pool in made:
+        pool.close()
+
+
+@pytest.fixture
+def pool(_pools: list[Pool]) -> Pool:
+    """Two ranks, for all tests; new ones after a call that failed, since then one may wait for the other.
+
+    DeepSpeed's ZeRO-3 leaves its own F.linear behind, which saves more: who compares saved bytes needs ranks apart.
+    """
+    if not _pools or _pools[-1].failed:
+        _pools.append(Pool())
+    return _pools[-1]

@@ -1,5 +1,5 @@
-"""Two real rank processes that live as long as a test module, and call its functions: importing torch, transformers and
-DeepSpeed takes ten seconds, a run of a tiny model one.
+"""Two real rank processes that live as long as the tests do (the fixture `pool`), and call their functions: importing
+torch, transformers and DeepSpeed takes ten seconds, a run of a tiny model one.
 
 The ranks keep one process group, since DeepSpeed keeps the first that it sees.
 
@@ -49,14 +49,17 @@ class Pool:
             )
             for rank in range(world)
         ]
+        self.failed = False
         store = self._hear(self.ranks[0])
         self._tell(self.ranks[1:], store)
 
     def call(self, where: str, *arguments: Any) -> list[Any]:
         """`where` is `module:function`; it gets (place, *arguments). AssertionError with a rank's traceback."""
+        self.failed = True  # until all have answered
         self._tell(self.ranks, {"where": where, "arguments": arguments})
         answers = [self._hear(rank) for rank in self.ranks]
         faults = [answer["fault"] for answer in answers if "fault" in answer]
+        self.failed = bool(faults)
         assert not faults, "\n".join(faults)
         return [answer["result"] for answer in answers]
 

@@ -28,13 +28,6 @@ BUCKETS = 4
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def four() -> Iterator[Pool]:
     pool = Pool(4)
     yield pool

@@ -41,13 +41,6 @@ def slowly(names: Iterable[str], *slow: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    made = Pool()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def alone() -> Iterator[Pool]:
     made = Pool(1)
     yield made

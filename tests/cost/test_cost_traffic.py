@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,13 +24,6 @@ TINY = [
 ]
 SLACK = 4096
 """Bytes of norms, losses and flags."""
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    made = Pool(2)
-    yield made
-    made.close()
 
 
 def measured(place: Place, overrides: list[str]) -> dict[str, int]:

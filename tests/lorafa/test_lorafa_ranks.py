@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ from llmsys.lorafa import (
 from llmsys.lorafa.basis import fingerprint
 from llmsys.lorafa.methods import LoRAFA
 from rank_pool import Pool
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
 
 WAYS = ("inject", "twice", "set_adapter", "load", "delete", "merge", "refresh", "outer")
 

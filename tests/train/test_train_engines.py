@@ -25,14 +25,6 @@ HERE = "test_train_engines"
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    """Two ranks."""
-    made = Pool()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def alone() -> Iterator[Pool]:
     """One rank, of the same kind of process."""
     made = Pool(1)
