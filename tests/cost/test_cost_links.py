@@ -97,8 +97,8 @@ def test_a_fit_never_finds_a_negative_latency() -> None:
 def test_what_cannot_be_fitted_or_is_unknown_is_refused() -> None:
     with pytest.raises(ValueError, match="two sizes"):
         links.fit([1000, 1000], [1e-3, 1e-3])
-    with pytest.raises(ValueError, match="all_to_all"):
-        LINE.seconds("all_to_all", 1, 2)
+    with pytest.raises(ValueError, match="scatter"):
+        LINE.seconds("scatter", 1, 2)
     with pytest.raises(ValueError, match="all_gather"):
         LINE.seconds("all_gather", 1, 2, "tree")
 
