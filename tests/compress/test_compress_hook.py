@@ -34,9 +34,9 @@ def four() -> Iterator[Pool]:
     pool.close()
 
 
-def check(found: list[dict[str, float]], method: str) -> None:
+def check(found: list[dict[str, float]], method: str, within: float = 1e-10) -> None:
     for rank in found:
-        assert rank.pop("worst") < 1e-10
+        assert rank.pop("worst") < within
         assert rank.pop("apart") == 0.0
         assert rank == {kind: BUCKETS * n for kind, n in COLLECTIVES.get(method, {"all_reduce": 1}).items()}
 
@@ -50,7 +50,9 @@ def test_gradients_are_the_references_in_one_collective_a_bucket(pool: Pool, met
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_on_four_ranks_too(four: Pool, method: str) -> None:
-    check(four.call("hook_harness:against_reference", {"method": method}, {}), method)
+    """Of four numbers in 16 bits gloo rounds the sums on the way, the reference only the last."""
+    within = {"fp16": 1e-3, "bf16": 1e-2}.get(method, 1e-10)
+    check(four.call("hook_harness:against_reference", {"method": method}, {}), method, within)
 
 
 @pytest.mark.parametrize(
