@@ -4,11 +4,15 @@ who takes one subsystem into a project of his own.
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ONLY = """
 import sys
@@ -57,3 +61,15 @@ def requirements(*names: str) -> set[str]:
             continue
         left += [one for one in asked if "extra ==" not in one]
     return found
+
+
+def check_names(package: ModuleType) -> None:
+    """Every public name is found late, where it is said to be, and none is hidden by a module: importing p.x sets the
+    package's attribute x to the module, whatever x was."""
+    homes, public = package._HOMES, package.__all__
+    assert not {module.name for module in pkgutil.iter_modules(package.__path__)} & set(public)
+    assert sorted(homes) == public
+    for name in public:
+        assert getattr(package, name).__module__ == f"{package.__name__}.{homes[name]}"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = package.nothing

@@ -53,3 +53,11 @@ def pool(_pools: list[Pool]) -> Pool:
     if not _pools or _pools[-1].failed:
         _pools.append(Pool())
     return _pools[-1]
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[Pool]:
+    """One rank, of the same kind of process."""
+    made = Pool(1)
+    yield made
+    made.close()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from llmsys import compose, runner
 from llmsys import job as jobs
 from llmsys.comm.place import Place
@@ -48,3 +51,9 @@ def run(
         "val_loss": record.summary.get("val_loss"),
         "summary": record.summary,
     }
+
+
+def weights(run: dict[str, Any]) -> dict[str, Tensor]:
+    """What a run left."""
+    (path,) = (Path(run["out"]) / "weights").glob("*.safetensors")
+    return load_file(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +90,22 @@ def plot(rows: Sequence[Row], x: str, y: str, path: Path) -> None:
     if not there:
         raise ValueError(f"--plot {x}:{y}: no record has both; there are {', '.join(numbers(rows))}")
     scatter(there, x, y, path)
+
+
+def print_tables(task: str, package: str, table: Callable[[Record], str]) -> None:
+    """The command line of a package whose `task` has tables of its own: `table` of each record under a folder."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"Tables of all records of {task}.")
+    root = os.environ.get("LLMSYS_RESULTS", "results")
+    parser.add_argument("root", nargs="?", default=root, help="a folder with runs below it (default: %(default)s)")
+    try:
+        folder = parser.parse_args().root
+        found = [record for record in read(folder) if record.task == task and record.summary]
+        if not found:
+            raise ValueError(f"{folder}: no record of the task {task}; python -m llmsys +exp={task}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{package}: {error}")
+    for record in found:
+        print(table(record))
 
 
 def main() -> None:

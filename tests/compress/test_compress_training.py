@@ -6,7 +6,7 @@ with the same average; and a gradient that is not finite leaves nothing behind.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.comm.traffic import Traffic
 from rank_pool import ENGINES, Pool
-from rank_runs import TINY
+from rank_runs import TINY, weights
 
 HERE = "test_compress_training"
 CARRIERS = ("ddp", "zero0", "zero1")
@@ -40,25 +40,11 @@ def slowly(names: Iterable[str], *slow: str) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Pool]:
-    made = Pool(1)
-    yield made
-    made.close()
-
-
 def of(pool: Pool, results: Path, *overrides: str, stop_after: int | None = None) -> dict[str, Any]:
     """What rank 0 has to say of a run in `pool`, which must not have failed."""
     found: dict[str, Any] = pool.call("rank_runs:run", str(results), list(overrides), stop_after)[0]
     assert found["status"] == ("ok" if stop_after is None else "interrupted"), found["error"]
     return found
-
-
-def weights(run: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    (path,) = (Path(run["out"]) / "weights").glob("*.safetensors")
-    return load_file(path)
 
 
 def stepped(place: Place, overrides: list[str], poison: int | None = None) -> dict[str, Any]:

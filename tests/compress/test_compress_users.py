@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -64,11 +62,4 @@ def test_the_examples_learn_on_two_ranks(example: str, tmp_path: Path) -> None:
 
 
 def test_every_public_name_is_found_and_none_is_hidden_by_a_module() -> None:
-    """Importing llmsys.compress.x sets the package's attribute x to the module, whatever x was."""
-    modules = {module.name for module in pkgutil.iter_modules(llmsys.compress.__path__)}
-    assert not modules & set(llmsys.compress.__all__)
-    assert sorted(llmsys.compress._HOMES) == llmsys.compress.__all__
-    values: dict[str, Any] = {name: getattr(llmsys.compress, name) for name in llmsys.compress.__all__}
-    assert all(value.__module__ == f"llmsys.compress.{llmsys.compress._HOMES[name]}" for name, value in values.items())
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = llmsys.compress.nothing
+    alone.check_names(llmsys.compress)

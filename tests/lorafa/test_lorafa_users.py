@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -116,11 +114,4 @@ def test_torch_and_safetensors_are_enough(tmp_path: Path) -> None:
 
 
 def test_every_public_name_is_found_and_none_is_hidden_by_a_module() -> None:
-    """Importing llmsys.lorafa.x sets the package's attribute x to the module, whatever x was."""
-    modules = {module.name for module in pkgutil.iter_modules(llmsys.lorafa.__path__)}
-    assert not modules & set(llmsys.lorafa.__all__)
-    assert sorted(llmsys.lorafa._HOMES) == llmsys.lorafa.__all__
-    values: dict[str, Any] = {name: getattr(llmsys.lorafa, name) for name in llmsys.lorafa.__all__}
-    assert all(value.__module__ == f"llmsys.lorafa.{llmsys.lorafa._HOMES[name]}" for name, value in values.items())
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = llmsys.lorafa.nothing
+    alone.check_names(llmsys.lorafa)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,15 @@ from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.train import checkpoint
 from rank_pool import ENGINES, Pool
-from rank_runs import TINY
+from rank_runs import TINY, weights
 
 HERE = "test_train_engines"
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Pool]:
-    """One rank, of the same kind of process."""
-    made = Pool(1)
-    yield made
-    made.close()
 
 
 def of(pool: Pool, results: Path, *overrides: str, stop_after: int | None = None) -> dict[str, Any]:
     """What rank 0 has to say of a run in `pool`."""
     found: dict[str, Any] = pool.call("rank_runs:run", str(results), list(overrides), stop_after)[0]
     return found
-
-
-def weights(run: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What a run left."""
-    from safetensors.torch import load_file
-
-    (path,) = (Path(run["out"]) / "weights").glob("*.safetensors")
-    return load_file(path)
 
 
 @pytest.fixture(scope="module")

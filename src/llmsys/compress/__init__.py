@@ -11,8 +11,9 @@ The names are resolved late (PEP 562): importing the package imports not even to
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llmsys import lazy
 
 if TYPE_CHECKING:
     from llmsys.compress.aggregate import Aggregator
@@ -35,7 +36,7 @@ _HOMES = {
     "register": "hook",
     "save_state": "store",
 }
-"""Name -> module. No module may be called as one of the names: importing it would hide the name."""
+"""Name -> module."""
 
 __all__ = [
     "Aggregator",
@@ -51,8 +52,4 @@ __all__ = [
     "save_state",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"llmsys.compress.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy.attributes(__name__, _HOMES)

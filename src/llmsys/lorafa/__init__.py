@@ -12,8 +12,9 @@ saving safetensors.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llmsys import lazy
 
 if TYPE_CHECKING:
     from llmsys.lorafa.adapters import delete_adapter, disable_adapter, names, set_adapter, unload
@@ -43,7 +44,7 @@ _HOMES = {
     "unload": "adapters",
     "unmerge": "merging",
 }
-"""Name -> module. No module may be called as one of the names: importing it would hide the name."""
+"""Name -> module."""
 
 __all__ = [
     "LoRAFAConfig",
@@ -64,8 +65,4 @@ __all__ = [
     "unmerge",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"llmsys.lorafa.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy.attributes(__name__, _HOMES)

@@ -6,8 +6,7 @@ which attention kernel really ran. The names are resolved late (PEP 562), so tha
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from llmsys import lazy
 
 _HOMES = {
     "chunk_loss": "chunked_loss",
@@ -21,8 +20,4 @@ _HOMES = {
 
 __all__ = ["blocks", "chunk_loss", "linear_names", "load", "recompute_blocks", "resolve_attention", "skeleton"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"llmsys.models.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy.attributes(__name__, _HOMES)

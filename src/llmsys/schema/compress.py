@@ -7,6 +7,7 @@ it as its `kind`, as every group has.
 from __future__ import annotations
 
 import fnmatch
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ ERROR_FEEDBACK = (*LOW_RANK, *SPARSE, "efsign")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ABC):
     """One way to exchange gradients, equal on all ranks; a subclass says the `method`.
 
     `r`: width of the factors of Power-SGD and ACP-SGD; a matrix [N, M] gets at most min(N, M). `ranks`: from which step
@@ -57,8 +58,9 @@ class Settings:
     """The setting that says the method."""
 
     @property
+    @abstractmethod
     def method(self) -> str:
-        raise NotImplementedError
+        """One of `METHODS`."""
 
     def __post_init__(self) -> None:
         self._one_of(self.NAMED_BY, self.method, METHODS)

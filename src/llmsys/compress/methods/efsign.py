@@ -26,8 +26,7 @@ class EFSign:
 
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
-        signed = [entry for entry in part.entries if not self.config.skips(entry.name)]
-        whole = [entry for entry in part.entries if self.config.skips(entry.name)]
+        signed, whole = part.split(self.config)
         what = [corrected(entry, self.config).view(-1) for entry in signed]
         dtype = dtype_of(part.flat)
         scales = [torch.linalg.vector_norm(x, 1, dtype=dtype).reshape(1) / x.numel() for x in what]

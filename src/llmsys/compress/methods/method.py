@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
 
 
@@ -88,6 +89,11 @@ class Part:
         finite = torch.isfinite(self.flat.sum(dtype=torch.float32 if self.flat.element_size() < 4 else None))
         where(~finite, self.flat, 0.0)
         return finite
+
+    def split(self, config: CompressConfig) -> tuple[list[Entry], list[Entry]]:
+        """(what is compressed, what is excepted and travels whole), by name."""
+        whole = [entry for entry in self.entries if config.skips(entry.name)]
+        return [entry for entry in self.entries if not config.skips(entry.name)], whole
 
 
 def where(mask: Tensor, tensor: Tensor, value: float) -> None:

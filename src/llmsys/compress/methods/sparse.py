@@ -65,8 +65,8 @@ class TopK:
 
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
-        whole = [entry for entry in part.entries if self.config.skips(entry.name)]
-        kept = [self._select(entry, part.step) for entry in part.entries if not self.config.skips(entry.name)]
+        sparse, whole = part.split(self.config)
+        kept = [self._select(entry, part.step) for entry in sparse]
         dtype = dtype_of(part.flat)
         values = torch.cat([*(x.values for x in kept), *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
         where(~finite, values, math.nan)
@@ -150,8 +150,8 @@ class RandomK:
 
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
-        whole = [entry for entry in part.entries if self.config.skips(entry.name)]
-        kept = [self._select(entry, part.step) for entry in part.entries if not self.config.skips(entry.name)]
+        sparse, whole = part.split(self.config)
+        kept = [self._select(entry, part.step) for entry in sparse]
         wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config)
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)

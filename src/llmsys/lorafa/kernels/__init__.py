@@ -12,14 +12,14 @@ interpreter alone (`TRITON_INTERPRET=1`), which is how tests compare the two.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmsys import lazy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIABLE = "LLMSYS_KERNELS"
@@ -58,7 +58,4 @@ def _chosen() -> str:
     return found
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy.attributes(__name__, _HOMES)
