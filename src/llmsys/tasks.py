@@ -10,6 +10,8 @@ TASKS = {
     "train": "llmsys.train.task:train",
     "lorafa_ledger": "llmsys.lorafa.ledger.task:ledger",
     "compress_simulate": "llmsys.compress.simulate.task:simulate",
+    "compress_iteration": "llmsys.compress.measure.task:iteration",
+    "compress_replay": "llmsys.compress.measure.task:replay",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 

@@ -19,6 +19,7 @@ from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
 from llmsys.schema.fields import one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
+from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.train import (
@@ -49,12 +50,15 @@ __all__ = [
     "Dispatch",
     "Engine",
     "Hardware",
+    "Iteration",
     "Ledger",
     "LoRA",
+    "Measured",
     "Method",
     "Model",
     "Network",
     "Profile",
+    "Replay",
     "Simulate",
     "Task",
     "Tracker",
@@ -104,7 +108,13 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "task": {"train": Task, "lorafa_ledger": Ledger, "compress_simulate": Simulate},
+    "task": {
+        "train": Task,
+        "lorafa_ledger": Ledger,
+        "compress_simulate": Simulate,
+        "compress_iteration": Iteration,
+        "compress_replay": Replay,
+    },
     "model": {"transformer": Transformer, "convnet": ConvNet},
     "data": {"*": Data},
     "train": {"*": Train},

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmsys.schema import recompute
 from llmsys.schema.data import OBJECTIVES
+from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
 from llmsys.schema.task import Ledger, Simulate
 from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
@@ -33,6 +34,7 @@ def check(config: Config) -> None:
     _network(config)
     _ledger(config)
     _simulate(config)
+    _measured(config)
 
 
 def _model(config: Config) -> None:
@@ -163,6 +165,19 @@ def _ledger(config: Config) -> None:
 def _simulate(config: Config) -> None:
     if isinstance(config.task, Simulate) and config.hardware.name == "auto":
         raise ValueError("hardware.name=auto: a simulated cluster's device has a name, e.g. hardware=rtx2080ti")
+
+
+def _measured(config: Config) -> None:
+    """Both tasks attach what they compare to a DistributedDataParallel of their own."""
+    task, model = config.task, config.model
+    if not isinstance(task, Measured):
+        return
+    if config.engine.kind != "ddp":
+        raise ValueError(f"engine.kind={config.engine.kind}: {task.kind} is for engine=ddp")
+    if config.compress.kind != "none":
+        raise ValueError(f"compress.kind={config.compress.kind}: what {task.kind} compares is task.methods")
+    if isinstance(task, Iteration) and task.subject == "model" and model.objective != "causal_lm":
+        raise ValueError(f"model.family={model.family}: task.subject=model is for causal language models")
 
 
 def _network(config: Config) -> None:

@@ -63,10 +63,12 @@ def plan(
     *,
     bucket_mib: float,
     overlap: bool = True,
+    cut: Sequence[Sequence[int]] | None = None,
 ) -> Plan:
-    """`bucket_mib` 0: each tensor alone."""
+    """`bucket_mib` 0: each tensor alone. `cut`: the buckets, as indices of parameters, where they are known."""
     parameters = model.parameters
-    cut = [list(range(len(parameters)))[::-1]] if method == PACKED else _cut(parameters, bucket_mib)
+    if cut is None:
+        cut = [list(range(len(parameters)))[::-1]] if method == PACKED else _cut(parameters, bucket_mib)
     backward_s = 2 * model.batch / machine.compute_flops_per_s
     steps = []
     for step in range(2 if method == "acpsgd" else 1):

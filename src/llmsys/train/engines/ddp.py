@@ -20,7 +20,7 @@ from llmsys import schema
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local
 
-_NO_BUFFERS: dict[str, Any] = {
+NO_BUFFERS: dict[str, Any] = {
     ("forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"): False
     for parameters in [inspect.signature(DistributedDataParallel).parameters]
 }
@@ -44,7 +44,7 @@ class DDP(Local):
             device_ids=[self.device] if self.device.type == "cuda" else None,
             bucket_cap_mb=self.config.engine.bucket_mib,
             gradient_as_bucket_view=True,
-            **_NO_BUFFERS,
+            **NO_BUFFERS,
         )
         return self._ddp
 

@@ -1,0 +1,220 @@
+"""The tasks `compress_iteration` and `compress_replay`: checks, the fit, all variants in turns, and what it says.
+
+What the summary's keys mean stands in `figures`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from llmsys import schema
+from llmsys.compress.measure import figures, fit, predicted, stack, tables, turns
+from llmsys.compress.measure.paced import PacedModel
+from llmsys.compress.measure.stack import Forward
+from llmsys.compress.measure.turns import Make, Samples
+from llmsys.compress.measure.variants import Variant, variants
+from llmsys.compress.paper_models import MODELS, PaperModel
+from llmsys.cost import compressed, hardware, links
+from llmsys.errors import Refused
+from llmsys.schema.measured import NOOP, TORCH
+from llmsys.train.checks import GIB, MAX_CPU_S, host_available, readable
+
+if TYPE_CHECKING:
+    from llmsys.context import Context
+
+COPIES = 5
+"""Of the gradients, on each rank, at most: weights, gradients, errors, and two by an exchange without overlap."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured: `shapes` for the cost model by batch, `make` a fresh one for a variant. `passes_s`: of both
+    passes, where a pace gives it. `name` stands before the variants, where there are several."""
+
+    name: str
+    shapes: Mapping[int, PaperModel]
+    names: Sequence[str]
+    make: Make
+    ranks: Sequence[int]
+    update: bool
+    passes_s: float | None = None
+
+
+def iteration(config: schema.Config, context: Context) -> dict[str, Any]:
+    """`compress_iteration`. Refused where memory is short or it would take more than an hour on a CPU."""
+    task = config.task
+    assert isinstance(task, schema.Iteration)
+    return _measure(config, context, task, [_trained(config, task, context)])
+
+
+def replay(config: schema.Config, context: Context) -> dict[str, Any]:
+    """`compress_replay`. ValueError for a device that has not the precision; Refused as for `iteration`."""
+    task = config.task
+    assert isinstance(task, schema.Replay)
+    return _measure(config, context, task, [_replayed(task, name, context) for name in task.models])
+
+
+def _trained(config: schema.Config, task: schema.Iteration, context: Context) -> Subject:
+    seed = 1 + context.place.rank
+
+    def make(variant: Variant) -> tuple[nn.Module, Forward]:
+        if task.subject == "stack":
+            return stack.stack(task, variant.batch, context.device, seed)
+        return stack.whole_model(config, variant.batch, context.device, seed)
+
+    model, _ = make(Variant(NOOP, 0, True, task.r[0], 1))
+    tokens = 1 if task.subject == "stack" else config.train.length
+    shapes = {batch: stack.as_paper_model(model, tokens, batch, task.r[0]) for batch in task.batch}
+    return Subject(
+        name="", shapes=shapes, names=[n for n, _ in model.named_parameters()], make=make, ranks=task.r, update=True
+    )
+
+
+def _replayed(task: schema.Replay, name: str, context: Context) -> Subject:
+    model = MODELS[name]
+    speed = pace(task)
+    make_model = functools.partial(PacedModel, model.parameters, model.batch, speed, context.device)
+
+    def make(variant: Variant) -> tuple[nn.Module, Forward]:
+        return make_model(), lambda wrapped: wrapped(turns.token(context.device))
+
+    flops = 3 * model.batch * sum(p.flops for p in model.parameters)
+    return Subject(
+        name=name,
+        shapes={model.batch: model},
+        names=[p.name.replace(".", "/") for p in model.parameters],
+        make=make,
+        ranks=task.r or [model.r],
+        update=False,
+        passes_s=flops / speed if speed else 0.0,
+    )
+
+
+def pace(task: schema.Replay) -> float | None:
+    """FLOP/s of `task.pace`. ValueError for a device or a precision that there is not."""
+    if task.pace == "none":
+        return None
+    if task.pace not in hardware.DEVICES:
+        raise ValueError(f"task.pace={task.pace}: must be none or one of {', '.join(hardware.DEVICES)}")
+    device = hardware.DEVICES[task.pace]
+    if task.precision not in device.tflops:
+        raise ValueError(f"task.precision={task.precision}: {device.title} has only {', '.join(device.tflops)}")
+    return device.peak(task.precision) * task.efficiency
+
+
+def _measure(
+    config: schema.Config, context: Context, task: schema.Measured, subjects: Sequence[Subject]
+) -> dict[str, Any]:
+    world, mbit = context.place.world, slower_mbit(config.network)
+    cells = {subject.name: variants(task, subject.ranks, list(subject.shapes)) for subject in subjects}
+    for subject in subjects:
+        _check_memory(config, subject)
+    if mbit is not None and not config.force:
+        _check_time(task, subjects, cells, world, mbit)
+    lines = fit.lines(mbit, context.device, context.beat) if task.fit else {}
+    rates = {
+        variant.method: fit.rates(variant.config(task), context.device)
+        for variant in dict.fromkeys(variant for each in cells.values() for variant in each)
+        if task.fit and variant.method not in (NOOP, TORCH)
+    }
+    summary = figures.fitted(lines, rates) if task.fit else {}
+    samples: dict[str, list[float]] = {}
+    for subject in subjects:
+        found = {variant: Samples() for variant in cells[subject.name]}
+        for _ in range(task.rounds):
+            for variant, own in found.items():
+                context.log.info("%s %s", subject.name, variant.name)
+                turns.turn(variant, task, subject.make, own, context.beat, update=subject.update)
+        own_summary = figures.measured(found, world, mbit if world > 1 else None)
+        if task.fit:
+            own_summary |= figures.predictions(_predicted(task, subject, found, rates, lines, world), own_summary)
+        before = f"{subject.name}/" if subject.name else ""
+        summary |= {before + key: value for key, value in own_summary.items()}
+        samples |= {before + key: values for key, values in figures.samples_ms(found).items()}
+    if context.place.rank == 0:
+        (context.out / "measured.md").write_text(tables.markdown(summary, world), encoding="utf-8")
+    return {"summary": summary, "samples": samples, "files": {"tables": "measured.md"}}
+
+
+def _predicted(
+    task: schema.Measured,
+    subject: Subject,
+    found: Mapping[Variant, Samples],
+    rates: Mapping[str, Any],
+    lines: Mapping[str, Any],
+    world: int,
+) -> dict[Variant, float]:
+    """Seconds of each variant of ours. DDP's own buckets are those that a hook has seen."""
+    seen = {(v.bucket_mib, v.overlap): s.buckets for v, s in found.items() if s.buckets and v.method != NOOP}
+    made = {}
+    for variant, samples in found.items():
+        if variant.method in (NOOP, TORCH):
+            continue
+        buckets = samples.buckets or seen.get((variant.bucket_mib, variant.overlap))
+        if not buckets:
+            continue
+        noop = next(s for v, s in found.items() if v.method == NOOP and v.batch == variant.batch)
+        passes = statistics.median(noop.step_s) if subject.passes_s is None else subject.passes_s
+        made[variant] = predicted.iteration(
+            variant,
+            task,
+            subject.shapes[variant.batch],
+            subject.names,
+            buckets,
+            passes_s=passes,
+            rates=rates[variant.method],
+            lines=lines,
+            world=world,
+        ).total_s
+    return made
+
+
+def slower_mbit(network: schema.Network) -> float | None:
+    """The nominal rate in 10**6 bits a second of the slower direction; None for links as they are."""
+    if network.up_mbit is None or network.down_mbit is None:
+        return None
+    return min(network.up_mbit, network.down_mbit)
+
+
+def _check_memory(config: schema.Config, subject: Subject) -> None:
+    model = next(iter(subject.shapes.values()))
+    need = COPIES * 4 * sum(math.prod(shape) for _, shape in model.shapes) * config.train.world
+    have = config.hardware.mem_gib * GIB if config.hardware.mem_gib else host_available()
+    if need > have and not config.force:
+        raise Refused(
+            f"{subject.name or 'compress_iteration'} needs about {readable(need)} on {config.train.world} ranks; "
+            f"this host has {readable(have)} free: fewer ranks (train.world) or smaller models",
+            reason="memory",
+        )
+
+
+def _check_time(
+    task: schema.Measured,
+    subjects: Sequence[Subject],
+    cells: Mapping[str, Sequence[Variant]],
+    world: int,
+    mbit: float,
+) -> None:
+    """By what goes over the links alone."""
+    seconds = 0.0
+    for subject in subjects:
+        for variant in cells[subject.name]:
+            if variant.method in (NOOP, TORCH):
+                continue
+            shapes = subject.shapes[variant.batch].shapes
+            sent = compressed.mean_bytes([(n, s, 4) for n, s in shapes], variant.config(task), world, 2)
+            once = sum(links.bus_factor(kind, world) * nbytes for kind, nbytes in sent.items()) * 8e-6 / mbit
+            seconds += once * (task.warmup + task.steps) * task.rounds
+    if seconds > MAX_CPU_S:
+        raise Refused(
+            f"the links alone would take {seconds / 3600:.1f} hours at {mbit:g} Mbit/s: "
+            "fewer task.methods, task.models or task.rounds, or force=true",
+            reason="time",
+        )
