@@ -15,10 +15,11 @@ from llmsys.train import checks
 EXPERIMENTS = sorted(compose.choices("exp"))
 REPEATS = ("full_llama7b", "lora_llama7b", "lorafa_minilm_lr", "lorafa_minilm_seeds", "pretrain_t5_4m")
 """Which differ from another experiment in numbers alone."""
+MEASURED = ("compress_iteration", "compress_ablation", "compress_replay")
 TRAINED = [
     pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
     for exp in EXPERIMENTS
-    if exp not in ("lorafa_ledger", "compress_simulate")
+    if exp not in ("lorafa_ledger", "compress_simulate", *MEASURED)
 ]
 ON_CUDA = ("peak_gib", "reserved_gib")
 CLASSES = ("accuracy", "accuracy_se", "macro_f1")
@@ -46,6 +47,17 @@ def test_its_smoke_run_is_ok(exp: str, results: Path) -> None:
     assert bool(record.kernel) == isinstance(model, schema.Transformer)
     parts, _ = checks.kinds_and_peak(schema.build(made.config), torch.device("cpu"))
     assert sum(parts.values()) == pytest.approx(record.summary["accounted_bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("exp", MEASURED)
+def test_measured_iterations_leave_their_tables(exp: str, results: Path) -> None:
+    smoke = compose.compose([f"+exp={exp}"])["smoke"]
+    made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
+    record = runner.run(made)
+    assert record.status == "ok", record.error
+    text = (Path(made.out) / record.files["tables"]).read_text()
+    assert "| noop |" in text
+    assert "| acpsgd |" in text
 
 
 def test_the_ledger_leaves_its_tables(results: Path) -> None:

@@ -149,7 +149,7 @@ def _many(act: Callable[[], object]) -> None:
 def _solve(predicted: Callable[[float], float], wanted: float) -> float:
     """The bandwidth at which `predicted`, which falls with it, is `wanted`; the highest, where least times of kernels
     alone take longer."""
-    low, high = 1e6, 1e14
+    low, high = 1.0, 1e14
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if predicted(middle) > wanted else (low, middle)

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from llmsys import schema
@@ -29,9 +30,6 @@ from llmsys.train.checks import GIB, MAX_CPU_S, host_available, readable
 if TYPE_CHECKING:
     from llmsys.context import Context
 
-COPIES = 5
-"""Of the gradients, on each rank, at most: weights, gradients, errors, and two by an exchange without overlap."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -47,6 +45,12 @@ class Subject:
     passes_s: float | None = None
 
 
+def copies(subject: Subject, cells: Sequence[Variant]) -> int:
+    """Of the gradients, on each rank: gradients, errors and what compression needs for a while; weights, but for paced
+    models, which have none; and one more by an exchange without overlap."""
+    return 3 + subject.update + any(not variant.overlap for variant in cells)
+
+
 def iteration(config: schema.Config, context: Context) -> dict[str, Any]:
     """`compress_iteration`. Refused where memory is short or it would take more than an hour on a CPU."""
     task = config.task
@@ -58,7 +62,7 @@ def replay(config: schema.Config, context: Context) -> dict[str, Any]:
     """`compress_replay`. ValueError for a device that has not the precision; Refused as for `iteration`."""
     task = config.task
     assert isinstance(task, schema.Replay)
-    return _measure(config, context, task, [_replayed(task, name, context) for name in task.models])
+    return _measure(config, context, task, [replayed(task, name, context.device) for name in task.models])
 
 
 def _trained(config: schema.Config, task: schema.Iteration, context: Context) -> Subject:
@@ -77,13 +81,14 @@ def _trained(config: schema.Config, task: schema.Iteration, context: Context) ->
     )
 
 
-def _replayed(task: schema.Replay, name: str, context: Context) -> Subject:
+def replayed(task: schema.Replay, name: str, device: torch.device) -> Subject:
+    """A model of the paper."""
     model = MODELS[name]
     speed = pace(task)
-    make_model = functools.partial(PacedModel, model.parameters, model.batch, speed, context.device)
+    make_model = functools.partial(PacedModel, model.parameters, model.batch, speed, device)
 
     def make(variant: Variant) -> tuple[nn.Module, Forward]:
-        return make_model(), lambda wrapped: wrapped(turns.token(context.device))
+        return make_model(), lambda wrapped: wrapped(turns.token(device))
 
     flops = 3 * model.batch * sum(p.flops for p in model.parameters)
     return Subject(
@@ -114,10 +119,7 @@ def _measure(
 ) -> dict[str, Any]:
     world, mbit = context.place.world, slower_mbit(config.network)
     cells = {subject.name: variants(task, subject.ranks, list(subject.shapes)) for subject in subjects}
-    for subject in subjects:
-        _check_memory(config, subject)
-    if mbit is not None and not config.force:
-        _check_time(task, subjects, cells, world, mbit)
+    check(config, subjects)
     lines = fit.lines(mbit, context.device, context.beat) if task.fit else {}
     rates = {
         variant.method: fit.rates(variant.config(task), context.device)
@@ -183,33 +185,28 @@ def slower_mbit(network: schema.Network) -> float | None:
     return min(network.up_mbit, network.down_mbit)
 
 
-def _check_memory(config: schema.Config, subject: Subject) -> None:
-    model = next(iter(subject.shapes.values()))
-    need = COPIES * 4 * sum(math.prod(shape) for _, shape in model.shapes) * config.train.world
+def check(config: schema.Config, subjects: Sequence[Subject]) -> None:
+    """Refused where the host's memory is short, or the links alone would take more than an hour; `force` goes on."""
+    task, world, mbit = config.task, config.train.world, slower_mbit(config.network)
+    assert isinstance(task, schema.Measured)
+    if config.force:
+        return
     have = config.hardware.mem_gib * GIB if config.hardware.mem_gib else host_available()
-    if need > have and not config.force:
-        raise Refused(
-            f"{subject.name or 'compress_iteration'} needs about {readable(need)} on {config.train.world} ranks; "
-            f"this host has {readable(have)} free: fewer ranks (train.world) or smaller models",
-            reason="memory",
-        )
-
-
-def _check_time(
-    task: schema.Measured,
-    subjects: Sequence[Subject],
-    cells: Mapping[str, Sequence[Variant]],
-    world: int,
-    mbit: float,
-) -> None:
-    """By what goes over the links alone."""
     seconds = 0.0
     for subject in subjects:
-        for variant in cells[subject.name]:
-            if variant.method in (NOOP, TORCH):
+        shapes = [(name, shape, 4) for name, shape in next(iter(subject.shapes.values())).shapes]
+        cells = variants(task, subject.ranks, list(subject.shapes))
+        need = copies(subject, cells) * 4 * sum(math.prod(shape) for _, shape, _ in shapes) * world
+        if need > have:
+            raise Refused(
+                f"{subject.name or 'compress_iteration'} needs about {readable(need)} on {world} ranks; "
+                f"this host has {readable(have)} free: fewer ranks (train.world) or smaller models",
+                reason="memory",
+            )
+        for variant in cells:
+            if mbit is None or variant.method in (NOOP, TORCH):
                 continue
-            shapes = subject.shapes[variant.batch].shapes
-            sent = compressed.mean_bytes([(n, s, 4) for n, s in shapes], variant.config(task), world, 2)
+            sent = compressed.mean_bytes(shapes, variant.config(task), world, 2)
             once = sum(links.bus_factor(kind, world) * nbytes for kind, nbytes in sent.items()) * 8e-6 / mbit
             seconds += once * (task.warmup + task.steps) * task.rounds
     if seconds > MAX_CPU_S:

@@ -29,7 +29,7 @@ from llmsys.schema.measured import NOOP, TORCH
 from llmsys.train.engines.ddp import NO_BUFFERS
 
 PACKED = "powersgd_packed"
-WHOLE_MIB = 2.0**20
+WHOLE_MIB = 1e6
 """A bucket that everything fits into."""
 TORCH_DENSE_STEPS = 2
 """Steps that torch's hook exchanges whole before it compresses: the least it admits."""
