@@ -12,8 +12,8 @@ the methods' own (`methods/`), of fp32 gradients; bytes of a bucket of d element
     efsign       guard, correct, norm 4 n, pack; add signs to E | zeros 4 d, add signs of each rank
     topk         guard, correct, magnitudes 8 n, radix selection 5 x 4 n | zeros 4 d, a sum for each tensor and rank
     randomk      guard, correct, k elements | zeros 4 n, k elements
-    powersgd     guard, correct, q C^T | QR of p, p C; E -= p^T q | p^T q
-    acpsgd       guard, correct, QR of the given factor, a product; E -= p^T q | p^T q
+    powersgd     guard, correct, q C^T | QR of p, p C, E -= p^T q | p^T q
+    acpsgd       guard, correct, QR of the given factor, a product, E -= p^T q | p^T q
 
 Each product with a factor of r rows is 2 N M r FLOPs and passes over the matrix once (E twice). QR is Householder's, of
 2 r kernels, since one column's reflection needs the last one's: r make them, r more make Q; each 2 N r FLOPs and 8 N r
@@ -122,7 +122,7 @@ def _low_rank(gradients: Sequence[Named], config: Settings, rates: Rates, step: 
     power = config.method == "powersgd"
     d = sum(math.prod(shape) for _, shape, _ in gradients)
     whole, first, second = 0, 0, 0  # elements that travel whole, and in factors, in each round
-    before, between, during, after = _guard(rates, d), 0.0, 0.0, 0.0
+    before, between, after = _guard(rates, d), 0.0, 0.0
     for name, shape, _ in gradients:
         if not compressed.low_rank(name, shape, config):
             whole += math.prod(shape)
@@ -130,20 +130,20 @@ def _low_rank(gradients: Sequence[Named], config: Settings, rates: Rates, step: 
         (n, m), r = compressed.matrix(shape), compressed.width(shape, config.r_at(step))
         flops, factors = 2.0 * n * m * r, 4.0 * (n + m) * r
         product = rates.kernel(4.0 * n * m + factors, flops)
+        taken = rates.kernel(8.0 * n * m + factors, flops) * config.feedback
         before += _correct(rates, n * m, config) + product
         if power:
-            between += rates.qr(n, r) + product
+            between += rates.qr(n, r) + product + taken
         else:
-            before += rates.qr(n if step % 2 else m, r)
+            before += rates.qr(n if step % 2 else m, r) + taken
         first += (n if power or step % 2 == 0 else m) * r
         second += m * r * power
-        during += rates.kernel(8.0 * n * m + factors, flops) * config.feedback
         after += product + rates.kernel(8.0 * max(n, m) * r)
     rest = rates.kernel(8.0 * whole) if whole else 0.0
     before += _wire(rates, first + whole)
     if not second:
-        return Work(before=(before,), during=during, after=after + rest)
-    return Work(before=(before, rest + between + _wire(rates, second)), during=during, after=after)
+        return Work(before=(before,), after=after + rest)
+    return Work(before=(before, rest + between + _wire(rates, second)), after=after)
 
 
 def _wire(rates: Rates, elements: int) -> float:
