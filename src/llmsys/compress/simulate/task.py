@@ -10,6 +10,8 @@ Everything that the tables show is in the record's summary, under keys of parts 
     average/<none or powersgd>_over_acpsgd_x           the paper's two averages, over all its models on its main
                                                        cluster, with its GPU and settings
     sensitivity/<setting>=<value>/<the same>           with another value of what is no specification
+
+Its samples are curves, at the latency of the last network: `curve/<model>/<world>/<method>_ms` over `curve/gbit`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from llmsys.context import Context
 
 
+CURVE_GBIT = tuple(round(10 ** (i / 6 - 1), 4) for i in range(19))
+"""Rates of links between machines: 0.1 to 100 Gbit/s."""
 ASSUMED: dict[str, tuple[float, ...]] = {
     "efficiency": (0.3, 0.4, 0.6, 0.7),
     "memory_efficiency": (0.5, 1.0),
@@ -48,6 +52,7 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
         raise ValueError(f"task.precision={task.precision}: {device.title} has none; there are {known}")
     lines = _lines(task)
     summary: dict[str, float] = {}
+    samples: dict[str, list[float]] = {"curve/gbit": list(CURVE_GBIT)}
     for name in task.models:
         context.beat()
         model = MODELS[name]
@@ -63,12 +68,14 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
                 if method != "none" and world > task.per_machine:
                     rate = predict.break_even_gbit(plan, plans["none"], cluster)
                     summary[f"break_even/{name}/{world}/{method}_gbit"] = rate
+                times = (plan.iteration(cluster.at_rate(gbit)).total_s * 1e3 for gbit in CURVE_GBIT)
+                samples[f"curve/{name}/{world}/{method}_ms"] = [round(ms, 3) for ms in times]
     if _as_in_the_paper(config) and (averages := tables.averages(summary)):
         summary |= {f"average/{key}": value for key, value in averages.items()}
         context.beat()
         summary |= _sensitivity(task, device)
     (context.out / "simulate.md").write_text(tables.markdown(summary, notes(config)), encoding="utf-8")
-    return {"summary": summary, "files": {"tables": "simulate.md"}}
+    return {"summary": summary, "samples": samples, "files": {"tables": "simulate.md"}}
 
 
 def _as_in_the_paper(config: schema.Config) -> bool:
