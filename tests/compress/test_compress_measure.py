@@ -194,7 +194,7 @@ def test_what_is_ours_is_predicted_from_a_fit(pool: Pool, tmp_path: Path) -> Non
     for name, row in rows.items():
         assert ("predicted_ms" in row) == (Variant.parse(name).method not in ("noop", "torch_powersgd")), name
     fitted = {key: value for key, value in first["summary"].items() if key.startswith("fit/")}
-    assert fitted["fit/acpsgd/gamma_gb_per_s"] > 0.1
+    assert fitted["fit/acpsgd, r=4/gamma_gb_per_s"] > 0.1
     assert fitted["fit/all_reduce/mbit"] > 100
     assert fitted == {key: value for key, value in second["summary"].items() if key.startswith("fit/")}
 

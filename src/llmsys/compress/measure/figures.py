@@ -9,7 +9,7 @@
     <variant>/over_bound_percent         of the iteration
     <variant>/recovered_percent          of what S-SGD of the same buckets takes longer than `noop`
     <variant>/predicted_ms               by `predicted`, and `error_percent` of it
-    fit/<kind>/alpha_us, mbit            and fit/<method>/gamma_gb_per_s, launch_us
+    fit/<collective>/alpha_us, mbit      and fit/<method>/gamma_gb_per_s, launch_us: of the method, with its r
 
 A variant is `<method>/bucket=...,overlap,r=...,batch=...`; before it stands the model, where there are several.
 """

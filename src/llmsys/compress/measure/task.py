@@ -121,11 +121,8 @@ def _measure(
     cells = {subject.name: variants(task, subject.ranks, list(subject.shapes)) for subject in subjects}
     check(config, subjects)
     lines = fit.lines(mbit, context.device, context.beat) if task.fit else {}
-    rates = {
-        variant.method: fit.rates(variant.config(task), context.device)
-        for variant in dict.fromkeys(variant for each in cells.values() for variant in each)
-        if task.fit and variant.method not in (NOOP, TORCH)
-    }
+    ours = [v for each in cells.values() for v in each if task.fit and v.method not in (NOOP, TORCH)]
+    rates = {kind: fit.rates(one.config(task), context.device) for kind, one in {v.kind: v for v in ours}.items()}
     summary = figures.fitted(lines, rates) if task.fit else {}
     samples: dict[str, list[float]] = {}
     for subject in subjects:
@@ -171,7 +168,7 @@ def _predicted(
             subject.names,
             buckets,
             passes_s=passes,
-            rates=rates[variant.method],
+            rates=rates[variant.kind],
             lines=lines,
             world=world,
         ).total_s

@@ -50,6 +50,11 @@ class Variant:
         overlap = "overlap" if self.overlap else "serial"
         return f"{self.method}/bucket={self.bucket_mib:g},{overlap},r={self.r},batch={self.batch}"
 
+    @property
+    def kind(self) -> str:
+        """What decides how fast it compresses: the method, and r where that matters."""
+        return f"{self.method}, r={self.r}" if self.low_rank else self.method
+
     @classmethod
     def parse(cls, name: str) -> Variant:
         """Of a `name`."""
