@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -76,6 +77,21 @@ def test_tables_have_a_line_for_each_variant_and_say_what_is_not_known() -> None
     assert "| acpsgd | 25 | 4 | 32 | 15.0 (15.0 to 15.0) | 5.0 |" in text
     assert "1.33x" in text  # S-SGD takes 20 ms
     assert "link's rate" not in text
+
+
+def test_a_fit_is_told_as_the_command_that_simulates_with_it() -> None:
+    fit = figures.fitted(
+        {"all_reduce": Line(2e-5, 8e-9)}, {"acpsgd, r=4": Rates(flops_per_s=1, bytes_per_s=5e9, launch_s=0)}
+    )
+    (command,) = re.findall("`python -m llmsys (.*)`", tables.markdown(fit, 4))
+    assert command.split()[1:] == [
+        "task.alpha_s=2e-05",
+        "task.beta_bytes_per_s=1.25e+08",
+        "task.gamma_bytes_per_s=5e+09",
+    ]
+    task = schema.build(compose.compose(command.split())).task
+    assert isinstance(task, schema.Simulate)
+    assert task.beta_bytes_per_s == 1.25e8
 
 
 def test_a_paced_pass_takes_what_its_flops_take_and_waits_for_hooks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,19 @@ def _fit(summary: Summary) -> str:
     gamma = [["method", "gamma GB/s", "least us of a kernel"]]
     gamma += [[m, f"{fit[f'fit/{m}/gamma_gb_per_s']:.2f}", f"{fit[f'fit/{m}/launch_us']:.1f}"] for m in methods]
     text = f"## Fitted before\n\n{_lined(lines)}\n\n" if kinds else "## Fitted before\n\n"
-    return f"{text}{_lined(gamma)}"
+    return f"{text}{_lined(gamma)}{_simulated(fit)}"
+
+
+def _simulated(fit: Summary) -> str:
+    """The command that simulates larger clusters with what was fitted."""
+    gamma = [value for key, value in fit.items() if key.startswith("fit/acpsgd") and key.endswith("gamma_gb_per_s")]
+    if "fit/all_reduce/mbit" not in fit or not gamma:
+        return ""
+    alpha, beta = fit["fit/all_reduce/alpha_us"] * 1e-6, fit["fit/all_reduce/mbit"] * 1e6 / 8
+    return (
+        "\n\nClusters of such links and memory: `python -m llmsys +exp=compress_simulate "
+        f"task.alpha_s={alpha:.3g} task.beta_bytes_per_s={beta:.4g} task.gamma_bytes_per_s={gamma[0] * 1e9:.3g}`"
+    )
 
 
 def _lined(lines: Sequence[Sequence[str]]) -> str:
