@@ -7,41 +7,56 @@ The measurements are experiments, whose variants take turns within one run:
     python -m llmsys -m +exp=compress_iteration network=eth100m,eth1g,eth10g [train.world=2 train.global_batch=2]
     python -m llmsys -m +exp=compress_replay network=eth100m,eth1g
 
-A cell is one method with its settings on one link. It is bound by the link where what it sends takes longer at the
-link's nominal rate than everything that is computed without any exchange. Where a method was measured with several
-sizes of buckets, ratios are between each method's best.
+A cell is one method with its settings on one link. Where a method was measured with several sizes of buckets, what
+stands here is its best. Ratios are between medians within one round of a run, and the median over its rounds is quoted
+with a 95 % bootstrap interval. The bound of a cell is the larger of what is computed without any exchange and of what
+is sent at the link's nominal rate; the cost model is held against cells that the link bounds.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import side_by_side
 from llmsys import results
-from llmsys.compress.measure import tables
+from llmsys.compress.measure import figures, tables
 from llmsys.compress.measure.variants import Variant
 from llmsys.job import Record
+from llmsys.schema.measured import NOOP
 
 TASKS = ("compress_iteration", "compress_replay")
 OURS = ("none", "acpsgd")
-R = 4
+STACK = {"subject": "stack", "layers": 8, "width": 768}
+"""The 18.9 MB of gradients of which ratios were asked."""
+R, BATCH = 4, 32
+ASKED = {("none", "eth100m", 4): 30.0, ("none", "eth1g", 4): 4.0, ("powersgd", "eth1g", 4): 1.4}
+"""(method, link, ranks) -> how many times longer than ACP-SGD it has to take."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`where`: experiment, model, link and number of ranks."""
+    """`run`: one run and model, within which cells may be compared. `rounds_ms`: medians of each round."""
 
-    where: str
-    network: str
-    world: int
+    run: str
+    record: Record
+    model: str
     variant: Variant
     row: Mapping[str, float]
-    steps_ms: Sequence[float]
+    rounds_ms: Sequence[float]
     noop_ms: float
+
+    @property
+    def network(self) -> str:
+        return str(self.record.config["network"]["name"])
+
+    @property
+    def where(self) -> str:
+        said = [self.record.name, self.model, self.network, f"{self.record.world} ranks"]
+        return " ".join(word for word in said if word)
 
     @property
     def link_bound(self) -> bool:
@@ -60,43 +75,47 @@ class Line:
     what: str
     asked: str
     found: str
-    met: bool | None
+    met: bool | None = None
 
 
 def cells(records: Sequence[Record]) -> list[Cell]:
-    """Of the measured iterations among `records`."""
+    """Of the measured iterations among `records`; those whose links could not be shaped are left out."""
     found = []
     for record in records:
-        if record.task not in TASKS or record.status != "ok":
+        if record.task not in TASKS or record.status != "ok" or not record.env.get("network", {}).get("shaped", True):
             continue
-        network = record.config["network"]["name"]
+        each_round = record.config["task"]["steps"] // 2
         for model, rows in tables.cells(record.summary).items():
-            noop = {Variant.parse(n).batch: row["iteration_ms"] for n, row in rows.items() if n.startswith("noop/")}
+            medians = {Variant.parse(name): row["iteration_ms"] for name, row in rows.items()}
             for name, row in rows.items():
                 variant = Variant.parse(name)
-                key = f"{model}/{name}" if model else name
-                where = f"{record.name} {model} {network} {record.world} ranks".replace("  ", " ")
-                samples = record.samples[f"{key}/step_ms"]
-                found.append(Cell(where, network, record.world, variant, row, samples, noop[variant.batch]))
+                pairs = record.samples[f"{model}/{name}/pair_ms" if model else f"{name}/pair_ms"]
+                rounds = [statistics.median(pairs[i : i + each_round]) for i in range(0, len(pairs), each_round)]
+                noop = figures.noop_s(medians, variant)
+                found.append(Cell(f"{record.run_id}/{model}", record, model, variant, row, rounds, noop))
     return found
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """The table, figure by figure; those that no record has are left out."""
     every = cells(records)
-    stack = [cell for cell in every if cell.where.startswith("compress_iteration") and cell.variant.r == R]
+    stack = [cell for cell in every if _stack(cell)]
+    ours = [cell for cell in every if "error_percent" in cell.row]
     return [
         *_collectives(every),
         *_bounds(every),
         *_ratios(stack),
         *_recovered(stack),
-        *_errors("paced replay against the simulator", [c for c in every if "replay" in c.where and _ours(c)]),
-        *_errors("cost model against iterations", [c for c in every if "iteration" in c.where and _ours(c)]),
+        *_errors("paced replay against the simulator", [c for c in ours if c.record.task == "compress_replay"]),
+        *_errors("cost model against iterations", [c for c in ours if c.record.task == "compress_iteration"]),
     ]
 
 
-def _ours(cell: Cell) -> bool:
-    return cell.link_bound and "error_percent" in cell.row
+def _stack(cell: Cell) -> bool:
+    task, variant = cell.record.config["task"], cell.variant
+    alike = cell.record.task == "compress_iteration" and all(task[key] == value for key, value in STACK.items())
+    right = variant.overlap and variant.batch == BATCH and (variant.r == R or not variant.low_rank)
+    return alike and right and variant.method != NOOP
 
 
 def _collectives(every: Sequence[Cell]) -> Iterator[Line]:
@@ -107,33 +126,34 @@ def _collectives(every: Sequence[Cell]) -> Iterator[Line]:
 
 
 def _bounds(every: Sequence[Cell]) -> Iterator[Line]:
-    """Each link-bound cell of the two methods, at its best size of buckets."""
-    bound = [c for c in every if c.link_bound and c.variant.method in OURS and c.network in ("eth100m", "eth1g")]
-    groups: dict[tuple[str, str, int], list[Cell]] = {}
-    for cell in bound:
-        groups.setdefault((cell.where, cell.variant.method, cell.variant.r * cell.variant.low_rank), []).append(cell)
+    """Each cell of the two methods at 4 ranks, with its best buckets."""
+    groups: dict[tuple[str, str, int, int], list[Cell]] = {}
+    for cell in every:
+        v = cell.variant
+        if v.method in OURS and v.overlap and cell.network in ("eth100m", "eth1g") and cell.record.world == 4:
+            groups.setdefault((cell.run, v.method, v.r * v.low_rank, v.batch), []).append(cell)
     for group in groups.values():
         best = min(group, key=lambda c: c.row["over_bound_percent"])
-        over = best.row["over_bound_percent"]
-        yield Line(f"(T - bound) / bound: {best}", "15 % or less", f"{over:.1f} %", over <= 15)
+        over, by = best.row["over_bound_percent"], "link" if best.link_bound else "computation"
+        yield Line(f"(T - bound) / bound: {best}", "15 % or less", f"{over:.1f} %, bound by {by}", over <= 15)
 
 
 def _ratios(stack: Sequence[Cell]) -> Iterator[Line]:
-    asked = {("none", "eth100m", 4): 30.0, ("none", "eth1g", 4): 4.0, ("powersgd", "eth1g", 4): 1.4}
-    for where in dict.fromkeys((c.where, c.network, c.world) for c in stack):
-        here = [c for c in stack if c.where == where[0] and c.variant.overlap]
+    for run in dict.fromkeys(cell.run for cell in stack):
+        here = [cell for cell in stack if cell.run == run]
+        acp = _best(here, "acpsgd")
         for method in ("none", "fp16", "torch_powersgd", "powersgd"):
-            theirs, acp = (_best(here, name) for name in (method, "acpsgd"))
+            theirs = _best(here, method)
             if theirs is None or acp is None:
                 continue
-            low, middle, high = ratio(theirs.steps_ms, acp.steps_ms)
-            bound = asked.get((method, *where[1:]))
-            text = f"{middle:.2f}x ({low:.2f} to {high:.2f})"
+            each = [a / b for a, b in zip(theirs.rounds_ms, acp.rounds_ms, strict=True)]
+            low, middle, high = side_by_side.median_interval(each)
+            asked = ASKED.get((method, acp.network, acp.record.world))
             yield Line(
                 f"{theirs} / ACP-SGD {acp.variant.bucket_mib:g} MiB",
-                f"{bound:g}x or better" if bound else "",
-                text,
-                None if bound is None else middle >= bound,
+                f"{asked:g}x or better" if asked else "",
+                f"{middle:.2f}x ({low:.2f} to {high:.2f})",
+                middle >= asked if asked else None,
             )
 
 
@@ -141,47 +161,27 @@ def _best(found: Sequence[Cell], method: str) -> Cell | None:
     return min((c for c in found if c.variant.method == method), key=lambda c: c.row["iteration_ms"], default=None)
 
 
-def ratio(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
-    """The ratio of the medians, between the ends of its 95 % bootstrap interval, by resampling both."""
-    import random
-
-    draw = random.Random(0)
-
-    def median(values: Sequence[float]) -> float:
-        return statistics.median(draw.choices(values, k=len(values)))
-
-    drawn = sorted(median(theirs) / median(ours) for _ in range(side_by_side.RESAMPLES))
-    cut = side_by_side.RESAMPLES * 25 // 1000
-    return drawn[cut], statistics.median(theirs) / statistics.median(ours), drawn[-1 - cut]
-
-
 def _recovered(stack: Sequence[Cell]) -> Iterator[Line]:
-    for where in dict.fromkeys(c.where for c in stack):
-        here = [c for c in stack if c.where == where and c.variant.overlap]
-        plain, acp = _best(here, "none"), _best(here, "acpsgd")
-        if plain is None or acp is None:
+    for run in dict.fromkeys(cell.run for cell in stack):
+        acp = _best([cell for cell in stack if cell.run == run], "acpsgd")
+        if acp is None or "recovered_percent" not in acp.row:
             continue
-        lost = plain.row["iteration_ms"] - acp.noop_ms
-        share = 100 * (plain.row["iteration_ms"] - acp.row["iteration_ms"]) / lost
-        asked = acp.network == "eth1g" and acp.world == 4
-        yield Line(
-            f"recovered of what S-SGD loses: {where}",
-            "85 % or more" if asked else "",
-            f"{share:.1f} %",
-            share >= 85 if asked else None,
-        )
+        share, asked = acp.row["recovered_percent"], acp.network == "eth1g" and acp.record.world == 4
+        what = f"recovered by ACP-SGD of what S-SGD loses: {acp.where}"
+        yield Line(what, "85 % or more" if asked else "", f"{share:.1f} %", share >= 85 if asked else None)
 
 
 def _errors(what: str, found: Sequence[Cell]) -> Iterator[Line]:
-    """Worst and mean error of the predictions of link-bound cells."""
-    if not found:
-        return
-    size: Callable[[Cell], float] = lambda c: abs(c.row["error_percent"])  # noqa: E731
-    worst = max(found, key=size)
-    mean = statistics.fmean(map(size, found))
-    inside = sum(size(c) <= 10 for c in found)
-    text = f"{inside} of {len(found)} cells; mean {mean:.1f} %, worst {worst.row['error_percent']:+.1f} % ({worst})"
-    yield Line(f"{what}, link-bound", "within 10 %", text, inside == len(found))
+    """Errors of the predictions of cells that the link bounds, and of the others, of which nothing was asked."""
+    for kind, asked in (("link", "within 10 %"), ("computation", "")):
+        group = [cell for cell in found if cell.link_bound == (kind == "link")]
+        if group:
+            size = {id(cell): abs(cell.row["error_percent"]) for cell in group}
+            worst = max(group, key=lambda cell: size[id(cell)])
+            inside = sum(value <= 10 for value in size.values())
+            text = f"{inside} of {len(group)} cells; mean {statistics.fmean(size.values()):.1f} %, "
+            text += f"worst {worst.row['error_percent']:+.1f} % ({worst})"
+            yield Line(f"{what}, bound by the {kind}", asked, text, inside == len(group) if asked else None)
 
 
 def show(found: Sequence[Line]) -> str:

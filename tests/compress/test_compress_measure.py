@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import statistics
@@ -13,18 +14,21 @@ import torch
 
 from llmsys import compose, runner, schema
 from llmsys import job as jobs
+from llmsys.comm.group import group
+from llmsys.comm.place import Place
 from llmsys.compress.kernels_cost import Rates
 from llmsys.compress.measure import figures, fit, predicted, tables, turns
 from llmsys.compress.measure import task as tasks
 from llmsys.compress.measure.paced import Pace, PacedModel
 from llmsys.compress.measure.turns import Samples
-from llmsys.compress.measure.variants import WHOLE_MIB, Variant, variants
+from llmsys.compress.measure.variants import DEFAULT_MIB, WHOLE_MIB, Attached, Variant, variants
 from llmsys.compress.paper_models import MODELS, PaperModel, Parameter
+from llmsys.compress.simulate import predict
 from llmsys.cost.links import Line
 from rank_pool import Pool
 
 FREE = Rates(flops_per_s=float("inf"), bytes_per_s=float("inf"), launch_s=0.0)
-NOOP, PLAIN, ACP = (Variant(method, 25, True, 4, 32) for method in ("noop", "none", "acpsgd"))
+NOOP, PLAIN, ACP = (Variant(method, 1, True, 4, 32) for method in ("noop", "none", "acpsgd"))
 
 
 def test_what_a_setting_means_nothing_to_is_measured_once() -> None:
@@ -32,9 +36,9 @@ def test_what_a_setting_means_nothing_to_is_measured_once() -> None:
         methods=["none", "acpsgd", "powersgd_packed", "torch_powersgd"], bucket_mib=[0, 4], overlap=[True, False]
     )
     found = variants(task, [4, 8], [32])
-    assert found[0] == Variant("noop", 0, True, 4, 32)
+    assert found[:3] == [Variant("noop", mib, True, 4, 32) for mib in (0, 4, WHOLE_MIB)]
     by_method = Counter(variant.method for variant in found)
-    assert by_method == {"noop": 1, "none": 4, "acpsgd": 8, "powersgd_packed": 2, "torch_powersgd": 2}
+    assert by_method == {"noop": 3, "none": 4, "acpsgd": 8, "powersgd_packed": 2, "torch_powersgd": 2}
     assert {v.r for v in found if v.method == "none"} == {4}
     assert {(v.bucket_mib, v.overlap) for v in found if v.method == "torch_powersgd"} == {(WHOLE_MIB, True)}
 
@@ -46,16 +50,16 @@ def test_a_variant_is_known_by_its_name(variant: Variant) -> None:
 
 def samples(step_s: float, **more: float) -> Samples:
     own = {key: [value] * 2 for key, value in more.items()}
-    return Samples(step_s=[step_s] * 2, calls=Counter(all_reduce=4), bytes=Counter(all_reduce=2_000_000), **own)
+    return Samples(step_s=[[step_s], [step_s]], calls=Counter(all_reduce=4), bytes=Counter(all_reduce=2_000_000), **own)
 
 
 def test_an_iteration_is_computation_compression_and_waiting() -> None:
     """At 4 ranks 1 MB a step is 1.5 MB on each link, 12 ms at 1 Gbit/s."""
     found = figures.measured(
         {
-            NOOP: Samples(step_s=[0.010, 0.010], calls=Counter(), bytes=Counter()),
+            NOOP: Samples(step_s=[[0.010, 0.010]], calls=Counter(), bytes=Counter()),
             PLAIN: samples(0.030),
-            ACP: samples(0.014, compress_s=0.002, decompress_s=0.001),
+            ACP: samples(0.014, compress_s=0.002, decompress_s=0.003, exposed_s=0.001),
         },
         world=4,
         mbit=1000,
@@ -74,7 +78,7 @@ def test_tables_have_a_line_for_each_variant_and_say_what_is_not_known() -> None
     whole = figures.measured({NOOP: samples(0.01), PLAIN: samples(0.02), ACP: samples(0.015)}, world=4, mbit=None)
     text = tables.markdown({f"bert_base/{key}": value for key, value in whole.items()}, 4)
     assert "## bert_base, 4 ranks" in text
-    assert "| acpsgd | 25 | 4 | 32 | 15.0 (15.0 to 15.0) | 5.0 |" in text
+    assert "| acpsgd | 1 | 4 | 32 | 15.0 (15.0 to 15.0) |" in text
     assert "1.33x" in text  # S-SGD takes 20 ms
     assert "link's rate" not in text
 
@@ -114,7 +118,7 @@ def test_a_paced_pass_takes_what_its_flops_take_and_waits_for_hooks(monkeypatch:
 
 def test_a_paced_model_has_each_gradient_in_reverse_and_later_leaves_it_alone() -> None:
     shapes = [Parameter("a.weight", (3, 4), 6.0), Parameter("b.bias", (5,))]
-    model = PacedModel(shapes, batch=2, flops_per_s=None, device=torch.device("cpu"))
+    model = PacedModel(shapes, batch=2, flops_per_s=None, device=torch.device("cpu"), seed=1)
     order: list[str] = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
@@ -128,15 +132,13 @@ def test_a_paced_model_has_each_gradient_in_reverse_and_later_leaves_it_alone() 
 
 
 def prediction(variant: Variant, rates: Rates, beta_s: float) -> float:
-    """ms of an iteration of two layers of 1 MB, of 3 ms a pass of the model."""
-    layers = [Parameter(f"{i}", (500, 500), 1.0) for i in range(2)]
+    """ms of an iteration of two layers of 1 MiB, one bucket each, with 3 ms in both passes."""
+    layers = [Parameter(f"{i}", (512, 512), 1.0) for i in range(2)]
     model = PaperModel(title="", make=lambda: iter(layers), batch=1, r=4)
     found = predicted.iteration(
         variant,
         schema.Iteration(),
         model,
-        ["0", "1"],
-        [["1"], ["0"]],
         passes_s=0.003,
         rates=rates,
         lines={"all_reduce": Line(0.0, beta_s)},
@@ -146,12 +148,31 @@ def prediction(variant: Variant, rates: Rates, beta_s: float) -> float:
 
 
 def test_a_prediction_has_the_passes_and_the_link_behind_the_first_bucket() -> None:
-    """Forward 1 ms and two backward of 1 ms; at two ranks each bucket is 1 MB on the link."""
+    """Forward 1 ms and two backward of 1 ms; at two ranks each bucket is 1 MiB on the link."""
+    ms = 1e-3 / 2**20  # so that a bucket takes 1 ms
     assert prediction(PLAIN, FREE, 0.0) == pytest.approx(3)
-    assert prediction(PLAIN, FREE, 10e-9) == pytest.approx(1 + 1 + 2 * 10)
-    serial = Variant("none", 25, False, 4, 32)
-    assert prediction(serial, FREE, 10e-9) == pytest.approx(3 + 2 * 10)
-    assert prediction(PLAIN, FREE, 0.1e-9) == pytest.approx(3 + 0.1)  # hidden but for the last
+    assert prediction(PLAIN, FREE, 10 * ms) == pytest.approx(1 + 1 + 2 * 10)
+    assert prediction(dataclasses.replace(PLAIN, overlap=False), FREE, 10 * ms) == pytest.approx(3 + 2 * 10)
+    assert prediction(PLAIN, FREE, 0.1 * ms) == pytest.approx(3 + 0.1)  # hidden but for the last
+
+
+def cut(place: Place, name: str, mib: float) -> list[list[str]]:
+    """The buckets that DDP makes of a paper's model, on a rank of the pool."""
+    model = PacedModel(MODELS[name].parameters, 1, None, torch.device("cpu"), 1)
+    with group(place, torch.device("cpu")):
+        attached = Attached(Variant("noop", mib, True, 4, 1), schema.Replay(), model)
+        for _ in range(3):
+            attached.wrapped(turns.token(torch.device("cpu"))).backward()
+    return attached.noted
+
+
+@pytest.mark.parametrize("mib", [4.0, 25.0])
+def test_buckets_are_simulated_as_ddp_cuts_them(pool: Pool, mib: float) -> None:
+    """25 is its default, with a smaller first bucket."""
+    parameters = MODELS["resnet50"].parameters
+    ours = predict.ddp_buckets(parameters, mib, predict.FIRST_MIB if mib == DEFAULT_MIB else None)
+    theirs, _ = pool.call("test_compress_measure:cut", "resnet50", mib)
+    assert [[parameters[i].name.replace(".", "/") for i in bucket] for bucket in ours] == theirs
 
 
 def test_the_fitted_bandwidth_gives_back_what_was_measured() -> None:
@@ -187,7 +208,7 @@ def test_the_papers_bytes_and_one_collective_a_bucket(pool: Pool, tmp_path: Path
 def test_all_that_can_be_measured_is(pool: Pool, tmp_path: Path) -> None:
     """Every method, with overlap and fusion and without."""
     overrides = ["+exp=compress_iteration", "network=none", "task.width=64", "task.layers=3", "task.rounds=1"]
-    overrides += ["task.steps=2", "task.bucket_mib=[0,0.02]", "task.overlap=[true,false]", "task.fit=false"]
+    overrides += ["task.steps=2", "task.bucket_mib=[0.02]", "task.overlap=[true,false]", "task.fit=false"]
     overrides += ["task.methods=[none,fp16,sign,efsign,topk,randomk,powersgd_packed,powersgd,acpsgd,torch_powersgd]"]
     first, _ = pool.call("rank_runs:run", str(tmp_path), overrides)
     assert first["status"] == "ok", first["error"]
@@ -196,7 +217,7 @@ def test_all_that_can_be_measured_is(pool: Pool, tmp_path: Path) -> None:
         variant = Variant.parse(name)
         assert row["iteration_ms"] > 0
         if variant.method in ("acpsgd", "fp16") and variant.overlap:
-            assert row["collectives"] == row["buckets"] == (6 if variant.bucket_mib == 0 else 2)
+            assert row["collectives"] == row["buckets"] == 2
     text = (Path(first["out"]) / "measured.md").read_text()
     assert "acpsgd, no overlap" in text
 
@@ -218,11 +239,11 @@ def test_what_is_ours_is_predicted_from_a_fit(pool: Pool, tmp_path: Path) -> Non
 def test_a_whole_model_is_measured_too(tmp_path: Path) -> None:
     overrides = ["+exp=compress_iteration", "network=none", "train.world=1", "train.global_batch=1", "model=llama_tiny"]
     overrides += ["task.subject=model", "task.batch=[2]", "task.rounds=1", "task.steps=2", "train.length=16"]
-    overrides += ["task.methods=[none,acpsgd]", "task.fit=false", f"results={tmp_path}"]
+    overrides += ["task.methods=[none,acpsgd]", "task.bucket_mib=[4]", "task.fit=false", f"results={tmp_path}"]
     record = runner.run(jobs.make(compose.compose(overrides)))
     assert record.status == "ok", record.error
-    (name,) = (key for key in record.samples if key.startswith("acpsgd") and key.endswith("/step_ms"))
-    assert record.summary[name.replace("step_ms", "iteration_ms")] == pytest.approx(
+    (name,) = (key for key in record.samples if key.startswith("acpsgd") and key.endswith("/pair_ms"))
+    assert record.summary[name.replace("pair_ms", "iteration_ms")] == pytest.approx(
         statistics.median(record.samples[name]), abs=1e-3
     )
 
@@ -254,9 +275,9 @@ def test_what_would_take_too_much_says_so_first(overrides: list[str], reason: st
     config = schema.build(compose.compose(["+exp=compress_replay", *overrides]))
     task = config.task
     assert isinstance(task, schema.Replay)
-    subject = tasks.replayed(task, "bert_large", torch.device("cpu"))
+    subject = tasks.replayed(task, "bert_large", torch.device("cpu"), 0)
     with pytest.raises(tasks.Refused) as refused:
-        tasks.check(config, [subject])
+        tasks.check(config, [subject], torch.device("cpu"))
     assert refused.value.reason == reason
 
 

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmsys.compress.measure import tables
+from llmsys.compress.measure import figures, tables
 from llmsys.compress.measure.variants import Variant
 from llmsys.compress.paper_models import MODELS
 from llmsys.compress.simulate.predict import RATES_GBIT
@@ -19,11 +19,12 @@ from llmsys.schema.measured import NOOP
 
 FAR = 3.0
 """So many times longer than the median, a bar runs out of its panel."""
+UNKNOWN = "#b5b5b5"
 PARTS = {
     "passes and update": "#4c72b0",
     "compression": "#dd8452",
-    "decompression": "#e8b384",
-    "waiting for the link": "#c44e52",
+    "exposed decompression": "#e8b384",
+    "exposed communication": "#c44e52",
 }
 COLOURS = {
     "none": "#333333",
@@ -54,23 +55,29 @@ def breakdown(records: Sequence[Record]) -> Any:
         axes.set_visible(False)
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour, label=part) for part, colour in PARTS.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    parts = {**PARTS, "torch's hook, all of it": UNKNOWN}
+    handles = [Patch(color=colour, label=part) for part, colour in parts.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=5)
     return figure
 
 
 def _bars(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
     shown = {name: row for name, row in rows.items() if not name.startswith(NOOP)}
-    compute = {Variant.parse(name).batch: row["iteration_ms"] for name, row in rows.items() if name.startswith(NOOP)}
+    medians = {Variant.parse(name): row["iteration_ms"] for name, row in rows.items()}
+    passes = {name: figures.noop_s(medians, Variant.parse(name)) for name in shown}
     labels = [_label(Variant.parse(name), [Variant.parse(each) for each in shown]) for name in shown]
     starts = [0.0] * len(shown)
-    keys = (None, "compress_ms", "decompress_ms", "exposed_ms")
+    keys = (None, "compress_ms", "decompress_exposed_ms", "exposed_ms")
     for (_, colour), key in zip(PARTS.items(), keys, strict=True):
-        widths = [row.get(key, 0.0) if key else compute[Variant.parse(name).batch] for name, row in shown.items()]
+        widths = [max(0.0, row.get(key, 0.0)) if key else passes[name] for name, row in shown.items()]
         axes.barh(labels, widths, left=starts, color=colour, height=0.75)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     limit = min(max(starts), FAR * statistics.median(starts)) * 1.15
     axes.set_xlim(0, limit)
+    for y, (name, row) in enumerate(shown.items()):
+        if "exposed_ms" not in row:  # torch's hook: of its rest nobody knows what it is
+            axes.barh([labels[y]], [row["iteration_ms"] - passes[name]], left=passes[name], color=UNKNOWN, height=0.75)
+            starts[y] = row["iteration_ms"]
     for y, row in enumerate(shown.values()):
         out = starts[y] > limit
         where, side = (limit, "right") if out else (starts[y], "left")

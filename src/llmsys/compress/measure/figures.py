@@ -1,17 +1,22 @@
 """What a record says of measured iterations, under keys of parts joined by `/`; ms and bytes are of one step.
 
-    <variant>/iteration_ms, _p25, _p75   median over all steps, of the slowest rank, and quartiles
-    <variant>/compress_ms, decompress_ms medians; 0 where nothing is, not there where nobody knows
-    <variant>/exposed_ms                 what is left of the iteration without these and without `noop`'s: waiting
+    <variant>/iteration_ms, _p25, _p75   median over pairs of steps, of the slowest rank, and quartiles
+    <variant>/compress_ms                before the collectives, in the pass's own thread; median, mean of the ranks
+    <variant>/decompress_ms              after them; `decompress_exposed_ms` of that behind the backward pass
+    <variant>/exposed_ms                 the rest: the iteration without `noop`'s, compress_ms and
+                                         decompress_exposed_ms. Waiting for the link, and whatever else there is (a
+                                         link's protocol takes the cores as well). Negative where the clocks, that run
+                                         on while a rank waits for a core, have counted something twice
     <variant>/wire_bytes                 what each rank sends; `wire_ms` at the link's nominal rate
     <variant>/collectives                counted, and `buckets`
     <variant>/bound_ms                   the larger of `noop`'s iteration and wire_ms
     <variant>/over_bound_percent         of the iteration
-    <variant>/recovered_percent          of what S-SGD of the same buckets takes longer than `noop`
+    <variant>/recovered_percent          of what S-SGD, with its best buckets, takes longer than `noop`
     <variant>/predicted_ms               by `predicted`, and `error_percent` of it
     fit/<collective>/alpha_us, mbit      and fit/<method>/gamma_gb_per_s, launch_us: of the method, with its r
 
-A variant is `<method>/bucket=...,overlap,r=...,batch=...`; before it stands the model, where there are several.
+A variant is `<method>/bucket=...,overlap,r=...,batch=...`; before it stands the model, where there are several. `noop`
+is that of the same buckets and batch. Compression is not known of torch's hook, and of S-SGD there is none.
 """
 
 from __future__ import annotations
@@ -24,36 +29,50 @@ from llmsys.compress.measure.turns import COUNTED, Samples
 from llmsys.compress.measure.variants import Variant
 from llmsys.cost import links
 from llmsys.cost.links import Line
-from llmsys.schema.measured import NOOP
+from llmsys.schema.measured import NOOP, TORCH
+
+WORTH = 0.05
+"""How much longer than `noop`, at least, S-SGD takes where there is something to recover."""
 
 
 def measured(samples: Mapping[Variant, Samples], world: int, mbit: float | None) -> dict[str, float]:
-    """Of the variants of one model. `noop` is among them for each batch."""
-    compute = {v.batch: statistics.median(s.step_s) for v, s in samples.items() if v.method == NOOP}
+    """Of the variants of one model."""
+    medians = {variant: statistics.median(own.pairs_s) for variant, own in samples.items()}
     found: dict[str, float] = {}
     for variant, s in samples.items():
-        own = _one(s, compute[variant.batch], world, mbit)
-        plain = Variant("none", variant.bucket_mib, variant.overlap, _first_r(samples), variant.batch)
-        if plain in samples and variant.method not in (NOOP, "none"):
-            lost = statistics.median(samples[plain].step_s) - compute[variant.batch]
-            own["recovered_percent"] = 100 * (1 - (own["iteration_ms"] / 1e3 - compute[variant.batch]) / lost)
+        compute = noop_s(medians, variant)
+        own = _one(variant, s, compute, world, mbit)
+        plain = [t for v, t in medians.items() if v.method == "none" and v.overlap and v.batch == variant.batch]
+        if plain and min(plain) > (1 + WORTH) * compute and variant.method not in (NOOP, "none"):
+            own["recovered_percent"] = 100 * (min(plain) - medians[variant]) / (min(plain) - compute)
         found |= {f"{variant.name}/{key}": value for key, value in own.items()}
     return found
 
 
-def _first_r(samples: Mapping[Variant, Samples]) -> int:
-    return next(variant.r for variant in samples if variant.method == NOOP)
+def noop_s(medians: Mapping[Variant, float], variant: Variant) -> float:
+    """Seconds of the iteration that exchanges nothing, with the buckets and the batch of `variant`."""
+    found = [t for v, t in medians.items() if v.method == NOOP and v.batch == variant.batch]
+    same = [
+        t for v, t in medians.items() if (v.method, v.batch, v.bucket_mib) == (NOOP, variant.batch, variant.bucket_mib)
+    ]
+    return (same or found)[0]
 
 
-def _one(s: Samples, compute_s: float, world: int, mbit: float | None) -> dict[str, float]:
-    p25, p50, p75 = statistics.quantiles(s.step_s, n=4, method="inclusive")
+def _one(variant: Variant, s: Samples, compute_s: float, world: int, mbit: float | None) -> dict[str, float]:
+    pairs = s.pairs_s
+    p25, p50, p75 = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
     own = {"iteration_ms": p50 * 1e3, "iteration_ms_p25": p25 * 1e3, "iteration_ms_p75": p75 * 1e3}
     working = 0.0
     if s.compress_s:
-        parts = {"compress_ms": statistics.median(s.compress_s), "decompress_ms": statistics.median(s.decompress_s)}
-        working = sum(parts.values())
+        parts = {
+            "compress_ms": statistics.median(s.compress_s),
+            "decompress_ms": statistics.median(s.decompress_s),
+            "decompress_exposed_ms": statistics.median(s.exposed_s),
+        }
+        working = parts["compress_ms"] + parts["decompress_exposed_ms"]
         own |= {key: value * 1e3 for key, value in parts.items()}
-    own["exposed_ms"] = max(0.0, p50 - compute_s - working) * 1e3
+    if variant.method not in (NOOP, TORCH):
+        own["exposed_ms"] = (p50 - compute_s - working) * 1e3
     if s.buckets:
         own["buckets"] = len(s.buckets)
     if s.calls is not None:
@@ -87,10 +106,11 @@ def fitted(lines: Mapping[str, Line], rates: Mapping[str, Rates]) -> dict[str, f
 
 
 def samples_ms(samples: Mapping[Variant, Samples]) -> dict[str, list[float]]:
-    """The raw repeats behind every median."""
+    """The raw repeats behind every median: means of pairs of steps, `task.steps` / 2 of each turn, turn by turn."""
     found: dict[str, list[float]] = {}
     for variant, s in samples.items():
-        for key, seconds in (("step", s.step_s), ("compress", s.compress_s), ("decompress", s.decompress_s)):
+        kinds = {"pair": s.pairs_s, "compress": s.compress_s, "decompress": s.decompress_s, "exposed": s.exposed_s}
+        for key, seconds in kinds.items():
             if seconds:
                 found[f"{variant.name}/{key}_ms"] = [round(x * 1e3, 4) for x in seconds]
     return found

@@ -60,7 +60,7 @@ def lines(mbit: float | None, device: torch.device, beat: Callable[[], None]) ->
     for kind, request in requests.items():
         numbers, seconds = sizes(mbit), []
         for n in numbers:
-            seconds.append(_median(functools.partial(_carry, request, n, world), device))
+            seconds.append(_median(functools.partial(_carry, request(n), world), device))
             beat()
         line = links.fit(numbers, seconds, kind=kind, world=world)
         both = torch.tensor([line.alpha_s, line.beta_s], dtype=torch.float64, device=device)
@@ -69,8 +69,8 @@ def lines(mbit: float | None, device: torch.device, beat: Callable[[], None]) ->
     return found
 
 
-def _carry(request: Callable[[int], Request], nbytes: int, world: int) -> None:
-    start(request(nbytes), None, world).wait()
+def _carry(request: Request, world: int) -> None:
+    start(request, None, world).wait()
 
 
 def rates(config: CompressConfig, device: torch.device) -> Rates:

@@ -2,11 +2,12 @@
 
 Gradients are there, synthetic, in the order and at the times at which the device would have them; nothing is computed.
 What the ranks do with them (buckets, compression, collectives) is real. A pass has a time for each parameter, from its
-FLOPs; the time that hooks take is the device's too, so the rest of the pass waits for them, as it does on a device.
+FLOPs. What a hook and its callbacks have taken so far is the device's time too, so the rest of the pass is that much
+later, as it is on a device; of S-SGD, which has no hook, nothing is known and its division of each bucket is free.
 
-Gradients are drawn in the first two steps; later a gradient is what the step before has made of it. The backward pass
-says of each that it is there without touching it, since a device, which has its own memory, would take nothing of the
-ranks' for it.
+Gradients are drawn in the first two steps, on each rank others; later a gradient is what the step before has made of
+it. The backward pass says of each that it is there without touching it, since a device, which has its own memory, would
+take nothing of the ranks' for it.
 """
 
 from __future__ import annotations
@@ -49,20 +50,20 @@ class PacedModel(nn.Module):
     """Parameters of the shapes of `parameters`, on `device`. `flops_per_s` None: passes take no time."""
 
     def __init__(
-        self, parameters: Sequence[Parameter], batch: int, flops_per_s: float | None, device: torch.device
+        self, parameters: Sequence[Parameter], batch: int, flops_per_s: float | None, device: torch.device, seed: int
     ) -> None:
         super().__init__()
-        self.hook_s = 0.0
-        """Seconds that hooks have taken; whoever attaches them adds."""
+        self.excluded: Callable[[], float] = lambda: 0.0
+        """Seconds that hooks have taken in this step; whoever attaches them says how many."""
         self.names = [p.name.replace(".", "/") for p in parameters]
         for name, p in zip(self.names, parameters, strict=True):
             # never read nor written, so that the host has no memory behind them
             self.register_parameter(name, nn.Parameter(torch.empty(p.shape, device=device)))
         self.seconds = [batch * p.flops / flops_per_s if flops_per_s else 0.0 for p in parameters]
         """Of the forward pass, by parameter; the backward pass takes twice as long."""
-        self.pace = Pace(lambda: self.hook_s)
+        self.pace = Pace(lambda: self.excluded())
         self.step = 0
-        self._draw = torch.Generator(device=device).manual_seed(0)
+        self._draw = torch.Generator(device=device).manual_seed(seed)
 
     def forward(self, token: Tensor) -> Tensor:
         """A scalar whose backward pass goes through all parameters, in reverse."""

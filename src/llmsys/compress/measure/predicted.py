@@ -1,8 +1,8 @@
 """An iteration by the cost model: `timeline.play` with what `fit` has found.
 
 The passes take what they take with `noop`, or by the pace; each parameter's share of them goes by its FLOPs. Buckets
-are those that DDP has made. Without overlap all gradients are there before the first bucket is compressed, and from
-then on compression and link overlap as they do with it.
+are cut by DDP's rule. Without overlap all gradients are there before the first bucket is compressed, and from then on
+compression and link overlap as they do with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from llmsys import schema
 from llmsys.compress.kernels_cost import Rates
-from llmsys.compress.measure.variants import Variant
+from llmsys.compress.measure.variants import DEFAULT_MIB, Variant
 from llmsys.compress.paper_models import PaperModel
 from llmsys.compress.simulate import predict
 from llmsys.compress.timeline import Bucket, Timeline, play
@@ -23,16 +23,13 @@ def iteration(
     variant: Variant,
     task: schema.Measured,
     model: PaperModel,
-    names: Sequence[str],
-    buckets: Sequence[Sequence[str]],
     *,
     passes_s: float,
     rates: Rates,
     lines: Mapping[str, Line],
     world: int,
 ) -> Timeline:
-    """`names` of the parameters of `model`, in order, as `buckets` have them. `passes_s`: forward and backward."""
-    index = {name: i for i, name in enumerate(names)}
+    """`passes_s`: forward and backward."""
     flops = 3 * model.batch * sum(p.flops for p in model.parameters)
     machine = predict.Machine(compute_flops_per_s=flops / passes_s if passes_s else float("inf"), compress=rates)
     made = predict.plan(
@@ -42,7 +39,7 @@ def iteration(
         machine,
         world,
         bucket_mib=variant.bucket_mib,
-        cut=[[index[name] for name in bucket] for bucket in buckets],
+        first_mib=predict.FIRST_MIB if variant.bucket_mib == DEFAULT_MIB else None,
     )
     steps = made.steps if variant.overlap else tuple(_late(step) for step in made.steps)
     seconds = lambda kind, nbytes: lines[kind].seconds(kind, nbytes, world) if world > 1 else 0.0  # noqa: E731

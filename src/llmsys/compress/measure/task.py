@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmsys import schema
+from llmsys import models, schema
+from llmsys.comm import collectives
 from llmsys.compress.measure import figures, fit, predicted, stack, tables, turns
 from llmsys.compress.measure.paced import PacedModel
 from llmsys.compress.measure.stack import Forward
@@ -25,7 +26,7 @@ from llmsys.compress.paper_models import MODELS, PaperModel
 from llmsys.cost import compressed, hardware, links
 from llmsys.errors import Refused
 from llmsys.schema.measured import NOOP, TORCH
-from llmsys.train.checks import GIB, MAX_CPU_S, host_available, readable
+from llmsys.train import checks
 
 if TYPE_CHECKING:
     from llmsys.context import Context
@@ -38,7 +39,6 @@ class Subject:
 
     name: str
     shapes: Mapping[int, PaperModel]
-    names: Sequence[str]
     make: Make
     ranks: Sequence[int]
     update: bool
@@ -62,7 +62,9 @@ def replay(config: schema.Config, context: Context) -> dict[str, Any]:
     """`compress_replay`. ValueError for a device that has not the precision; Refused as for `iteration`."""
     task = config.task
     assert isinstance(task, schema.Replay)
-    return _measure(config, context, task, [replayed(task, name, context.device) for name in task.models])
+    return _measure(
+        config, context, task, [replayed(task, name, context.device, context.place.rank) for name in task.models]
+    )
 
 
 def _trained(config: schema.Config, task: schema.Iteration, context: Context) -> Subject:
@@ -73,19 +75,20 @@ def _trained(config: schema.Config, task: schema.Iteration, context: Context) ->
             return stack.stack(task, variant.batch, context.device, seed)
         return stack.whole_model(config, variant.batch, context.device, seed)
 
-    model, _ = make(Variant(NOOP, 0, True, task.r[0], 1))
+    with torch.device("meta"):
+        model = stack.Stack(task.layers, task.width) if task.subject == "stack" else models.skeleton(config.model)
     tokens = 1 if task.subject == "stack" else config.train.length
     shapes = {batch: stack.as_paper_model(model, tokens, batch, task.r[0]) for batch in task.batch}
-    return Subject(
-        name="", shapes=shapes, names=[n for n, _ in model.named_parameters()], make=make, ranks=task.r, update=True
-    )
+    return Subject(name="", shapes=shapes, make=make, ranks=task.r, update=True)
 
 
-def replayed(task: schema.Replay, name: str, device: torch.device) -> Subject:
-    """A model of the paper."""
+def replayed(task: schema.Replay, name: str, device: torch.device, rank: int) -> Subject:
+    """A model of the paper. ValueError as of `pace`, and for a pace on a GPU, which runs behind its hooks."""
     model = MODELS[name]
     speed = pace(task)
-    make_model = functools.partial(PacedModel, model.parameters, model.batch, speed, device)
+    if speed and device.type == "cuda":
+        raise ValueError(f"task.pace={task.pace}: is for ranks on a CPU: hardware.device=cpu, or task.pace=none")
+    make_model = functools.partial(PacedModel, model.parameters, model.batch, speed, device, 1 + rank)
 
     def make(variant: Variant) -> tuple[nn.Module, Forward]:
         return make_model(), lambda wrapped: wrapped(turns.token(device))
@@ -94,7 +97,6 @@ def replayed(task: schema.Replay, name: str, device: torch.device) -> Subject:
     return Subject(
         name=name,
         shapes={model.batch: model},
-        names=[p.name.replace(".", "/") for p in model.parameters],
         make=make,
         ranks=task.r or [model.r],
         update=False,
@@ -117,9 +119,9 @@ def pace(task: schema.Replay) -> float | None:
 def _measure(
     config: schema.Config, context: Context, task: schema.Measured, subjects: Sequence[Subject]
 ) -> dict[str, Any]:
-    world, mbit = context.place.world, slower_mbit(config.network)
+    world, mbit = context.place.world, shaped_mbit(config.network)
     cells = {subject.name: variants(task, subject.ranks, list(subject.shapes)) for subject in subjects}
-    check(config, subjects)
+    check(config, subjects, context.device)
     lines = fit.lines(mbit, context.device, context.beat) if task.fit else {}
     ours = [v for each in cells.values() for v in each if task.fit and v.method not in (NOOP, TORCH)]
     rates = {kind: fit.rates(one.config(task), context.device) for kind, one in {v.kind: v for v in ours}.items()}
@@ -150,23 +152,17 @@ def _predicted(
     lines: Mapping[str, Any],
     world: int,
 ) -> dict[Variant, float]:
-    """Seconds of each variant of ours. DDP's own buckets are those that a hook has seen."""
-    seen = {(v.bucket_mib, v.overlap): s.buckets for v, s in found.items() if s.buckets and v.method != NOOP}
+    """Seconds of each variant of ours."""
+    medians = {variant: statistics.median(own.pairs_s) for variant, own in found.items()}
     made = {}
-    for variant, samples in found.items():
+    for variant in found:
         if variant.method in (NOOP, TORCH):
             continue
-        buckets = samples.buckets or seen.get((variant.bucket_mib, variant.overlap))
-        if not buckets:
-            continue
-        noop = next(s for v, s in found.items() if v.method == NOOP and v.batch == variant.batch)
-        passes = statistics.median(noop.step_s) if subject.passes_s is None else subject.passes_s
+        passes = figures.noop_s(medians, variant) if subject.passes_s is None else subject.passes_s
         made[variant] = predicted.iteration(
             variant,
             task,
             subject.shapes[variant.batch],
-            subject.names,
-            buckets,
             passes_s=passes,
             rates=rates[variant.kind],
             lines=lines,
@@ -175,29 +171,32 @@ def _predicted(
     return made
 
 
-def slower_mbit(network: schema.Network) -> float | None:
+def shaped_mbit(network: schema.Network) -> float | None:
     """The nominal rate in 10**6 bits a second of the slower direction; None for links as they are."""
-    if network.up_mbit is None or network.down_mbit is None:
+    if not network.shape or network.up_mbit is None or network.down_mbit is None:
         return None
     return min(network.up_mbit, network.down_mbit)
 
 
-def check(config: schema.Config, subjects: Sequence[Subject]) -> None:
-    """Refused where the host's memory is short, or the links alone would take more than an hour; `force` goes on."""
-    task, world, mbit = config.task, config.train.world, slower_mbit(config.network)
+def check(config: schema.Config, subjects: Sequence[Subject], device: torch.device) -> None:
+    """Refused, on all ranks alike, where memory is short, or the links alone would take more than an hour; `force` goes
+    on."""
+    task, world, mbit = config.task, config.train.world, shaped_mbit(config.network)
     assert isinstance(task, schema.Measured)
     if config.force:
         return
-    have = config.hardware.mem_gib * GIB if config.hardware.mem_gib else host_available()
+    free, where = checks.available_memory(config, device)
+    have = float(collectives.all_gather(torch.tensor(free, dtype=torch.float64, device=device)).min())
+    sharing = world if device.type == "cpu" else 1
     seconds = 0.0
     for subject in subjects:
         shapes = [(name, shape, 4) for name, shape in next(iter(subject.shapes.values())).shapes]
         cells = variants(task, subject.ranks, list(subject.shapes))
-        need = copies(subject, cells) * 4 * sum(math.prod(shape) for _, shape, _ in shapes) * world
+        need = copies(subject, cells) * 4 * sum(math.prod(shape) for _, shape, _ in shapes) * sharing
         if need > have:
             raise Refused(
-                f"{subject.name or 'compress_iteration'} needs about {readable(need)} on {world} ranks; "
-                f"this host has {readable(have)} free: fewer ranks (train.world) or smaller models",
+                f"{subject.name or task.kind} needs about {checks.readable(need)} for {world} ranks; {where} has "
+                f"{checks.readable(have)}: fewer ranks (train.world), or a smaller model",
                 reason="memory",
             )
         for variant in cells:
@@ -206,7 +205,7 @@ def check(config: schema.Config, subjects: Sequence[Subject]) -> None:
             sent = compressed.mean_bytes(shapes, variant.config(task), world, 2)
             once = sum(links.bus_factor(kind, world) * nbytes for kind, nbytes in sent.items()) * 8e-6 / mbit
             seconds += once * (task.warmup + task.steps) * task.rounds
-    if seconds > MAX_CPU_S:
+    if seconds > checks.MAX_CPU_S:
         raise Refused(
             f"the links alone would take {seconds / 3600:.1f} hours at {mbit:g} Mbit/s: "
             "fewer task.methods, task.models or task.rounds, or force=true",

@@ -3,6 +3,8 @@
 A turn builds a model, attaches the variant, takes steps that are not timed and then those that are. Each step begins at
 a barrier; its time is that of the slowest rank, on which all others wait at the next one. Before, a few steps have
 everything that comes once: buckets made anew, connections, pages of memory.
+
+What is kept is the mean of two steps, one after another: ACP-SGD's are of two kinds, of different lengths.
 """
 
 from __future__ import annotations
@@ -36,18 +38,26 @@ Make = Callable[[Variant], tuple[nn.Module, Forward]]
 
 @dataclass
 class Samples:
-    """Of all turns of a variant. Seconds a step: of the slowest rank, `compress_s` and `decompress_s` of rank 0.
+    """Of all turns of a variant, in seconds a step, each the mean of a pair of steps.
 
-    `calls` and `bytes` of collectives in `COUNTED` steps of a turn, by kind (None: not known); `buckets`: parameters'
-    names, as they are exchanged; those of DDP's own all-reduce are not known.
+    `step_s` of the slowest rank, pair by pair, turn by turn. `compress_s`, `decompress_s`: means over the ranks;
+    `exposed_s`: what of the latter lies behind the backward pass. `calls` and `bytes` of collectives in `COUNTED` steps
+    of a turn, by kind (None: not known). `buckets`: parameters' names, as they are exchanged; DDP's own all-reduce does
+    not say, but its are those of a hook.
     """
 
-    step_s: list[float] = field(default_factory=list)
+    step_s: list[list[float]] = field(default_factory=list)
     compress_s: list[float] = field(default_factory=list)
     decompress_s: list[float] = field(default_factory=list)
+    exposed_s: list[float] = field(default_factory=list)
     calls: Counter[str] | None = None
     bytes: Counter[str] = field(default_factory=Counter)
     buckets: list[list[str]] = field(default_factory=list)
+
+    @property
+    def pairs_s(self) -> list[float]:
+        """Of all turns."""
+        return [seconds for turn in self.step_s for seconds in turn]
 
 
 def turn(
@@ -66,18 +76,25 @@ def turn(
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE) if update else None
     device = next(model.parameters()).device
 
-    def step() -> float:
+    def step() -> list[float]:
+        """Seconds of the step, of compression, of decompression and of what of it is behind the backward pass."""
         if optimizer is not None:
             optimizer.zero_grad()
+        attached.begin()
         _wait(device)
         dist.barrier()
         before = time.perf_counter()
         forward(attached.wrapped).backward()
+        if not variant.overlap:
+            attached.pass_end = time.perf_counter()
         attached.exchange()
         if optimizer is not None:
             optimizer.step()
         _wait(device)
-        return time.perf_counter() - before
+        took, clock = time.perf_counter() - before, attached.clock
+        if clock is None:
+            return [took, 0.0, 0.0, 0.0]
+        return [took, clock.compress_s, clock.decompress_s, clock.exposed(attached.pass_end)]
 
     warmup = task.warmup + (TORCH_DENSE_STEPS if variant.method == TORCH else 0)
     for _ in range(warmup - COUNTED):
@@ -92,30 +109,30 @@ def turn(
         samples.calls = Counter({kind: traffic.calls[kind] for kind in GRADIENTS})
         samples.bytes = Counter({kind: traffic.bytes[kind] for kind in GRADIENTS})
     samples.buckets = attached.noted
-    clock = attached.clock
+    on_cuda, clock = device.type == "cuda", attached.clock
     if clock is not None:
-        clock.on = device.type != "cuda"  # see `Clocked`
+        clock.on = not on_cuda  # see `Clocked`
     mine = []
     for _ in range(task.steps):
-        mine.append(_clocked(attached, samples, step))
+        mine.append(step())
         beat()
-    samples.step_s += collectives.all_gather(torch.tensor(mine, dtype=torch.float64, device=device)).amax(0).tolist()
-    if clock is not None and not clock.on:
-        clock.on = True
-        for _ in range(COUNTED):
-            _clocked(attached, samples, step)
-
-
-def _clocked(attached: Attached, samples: Samples, step: Callable[[], float]) -> float:
-    clock = attached.clock
+    everywhere = collectives.all_gather(torch.tensor(mine, dtype=torch.float64, device=device))
+    samples.step_s.append(_paired(everywhere.amax(0)[:, 0]))
     if clock is None:
-        return step()
-    clock.reset()
-    seconds = step()
-    if clock.on:
-        samples.compress_s.append(clock.compress_s)
-        samples.decompress_s.append(clock.decompress_s)
-    return seconds
+        return
+    if on_cuda:
+        clock.on = True
+        everywhere = collectives.all_gather(
+            torch.tensor([step() for _ in range(COUNTED)], dtype=torch.float64, device=device)
+        )
+    means = everywhere.mean(0)
+    for column, values in enumerate((samples.compress_s, samples.decompress_s, samples.exposed_s), 1):
+        values += _paired(means[:, column])
+
+
+def _paired(values: Tensor) -> list[float]:
+    """Means of each two, one after another."""
+    return [float(mean) for mean in values.view(-1, 2).mean(1)]
 
 
 def _wait(device: torch.device) -> None:

@@ -63,12 +63,12 @@ def plan(
     *,
     bucket_mib: float,
     overlap: bool = True,
-    cut: Sequence[Sequence[int]] | None = None,
+    first_mib: float | None = FIRST_MIB,
 ) -> Plan:
-    """`bucket_mib` 0: each tensor alone. `cut`: the buckets, as indices of parameters, where they are known."""
+    """`bucket_mib` 0: each tensor alone. `first_mib`: of the first bucket, which DDP makes smaller unless it is told
+    how large buckets are to be (None)."""
     parameters = model.parameters
-    if cut is None:
-        cut = [list(range(len(parameters)))[::-1]] if method == PACKED else _cut(parameters, bucket_mib)
+    cut = [list(range(len(parameters)))[::-1]] if method == PACKED else ddp_buckets(parameters, bucket_mib, first_mib)
     backward_s = 2 * model.batch / machine.compute_flops_per_s
     steps = []
     for step in range(2 if method == "acpsgd" else 1):
@@ -85,12 +85,19 @@ def plan(
     )
 
 
-def _cut(parameters: Sequence[Parameter], bucket_mib: float) -> list[list[int]]:
-    """By `comm.buckets`, with DDP's sizes."""
-    from llmsys.comm.buckets import buckets
-
-    cap = max(1, int(bucket_mib * MIB))
-    return buckets([4 * math.prod(p.shape) for p in parameters], cap, first_bytes=min(cap, FIRST_MIB * MIB))
+def ddp_buckets(parameters: Sequence[Parameter], bucket_mib: float, first_mib: float | None) -> list[list[int]]:
+    """Indices of fp32 parameters, bucket by bucket, by DDP's rule: in the order in which gradients are there, a bucket
+    is closed by the tensor that makes it as large as it is to be, or larger."""
+    found: list[list[int]] = [[]]
+    used = 0.0
+    for index in reversed(range(len(parameters))):
+        found[-1].append(index)
+        used += 4 * math.prod(parameters[index].shape)
+        cap = first_mib if first_mib is not None and len(found) == 1 else bucket_mib
+        if used >= min(cap, bucket_mib) * MIB:
+            found.append([])
+            used = 0.0
+    return found if found[-1] else found[:-1]
 
 
 def _bucket(
