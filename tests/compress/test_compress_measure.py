@@ -179,6 +179,17 @@ def test_the_fitted_bandwidth_gives_back_what_was_measured() -> None:
     assert fit._solve(lambda rate: 5.0 / rate + 1e-3, 3e-3) == pytest.approx(2500)
 
 
+def test_latency_is_the_smallest_messages_and_the_rate_the_largest() -> None:
+    """A ring of 4: 6 messages one after another, 1.5 bytes on a link for each of the tensor's. A burst of 100 kB that
+    goes for nothing makes those between too early."""
+    line = Line(1e-4, 8e-9)
+    numbers = [64 * 4**i for i in range(10)]
+    seconds = [line.seconds("all_reduce", max(n - 100_000, 64), 4) for n in numbers]
+    alpha_s, beta_s = fit._line("all_reduce", numbers, seconds, 4)
+    assert alpha_s == pytest.approx(1e-4, rel=0.01)
+    assert beta_s == pytest.approx(8e-9, rel=0.02)
+
+
 def test_messages_of_a_fit_last_no_longer_than_half_a_second() -> None:
     for mbit in (0.1, 100, 10_000, None):
         found = fit.sizes(mbit)

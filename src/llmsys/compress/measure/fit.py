@@ -1,6 +1,7 @@
 """The cost model's three parameters, measured where an iteration will be: alpha, beta and gamma.
 
-alpha and beta (a message's latency, a byte's time) come from collectives of a few sizes, one kind after another; gamma
+alpha and beta (a message's latency, a byte's time) come from collectives of a few sizes, one kind after another: alpha
+from the smallest, beta from what the largest take beyond it, since a shaper lets a few kB through at once; gamma
 (a byte of memory's time, in compression) from the methods' own code on two square matrices, on all ranks at once, as in
 an iteration. Nothing of a model that is predicted later is measured here: neither its shapes nor its computation.
 """
@@ -31,6 +32,8 @@ from llmsys.cost.links import Line
 LARGEST_S, LARGEST_BYTES, SMALLEST_BYTES = 0.5, 64 * 2**20, 2**12
 """The largest message takes so long at the nominal rate, or has so many bytes where there is none."""
 REPEATS = 5
+LARGE = 2
+"""So many of the largest messages say beta."""
 SIDE = 1536
 """Rows and columns of the matrices on which compression is timed: 9.4 MB each, more than a core's own cache."""
 
@@ -62,11 +65,18 @@ def lines(mbit: float | None, device: torch.device, beat: Callable[[], None]) ->
         for n in numbers:
             seconds.append(_median(functools.partial(_carry, request(n), world), device))
             beat()
-        line = links.fit(numbers, seconds, kind=kind, world=world)
-        both = torch.tensor([line.alpha_s, line.beta_s], dtype=torch.float64, device=device)
+        both = torch.tensor(_line(kind, numbers, seconds, world), dtype=torch.float64, device=device)
         collectives.broadcast(both)
         found[kind] = Line(*both.tolist())
     return found
+
+
+def _line(kind: str, numbers: Sequence[int], seconds: Sequence[float], world: int) -> tuple[float, float]:
+    """(alpha, beta) of a message, of collectives over growing `numbers` of bytes."""
+    latency = seconds[0]
+    beyond = [(t - latency) / n for n, t in zip(numbers, seconds, strict=True)]
+    beta = max(statistics.median(beyond[-LARGE:]), 0.0)
+    return latency / links.steps(kind, world), beta / links.volume(kind, world)
 
 
 def _carry(request: Request, world: int) -> None:
