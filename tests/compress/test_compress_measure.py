@@ -6,11 +6,13 @@ import dataclasses
 import math
 import re
 import statistics
+import weakref
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from llmsys import compose, runner, schema
 from llmsys import job as jobs
@@ -20,6 +22,7 @@ from llmsys.compress.kernels_cost import Rates
 from llmsys.compress.measure import figures, fit, predicted, tables, turns
 from llmsys.compress.measure import task as tasks
 from llmsys.compress.measure.paced import Pace, PacedModel
+from llmsys.compress.measure.stack import Forward
 from llmsys.compress.measure.turns import Samples
 from llmsys.compress.measure.variants import DEFAULT_MIB, WHOLE_MIB, Attached, Variant, variants
 from llmsys.compress.paper_models import MODELS, PaperModel, Parameter
@@ -154,6 +157,29 @@ def test_a_prediction_has_the_passes_and_the_link_behind_the_first_bucket() -> N
     assert prediction(PLAIN, FREE, 10 * ms) == pytest.approx(1 + 1 + 2 * 10)
     assert prediction(dataclasses.replace(PLAIN, overlap=False), FREE, 10 * ms) == pytest.approx(3 + 2 * 10)
     assert prediction(PLAIN, FREE, 0.1 * ms) == pytest.approx(3 + 0.1)  # hidden but for the last
+
+
+def forgotten(place: Place) -> bool:
+    """Whether nothing is left of a variant's model when its turn is over."""
+    import gc
+
+    left = []
+
+    def make(variant: Variant) -> tuple[nn.Module, Forward]:
+        model = PacedModel([Parameter("a", (64, 64))], 1, None, torch.device("cpu"), 1)
+        left.append(weakref.ref(model))
+        return model, lambda wrapped: wrapped(turns.token(torch.device("cpu")))
+
+    with group(place, torch.device("cpu")):
+        for variant in (NOOP, PLAIN, ACP, dataclasses.replace(ACP, overlap=False)):
+            turns.turn(variant, schema.Replay(), make, Samples(), lambda: None, update=False)
+    gc.collect()
+    return all(model() is None for model in left)
+
+
+def test_a_turn_leaves_no_model_behind(pool: Pool) -> None:
+    """A hook that knows its DDP model keeps it alive for ever, which once took all memory in the tenth turn."""
+    assert pool.call("test_compress_measure:forgotten") == [True, True]
 
 
 def cut(place: Place, name: str, mib: float) -> list[list[str]]:

@@ -118,16 +118,16 @@ def turn(
         beat()
     everywhere = collectives.all_gather(torch.tensor(mine, dtype=torch.float64, device=device))
     samples.step_s.append(_paired(everywhere.amax(0)[:, 0]))
-    if clock is None:
-        return
-    if on_cuda:
-        clock.on = True
-        everywhere = collectives.all_gather(
-            torch.tensor([step() for _ in range(COUNTED)], dtype=torch.float64, device=device)
-        )
-    means = everywhere.mean(0)
-    for column, values in enumerate((samples.compress_s, samples.decompress_s, samples.exposed_s), 1):
-        values += _paired(means[:, column])
+    if clock is not None:
+        if on_cuda:
+            clock.on = True
+            everywhere = collectives.all_gather(
+                torch.tensor([step() for _ in range(COUNTED)], dtype=torch.float64, device=device)
+            )
+        means = everywhere.mean(0)
+        for column, values in enumerate((samples.compress_s, samples.decompress_s, samples.exposed_s), 1):
+            values += _paired(means[:, column])
+    attached.detach()
 
 
 def _paired(values: Tensor) -> list[float]:

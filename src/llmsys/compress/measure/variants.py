@@ -173,6 +173,10 @@ class Attached:
         if self.clock is not None:
             self.clock.reset()
 
+    def detach(self) -> None:
+        """At the end: DDP's reducer holds the hook and the hook this, in C++ where no collector looks."""
+        del self.wrapped
+
     def exchange(self) -> None:
         """After the backward pass: what has not overlapped with it."""
         if self.variant.overlap or self._state is None:
