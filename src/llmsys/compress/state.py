@@ -64,15 +64,23 @@ class CompressionState:
             self._rescale(self.loss_scale())
 
     def _settle(self) -> None:
+        if not self._sent:
+            return
         with plain():
-            if any(not flag.finite() for _, flag in self._sent):
+            if self.left_out():
                 for sent, _ in self._sent:
                     sent.restore()
         self._sent.clear()
 
+    def left_out(self) -> bool:
+        """Whether a part of the step that has just been exchanged was not finite; alike on all ranks."""
+        return any(not flag.finite() for _, flag in self._sent)
+
     def start(self, names: Sequence[str], grads: Sequence[Tensor], flat: Tensor) -> Transfer:
-        """Starts to exchange `grads`, which are views into `flat` and change in place when it ends (`end`)."""
-        entries = [Entry(name, grad, self.memory(name)) for name, grad in zip(names, grads, strict=True)]
+        """Starts to exchange `grads`, which are views into `flat` and change in place when it ends (`end`). One without
+        elements, FSDP2's shard of a parameter of few rows, has nothing to exchange."""
+        pairs = zip(names, grads, strict=True)
+        entries = [Entry(name, grad, self.memory(name)) for name, grad in pairs if grad.numel()]
         part = Part(entries, flat, self.rank, self.world, self.step)
         return Transfer(self.method.exchange(part), self.group, self.world)
 
