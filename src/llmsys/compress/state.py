@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,12 +37,21 @@ class CompressionState:
         self.config, self.group, self.loss_scale = config, group, loss_scale
         tensors = dict(named)
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.devices = {name: tensor.device for name, tensor in tensors.items()}
         self.method = methods.method(config)
         self.step = 0
         self.memories: dict[str, Memory] = {}
         self._scale: float | None = None
         self._sent: list[tuple[Sent, _Flag]] = []
+
+    def described(self) -> dict[str, str]:
+        """What all ranks must have alike (`agreement`)."""
+        model = "\n".join(f"{name} {tuple(shape)} {self.dtypes[name]}" for name, shape in self.shapes.items())
+        return {
+            "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True, default=list),
+            "model (names, shapes or types of parameters)": model,
+        }
 
     @functools.cached_property
     def rank(self) -> int:
