@@ -184,14 +184,15 @@ def consequence(word: tuple[Any, ...]) -> int:
 
 
 def stood(log: str) -> str:
-    """Of faulthandler's dump: the innermost line of each thread outside of autograd and of what wraps a call."""
-    threads = re.split(r"\n(?=(?:Current t|T)hread 0x)", log[log.rfind("most recent call first") - 60 :] and log)
+    """Of faulthandler's dump: where each thread is, outside of autograd and of what wraps a call."""
     found = []
-    for thread in threads:
-        frames = re.findall(r'File "[^"]*?([^"/]+)", line (\d+) in (\S+)', thread)
-        frames = [frame for frame in frames if frame[0] not in ("c10d_logger.py", "graph.py", "threading.py")]
-        if frames and "hread 0x" in thread:
-            found.append("{}:{} in {}".format(*frames[0]))
+    for thread in re.split(r"\n(?=(?:Current t|T)hread 0x)", log):
+        frames = (
+            re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread) if "most recent call first" in thread else []
+        )
+        frames = [frame for frame in frames if not re.search(r"/autograd/|c10d_logger|/threading", frame[0])]
+        if frames:
+            found.append("{}:{} in {}".format(Path(frames[0][0]).name, *frames[0][1:]))
     return "threads stand at " + ", ".join(dict.fromkeys(found)) if found else "no thread of it answers"
 
 

@@ -17,6 +17,7 @@ from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
 from llmsys.compress.methods.method import Entry, Part, Sent
 from llmsys.compress.transfer import Group, Transfer, plain
+from llmsys.cost.compressed import matrix
 
 
 class CompressionState:
@@ -137,9 +138,12 @@ class CompressionState:
     def _check(self, name: str, kind: str, tensor: Tensor) -> None:
         if name not in self.shapes:
             raise ValueError(f"compress: the saved state is of another model; this one has no parameter {name}")
-        shape = self.shapes[name]
-        if kind == "error" and tensor.shape != shape:
-            raise ValueError(f"compress: {name} has the shape {tuple(shape)}, in the saved state {tuple(tensor.shape)}")
+        shape, found = tuple(self.shapes[name]), tuple(tensor.shape)
+        if kind == "error" and found != shape:
+            raise ValueError(f"compress: {name} has the shape {shape}, in the saved state {found}")
+        sides = dict(zip(("p", "q"), matrix(shape), strict=True))
+        if kind in sides and found[1:] != (sides[kind],):
+            raise ValueError(f"compress: {name} has the shape {shape}, its factor {kind} in the saved state {found}")
 
     def _rescale(self, scale: float) -> None:
         if self._scale is not None and self._scale != scale:
