@@ -187,10 +187,8 @@ def stood(log: str) -> str:
     """Of faulthandler's dump: where each thread is, outside of autograd and of what wraps a call."""
     found = []
     for thread in re.split(r"\n(?=(?:Current t|T)hread 0x)", log):
-        frames = (
-            re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread) if "most recent call first" in thread else []
-        )
-        frames = [frame for frame in frames if not re.search(r"/autograd/|c10d_logger|/threading", frame[0])]
+        frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread)
+        frames = [frame for frame in frames if not re.search(r"/autograd/|/_tensor|/c10d_logger|/threading", frame[0])]
         if frames:
             found.append("{}:{} in {}".format(Path(frames[0][0]).name, *frames[0][1:]))
     return "threads stand at " + ", ".join(dict.fromkeys(found)) if found else "no thread of it answers"
@@ -205,7 +203,6 @@ def last_words(log: str) -> str:
 
 def line(text: str) -> str:
     """In one line, without folders, and without what a callback of a callback says."""
-    text = re.sub(
-        r"(Got the following error when running the callback: (RuntimeError: )?)+", "", " ".join(text.split())
-    )
+    callback = r"(Got the following error when running the callback: (RuntimeError: )?)+"
+    text = re.sub(callback, "", " ".join(text.split()))
     return re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/", "", text)[:240]
