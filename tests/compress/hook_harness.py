@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -190,17 +191,19 @@ def resumed(place: Place, settings: dict[str, Any], folder: str, cap: float) -> 
 
 
 def refused(place: Place, case: str) -> str:
-    """What a rank is told that has not the same as the other."""
-    model: nn.Module = Net()
-    if case == "config":
-        config = CompressConfig(r=2 + place.rank)
-    elif case == "model":
-        model = nn.ModuleDict({f"layer{place.rank}": nn.Linear(4, 4)})
-        config = CompressConfig()
-    else:
-        model, config = nn.Embedding(10, 4, sparse=True), CompressConfig()
+    """What a rank is told that has not the same as the other, or what cannot be compressed."""
+    layer, odd = nn.Linear(4, 4), place.rank == 1
+    attempts: dict[str, Callable[[], object]] = {
+        "config": lambda: register(wrapped(Net()), CompressConfig(r=2 + odd)),
+        "model": lambda: register(wrapped(nn.ModuleDict({f"layer{place.rank}": layer})), CompressConfig()),
+        "sparse": lambda: register(wrapped(nn.Embedding(10, 4, sparse=True)), CompressConfig()),
+        "bare": lambda: register(layer, CompressConfig()),  # type: ignore[arg-type]
+        "shapes": lambda: Aggregator(nn.Linear(4, 4 + odd).named_parameters(), CompressConfig()),
+        "types": lambda: Aggregator((layer.double() if odd else layer).named_parameters(), CompressConfig()),
+        "buckets": lambda: Aggregator(layer.named_parameters(), CompressConfig(), bucket_mib=25 + odd),
+    }
     try:
-        register(wrapped(model), config)
+        attempts[case]()
     except ValueError as error:
         return str(error)
     return "nothing"

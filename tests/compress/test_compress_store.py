@@ -120,3 +120,7 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             load_state(CompressionState(CONFIG, named), folder)
+    saved(trained(CompressConfig(r=2, min_rate=1, error_feedback=False)), tmp_path / "without errors")
+    wider = [(name, torch.empty(*shape, 2)) for name, shape in SHAPES.items()]
+    with pytest.raises(ValueError, match=r"a has the shape \(12, 10, 2\), its factor q in the saved state \(2, 10\)"):
+        load_state(CompressionState(CONFIG, wider), tmp_path / "without errors")

@@ -44,18 +44,19 @@ def test_torch_and_safetensors_are_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", ["trainer", "accelerate", "lightning"])
-def test_the_examples_learn_on_two_ranks(example: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("example", "ranks"), [("trainer", 2), ("accelerate", 2), ("lightning", 2), ("fsdp2", 4)])
+def test_the_examples_learn(example: str, ranks: int, tmp_path: Path) -> None:
     """Lightning starts its ranks itself; the others are started by torchrun."""
-    launcher = [] if example == "lightning" else ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launcher = [] if example == "lightning" else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *launcher, str(EXAMPLES / f"compress_{example}.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"'?loss'?:? '?(\d+\.\d+)", done.stdout)]
     assert losses[-1] < 0.98 * losses[0]
-    if example == "accelerate":
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    folders = {"accelerate": ["out"], "fsdp2": ["out/shard-0", "out/shard-1"]}.get(example, [])
+    for folder in folders:
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {
             "compress-rank-0.safetensors",
             "compress-rank-1.safetensors",
         }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmsys.compress.codec import Payload, decode, encode
     from llmsys.compress.config import CompressConfig
     from llmsys.compress.hook import HookState, compress_hook, register
+    from llmsys.compress.shards import ShardAggregator
     from llmsys.compress.state import CompressionState
     from llmsys.compress.store import load_state, save_state
 
@@ -29,6 +30,7 @@ _HOMES = {
     "CompressionState": "state",
     "HookState": "hook",
     "Payload": "codec",
+    "ShardAggregator": "shards",
     "compress_hook": "hook",
     "decode": "codec",
     "encode": "codec",
@@ -44,6 +46,7 @@ __all__ = [
     "CompressionState",
     "HookState",
     "Payload",
+    "ShardAggregator",
     "compress_hook",
     "decode",
     "encode",

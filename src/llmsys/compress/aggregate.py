@@ -35,13 +35,13 @@ class Aggregator(CompressionState):
         bucket_mib: float = 25.0,
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
-        """Collective. ValueError on every rank where configs or parameters differ."""
+        """Collective. ValueError on every rank where configs, parameters or `bucket_mib` differ."""
         named = list(parameters)
         super().__init__(config, named, group=group, loss_scale=loss_scale)
         self.names = [name for name, _ in named]
         if not named:
             raise ValueError("compress: no parameters to exchange the gradients of")
-        check_equal(config, self.shapes.items(), group, named[0][1].device)
+        check_equal({**self.described(), "bucket_mib": str(bucket_mib)}, group, named[0][1].device)
         self.buckets: list[list[int]] = []
         for dtype in dict.fromkeys(tensor.dtype for _, tensor in named):
             alike = [i for i, (_, tensor) in enumerate(named) if tensor.dtype == dtype]

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from llmsys.compress.config import CompressConfig
 from llmsys.compress.transfer import Group
 
 
-def check_equal(
-    config: CompressConfig, named: Iterable[tuple[str, torch.Size]], group: Group, device: torch.device
-) -> None:
-    """ValueError, on every rank of `group`, where configs, or names or shapes of parameters, are not the same.
-    Collective: one all-reduce of four numbers."""
+def check_equal(texts: Mapping[str, str], group: Group, device: torch.device) -> None:
+    """ValueError, on every rank of `group`, where one of `texts`, by what it describes, is not the same on all.
+    Collective: one all-reduce of two numbers a text."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
-    texts = {
-        "config": json.dumps(dataclasses.asdict(config), sort_keys=True, default=list),
-        "model (names or shapes of parameters)": "\n".join(f"{name} {tuple(shape)}" for name, shape in named),
-    }
     hashes = [_hash(text) for text in texts.values()]
     both = torch.tensor([*hashes, *(-number for number in hashes)], dtype=torch.int64, device=device)
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)

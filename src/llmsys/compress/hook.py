@@ -48,7 +48,7 @@ class HookState(CompressionState):
     def check(self, device: torch.device) -> None:
         """See `agreement`; collective, once."""
         if not self.checked:
-            check_equal(self.config, self.shapes.items(), self.group, device)
+            check_equal(self.described(), self.group, device)
             self.checked = True
 
 

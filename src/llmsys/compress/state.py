@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
 from llmsys.compress.methods.method import Entry, Part, Sent
 from llmsys.compress.transfer import Group, Transfer, plain
+from llmsys.cost.compressed import matrix
 
 
 class CompressionState:
@@ -35,12 +38,21 @@ class CompressionState:
         self.config, self.group, self.loss_scale = config, group, loss_scale
         tensors = dict(named)
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.devices = {name: tensor.device for name, tensor in tensors.items()}
         self.method = methods.method(config)
         self.step = 0
         self.memories: dict[str, Memory] = {}
         self._scale: float | None = None
         self._sent: list[tuple[Sent, _Flag]] = []
+
+    def described(self) -> dict[str, str]:
+        """What all ranks must have alike (`agreement`)."""
+        model = "\n".join(f"{name} {tuple(shape)} {self.dtypes[name]}" for name, shape in self.shapes.items())
+        return {
+            "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True, default=list),
+            "model (names, shapes or types of parameters)": model,
+        }
 
     @functools.cached_property
     def rank(self) -> int:
@@ -64,15 +76,23 @@ class CompressionState:
             self._rescale(self.loss_scale())
 
     def _settle(self) -> None:
+        if not self._sent:
+            return
         with plain():
-            if any(not flag.finite() for _, flag in self._sent):
+            if self.left_out():
                 for sent, _ in self._sent:
                     sent.restore()
         self._sent.clear()
 
+    def left_out(self) -> bool:
+        """Whether a part of the step that has just been exchanged was not finite; alike on all ranks."""
+        return any(not flag.finite() for _, flag in self._sent)
+
     def start(self, names: Sequence[str], grads: Sequence[Tensor], flat: Tensor) -> Transfer:
-        """Starts to exchange `grads`, which are views into `flat` and change in place when it ends (`end`)."""
-        entries = [Entry(name, grad, self.memory(name)) for name, grad in zip(names, grads, strict=True)]
+        """Starts to exchange `grads`, which are views into `flat` and change in place when it ends (`end`). One without
+        elements, FSDP2's shard of a parameter of few rows, has nothing to exchange."""
+        pairs = zip(names, grads, strict=True)
+        entries = [Entry(name, grad, self.memory(name)) for name, grad in pairs if grad.numel()]
         part = Part(entries, flat, self.rank, self.world, self.step)
         return Transfer(self.method.exchange(part), self.group, self.world)
 
@@ -118,9 +138,12 @@ class CompressionState:
     def _check(self, name: str, kind: str, tensor: Tensor) -> None:
         if name not in self.shapes:
             raise ValueError(f"compress: the saved state is of another model; this one has no parameter {name}")
-        shape = self.shapes[name]
-        if kind == "error" and tensor.shape != shape:
-            raise ValueError(f"compress: {name} has the shape {tuple(shape)}, in the saved state {tuple(tensor.shape)}")
+        shape, found = tuple(self.shapes[name]), tuple(tensor.shape)
+        if kind == "error" and found != shape:
+            raise ValueError(f"compress: {name} has the shape {shape}, in the saved state {found}")
+        sides = dict(zip(("p", "q"), matrix(shape), strict=True))
+        if kind in sides and found[1:] != (sides[kind],):
+            raise ValueError(f"compress: {name} has the shape {shape}, its factor {kind} in the saved state {found}")
 
     def _rescale(self, scale: float) -> None:
         if self._scale is not None and self._scale != scale:
