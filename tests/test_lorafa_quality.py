@@ -144,7 +144,7 @@ def test_runs_are_fresh_processes_side_by_side_and_a_bad_one_is_named(tmp_path: 
     bad = (*model, "train.lr_by_method.full=1e30")  # diverges, which is a result
     runs = fresh_runs.Runs(2)
     runs([*good, good[0], bad])
-    assert runs.made == 3
+    assert runs.progress.made == 3
     records = [fresh_runs.finished(words) for words in (*good, bad)]
     assert [(r.status, r.reason) for r in records if r] == [("ok", ""), ("ok", ""), ("failed", "nan")]
     assert len({r.env["variables"]["OMP_NUM_THREADS"] for r in records if r}) == 1
