@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import fresh_runs
 import paired
@@ -33,7 +35,7 @@ Contestant = TypeVar("Contestant")
 
 
 class Comparison(ABC, Generic[Contestant]):
-    """Contestants at their rates and seeds. `higher`: more of `value` is better. `base`: the run that all start from."""
+    """Contestants at their rates and seeds. `higher`: more of `value` is better. `base`: the run all start from."""
 
     higher = False
     base: Words | None = None
@@ -76,14 +78,7 @@ class Comparison(ABC, Generic[Contestant]):
             ]
         )
         rates = [(each, self.rate(each)) for each in self.contestants if self.settled(each)]
-        make(
-            [
-                self.words(each, rate, seed)
-                for seed in range(self.seeds)
-                for each, rate in rates
-                if rate is not None
-            ]
-        )
+        make([self.words(each, rate, seed) for seed in range(self.seeds) for each, rate in rates if rate is not None])
 
     def searched(self, contestant: Contestant) -> dict[int, Record]:
         """Place on the grid -> run on the tuning seed: the search for the best rate, as far as its runs are there."""
@@ -178,6 +173,31 @@ class Comparison(ABC, Generic[Contestant]):
 
     def _record(self, contestant: Contestant, rate: float, seed: int) -> Record | None:
         return fresh_runs.finished(self.words(contestant, rate, seed))
+
+
+def record(
+    name: str,
+    config: dict[str, Any],
+    runs: Sequence[Record],
+    threads: int,
+    summary: dict[str, float],
+    samples: dict[str, list[float]],
+) -> Record:
+    """What is there of a whole comparison as a record of its own; its id is a hash of `config`."""
+    from llmsys.profile import environment
+
+    return Record(
+        name=name,
+        run_id=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
+        task="benchmark",
+        status="ok",
+        config=config,
+        env=environment.describe("cpu", threads),
+        started=min((run.started for run in runs), default=""),
+        seconds=round(sum(run.seconds for run in runs), 1),
+        summary=summary,
+        samples=samples,
+    )
 
 
 def keep(records: Iterable[Record], folder: Path) -> None:
