@@ -186,6 +186,7 @@ def record(
     """What is there of a whole comparison as a record of its own; its id is a hash of `config`."""
     from llmsys.profile import environment
 
+    config = json.loads(json.dumps(config))  # as it will be read again: lists in place of tuples
     return Record(
         name=name,
         run_id=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
