@@ -60,7 +60,7 @@ from llmsys.track import jsonl
 NAME = "compress_convergence"
 RECORDS = Path(__file__).parent / "records"
 GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-START = 2e-3
+START = 1e-3
 TUNING = (100,)
 MARGIN = 0.02
 """Nats a token: how much worse ACP-SGD may be."""
