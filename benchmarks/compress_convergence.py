@@ -1,7 +1,7 @@
 """What compressing gradients costs in loss: ten ways to exchange them, `llama_6m` from random weights.
 
-    python benchmarks/compress_convergence.py                  # rates of the first four on one seed: 12 minutes
-    python benchmarks/compress_convergence.py --full           # ten ways, 5 paired seeds: 70 minutes on two cores
+    python benchmarks/compress_convergence.py                  # rates of the first four on one seed: 15 minutes
+    python benchmarks/compress_convergence.py --full           # ten ways, 5 paired seeds: two hours on two cores
     python benchmarks/compress_convergence.py --full --show    # the table of what is there; makes no run
     python benchmarks/compress_convergence.py --kept           # the table of the committed record
     python benchmarks/compress_convergence.py --kept --keep --times benchmarks/records/compress_iteration/<id> \\
