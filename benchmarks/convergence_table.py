@@ -9,6 +9,7 @@ equal bytes that the targets are about is between whole runs: ACP-SGD of 2 r sen
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,8 @@ MB = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Milliseconds of an iteration by method of `compress_iteration`; `source`: network, variant and run id."""
+    """Milliseconds of an iteration by method of `compress_iteration`, at twice the r by `<method>_2r`; `source`: of
+    what network, variant and run."""
 
     source: dict[str, str]
     ms: Mapping[str, float]
@@ -51,19 +53,21 @@ TARGETS = (
 
 
 def times(folder: Path, variant: str) -> Times:
-    """Of a record of `compress_iteration`. ValueError where there is none, or none of that variant."""
+    """Of a record of `compress_iteration`, whose keys are <method>/<variant>/iteration_ms; the variant at twice the r
+    (r=4: r=8) too, where it has that. ValueError where there is no record, or nothing of that variant."""
     record = Record.read(folder)
     if record is None:
         raise ValueError(f"{folder}: no record.json in it")
     ms: dict[str, float] = {}
     variants = set()
+    twice = re.sub(r"\br=(\d+)", lambda found: f"r={2 * int(found[1])}", variant)
     for key, value in record.summary.items():
         method, _, rest = key.partition("/")
         name, _, what = rest.rpartition("/")
         if what == "iteration_ms":
             variants.add(name)
-            ms |= {method: value} if name == variant else {}
-    if not ms:
+            ms |= {method: value} if name == variant else {f"{method}_2r": value} if name == twice else {}
+    if variant not in variants:
         raise ValueError(f"--variant {variant}: {folder} has {', '.join(sorted(variants)) or 'no iteration_ms'}")
     network = record.config["network"]["name"]
     return Times({"network": network, "variant": variant, "run_id": record.run_id}, ms)

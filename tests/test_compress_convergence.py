@@ -81,12 +81,19 @@ def test_equal_bytes_and_equal_time_are_read_off_the_curves() -> None:
 def test_times_come_of_a_record_and_of_the_variant_that_was_asked_for(tmp_path: Path) -> None:
     import convergence_table
 
-    summary = {"none/overlap/iteration_ms": 9.0, "none/overlap/compress_ms": 1.0, "acpsgd/packed/iteration_ms": 3.0}
+    keys = (
+        "none/overlap,r=4/iteration",
+        "none/overlap,r=4/compress",
+        "acpsgd/r=4/iteration",
+        "acpsgd/overlap,r=8/iteration",
+    )
+    summary = {f"{key}_ms": float(i) for i, key in enumerate(keys)}
     config = {"network": {"name": "eth1g"}}
     Record(name="x", run_id="7", task="x", status="ok", config=config, summary=summary).write(tmp_path)
-    found = convergence_table.times(tmp_path, "overlap")
-    assert (found.ms, found.source) == ({"none": 9.0}, {"network": "eth1g", "variant": "overlap", "run_id": "7"})
-    with pytest.raises(ValueError, match=r"--variant fused: .* has overlap, packed"):
+    found = convergence_table.times(tmp_path, "overlap,r=4")
+    assert found.ms == {"none": 0.0, "acpsgd_2r": 3.0}
+    assert found.source == {"network": "eth1g", "variant": "overlap,r=4", "run_id": "7"}
+    with pytest.raises(ValueError, match=r"--variant fused: .* has overlap,r=4, overlap,r=8, r=4"):
         convergence_table.times(tmp_path, "fused")
     with pytest.raises(ValueError, match=r"no record\.json"):
         convergence_table.times(tmp_path / "other", "overlap")
