@@ -43,12 +43,27 @@ def ended(record: Record) -> bool:
     return record.status in FINAL or (record.status, record.reason) == FAILED
 
 
+class Progress:
+    """Says on standard error how it goes: `expected` runs are to come in all, `parallel` at a time."""
+
+    def __init__(self, expected: int, parallel: int = 1) -> None:
+        self.expected, self.parallel = expected, parallel
+        self.made, self.seconds = 0, 0.0
+
+    def say(self, words: Words, record: Record, seconds: float) -> None:
+        self.made += 1
+        self.seconds += seconds
+        self.expected = max(self.expected, self.made)
+        left = (self.expected - self.made) * self.seconds / self.made / self.parallel
+        text = f"[{self.made}/{self.expected}] {job(words).label}: {record.status} in {seconds:.0f} s"
+        print(f"{text}; about {left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+
 class Runs:
-    """Makes runs, `parallel` at a time, and says how it goes on standard error; `expected` runs are to come in all."""
+    """Makes runs, `parallel` at a time; `expected` are to come in all."""
 
     def __init__(self, parallel: int, expected: int = 0) -> None:
-        self.parallel, self.expected = parallel, expected
-        self.made, self.seconds = 0, 0.0
+        self.parallel, self.progress = parallel, Progress(expected, parallel)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self._stopped = False
@@ -58,7 +73,7 @@ class Runs:
         as a result, after all others; KeyboardInterrupt after those under way have been stopped."""
         todo = list({job(words).out: words for words in wanted if finished(words) is None}.values())
         errors = []
-        with self._stoppable(), ThreadPoolExecutor(self.parallel) as pool:
+        with stoppable(), ThreadPoolExecutor(self.parallel) as pool:
             futures = [pool.submit(self._make, words) for words in todo]
             try:
                 for future in as_completed(futures):
@@ -66,7 +81,7 @@ class Runs:
                         errors.append(error)
                         print(error, file=sys.stderr, flush=True)
                     else:
-                        self._say(future.result())
+                        self.progress.say(*future.result())
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._stop()
@@ -95,15 +110,6 @@ class Runs:
             raise RuntimeError(f"{job(words).label}: {(told.decode().strip() or 'ended without a record')}")
         return words, record, time.monotonic() - before
 
-    def _say(self, done: tuple[Words, Record, float]) -> None:
-        words, record, seconds = done
-        self.made += 1
-        self.seconds += seconds
-        self.expected = max(self.expected, self.made)
-        left = (self.expected - self.made) * self.seconds / self.made / self.parallel
-        text = f"[{self.made}/{self.expected}] {job(words).label}: {record.status} in {seconds:.0f} s"
-        print(f"{text}; about {left / 60:.0f} min left", file=sys.stderr, flush=True)
-
     def _stop(self) -> None:
         """Asks the runs under way to stop; `__call__` waits until they have."""
         with self._lock:
@@ -113,18 +119,19 @@ class Runs:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
 
-    @contextlib.contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """SIGTERM is as Ctrl-C, and so is SIGINT where a shell has put us into the background, which ignores it."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, and so is SIGINT where a shell has put us into the background, which ignores it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def inline(wanted: Sequence[Words]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,16 @@ def newest(folder: Path) -> Record:
     return max(found, key=lambda each: sum(len(values) for values in each.samples.values()))
 
 
-def lines(record: Record, family: str) -> dict[str, Line]:
-    """Name -> contestant, in the order of the record."""
+def lines(record: Record, family: str = "") -> dict[str, Line]:
+    """Name -> contestant, in the order of the record; where a record has no families, of all of it."""
     found: dict[str, dict[str, float]] = {}
     for key, number in record.summary.items():
-        of, name, what = key.split("/")
+        of, _, name = key.rpartition("/")[0].rpartition("/")
         if of == family:
-            found.setdefault(name, {})[what] = number
+            found.setdefault(name, {})[key.rpartition("/")[2]] = number
 
     def sample(name: str, key: str) -> list[float]:
-        return record.samples.get(f"{family}/{name}/{key}", [])
+        return record.samples.get(f"{family}/{name}/{key}" if family else f"{name}/{key}", [])
 
     return {
         name: Line(
@@ -76,19 +76,22 @@ def _head(family: dict[str, Any]) -> str:
 
 
 def _rates(record: Record, family: dict[str, Any]) -> str:
+    return rates(lines(record, family["name"]), record.config["grid"], lambda value: _number(family, value))
+
+
+def rates(found: Mapping[str, Line], grid: Sequence[float], number: Callable[[float | None], str]) -> str:
     """Results on the first tuning seed, and in brackets on all of them; the rate that was chosen in bold."""
-    found = lines(record, family["name"])
-    grid = [rate for rate in record.config["grid"] if any(rate in line.by_rate for line in found.values())]
+    tried = [rate for rate in grid if any(rate in line.by_rate for line in found.values())]
     rows = []
     for line in found.values():
         cells = []
-        for rate in grid:
+        for rate in tried:
             value = line.by_rate.get(rate)
-            text = "diverged" if rate in line.by_rate and value is None else _number(family, value)
-            text += f" ({_number(family, line.finals[rate])})" if rate in line.finals else ""
+            text = "diverged" if rate in line.by_rate and value is None else number(value)
+            text += f" ({number(line.finals[rate])})" if rate in line.finals else ""
             cells.append(f"**{text}**" if rate == line.numbers.get("lr") else text)
         rows.append([_name(line), *cells])
-    return _markdown(["on the tuning seed (on all), by learning rate", *(f"{rate:g}" for rate in grid)], rows)
+    return markdown(["on the tuning seed (on all), by learning rate", *(f"{rate:g}" for rate in tried)], rows)
 
 
 def _seeds(record: Record, family: dict[str, Any]) -> str:
@@ -102,7 +105,11 @@ def _seeds(record: Record, family: dict[str, Any]) -> str:
     rows = []
     for line in found.values():
         cells = [_name(line), f"{line.numbers['trainable_params']:,.0f}"]
-        cells += [f"{line.numbers['accounted_bytes'] / MIB:.1f}", _rate(record, line), _result(family, line)]
+        cells += [
+            f"{line.numbers['accounted_bytes'] / MIB:.1f}",
+            chosen_rate(record.config["grid"], line),
+            _result(family, line),
+        ]
         verdicts = []
         for name in REFERENCES:
             theirs = found[name].by_seed if name in found and name != line.name else {}
@@ -112,19 +119,18 @@ def _seeds(record: Record, family: dict[str, Any]) -> str:
             good = paired.within(d, family["margin"], higher=family["higher"]) if ours else None
             verdicts.append({None: "–", True: "yes", False: "no"}[good])
         rows.append([*cells, " / ".join(verdicts)])
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _name(line: Line) -> str:
     return f"{line.name}, r={line.numbers['r']:.0f}" if "r" in line.numbers else line.name
 
 
-def _rate(record: Record, line: Line) -> str:
+def chosen_rate(grid: Sequence[float], line: Line) -> str:
     """The rate, with what is to be known of how it was found."""
     rate = line.numbers.get("lr")
     if rate is None:
         return "–"
-    grid = record.config["grid"]
     if not line.numbers["settled"]:
         return f"{rate:g} (search not over)"
     return f"{rate:g} (the grid's end)" if rate in (grid[0], grid[-1]) else f"{rate:g}"
@@ -144,6 +150,7 @@ def _number(family: dict[str, Any], value: float | None, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.{digits}f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     align = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))

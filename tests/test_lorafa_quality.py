@@ -96,6 +96,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import comparison
     import fresh_runs
     import lorafa_quality
     import quality_table
@@ -126,11 +127,9 @@ def test_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert sum(made) == 0
     assert again == dataclasses.replace(record, env=again.env)
     kept = tmp_path / "kept"
-    lorafa_quality.keep(
-        [lorafa_quality.Comparison(lorafa_quality.FAMILIES["encoder"], lorafa_quality.arguments(arguments))],
-        record,
-        kept,
-    )
+    asked = lorafa_quality.arguments(arguments)
+    runs = lorafa_quality.Comparison(lorafa_quality.FAMILIES["encoder"], asked).records()
+    comparison.keep([record, *runs], kept)
     assert str(tmp_path) not in "".join(path.read_text() for path in kept.rglob("record.json"))
     assert len(list(kept.rglob("record.json"))) > 8
 
@@ -144,7 +143,7 @@ def test_runs_are_fresh_processes_side_by_side_and_a_bad_one_is_named(tmp_path: 
     bad = (*model, "train.lr_by_method.full=1e30")  # diverges, which is a result
     runs = fresh_runs.Runs(2)
     runs([*good, good[0], bad])
-    assert runs.made == 3
+    assert runs.progress.made == 3
     records = [fresh_runs.finished(words) for words in (*good, bad)]
     assert [(r.status, r.reason) for r in records if r] == [("ok", ""), ("ok", ""), ("failed", "nan")]
     assert len({r.env["variables"]["OMP_NUM_THREADS"] for r in records if r}) == 1

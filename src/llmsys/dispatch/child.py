@@ -19,7 +19,7 @@ from typing import Any
 from llmsys.comm.place import log_name
 from llmsys.job import Job
 
-_FOR_THE_CPU = {
+FOR_THE_CPU = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -47,7 +47,7 @@ class Child:
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=output,
-                    env={**_FOR_THE_CPU, **os.environ, "OMP_NUM_THREADS": str(job.config["train"]["threads"])},
+                    env={**FOR_THE_CPU, **os.environ, "OMP_NUM_THREADS": str(job.config["train"]["threads"])},
                     pass_fds=(writer, lock),
                     start_new_session=True,
                 )
