@@ -24,7 +24,7 @@ from pathlib import Path
 import side_by_side
 from llmsys import results
 from llmsys.compress.measure import figures, tables
-from llmsys.compress.measure.variants import Variant
+from llmsys.compress.measure.variants import WHOLE_MIB, Variant
 from llmsys.job import Record
 from llmsys.schema.measured import NOOP
 
@@ -64,7 +64,8 @@ class Cell:
 
     def __str__(self) -> str:
         v = self.variant
-        said = [v.method, *([f"r={v.r}"] if v.low_rank else []), f"{v.bucket_mib:g} MiB"]
+        size = "one bucket" if v.bucket_mib >= WHOLE_MIB else f"{v.bucket_mib:g} MiB"
+        said = [v.method, *([f"r={v.r}"] if v.low_rank else []), size]
         return f"{self.where}, {' '.join(said)}"
 
 
@@ -112,8 +113,9 @@ def lines(records: Sequence[Record]) -> list[Line]:
 
 
 def _stack(cell: Cell) -> bool:
+    """Not of the ablation, which has other sizes of buckets than each method's best."""
     task, variant = cell.record.config["task"], cell.variant
-    alike = cell.record.task == "compress_iteration" and all(task[key] == value for key, value in STACK.items())
+    alike = cell.record.name == "compress_iteration" and all(task[key] == value for key, value in STACK.items())
     right = variant.overlap and variant.batch == BATCH and (variant.r == R or not variant.low_rank)
     return alike and right and variant.method != NOOP
 
