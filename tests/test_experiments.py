@@ -13,7 +13,10 @@ from llmsys.schema.task import SIMULATED
 from llmsys.train import checks
 
 EXPERIMENTS = sorted(compose.choices("exp"))
-REPEATS = ("full_llama7b", "lora_llama7b", "lorafa_minilm_lr", "lorafa_minilm_seeds", "pretrain_t5_4m")
+REPEATS = (
+    *("full_llama7b", "lora_llama7b", "lorafa_minilm_lr", "lorafa_minilm_seeds", "pretrain_t5_4m"),
+    *("compress_ablation", "compress_resnet18_cifar10", "compress_vgg16_cifar10"),
+)
 """Which differ from another experiment in numbers alone."""
 MEASURED = ("compress_iteration", "compress_ablation", "compress_replay")
 TRAINED = [
@@ -49,7 +52,9 @@ def test_its_smoke_run_is_ok(exp: str, results: Path) -> None:
     assert sum(parts.values()) == pytest.approx(record.summary["accounted_bytes"], rel=0.1)
 
 
-@pytest.mark.parametrize("exp", MEASURED)
+@pytest.mark.parametrize(
+    "exp", [pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else []) for exp in MEASURED]
+)
 def test_measured_iterations_leave_their_tables(exp: str, results: Path) -> None:
     smoke = compose.compose([f"+exp={exp}"])["smoke"]
     made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
