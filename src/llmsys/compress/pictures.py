@@ -145,8 +145,8 @@ def over_rate(record: Record, world: int = 32) -> Any:
 
 
 def convergence(record: Record) -> Any:
-    """Loss of `compress_convergence` over steps, and over what a rank sends: a curve a contestant, the mean of its
-    seeds."""
+    """Training loss of `compress_convergence` over steps, and over what a rank sends: a curve a contestant, the mean of
+    its seeds."""
     curves = {
         key.removesuffix("/curve_steps"): (steps, record.samples[key.replace("curve_steps", "curve_loss")])
         for key, steps in record.samples.items()
@@ -160,7 +160,7 @@ def convergence(record: Record) -> Any:
         left.plot(steps, loss, label=name, linewidth=1.5)
         right.plot([step * sent / 1e6 for step in steps], loss, label=name, linewidth=1.5)
     left.set_xlabel("steps")
-    left.set_ylabel("validation loss, nats a byte")
+    left.set_ylabel("training loss, nats a token")
     right.set_xlabel("MB sent by a rank")
     right.set_xscale("log")
     for axes in (left, right):
