@@ -16,7 +16,7 @@ from llmsys.compress import methods
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
 from llmsys.compress.methods.method import Entry, Part, Sent
-from llmsys.compress.transfer import Group, Transfer, plain
+from llmsys.compress.transfer import Group, Transfer, without_graph
 from llmsys.cost.compressed import matrix
 
 
@@ -78,10 +78,11 @@ class CompressionState:
     def _settle(self) -> None:
         if not self._sent:
             return
-        with plain():
+        with without_graph():
             if self.left_out():
                 for sent, _ in self._sent:
-                    sent.restore()
+                    for taken in sent.taken:
+                        taken.give_back()
         self._sent.clear()
 
     def left_out(self) -> bool:
@@ -126,14 +127,14 @@ class CompressionState:
         others (Top-k, scaled sign) nearly. Another method, or another r, may go on with the errors of the one before.
         ValueError for parameters that this model has not, or in other shapes.
         """
-        tensors, plain = states[self.rank] if len(states) == self.world else (_merged(states), states[0][1])
+        tensors, values = states[self.rank] if len(states) == self.world else (_merged(states), states[0][1])
         memories: dict[str, Memory] = {}
         for key, tensor in tensors.items():
             name, _, kind = key.rpartition("/")
             self._check(name, kind, tensor)
             setattr(memories.setdefault(name, Memory(name)), kind, tensor.to(self.devices[name], copy=True))
         self.memories, self._sent = memories, []
-        self.step, self._scale = int(plain["step"]), plain["loss_scale"]
+        self.step, self._scale = int(values["step"]), values["loss_scale"]
 
     def _check(self, name: str, kind: str, tensor: Tensor) -> None:
         if name not in self.shapes:

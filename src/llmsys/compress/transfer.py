@@ -39,7 +39,7 @@ class Transfer:
         return self._start()
 
     def _start(self) -> bool:
-        with plain():
+        with without_graph():
             try:
                 request = next(self._exchange)
             except StopIteration as end:
@@ -83,7 +83,7 @@ def finish(transfers: Sequence[Transfer]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def plain() -> Iterator[None]:
+def without_graph() -> Iterator[None]:
     """Without a graph, and in the precision that is written: a backward pass may run under autocast."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
@@ -91,7 +91,7 @@ def plain() -> Iterator[None]:
 
 def simulate(exchanges: Sequence[Exchange]) -> list[Sent]:
     """Carries one exchange for each rank, all in this process: for tests and for studies without a cluster."""
-    with plain():
+    with without_graph():
         while True:
             try:
                 requests = [next(exchange) for exchange in exchanges]

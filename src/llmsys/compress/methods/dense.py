@@ -26,8 +26,4 @@ class Dense:
         yield WAIT
         if buffer is not part.flat:
             part.flat.copy_(buffer)
-        return Sent(torch.ones((), dtype=torch.bool), _nothing)  # nothing is kept that could be spoilt
-
-
-def _nothing() -> None:
-    pass
+        return Sent(torch.ones((), dtype=torch.bool))  # nothing is kept that could be spoilt

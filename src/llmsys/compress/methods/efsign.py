@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from llmsys.compress import bits
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
-from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Sent, where
+from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Sent, Taken, where
 from llmsys.compress.wire import dtype_of
 
 
@@ -49,8 +50,10 @@ class EFSign:
             self._add([e.grad.view(-1) for e in signed], [piece[rank] for piece in pieces], shares)
         self._write_whole(whole, theirs[:, len(signed) :].mean(0))
         where(~arrived, part.flat, math.nan)
-        kept = what if self.config.feedback else []
-        return Sent(arrived, lambda: self._add(kept, own, scales))
+        if not self.config.feedback:
+            return Sent(arrived)
+        back = [partial(bits.add_signs, *each) for each in zip(what, own, scales, strict=True)]
+        return Sent(arrived, [Taken(*pair) for pair in zip(signed, back, strict=True)])
 
     def _add(self, targets: list[Tensor], packed: Sequence[Tensor], scales: list[Tensor]) -> None:
         for target, signs, scale in zip(targets, packed, scales, strict=False):

@@ -20,8 +20,8 @@ Everything that is not compressed travels in the same buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
-from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Sent, where
+from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Sent, Taken, where
 from llmsys.compress.orthogonal import orthonormal_
 from llmsys.compress.wire import Wire, copy, dtype_of
 from llmsys.cost import compressed as shapes
@@ -53,10 +53,12 @@ class Matrix:
     def correct(self) -> None:
         self.what = corrected(self.entry, self.config).view(self.grad.shape)
 
-    def take(self, p: Tensor, q: Tensor, sign: int) -> None:
-        """E -= p^T q, what this rank sends (`sign` -1), or takes it back (1)."""
-        if self.config.feedback:
-            self.add(p, q, sign)
+    def take(self, p: Tensor, q: Tensor) -> list[Taken]:
+        """E -= p^T q, what this rank sends, where errors are kept."""
+        if not self.config.feedback:
+            return []
+        self.add(p, q, -1)
+        return [Taken(self.entry, partial(self.add, p, q, 1))]
 
     def project(self, side: str, what: Tensor) -> Tensor:
         """A factor of `what` [N, M] by the other one: q what^T [R, N] for `p`, p what [R, M] for `q`."""
@@ -124,12 +126,7 @@ class LowRank:
             x.p.copy_(x.project(P, whole))
             orthonormal_(x.p)
             x.q.copy_(x.project(Q, whole))
-        return Sent(arrived, _nothing)
-
-    def give_back(self, matrices: Sequence[Matrix], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """What this rank has sent was of no use."""
-        for x, (p, q) in zip(matrices, pairs, strict=True):
-            x.take(p, q, 1)
+        return Sent(arrived)
 
 
 class ACPSGD(LowRank):
@@ -141,7 +138,8 @@ class ACPSGD(LowRank):
         finite = part.guard()
         matrices, rest = self.split(part)
         side = P if part.step % 2 == 0 else Q
-        own, pairs = [], []
+        own: list[Tensor] = []
+        taken: list[Taken] = []
         for x in matrices:
             given = x.q if side == P else x.p
             if not self.config.reuse:
@@ -150,8 +148,7 @@ class ACPSGD(LowRank):
             x.correct()
             mine = x.project(side, x.what)
             own.append(mine)
-            pairs.append((mine, x.q) if side == P else (x.p, mine))
-            x.take(*pairs[-1], -1)
+            taken += x.take(mine, x.q) if side == P else x.take(x.p, mine)
         wire = Wire([*own, *(entry.grad for entry in rest)], self.config)
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
@@ -163,7 +160,7 @@ class ACPSGD(LowRank):
             received = x.p if side == P else x.q
             received.copy_(torch.where(arrived, mean, received))
         copy([entry.grad for entry in rest], wire.views[len(matrices) :])
-        return Sent(arrived, lambda: self.give_back(matrices, pairs))
+        return Sent(arrived, taken)
 
 
 class PowerSGD(LowRank):
@@ -187,14 +184,15 @@ class PowerSGD(LowRank):
         arrived = first.finite()
         copy([entry.grad for entry in rest], first.views[len(matrices) :])
         if not matrices:
-            return Sent(arrived, _nothing)
-        pairs = []
+            return Sent(arrived)
+        own: list[Tensor] = []
+        taken: list[Taken] = []
         for x, view in zip(matrices, first.views, strict=False):
             x.p.copy_(torch.where(arrived, view, 0.0))
             orthonormal_(x.p)
-            pairs.append((x.p, x.project(Q, x.what)))
-            x.take(*pairs[-1], -1)
-        second = Wire([q for _, q in pairs], self.config)
+            own.append(x.project(Q, x.what))
+            taken += x.take(x.p, own[-1])
+        second = Wire(own, self.config)
         second.divide(part.world, arrived)
         yield AllReduce(second.buffer)
         yield WAIT
@@ -202,11 +200,7 @@ class PowerSGD(LowRank):
             mean = view.to(x.q.dtype)
             x.write(x.p, mean)
             x.q.copy_(torch.where(arrived, mean, x.q))
-        return Sent(arrived, lambda: self.give_back(matrices, pairs))
-
-
-def _nothing() -> None:
-    pass
+        return Sent(arrived, taken)
 
 
 def _factors(entry: Entry, config: CompressConfig) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ that a method draws at random is a function of names, seed and step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,24 +53,33 @@ WAIT: None = None
 
 
 @dataclass
-class Sent:
-    """How an exchange ended. `finite`: whether every rank's part was (bool, 0-dim, alike on all ranks). `restore`: puts
-    what was sent back into the memory, where the step is left out and would otherwise be lost."""
-
-    finite: Tensor
-    restore: Callable[[], None]
-
-
-Exchange = Generator[Request | None, None, Sent]
-
-
-@dataclass
 class Entry:
     """One parameter's gradient, and what is kept of it between steps."""
 
     name: str
     grad: Tensor
     memory: Memory
+
+
+@dataclass
+class Taken:
+    """What an exchange has taken from a parameter's memory. `give_back` puts it there again: what was sent is of no use
+    where the step is left out."""
+
+    entry: Entry
+    give_back: Callable[[], None]
+
+
+@dataclass
+class Sent:
+    """How an exchange ended. `finite`: whether every rank's part was (bool, 0-dim, alike on all ranks). `taken`: from
+    which memories."""
+
+    finite: Tensor
+    taken: Sequence[Taken] = ()
+
+
+Exchange = Generator[Request | None, None, Sent]
 
 
 @dataclass

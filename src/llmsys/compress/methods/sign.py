@@ -49,7 +49,7 @@ class Sign:
         part.flat.zero_()
         bits.add_signs(part.flat, results[:, :-1].reshape(-1)[: len(packed)], 1.0)
         where(~arrived, part.flat, math.nan)
-        return Sent(arrived, _nothing)
+        return Sent(arrived)
 
 
 def majority(votes: Tensor, decides: int) -> Tensor:
@@ -70,7 +70,3 @@ def _with_flag(rows: Tensor, finite: Tensor) -> Tensor:
     """One more byte a row: 1 where the sender's gradients are finite, which no sign could say."""
     flag = finite.to(torch.uint8).expand(len(rows), 1)
     return torch.cat([rows, flag], 1)
-
-
-def _nothing() -> None:
-    pass

@@ -8,6 +8,7 @@ costs to send others than the largest, is what the comparison of the two at equa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
-from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Sent, where
+from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Sent, Taken, where
 from llmsys.compress.wire import Wire, copy, dtype_of
 from llmsys.cost import compressed as shapes
 
@@ -37,18 +38,21 @@ class Kept:
     places: Tensor
     values: Tensor
 
+    def take(self) -> None:
+        """What is sent is no error any more."""
+        self.what[self.places] = 0.0
 
-def take(kept: list[Kept], config: CompressConfig) -> None:
-    """What is sent is no error any more."""
-    if config.feedback:
-        for x in kept:
-            x.what[x.places] = 0.0
+    def give_back(self) -> None:
+        self.what.index_add_(0, self.places, self.values.to(self.what.dtype))
 
 
-def restore(kept: list[Kept], config: CompressConfig) -> None:
-    if config.feedback:
-        for x in kept:
-            x.what.index_add_(0, x.places, x.values.to(x.what.dtype))
+def take(kept: Sequence[Kept], config: CompressConfig) -> list[Taken]:
+    """From the memories, where errors are kept."""
+    if not config.feedback:
+        return []
+    for x in kept:
+        x.take()
+    return [Taken(x.entry, x.give_back) for x in kept]
 
 
 class TopK:
@@ -73,14 +77,14 @@ class TopK:
         payload = torch.cat([values.view(torch.int32), *(x.places.int() for x in kept)])
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
-        take(kept, self.config)
+        taken = take(kept, self.config)
         yield WAIT
         length = len(values) * dtype.itemsize // 4
         values = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         places = gathered[:, length:]
         arrived = torch.isfinite(values.sum())
         self._add(part, kept, whole, values, places, arrived)
-        return Sent(arrived, lambda: restore(kept, self.config))
+        return Sent(arrived, taken)
 
     def _select(self, entry: Entry, step: int) -> Kept:
         what = corrected(entry, self.config).view(-1)
@@ -155,7 +159,7 @@ class RandomK:
         wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config)
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
-        take(kept, self.config)
+        taken = take(kept, self.config)
         yield WAIT
         arrived = wire.finite()
         for x, mean in zip(kept, wire.views, strict=False):
@@ -163,7 +167,7 @@ class RandomK:
             flat[x.places] = mean.to(flat.dtype)
         copy([entry.grad for entry in whole], wire.views[len(kept) :])
         where(~arrived, part.flat, math.nan)
-        return Sent(arrived, lambda: restore(kept, self.config))
+        return Sent(arrived, taken)
 
     def _select(self, entry: Entry, step: int) -> Kept:
         what = corrected(entry, self.config).view(-1)
