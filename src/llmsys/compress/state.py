@@ -83,6 +83,7 @@ class CompressionState:
                 for sent, _ in self._sent:
                     for taken in sent.taken:
                         taken.give_back()
+                        taken.entry.memory.mend()
         self._sent.clear()
 
     def left_out(self) -> bool:
@@ -151,6 +152,7 @@ class CompressionState:
             for memory in self.memories.values():
                 if memory.error is not None:
                     memory.error.mul_(scale / self._scale)
+                    memory.mend()  # half precision may overflow
         self._scale = scale
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmsys.compress import bits
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
-from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Sent, Taken, where
+from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Taken, where
 from llmsys.compress.wire import dtype_of
 
 
@@ -51,9 +51,9 @@ class EFSign:
         self._write_whole(whole, theirs[:, len(signed) :].mean(0))
         where(~arrived, part.flat, math.nan)
         if not self.config.feedback:
-            return Sent(arrived)
+            return part.sent(arrived)
         back = [partial(bits.add_signs, *each) for each in zip(what, own, scales, strict=True)]
-        return Sent(arrived, [Taken(*pair) for pair in zip(signed, back, strict=True)])
+        return part.sent(arrived, [Taken(*pair) for pair in zip(signed, back, strict=True)])
 
     def _add(self, targets: list[Tensor], packed: Sequence[Tensor], scales: list[Tensor]) -> None:
         for target, signs, scale in zip(targets, packed, scales, strict=False):

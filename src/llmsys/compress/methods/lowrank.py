@@ -29,7 +29,7 @@ from torch import Tensor
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
-from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Sent, Taken, where
+from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Taken, where
 from llmsys.compress.orthogonal import orthonormal_
 from llmsys.compress.wire import Wire, copy, dtype_of
 from llmsys.cost import compressed as shapes
@@ -126,7 +126,7 @@ class LowRank:
             x.p.copy_(x.project(P, whole))
             orthonormal_(x.p)
             x.q.copy_(x.project(Q, whole))
-        return Sent(arrived)
+        return part.sent(arrived)
 
 
 class ACPSGD(LowRank):
@@ -160,7 +160,7 @@ class ACPSGD(LowRank):
             received = x.p if side == P else x.q
             received.copy_(torch.where(arrived, mean, received))
         copy([entry.grad for entry in rest], wire.views[len(matrices) :])
-        return Sent(arrived, taken)
+        return part.sent(arrived, taken)
 
 
 class PowerSGD(LowRank):
@@ -184,7 +184,7 @@ class PowerSGD(LowRank):
         arrived = first.finite()
         copy([entry.grad for entry in rest], first.views[len(matrices) :])
         if not matrices:
-            return Sent(arrived)
+            return part.sent(arrived)
         own: list[Tensor] = []
         taken: list[Taken] = []
         for x, view in zip(matrices, first.views, strict=False):
@@ -200,7 +200,7 @@ class PowerSGD(LowRank):
             mean = view.to(x.q.dtype)
             x.write(x.p, mean)
             x.q.copy_(torch.where(arrived, mean, x.q))
-        return Sent(arrived, taken)
+        return part.sent(arrived, taken)
 
 
 def _factors(entry: Entry, config: CompressConfig) -> tuple[Tensor, Tensor]:

@@ -72,8 +72,8 @@ class Taken:
 
 @dataclass
 class Sent:
-    """How an exchange ended. `finite`: whether every rank's part was (bool, 0-dim, alike on all ranks). `taken`: from
-    which memories."""
+    """How an exchange ended. `finite`: whether every rank's part was, and what has come of them (bool, 0-dim, alike on
+    all ranks). `taken`: from which memories."""
 
     finite: Tensor
     taken: Sequence[Taken] = ()
@@ -98,6 +98,13 @@ class Part:
         finite = torch.isfinite(self.flat.sum(dtype=torch.float32 if self.flat.element_size() < 4 else None))
         where(~finite, self.flat, 0.0)
         return finite
+
+    def sent(self, arrived: Tensor, taken: Sequence[Taken] = ()) -> Sent:
+        """How the exchange ended, when the means are written; `arrived`: whether every rank's part was finite. A mean
+        may be so and yet be too large for a gradient in half precision; all ranks have written the same."""
+        if self.flat.element_size() < 4:
+            arrived = arrived & torch.isfinite(self.flat.sum(dtype=torch.float32))
+        return Sent(arrived, taken)
 
     def split(self, config: CompressConfig) -> tuple[list[Entry], list[Entry]]:
         """(what is compressed, what is excepted and travels whole), by name."""

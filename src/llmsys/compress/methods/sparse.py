@@ -17,7 +17,7 @@ from torch import Tensor
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
-from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Sent, Taken, where
+from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Taken, where
 from llmsys.compress.wire import Wire, copy, dtype_of
 from llmsys.cost import compressed as shapes
 
@@ -38,9 +38,19 @@ class Kept:
     places: Tensor
     values: Tensor
 
+    @classmethod
+    def chosen(cls, entry: Entry, what: Tensor, places: Tensor) -> Kept:
+        """Of what has waited too long for a gradient in half precision, of which an error in more bits may be larger
+        than any, as much as it can be: by half of its largest number no rounding of ranks' shares makes it infinite."""
+        values = what[places].to(dtype_of(what))
+        if what.dtype != entry.grad.dtype:
+            most = torch.finfo(entry.grad.dtype).max / 2
+            values = torch.where(values.isfinite(), values.clamp(-most, most), values)
+        return cls(entry, what, places, values)
+
     def take(self) -> None:
         """What is sent is no error any more."""
-        self.what[self.places] = 0.0
+        self.what.index_add_(0, self.places, self.values.to(self.what.dtype), alpha=-1)
 
     def give_back(self) -> None:
         self.what.index_add_(0, self.places, self.values.to(self.what.dtype))
@@ -84,7 +94,7 @@ class TopK:
         places = gathered[:, length:]
         arrived = torch.isfinite(values.sum())
         self._add(part, kept, whole, values, places, arrived)
-        return Sent(arrived, taken)
+        return part.sent(arrived, taken)
 
     def _select(self, entry: Entry, step: int) -> Kept:
         what = corrected(entry, self.config).view(-1)
@@ -95,7 +105,7 @@ class TopK:
             places = largest(what, k)
         else:
             places = above(what, k, generator(entry.name, self.config.seed, step))
-        return Kept(entry, what, places, what[places].to(dtype_of(what)))
+        return Kept.chosen(entry, what, places)
 
     def _add(
         self, part: Part, kept: list[Kept], whole: list[Entry], values: Tensor, places: Tensor, finite: Tensor
@@ -137,7 +147,7 @@ def above(x: Tensor, k: int, source: torch.Generator) -> Tensor:
     least = float(torch.topk(sample, math.ceil(number * share)).values.min())
     while True:
         pieces = range(0, x.numel(), PIECE)
-        places = torch.cat([torch.nonzero(x[i : i + PIECE].abs() >= least).view(-1) + i for i in pieces])
+        places = torch.cat([torch.nonzero(~(x[i : i + PIECE].abs() < least)).view(-1) + i for i in pieces])  # and NaN
         if len(places) >= k:
             return places[torch.topk(x[places].abs(), k, sorted=False).indices]
         least = least / 2 if least > 1e-30 else 0.0
@@ -167,7 +177,7 @@ class RandomK:
             flat[x.places] = mean.to(flat.dtype)
         copy([entry.grad for entry in whole], wire.views[len(kept) :])
         where(~arrived, part.flat, math.nan)
-        return Sent(arrived, taken)
+        return part.sent(arrived, taken)
 
     def _select(self, entry: Entry, step: int) -> Kept:
         what = corrected(entry, self.config).view(-1)
@@ -175,7 +185,7 @@ class RandomK:
             what.numel(), shapes.kept(what.numel(), self.config.density), entry.name, self.config.seed, step
         )
         places = places.to(what.device)
-        return Kept(entry, what, places, what[places].to(dtype_of(what)))
+        return Kept.chosen(entry, what, places)
 
 
 def strata(numel: int, k: int, name: str, seed: int, step: int) -> Tensor:

@@ -1,0 +1,88 @@
+"""Nothing is lost and nothing is poisoned: what overflows, in whatever type, leaves healthy memories behind, and what a
+step has sent that is left out stands in the memories again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from simulated import Ranks, random_grads
+from torch import Tensor
+
+from llmsys.compress.config import CompressConfig
+from llmsys.schema.compress import ERROR_FEEDBACK
+
+ALL = [*({"method": method} for method in ERROR_FEEDBACK), {"method": "topk", "select": "threshold"}]
+
+
+def config(**settings: object) -> CompressConfig:
+    return CompressConfig(**{"r": 2, "density": 0.1, "min_rate": 1, **settings})  # type: ignore[arg-type]
+
+
+def finite(ranks: list[dict[str, Tensor]]) -> list[bool]:
+    return [all(bool(g.isfinite().all()) for g in rank.values()) for rank in ranks]
+
+
+@pytest.mark.parametrize("settings", ALL, ids=str)
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+def test_an_error_that_is_not_finite_is_dropped(settings: dict[str, object], poison: float) -> None:
+    """All ranks notice it in what is sent; the step is left out, and the next ones are healthy. A threshold is not
+    looked for below zero for ever."""
+    ranks = Ranks(config(**settings), 3)
+    ranks.step(random_grads(3, 0))
+    ranks.errors("a")[1].fill_(poison)
+    assert finite(ranks.step(random_grads(3, 1))) == [False] * 3
+    for step in range(2, 6):
+        assert finite(ranks.step(random_grads(3, step))) == [True] * 3, step
+
+
+@pytest.mark.parametrize("method", ERROR_FEEDBACK)
+def test_fp16_is_healthy_again_after_gradients_at_its_edge(method: str) -> None:
+    """Finite each, but not what is kept of them and the next one together: steps are left out, until the loss scale has
+    fallen far enough."""
+    ranks, scale, left_out = Ranks(config(method=method), 2), 2.0**14, []
+    for state in ranks.states:
+        state.loss_scale = lambda: scale
+    for step in range(30):
+        grads = random_grads(2, step)
+        half = [{name: (g.clamp(-3, 3) * scale).half() for name, g in rank.items()} for rank in grads]
+        if finite(ranks.step(half)) != [True, True]:
+            left_out.append(step)
+            scale /= 2
+    assert left_out
+    assert left_out[-1] < 20
+
+
+@pytest.mark.parametrize("method", ["powersgd", "acpsgd"])
+def test_a_mean_too_large_for_fp16_is_known_to_be_left_out(method: str) -> None:
+    """Finite on the wire, and infinite once it is written: who applies gradients leaves the step out."""
+    ranks = Ranks(config(method=method, error_dtype="fp32"), 2, {"w": (12, 12)})
+    small = [{"w": torch.full((12, 12), 2.0**-10).half()} for _ in range(2)]
+    for _ in range(2):
+        ranks.step(small)
+    for state in ranks.states:
+        error = state.memory("w").error
+        assert error is not None
+        error.fill_(1e5)
+    assert finite(ranks.step(small)) == [False, False]
+    assert [state.left_out() for state in ranks.states] == [True, True]
+    for state in ranks.states:
+        state.tensors()  # as it is saved
+    assert all(float((error - 1e5).abs().max()) < 1 for error in ranks.errors("w"))
+
+
+@pytest.mark.parametrize("method", ["topk", "randomk"])
+def test_what_has_waited_too_long_for_fp16_is_sent_in_parts(method: str) -> None:
+    """One element in a hundred is sent in a step, so each waits until it is far beyond fp16. No step is left out, and
+    what is applied and kept is all that was given."""
+    ranks = Ranks(config(method=method, density=0.01, error_dtype="fp32"), 3, {"w": (200,)})
+    given, applied = 0.0, torch.zeros(200, dtype=torch.float64)
+    for step in range(40):
+        found = ranks.step([{"w": torch.full((200,), 2e4).half()} for _ in range(3)])
+        assert finite(found) == [True] * 3, step
+        given += 2e4
+        applied += found[0]["w"].double()
+    kept = sum(error.double() for error in ranks.errors("w")) / 3
+    assert float((applied + kept - given).abs().max()) < 1e-3 * given
