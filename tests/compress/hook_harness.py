@@ -20,6 +20,8 @@ from llmsys.compress.reference import Reference
 
 MANY = 0.002
 """MiB of a bucket, of which `Net` then has several."""
+USERS: list[tuple[int, ...]] = [(0, 1), (), (1,), (), (), (0,)]
+"""Which ranks use the layer `unused` in a step."""
 
 
 class Net(nn.Module):
@@ -77,6 +79,8 @@ def against_reference(
     config, model = config_of(settings), Net(seed=place.rank)  # DDP makes them equal
     ddp = wrapped(model, **options)
     register(ddp, config)
+    first = dist._DEFAULT_FIRST_BUCKET_BYTES
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1  # the compiler refuses buckets below it, which is 1 MiB
     called: Any = torch.compile(ddp, backend=backend) if backend else ddp
     torch.manual_seed(place.rank)  # nothing may depend on it
     reference, worst = Reference(config, place.world), 0.0
@@ -96,7 +100,32 @@ def against_reference(
             assert p.grad is not None
             worst = max(worst, float((p.grad - wanted[name]).abs().max()))
         descend(model, to_none)
+    dist._DEFAULT_FIRST_BUCKET_BYTES = first
     return {"worst": worst, "apart": apart(model), **traffic.calls}
+
+
+def sometimes_unused(place: Place, settings: dict[str, Any], options: dict[str, Any], to_none: bool) -> dict[str, Any]:
+    """One layer is used in some steps by no rank, by one, or by both. How far what was applied and is kept is from what
+    was given, of that layer; the most that was applied in a step in which nobody had used it; and replicas."""
+    model = Net()
+    ddp = wrapped(model, find_unused_parameters=True, **options)
+    state = register(ddp, config_of(settings))
+    weight, total = model.unused.weight, [torch.zeros_like(model.unused.weight) for _ in range(2)]
+    stray = 0.0
+    for step in range(12):
+        users = USERS[step % len(USERS)]
+        value = loss(ddp(batch(place.rank, step), skip=place.rank not in users))
+        local = torch.autograd.grad(value, [weight], retain_graph=True, allow_unused=True)[0]
+        total[0] += sum(everywhere(torch.zeros_like(weight) if local is None else local)) / place.world
+        value.backward()
+        if weight.grad is not None:
+            total[1] += weight.grad
+            stray = max(stray, 0.0 if users else float(weight.grad.abs().max()))
+        descend(model, to_none)
+    kept = sum(everywhere(state.tensors()["unused.weight/error"])) / place.world
+    given, applied = total
+    far = float((given - applied - kept).abs().max() / given.abs().max())
+    return {"far": far, "stray": stray, "apart": apart(model)}
 
 
 def replicas(place: Place, settings: dict[str, Any], steps: int) -> float:

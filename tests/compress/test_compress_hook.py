@@ -61,16 +61,36 @@ def test_on_four_ranks_too(four: Pool, method: str) -> None:
         ({}, 4),
         ({"find_unused_parameters": True}, 1),
         ({"static_graph": True}, 1),
+        ({"static_graph": True, "gradient_as_bucket_view": False}, 1),
         ({"set_to_none": False}, 1),
         ({"gradient_as_bucket_view": False}, 1),
-        pytest.param({"compile": "aot_eager", "bucket_cap_mb": 25}, 1, marks=pytest.mark.slow),
+        pytest.param({"compile": "aot_eager"}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_whatever_ddp_does_beside(pool: Pool, options: dict[str, Any], parts: int) -> None:
     """Accumulation, unused parameters, a graph said to be static, gradients that stay, copies of them, compilation."""
     for rank in pool.call("hook_harness:against_reference", {"method": "acpsgd"}, options, 5, parts):
+        assert rank["all_reduce"] > 1, "several buckets"
         assert rank["worst"] < 1e-10
         assert rank["apart"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "to_none"),
+    [
+        ("acpsgd", {}, True),
+        ("topk", {"gradient_as_bucket_view": False}, True),
+        ("topk", {"gradient_as_bucket_view": False}, False),
+        ("efsign", {}, False),
+    ],
+)
+def test_what_ddp_throws_away_is_sent_later(pool: Pool, method: str, options: dict[str, Any], to_none: bool) -> None:
+    """Of a layer that no rank has used DDP keeps `.grad` as it was: what was sent for it is not lost. (Where gradients
+    are zeros that lie in the bucket, and not None, they become what was sent, on every rank.)"""
+    for rank in pool.call("hook_harness:sometimes_unused", {"method": method}, options, to_none):
+        assert rank["far"] < 1e-12
+        assert rank["apart"] == 0.0
+        assert (rank["stray"] > 0) == (not to_none and not options), "what DDP does beside"
 
 
 @pytest.mark.parametrize("method", ["powersgd", "acpsgd"])

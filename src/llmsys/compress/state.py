@@ -45,6 +45,7 @@ class CompressionState:
         self.memories: dict[str, Memory] = {}
         self._scale: float | None = None
         self._sent: list[tuple[Sent, _Flag]] = []
+        self._untouched: set[str] = set()
 
     def described(self) -> dict[str, str]:
         """What all ranks must have alike (`agreement`)."""
@@ -70,7 +71,8 @@ class CompressionState:
 
     def begin(self) -> None:
         """Before a step's first bucket. A step of which one part was not finite has been left out by whoever applies
-        gradients (GradScaler, our trainer): what it sent goes back into the memory, on every rank alike."""
+        gradients (GradScaler, our trainer): what it sent goes back into the memory, on every rank alike. So does what
+        was sent for parameters whose gradients nobody has touched (`untouched`)."""
         self._settle()
         if self.loss_scale is not None:
             self._rescale(self.loss_scale())
@@ -79,12 +81,14 @@ class CompressionState:
         if not self._sent:
             return
         with without_graph():
-            if self.left_out():
-                for sent, _ in self._sent:
-                    for taken in sent.taken:
+            left_out = self.left_out()
+            for sent, _ in self._sent:
+                for taken in sent.taken:
+                    if left_out or taken.entry.name in self._untouched:
                         taken.give_back()
                         taken.entry.memory.mend()
         self._sent.clear()
+        self._untouched.clear()
 
     def left_out(self) -> bool:
         """Whether a part of the step that has just been exchanged was not finite; alike on all ranks."""
@@ -106,6 +110,10 @@ class CompressionState:
     def note(self, sent: Sent) -> None:
         """Keeps how an exchange of this step has ended until it is known whether the step was left out."""
         self._sent.append((sent, _Flag(sent.finite)))
+
+    def untouched(self, name: str) -> None:
+        """The mean for this parameter was thrown away, on all ranks."""
+        self._untouched.add(name)
 
     def advance(self) -> None:
         """After a step's last bucket was started."""
@@ -134,7 +142,7 @@ class CompressionState:
             name, _, kind = key.rpartition("/")
             self._check(name, kind, tensor)
             setattr(memories.setdefault(name, Memory(name)), kind, tensor.to(self.devices[name], copy=True))
-        self.memories, self._sent = memories, []
+        self.memories, self._sent, self._untouched = memories, [], set()
         self.step, self._scale = int(values["step"]), values["loss_scale"]
 
     def _check(self, name: str, kind: str, tensor: Tensor) -> None:
