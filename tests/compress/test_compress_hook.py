@@ -79,6 +79,7 @@ def test_whatever_ddp_does_beside(pool: Pool, options: dict[str, Any], parts: in
     ("method", "options", "to_none"),
     [
         ("acpsgd", {}, True),
+        ("acpsgd", {"refresh_every": 3}, True),
         ("topk", {"gradient_as_bucket_view": False}, True),
         ("topk", {"gradient_as_bucket_view": False}, False),
         ("efsign", {}, False),
@@ -87,7 +88,9 @@ def test_whatever_ddp_does_beside(pool: Pool, options: dict[str, Any], parts: in
 def test_what_ddp_throws_away_is_sent_later(pool: Pool, method: str, options: dict[str, Any], to_none: bool) -> None:
     """Of a layer that no rank has used DDP keeps `.grad` as it was: what was sent for it is not lost. (Where gradients
     are zeros that lie in the bucket, and not None, they become what was sent, on every rank.)"""
-    for rank in pool.call("hook_harness:sometimes_unused", {"method": method}, options, to_none):
+    options = dict(options)
+    settings = {"method": method, "refresh_every": options.pop("refresh_every", 0)}
+    for rank in pool.call("hook_harness:sometimes_unused", settings, options, to_none):
         assert rank["far"] < 1e-12
         assert rank["apart"] == 0.0
         assert (rank["stray"] > 0) == (not to_none and not options), "what DDP does beside"

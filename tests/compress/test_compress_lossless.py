@@ -86,3 +86,23 @@ def test_what_has_waited_too_long_for_fp16_is_sent_in_parts(method: str) -> None
         applied += found[0]["w"].double()
     kept = sum(error.double() for error in ranks.errors("w")) / 3
     assert float((applied + kept - given).abs().max()) < 1e-3 * given
+
+
+@pytest.mark.parametrize("method", ["powersgd", "acpsgd"])
+@pytest.mark.parametrize("bad", [3, 4, 5])
+def test_a_refresh_that_is_left_out_keeps_every_buckets_errors(method: str, bad: int) -> None:
+    """Of the bucket that was not finite, and of the others, which have sent all that they had."""
+    ranks = Ranks(config(method=method, refresh_every=4), 2)
+    given, applied = (torch.zeros(40, 8, dtype=torch.float64) for _ in range(2))
+    for step in range(9):
+        grads = random_grads(2, step)
+        given += (grads[0]["d"] + grads[1]["d"]) / 2
+        if step == bad:
+            grads[0]["a"][0, 0] = math.inf
+        found = ranks.step(grads, cuts=2)
+        assert finite(found) == [step != bad] * 2
+        if step != bad:
+            applied += found[0]["d"]
+    for state in ranks.states:
+        state.tensors()  # as it is saved
+    torch.testing.assert_close(applied + sum(ranks.errors("d")) / 2, given, rtol=0, atol=1e-12)

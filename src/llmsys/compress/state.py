@@ -87,6 +87,8 @@ class CompressionState:
                     if left_out or taken.entry.name in self._untouched:
                         taken.give_back()
                         taken.entry.memory.mend()
+                    else:
+                        taken.commit()
         self._sent.clear()
         self._untouched.clear()
 

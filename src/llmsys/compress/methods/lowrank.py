@@ -29,7 +29,7 @@ from torch import Tensor
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected
 from llmsys.compress.memory import generator
-from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Taken, where
+from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Taken
 from llmsys.compress.orthogonal import orthonormal_
 from llmsys.compress.wire import Wire, copy, dtype_of
 from llmsys.cost import compressed as shapes
@@ -59,6 +59,10 @@ class Matrix:
             return []
         self.add(p, q, -1)
         return [Taken(self.entry, partial(self.add, p, q, 1))]
+
+    def clear(self) -> None:
+        """E becomes 0: all of it was sent."""
+        self.what.zero_()
 
     def project(self, side: str, what: Tensor) -> Tensor:
         """A factor of `what` [N, M] by the other one: q what^T [R, N] for `p`, p what [R, M] for `q`."""
@@ -119,14 +123,13 @@ class LowRank:
         arrived = wire.finite()
         copy([*(x.grad for x in matrices), *(entry.grad for entry in rest)], wire.views)
         for x in matrices:
-            if self.config.feedback:
-                where(arrived, x.what, 0.0)  # all of it has been sent
             whole = torch.where(arrived, x.grad, 0.0).to(x.p.dtype)
             x.q.copy_(_random(x, part.step, self.config))
             x.p.copy_(x.project(P, whole))
             orthonormal_(x.p)
             x.q.copy_(x.project(Q, whole))
-        return part.sent(arrived)
+        # other buckets may not be finite, and the step left out: what is kept stays until that is known
+        return part.sent(arrived, [Taken(x.entry, commit=x.clear) for x in matrices] if self.config.feedback else [])
 
 
 class ACPSGD(LowRank):

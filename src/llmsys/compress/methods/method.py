@@ -61,13 +61,18 @@ class Entry:
     memory: Memory
 
 
+def nothing() -> None:
+    pass
+
+
 @dataclass
 class Taken:
-    """What an exchange has taken from a parameter's memory. `give_back` puts it there again: what was sent is of no use
-    where the step is left out."""
+    """What an exchange takes from a parameter's memory, of which nobody knows yet whether it will be applied.
+    `give_back`: it was not, so what is gone already is put there again. `commit`: it was, so the rest goes."""
 
     entry: Entry
-    give_back: Callable[[], None]
+    give_back: Callable[[], None] = nothing
+    commit: Callable[[], None] = nothing
 
 
 @dataclass
