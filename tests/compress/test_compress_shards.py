@@ -154,6 +154,40 @@ def overflown(place: Place, replicas: int, shards: int) -> list[float]:
     return everywhere(float((applied + both[0] - both[1]).abs().max()))
 
 
+class Scaled(nn.Module):
+    """Times one element in fp64, of which the second shard is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by.float()
+
+
+def mixed(place: Place, method: str, replicas: int, shards: int) -> list[float]:
+    """The losses of steps on a model in fp32 but for one element; in the second one a gradient is not finite."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    mesh, model = mesh_of(replicas, shards), nn.Sequential(nn.Linear(16, 12), Scaled())
+    for part in model:
+        fully_shard(part, mesh=mesh["shard"])
+    aggregator = ShardAggregator(model, config_of({"method": method}), group=mesh["replicate"].get_group())
+    losses = []
+    for step in range(4):
+        value = model(torch.ones(2, 16)).square().mean()
+        losses.append(value.item())
+        value.backward()
+        if step == 1 and place.rank == place.world - 1:
+            model[0].weight.grad.to_local()[0, 0] = torch.inf  # type: ignore[union-attr, operator]
+        aggregator.exchange()
+        if step != 1:
+            descend(model)
+        model.zero_grad()
+    return losses
+
+
 def refused(place: Place) -> list[str]:
     """What one is told for a model that is not sharded, one that FSDP2 averages itself, and a wrong group."""
     mesh = mesh_of(1, 2)
@@ -207,6 +241,13 @@ def test_an_overflow_in_one_shard_gives_back_what_all_had_sent(pool: Pool) -> No
 @pytest.mark.slow
 def test_an_overflow_in_one_of_four_shards(four: Pool) -> None:
     assert max(max(rank) for rank in four.call(f"{HERE}:overflown", 2, 2)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["acpsgd", "topk", "efsign", "none"])
+def test_a_type_of_which_a_shard_has_nothing_is_no_message(pool: Pool, method: str) -> None:
+    """One rank then has no bucket of it to exchange; all of them settle the step that was left out."""
+    first, second, third, fourth = pool.call(f"{HERE}:mixed", method, 1, 2)[0]
+    assert first > second == third > fourth
 
 
 def test_what_cannot_be_aggregated_is_refused(pool: Pool) -> None:

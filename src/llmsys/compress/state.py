@@ -15,7 +15,7 @@ from torch import Tensor
 from llmsys.compress import methods
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
-from llmsys.compress.methods.method import Entry, Part, Sent
+from llmsys.compress.methods.method import Entry, Exchange, Part, Sent
 from llmsys.compress.transfer import Group, Transfer, without_graph
 from llmsys.cost.compressed import matrix
 
@@ -98,11 +98,11 @@ class CompressionState:
 
     def start(self, names: Sequence[str], grads: Sequence[Tensor], flat: Tensor) -> Transfer:
         """Starts to exchange `grads`, which are views into `flat` and change in place when it ends (`end`). One without
-        elements, FSDP2's shard of a parameter of few rows, has nothing to exchange."""
+        elements, FSDP2's shard of a parameter of few rows, has nothing to exchange; nor has a bucket of such alone."""
         pairs = zip(names, grads, strict=True)
         entries = [Entry(name, grad, self.memory(name)) for name, grad in pairs if grad.numel()]
         part = Part(entries, flat, self.rank, self.world, self.step)
-        return Transfer(self.method.exchange(part), self.group, self.world)
+        return Transfer(self.method.exchange(part) if entries else _no_exchange(), self.group, self.world)
 
     def end(self, transfer: Transfer) -> None:
         """A transfer is over."""
@@ -177,6 +177,11 @@ def _merged(states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) ->
         else:
             found[key] = there[0]
     return found
+
+
+def _no_exchange() -> Exchange:
+    return Sent(torch.ones((), dtype=torch.bool))
+    yield  # which makes it a generator
 
 
 class _Flag:
