@@ -42,7 +42,7 @@ def test_an_error_that_is_not_finite_is_dropped(settings: dict[str, object], poi
 def test_fp16_is_healthy_again_after_gradients_at_its_edge(method: str) -> None:
     """Finite each, but not what is kept of them and the next one together: steps are left out, until the loss scale has
     fallen far enough."""
-    ranks, scale, left_out = Ranks(config(method=method), 2), 2.0**14, []
+    ranks, scale, left_out = Ranks(config(method=method, error_dtype="half"), 2), 2.0**14, []
     for state in ranks.states:
         state.loss_scale = lambda: scale
     for step in range(30):
@@ -58,7 +58,7 @@ def test_fp16_is_healthy_again_after_gradients_at_its_edge(method: str) -> None:
 @pytest.mark.parametrize("method", ["powersgd", "acpsgd"])
 def test_a_mean_too_large_for_fp16_is_known_to_be_left_out(method: str) -> None:
     """Finite on the wire, and infinite once it is written: who applies gradients leaves the step out."""
-    ranks = Ranks(config(method=method, error_dtype="fp32"), 2, {"w": (12, 12)})
+    ranks = Ranks(config(method=method), 2, {"w": (12, 12)})
     small = [{"w": torch.full((12, 12), 2.0**-10).half()} for _ in range(2)]
     for _ in range(2):
         ranks.step(small)
@@ -77,7 +77,7 @@ def test_a_mean_too_large_for_fp16_is_known_to_be_left_out(method: str) -> None:
 def test_what_has_waited_too_long_for_fp16_is_sent_in_parts(method: str) -> None:
     """One element in a hundred is sent in a step, so each waits until it is far beyond fp16. No step is left out, and
     what is applied and kept is all that was given."""
-    ranks = Ranks(config(method=method, density=0.01, error_dtype="fp32"), 3, {"w": (200,)})
+    ranks = Ranks(config(method=method, density=0.01), 3, {"w": (200,)})
     given, applied = 0.0, torch.zeros(200, dtype=torch.float64)
     for step in range(40):
         found = ranks.step([{"w": torch.full((200,), 2e4).half()} for _ in range(3)])
@@ -106,3 +106,30 @@ def test_a_refresh_that_is_left_out_keeps_every_buckets_errors(method: str, bad:
     for state in ranks.states:
         state.tensors()  # as it is saved
     torch.testing.assert_close(applied + sum(ranks.errors("d")) / 2, given, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["topk", "randomk"])
+def test_bf16_gradients_add_up_over_many_steps(method: str) -> None:
+    """A sum of hundreds of them does not fit into their own eight bits, from which half of all was lost; errors are
+    kept in fp32, unless that is asked for."""
+    ranks, shape = Ranks(config(method=method, density=0.005), 2, {"w": (400,)}), (400,)
+    base = (0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(0))).bfloat16()
+    applied, steps = torch.zeros(shape, dtype=torch.float64), 600
+    for _ in range(steps):
+        found = ranks.step([{"w": base.clone()} for _ in range(2)])
+        applied += found[0]["w"].double()
+    kept = sum(error.double() for error in ranks.errors("w")) / 2
+    assert abs(float((applied + kept).sum() / (steps * base.double().sum())) - 1) < 0.005
+
+
+def test_errors_saved_in_bf16_go_on_in_fp32() -> None:
+    """As states were saved before, or with other settings."""
+    made = {dtype: Ranks(config(method="topk", error_dtype=dtype), 1) for dtype in ("half", "gradient")}
+    for each in made.values():
+        for step in range(2):
+            each.step(random_grads(1, step, dtype=torch.bfloat16))
+    for before, after, dtype in (("half", "gradient", torch.float32), ("gradient", "half", torch.bfloat16)):
+        (saved,), ranks = made[before].states, Ranks(config(method="topk", error_dtype=after), 1)
+        ranks.states[0].load([(saved.tensors(), saved.plain())])
+        ranks.step(random_grads(1, 2, dtype=torch.bfloat16))
+        assert ranks.errors("a")[0].dtype == dtype

@@ -197,8 +197,8 @@ def test_bytes_on_the_wire(world: int) -> None:
 @pytest.mark.parametrize("method", ERROR_FEEDBACK)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(method: str, dtype: torch.dtype) -> None:
-    """Factors and sums are fp32; gradients, and errors unless asked otherwise, keep their type."""
-    for kept in ("gradient", "fp32"):
+    """Factors, sums and errors are fp32, errors unless asked otherwise; gradients keep their type."""
+    for kept in ("gradient", "half"):
         config = CompressConfig(method=method, r=2, density=0.1, min_rate=1, error_dtype=kept)
         ranks, reference = Ranks(config, 2), Reference(config, 2)
         for step in range(6):
@@ -206,7 +206,7 @@ def test_half_precision(method: str, dtype: torch.dtype) -> None:
             found = ranks.step(grads)
             wanted = reference.step([{name: g.double() for name, g in rank.items()} for rank in grads])
         assert found[0]["a"].dtype == dtype
-        assert ranks.errors("a")[0].dtype == (torch.float32 if kept == "fp32" else dtype)
+        assert ranks.errors("a")[0].dtype == (dtype if kept == "half" else torch.float32)
         if method in ("powersgd", "acpsgd"):  # of the others a rounding may choose another element
             far = max(float((found[0][n].double() - wanted[n]).norm() / wanted[n].norm()) for n in SHAPES)
             assert far < (0.1 if dtype == torch.bfloat16 else 0.02)

@@ -14,9 +14,9 @@ def corrected(entry: Entry, config: CompressConfig) -> Tensor:
     not kept, G itself."""
     if not config.feedback:
         return entry.grad
-    memory = entry.memory
+    memory, half = entry.memory, entry.grad.element_size() < 4
+    dtype = torch.float32 if half and config.error_dtype != "half" else entry.grad.dtype
     if memory.error is None:
-        dtype = torch.float32 if config.error_dtype == "fp32" and entry.grad.element_size() < 4 else entry.grad.dtype
         memory.error = torch.zeros(entry.grad.shape, dtype=dtype, device=entry.grad.device)
-    memory.error = memory.error.to(entry.grad.device)  # itself, but after it was read from a file
+    memory.error = memory.error.to(entry.grad.device, dtype)  # itself, but after it was read from a file
     return memory.error.add_(entry.grad)
