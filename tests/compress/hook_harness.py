@@ -172,29 +172,33 @@ def poisoned(place: Place, settings: dict[str, Any], value: float) -> dict[str, 
 
 def scaled(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     """With torch's GradScaler, where the loss overflows in step 3 on rank 1: its scales, and how far weights are from
-    those of a run that has no scale and leaves that step out."""
+    those of a run that has no scale and leaves that step out, and from those of one that never had it."""
     ends = []
     scales = []
-    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**16), None):
+    for scaled, had in ((True, True), (False, True), (False, False)):
         model = Net().float()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         ddp = wrapped(model)
-        state = register(ddp, config_of(settings), loss_scale=scaler.get_scale if scaler else None)
+        state = register(ddp, config_of(settings), loss_scale=scaler.get_scale if scaled else None)
         for step in range(8):
+            if step == 3 and not had:
+                continue
             optimizer.zero_grad()
             value = loss(ddp(batch(place.rank, step).float()))
             if step == 3 and place.rank == 1:
                 value = value * math.inf
-            (scaler.scale(value) if scaler else value).backward()
-            if scaler:
+            (scaler.scale(value) if scaled else value).backward()
+            if scaled:
                 scaler.step(optimizer)
                 scaler.update()
                 scales.append(scaler.get_scale())
             elif step != 3:
                 optimizer.step()
-        assert state.step == 8
+        assert state.plain()["step"] == 7
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    return {"scales": scales, "far": float((ends[0] - ends[1]).abs().max())}
+    far = [float((ends[0] - end).abs().max()) for end in ends[1:]]
+    return {"scales": scales, "left_out": far[0], "never": far[1]}
 
 
 def resumed(place: Place, settings: dict[str, Any], folder: str, cap: float) -> float:

@@ -8,13 +8,18 @@ import math
 
 import pytest
 import torch
-from simulated import Ranks, random_grads
+from simulated import CONFIGS as SETTINGS
+from simulated import SHAPES, Ranks, distance, random_grads
 from torch import Tensor
 
+from llmsys.compress import Aggregator
 from llmsys.compress.config import CompressConfig
 from llmsys.schema.compress import ERROR_FEEDBACK
 
 ALL = [*({"method": method} for method in ERROR_FEEDBACK), {"method": "topk", "select": "threshold"}]
+
+
+CONFIGS = {name: each for name, each in SETTINGS.items() if each.method != "none"}
 
 
 def config(**settings: object) -> CompressConfig:
@@ -23,6 +28,54 @@ def config(**settings: object) -> CompressConfig:
 
 def finite(ranks: list[dict[str, Tensor]]) -> list[bool]:
     return [all(bool(g.isfinite().all()) for g in rank.values()) for rank in ranks]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+def test_a_step_with_a_gradient_that_is_not_finite_has_never_been(name: str, poison: float) -> None:
+    """It comes out not finite on every rank, and all later steps are what they are where there was no such step."""
+    ranks, without = Ranks(CONFIGS[name], 3), Ranks(CONFIGS[name], 3)
+    for step in range(8):
+        grads = random_grads(3, step)
+        if step in (3, 4):
+            grads[1]["a"][3, 5] = poison
+            assert finite(ranks.step(grads)) == [False] * 3
+        else:
+            assert distance(ranks.step(grads), without.step(grads)[0]) < 1e-11, step
+
+
+@pytest.mark.parametrize("method", ERROR_FEEDBACK)
+def test_in_buckets_that_were_finite_a_step_that_is_left_out_comes_late(method: str) -> None:
+    """Under a hook nobody has their gradients any more: with what was sent of them they stay in the memory."""
+    ranks = Ranks(config(method=method), 3)
+    given, applied = (torch.zeros(40, 8, dtype=torch.float64) for _ in range(2))
+    for step in range(8):
+        grads = random_grads(3, step)
+        given += sum(rank["d"] for rank in grads) / 3
+        if step == 4:
+            grads[1]["a"][3, 5] = math.inf
+        found = ranks.step(grads, cuts=2)
+        if finite(found) == [True] * 3:
+            applied += found[0]["d"]
+    torch.testing.assert_close(applied + sum(ranks.errors("d")) / 3, given, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_aggregator_leaves_out_all_of_a_step(name: str) -> None:
+    """It has the gradients of all buckets until it is known."""
+    named = [(each, torch.zeros(shape, dtype=torch.float64)) for each, shape in SHAPES.items()]
+    one, without = (Aggregator(named, CONFIGS[name], bucket_mib=1e-3) for _ in range(2))
+    assert len(one.buckets) > 1
+    for step in range(8):
+        grads = list(random_grads(1, step)[0].values())
+        wanted = grads
+        if step in (3, 4):
+            grads[0][3, 5] = math.inf
+        else:
+            wanted = list(without.aggregate([g.clone() for g in grads]))
+        found = one.aggregate([g.clone() for g in grads])
+        if step not in (3, 4):
+            assert max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) < 1e-11, step
 
 
 @pytest.mark.parametrize("settings", ALL, ids=str)

@@ -50,7 +50,8 @@ class Aggregator(CompressionState):
 
     def aggregate(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Makes each of `grads`, in the order of the parameters, their compressed mean over the ranks, in place, and
-        returns them. Collective. Takes one more copy of the gradients while it works."""
+        returns them. Collective. Takes one more copy of the gradients while it works, and so undoes a step of which a
+        part is not finite in all buckets."""
         if [grad.shape for grad in grads] != list(self.shapes.values()):
             raise ValueError("compress: gradients are not of the shapes of the parameters, in their order")
         self.begin()
@@ -64,9 +65,10 @@ class Aggregator(CompressionState):
         self.advance()
         for index in finish(transfers):
             self.end(transfers[index])
-            for i, view in zip(self.buckets[index], flats[index], strict=True):
+        self._settle(dict(zip(self.names, grads, strict=True)))  # now, while they are what they were
+        for bucket, shaped in zip(self.buckets, flats, strict=True):
+            for i, view in zip(bucket, shaped, strict=True):
                 grads[i].copy_(view)
-        self._settle()  # now, as what it could put back holds on to the copy of the gradients
         return grads
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from llmsys.compress import methods
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
-from llmsys.compress.methods.method import Entry, Exchange, Part, Sent
+from llmsys.compress.methods.method import Entry, Exchange, Part, Sent, Taken
 from llmsys.compress.transfer import Group, Transfer, without_graph
 from llmsys.cost.compressed import matrix
 
 
 class CompressionState:
-    """The state of one rank. `step` counts synchronised backward passes. `named`: the parameters by name.
+    """The state of one rank. `step` counts the steps that were not left out. `named`: the parameters by name.
 
     `loss_scale`: what gives the factor by which losses are multiplied at present (`GradScaler.get_scale`): what is kept
     of gradients is rescaled when it changes. None where losses are as they are.
@@ -46,6 +46,7 @@ class CompressionState:
         self._scale: float | None = None
         self._sent: list[tuple[Sent, _Flag]] = []
         self._untouched: set[str] = set()
+        self._began = 0
 
     def described(self) -> dict[str, str]:
         """What all ranks must have alike (`agreement`)."""
@@ -70,22 +71,33 @@ class CompressionState:
         return self.memories[name]
 
     def begin(self) -> None:
-        """Before a step's first bucket. A step of which one part was not finite has been left out by whoever applies
-        gradients (GradScaler, our trainer): what it sent goes back into the memory, on every rank alike. So does what
-        was sent for parameters whose gradients nobody has touched (`untouched`)."""
+        """Before a step's first bucket.
+
+        A step of which one part was not finite has been left out by whoever applies gradients (GradScaler, our
+        trainer). Then it has never been, on every rank alike: `step` does not count it, and memories are what they
+        were, but for rounding. Only in the buckets of a hook that have arrived finite, whose gradients nobody has any
+        more, it is applied late: what was sent of them goes back, and they are part of what is sent next. What was
+        sent for parameters whose gradients nobody has touched (`untouched`) goes back too.
+        """
         self._settle()
+        self._began = self.step
         if self.loss_scale is not None:
             self._rescale(self.loss_scale())
 
-    def _settle(self) -> None:
+    def _settle(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        """See `begin`. `grads`: the step's own gradients, where they are still there."""
         if not self._sent:
             return
         with without_graph():
             left_out = self.left_out()
+            if left_out:
+                self.step = self._began
             for sent, _ in self._sent:
+                undone = left_out and not bool(sent.arrived)
                 for taken in sent.taken:
                     if left_out or taken.entry.name in self._untouched:
-                        taken.give_back()
+                        if not undone:
+                            _return(taken, grads)
                         taken.entry.memory.mend()
                     else:
                         taken.commit()
@@ -128,6 +140,7 @@ class CompressionState:
 
     def plain(self) -> dict[str, Any]:
         """What it keeps beside tensors."""
+        self._settle()
         return {"step": self.step, "loss_scale": self._scale}
 
     def load(self, states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
@@ -179,8 +192,16 @@ def _merged(states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) ->
     return found
 
 
+def _return(taken: Taken, grads: Mapping[str, Tensor] | None) -> None:
+    if grads is None:
+        taken.give_back(1.0)
+    else:
+        taken.undo(torch.ones(()), grads[taken.entry.name])
+
+
 def _no_exchange() -> Exchange:
-    return Sent(torch.ones((), dtype=torch.bool))
+    yes = torch.ones((), dtype=torch.bool)
+    return Sent(yes, yes)
     yield  # which makes it a generator
 
 

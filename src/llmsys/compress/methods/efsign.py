@@ -38,11 +38,11 @@ class EFSign:
         own = payload[length:].split(sizes)
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
-        if self.config.feedback:
-            self._add(what, own, [-scale for scale in scales])
+        taken = self._take(signed, what, own, scales) if self.config.feedback else []
         yield WAIT
         theirs = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         arrived = torch.isfinite(theirs.sum())
+        part.undo(arrived, taken)
         part.flat.zero_()
         pieces = gathered[:, length:].split(sizes, 1)
         for rank in range(part.world):
@@ -50,10 +50,15 @@ class EFSign:
             self._add([e.grad.view(-1) for e in signed], [piece[rank] for piece in pieces], shares)
         self._write_whole(whole, theirs[:, len(signed) :].mean(0))
         where(~arrived, part.flat, math.nan)
-        if not self.config.feedback:
-            return part.sent(arrived)
-        back = [partial(bits.add_signs, *each) for each in zip(what, own, scales, strict=True)]
-        return part.sent(arrived, [Taken(*pair) for pair in zip(signed, back, strict=True)])
+        return part.sent(arrived, taken)
+
+    def _take(
+        self, entries: list[Entry], what: list[Tensor], own: Sequence[Tensor], scales: list[Tensor]
+    ) -> list[Taken]:
+        """What is sent is no error any more."""
+        self._add(what, own, [-scale for scale in scales])
+        back = [partial(_give_back, *each) for each in zip(what, own, scales, strict=True)]
+        return [Taken(*each) for each in zip(entries, what, back, strict=True)]
 
     def _add(self, targets: list[Tensor], packed: Sequence[Tensor], scales: list[Tensor]) -> None:
         for target, signs, scale in zip(targets, packed, scales, strict=False):
@@ -62,3 +67,7 @@ class EFSign:
     def _write_whole(self, entries: list[Entry], numbers: Tensor) -> None:
         for entry, piece in zip(entries, numbers.split([e.grad.numel() for e in entries]), strict=True):
             entry.grad.copy_(piece.view(entry.grad.shape))
+
+
+def _give_back(what: Tensor, signs: Tensor, scale: Tensor, share: Tensor | float) -> None:
+    bits.add_signs(what, signs, scale * share)

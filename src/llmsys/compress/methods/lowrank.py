@@ -53,12 +53,16 @@ class Matrix:
     def correct(self) -> None:
         self.what = corrected(self.entry, self.config).view(self.grad.shape)
 
-    def take(self, p: Tensor, q: Tensor) -> list[Taken]:
+    def take(self, p: Tensor, q: Tensor) -> Taken:
         """E -= p^T q, what this rank sends, where errors are kept."""
         if not self.config.feedback:
-            return []
+            return Taken(self.entry)
         self.add(p, q, -1)
-        return [Taken(self.entry, partial(self.add, p, q, 1))]
+        return Taken(self.entry, self.what, partial(self.give_back, p, q))
+
+    def give_back(self, p: Tensor, q: Tensor, share: Tensor | float) -> None:
+        """E += share p^T q."""
+        self.add(p * share, q, 1)
 
     def clear(self) -> None:
         """E becomes 0: all of it was sent."""
@@ -121,6 +125,9 @@ class LowRank:
         yield AllReduce(wire.buffer)
         yield WAIT
         arrived = wire.finite()
+        # other buckets may not be finite, and the step left out: what is kept stays until that is known
+        taken = [Taken(x.entry, x.what, commit=x.clear) for x in matrices] if self.config.feedback else []
+        part.undo(arrived, taken)
         copy([*(x.grad for x in matrices), *(entry.grad for entry in rest)], wire.views)
         for x in matrices:
             whole = torch.where(arrived, x.grad, 0.0).to(x.p.dtype)
@@ -128,8 +135,7 @@ class LowRank:
             x.p.copy_(x.project(P, whole))
             orthonormal_(x.p)
             x.q.copy_(x.project(Q, whole))
-        # other buckets may not be finite, and the step left out: what is kept stays until that is known
-        return part.sent(arrived, [Taken(x.entry, commit=x.clear) for x in matrices] if self.config.feedback else [])
+        return part.sent(arrived, taken)
 
 
 class ACPSGD(LowRank):
@@ -151,12 +157,13 @@ class ACPSGD(LowRank):
             x.correct()
             mine = x.project(side, x.what)
             own.append(mine)
-            taken += x.take(mine, x.q) if side == P else x.take(x.p, mine)
+            taken.append(x.take(mine, x.q) if side == P else x.take(x.p, mine))
         wire = Wire([*own, *(entry.grad for entry in rest)], self.config)
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
         yield WAIT
         arrived = wire.finite()
+        part.undo(arrived, taken)
         for x, view in zip(matrices, wire.views, strict=False):
             mean = view.to(x.p.dtype)
             x.write(*((mean, x.q) if side == P else (x.p, mean)))
@@ -194,15 +201,17 @@ class PowerSGD(LowRank):
             x.p.copy_(torch.where(arrived, view, 0.0))
             orthonormal_(x.p)
             own.append(x.project(Q, x.what))
-            taken += x.take(x.p, own[-1])
+            taken.append(x.take(x.p, own[-1]))
         second = Wire(own, self.config)
         second.divide(part.world, arrived)
         yield AllReduce(second.buffer)
         yield WAIT
-        for x, view in zip(matrices, second.views, strict=True):
+        arrived = second.finite()
+        part.undo(arrived, taken)
+        for x, view, each in zip(matrices, second.views, taken, strict=True):
             mean = view.to(x.q.dtype)
             x.write(x.p, mean)
-            x.q.copy_(torch.where(arrived, mean, x.q))
+            each.commit = partial(x.q.copy_, mean)  # the next step starts from it
         return part.sent(arrived, taken)
 
 

@@ -61,25 +61,37 @@ class Entry:
     memory: Memory
 
 
-def nothing() -> None:
+def nothing(*_: Tensor | float) -> None:
     pass
 
 
 @dataclass
 class Taken:
-    """What an exchange takes from a parameter's memory, of which nobody knows yet whether it will be applied.
-    `give_back`: it was not, so what is gone already is put there again. `commit`: it was, so the rest goes."""
+    """What an exchange makes of a parameter's memory, of which nobody knows yet whether it will be applied.
+
+    `error`: G was added to this, in place; None if not. `give_back(share)`: puts what was sent there again, times
+    `share`, so that error = E + G. `commit`: what has to wait until it is known that the step was applied.
+    """
 
     entry: Entry
-    give_back: Callable[[], None] = nothing
-    commit: Callable[[], None] = nothing
+    error: Tensor | None = None
+    give_back: Callable[[Tensor | float], None] = nothing
+    commit: Callable[[], object] = nothing
+
+    def undo(self, share: Tensor, grad: Tensor) -> None:
+        """The error is what it was before, but for rounding, if `share` is 1; nothing if it is 0. `grad`: G."""
+        self.give_back(share)
+        if self.error is not None:
+            self.error.addcmul_(grad.view_as(self.error), share.to(self.error.dtype), value=-1)
 
 
 @dataclass
 class Sent:
-    """How an exchange ended. `finite`: whether every rank's part was, and what has come of them (bool, 0-dim, alike on
-    all ranks). `taken`: from which memories."""
+    """How an exchange ended (bool, 0-dim, alike on all ranks). `arrived`: whether every rank's part was finite; where
+    not, memories are already as they were before. `finite`: whether the means that were written are. `taken`: what is
+    to be made of each memory when it is known whether the step was applied."""
 
+    arrived: Tensor
     finite: Tensor
     taken: Sequence[Taken] = ()
 
@@ -104,12 +116,21 @@ class Part:
         where(~finite, self.flat, 0.0)
         return finite
 
+    def undo(self, arrived: Tensor, taken: Sequence[Taken]) -> None:
+        """Where something has not `arrived` finite: memories as if the step had never been, in place. Before the means
+        are written, as the gradients are there until then. On a GPU nobody waits to know, and nothing is what is
+        added."""
+        if arrived.is_cuda or not bool(arrived):
+            for each in taken:
+                each.undo((~arrived).float(), each.entry.grad)
+
     def sent(self, arrived: Tensor, taken: Sequence[Taken] = ()) -> Sent:
-        """How the exchange ended, when the means are written; `arrived`: whether every rank's part was finite. A mean
-        may be so and yet be too large for a gradient in half precision; all ranks have written the same."""
+        """How the exchange ended, when the means are written. What has arrived may be finite and yet too large for a
+        gradient in half precision; all ranks have written the same."""
+        finite = arrived
         if self.flat.element_size() < 4:
-            arrived = arrived & torch.isfinite(self.flat.sum(dtype=torch.float32))
-        return Sent(arrived, taken)
+            finite = arrived & torch.isfinite(self.flat.sum(dtype=torch.float32))
+        return Sent(arrived, finite, taken)
 
     def split(self, config: CompressConfig) -> tuple[list[Entry], list[Entry]]:
         """(what is compressed, what is excepted and travels whole), by name."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmsys.compress import bits
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.methods.method import WAIT, AllGather, AllToAll, Exchange, Part, Sent, where
+from llmsys.compress.methods.method import WAIT, AllGather, AllToAll, Exchange, Part, where
 
 
 class Sign:
@@ -49,7 +49,7 @@ class Sign:
         part.flat.zero_()
         bits.add_signs(part.flat, results[:, :-1].reshape(-1)[: len(packed)], 1.0)
         where(~arrived, part.flat, math.nan)
-        return Sent(arrived)
+        return part.sent(arrived)
 
 
 def majority(votes: Tensor, decides: int) -> Tensor:

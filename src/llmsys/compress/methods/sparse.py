@@ -52,8 +52,8 @@ class Kept:
         """What is sent is no error any more."""
         self.what.index_add_(0, self.places, self.values.to(self.what.dtype), alpha=-1)
 
-    def give_back(self) -> None:
-        self.what.index_add_(0, self.places, self.values.to(self.what.dtype))
+    def give_back(self, share: Tensor | float) -> None:
+        self.what.index_add_(0, self.places, (self.values * share).to(self.what.dtype))
 
 
 def take(kept: Sequence[Kept], config: CompressConfig) -> list[Taken]:
@@ -62,7 +62,7 @@ def take(kept: Sequence[Kept], config: CompressConfig) -> list[Taken]:
         return []
     for x in kept:
         x.take()
-    return [Taken(x.entry, x.give_back) for x in kept]
+    return [Taken(x.entry, x.what, x.give_back) for x in kept]
 
 
 class TopK:
@@ -93,6 +93,7 @@ class TopK:
         values = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         places = gathered[:, length:]
         arrived = torch.isfinite(values.sum())
+        part.undo(arrived, taken)
         self._add(part, kept, whole, values, places, arrived)
         return part.sent(arrived, taken)
 
@@ -172,6 +173,7 @@ class RandomK:
         taken = take(kept, self.config)
         yield WAIT
         arrived = wire.finite()
+        part.undo(arrived, taken)
         for x, mean in zip(kept, wire.views, strict=False):
             flat = x.entry.grad.view(-1).zero_()
             flat[x.places] = mean.to(flat.dtype)
