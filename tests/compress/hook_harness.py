@@ -233,6 +233,7 @@ def refused(place: Place, case: str) -> str:
         "bare": lambda: register(layer, CompressConfig()),  # type: ignore[arg-type]
         "shapes": lambda: Aggregator(nn.Linear(4, 4 + odd).named_parameters(), CompressConfig()),
         "types": lambda: Aggregator((layer.double() if odd else layer).named_parameters(), CompressConfig()),
+        "scaler": lambda: register(wrapped(Net()), CompressConfig(), loss_scale=(lambda: 1.0) if odd else None),
         "buckets": lambda: Aggregator(layer.named_parameters(), CompressConfig(), bucket_mib=25 + odd),
     }
     try:

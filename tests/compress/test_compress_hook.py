@@ -145,6 +145,7 @@ def test_a_saved_state_goes_on_with_the_same_bits(pool: Pool, method: str, cap: 
         ("shapes", "the same model"),
         ("types", "the same model"),
         ("buckets", "the same bucket_mib"),
+        ("scaler", "the same loss_scale"),
         ("sparse", "sparse=False"),
         ("bare", "not wrapped in DistributedDataParallel"),
     ],

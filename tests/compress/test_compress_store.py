@@ -69,6 +69,30 @@ def test_a_step_that_was_left_out_is_settled_before_it_is_saved(tmp_path: Path) 
     assert distance(after.step(grads), straight.step(grads)[0]) == 0.0
 
 
+@pytest.mark.parametrize(("before", "after"), [(2.0**16, None), (None, 2.0**16), (2.0**16, 2.0**10)])
+def test_errors_follow_the_loss_scale_over_a_resume(before: float | None, after: float | None, tmp_path: Path) -> None:
+    """Also where a run goes on with a scaler that had none, or without; what comes out is as large as its gradients."""
+
+    def scaled(ranks: Ranks, scale: float | None) -> Ranks:
+        for state in ranks.states:
+            state.loss_scale = None if scale is None else lambda: scale
+        return ranks
+
+    def times(step: int, factor: float) -> list[dict[str, torch.Tensor]]:
+        return [{name: g * factor for name, g in rank.items()} for rank in random_grads(2, step)]
+
+    plain, first = Ranks(CONFIG, 2), scaled(Ranks(CONFIG, 2), before)
+    second = scaled(Ranks(CONFIG, 2), after)
+    for step in range(3):
+        plain.step(times(step, 1.0))
+        first.step(times(step, before or 1.0))
+    saved(first, tmp_path)
+    for state in second.states:
+        load_state(state, tmp_path)
+    wanted = {name: g * (after or 1.0) for name, g in plain.step(times(3, 1.0))[0].items()}
+    assert distance(second.step(times(3, after or 1.0)), wanted) < 1e-12 * (after or 1.0)
+
+
 @pytest.mark.parametrize("r", [1, 4])
 def test_another_r_keeps_directions_and_errors(r: int, tmp_path: Path) -> None:
     before = trained()

@@ -24,7 +24,7 @@ class CompressionState:
     """The state of one rank. `step` counts the steps that were not left out. `named`: the parameters by name.
 
     `loss_scale`: what gives the factor by which losses are multiplied at present (`GradScaler.get_scale`): what is kept
-    of gradients is rescaled when it changes. None where losses are as they are.
+    of gradients is rescaled when it changes, also over a resume. None where losses are as they are, which is 1.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class CompressionState:
         self.method = methods.method(config)
         self.step = 0
         self.memories: dict[str, Memory] = {}
-        self._scale: float | None = None
+        self._scale = 1.0
         self._sent: list[tuple[Sent, _Flag]] = []
         self._untouched: set[str] = set()
         self._began = 0
@@ -54,6 +54,7 @@ class CompressionState:
         return {
             "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True, default=list),
             "model (names, shapes or types of parameters)": model,
+            "loss_scale (given or not)": str(self.loss_scale is not None),
         }
 
     @functools.cached_property
@@ -81,8 +82,7 @@ class CompressionState:
         """
         self._settle()
         self._began = self.step
-        if self.loss_scale is not None:
-            self._rescale(self.loss_scale())
+        self._rescale(1.0 if self.loss_scale is None else self.loss_scale())
 
     def _settle(self, grads: Mapping[str, Tensor] | None = None) -> None:
         """See `begin`. `grads`: the step's own gradients, where they are still there."""
@@ -158,7 +158,7 @@ class CompressionState:
             self._check(name, kind, tensor)
             setattr(memories.setdefault(name, Memory(name)), kind, tensor.to(self.devices[name], copy=True))
         self.memories, self._sent, self._untouched = memories, [], set()
-        self.step, self._scale = int(values["step"]), values["loss_scale"]
+        self.step, self._scale = int(values["step"]), float(values["loss_scale"] or 1.0)  # None in older states
 
     def _check(self, name: str, kind: str, tensor: Tensor) -> None:
         if name not in self.shapes:
@@ -171,7 +171,7 @@ class CompressionState:
             raise ValueError(f"compress: {name} has the shape {shape}, its factor {kind} in the saved state {found}")
 
     def _rescale(self, scale: float) -> None:
-        if self._scale is not None and self._scale != scale:
+        if self._scale != scale:
             for memory in self.memories.values():
                 if memory.error is not None:
                     memory.error.mul_(scale / self._scale)
