@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.methods.method import Entry
+from llmsys.compress.methods.method import Entry, Taken
 
 
 def corrected(entry: Entry, config: CompressConfig) -> Tensor:
@@ -20,3 +23,14 @@ def corrected(entry: Entry, config: CompressConfig) -> Tensor:
         memory.error = torch.zeros(entry.grad.shape, dtype=dtype, device=entry.grad.device)
     memory.error = memory.error.to(entry.grad.device, dtype)  # itself, but after it was read from a file
     return memory.error.add_(entry.grad)
+
+
+def spend(entries: Iterable[Entry]) -> list[Taken]:
+    """Adds to each of these gradients, in place, what is kept of earlier ones: for parameters of which nothing is kept
+    from now on, as another method or other settings have kept it. It is dropped when it is known to be applied."""
+    taken = []
+    for entry in entries:
+        if entry.memory.error is not None:
+            entry.grad.add_(entry.memory.error.to(entry.grad.device))
+            taken.append(Taken(entry, commit=partial(setattr, entry.memory, "error", None)))
+    return taken

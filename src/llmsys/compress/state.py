@@ -148,7 +148,8 @@ class CompressionState:
 
         On as many ranks each takes its own, to the bit. On another number each takes the mean of all errors: for linear
         methods what all send together depends on that mean alone, so the averaged trajectory is kept exactly; for the
-        others (Top-k, scaled sign) nearly. Another method, or another r, may go on with the errors of the one before.
+        others (Top-k, scaled sign) nearly. Another method, or another r, may go on with the errors of the one before;
+        where it keeps none, they are added to the next gradient.
         ValueError for parameters that this model has not, or in other shapes.
         """
         tensors, values = states[self.rank] if len(states) == self.world else (_merged(states), states[0][1])

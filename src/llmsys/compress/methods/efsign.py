@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmsys.compress import bits
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.feedback import corrected
+from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Taken, where
 from llmsys.compress.wire import dtype_of
 
@@ -28,6 +28,7 @@ class EFSign:
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
         signed, whole = part.split(self.config)
+        taken = spend(whole if self.config.feedback else part.entries)
         what = [corrected(entry, self.config).view(-1) for entry in signed]
         dtype = dtype_of(part.flat)
         scales = [torch.linalg.vector_norm(x, 1, dtype=dtype).reshape(1) / x.numel() for x in what]
@@ -38,7 +39,8 @@ class EFSign:
         own = payload[length:].split(sizes)
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
-        taken = self._take(signed, what, own, scales) if self.config.feedback else []
+        if self.config.feedback:
+            taken += self._take(signed, what, own, scales)
         yield WAIT
         theirs = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         arrived = torch.isfinite(theirs.sum())

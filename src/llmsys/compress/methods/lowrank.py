@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.feedback import corrected
+from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Taken
 from llmsys.compress.orthogonal import orthonormal_
@@ -97,8 +97,8 @@ class LowRank:
     def __init__(self, config: CompressConfig) -> None:
         self.config = config
 
-    def split(self, part: Part) -> tuple[list[Matrix], list[Entry]]:
-        """What travels as factors, and what travels whole."""
+    def split(self, part: Part) -> tuple[list[Matrix], list[Entry], list[Taken]]:
+        """What travels as factors, what travels whole, and what is used up of memories."""
         r = self.config.r_at(part.step)
         matrices, rest = [], []
         for entry in part.entries:
@@ -106,7 +106,7 @@ class LowRank:
                 matrices.append(self._matrix(entry, r))
             else:
                 rest.append(entry)
-        return matrices, rest
+        return matrices, rest, spend(rest if self.config.feedback else part.entries)
 
     def _matrix(self, entry: Entry, r: int) -> Matrix:
         grad = entry.grad.view(entry.grad.shape[0], -1)
@@ -117,7 +117,7 @@ class LowRank:
         """A step on which everything travels whole, with all that error feedback has kept, and gives the subspace:
         one power iteration from a new random factor, on what all ranks have."""
         finite = part.guard()
-        matrices, rest = self.split(part)
+        matrices, rest, taken = self.split(part)
         for x in matrices:
             x.correct()
         wire = Wire([*(x.what for x in matrices), *(entry.grad for entry in rest)], self.config)
@@ -126,7 +126,7 @@ class LowRank:
         yield WAIT
         arrived = wire.finite()
         # other buckets may not be finite, and the step left out: what is kept stays until that is known
-        taken = [Taken(x.entry, x.what, commit=x.clear) for x in matrices] if self.config.feedback else []
+        taken += [Taken(x.entry, x.what, commit=x.clear) for x in matrices] if self.config.feedback else []
         part.undo(arrived, taken)
         copy([*(x.grad for x in matrices), *(entry.grad for entry in rest)], wire.views)
         for x in matrices:
@@ -145,10 +145,9 @@ class ACPSGD(LowRank):
         if self.config.refreshes(part.step):
             return (yield from self.dense(part))
         finite = part.guard()
-        matrices, rest = self.split(part)
+        matrices, rest, taken = self.split(part)
         side = P if part.step % 2 == 0 else Q
         own: list[Tensor] = []
-        taken: list[Taken] = []
         for x in matrices:
             given = x.q if side == P else x.p
             if not self.config.reuse:
@@ -182,7 +181,7 @@ class PowerSGD(LowRank):
         if self.config.refreshes(part.step):
             return (yield from self.dense(part))
         finite = part.guard()
-        matrices, rest = self.split(part)
+        matrices, rest, taken = self.split(part)
         left = []
         for x in matrices:
             x.correct()
@@ -194,9 +193,8 @@ class PowerSGD(LowRank):
         arrived = first.finite()
         copy([entry.grad for entry in rest], first.views[len(matrices) :])
         if not matrices:
-            return part.sent(arrived)
+            return part.sent(arrived, taken)
         own: list[Tensor] = []
-        taken: list[Taken] = []
         for x, view in zip(matrices, first.views, strict=False):
             x.p.copy_(torch.where(arrived, view, 0.0))
             orthonormal_(x.p)
@@ -208,10 +206,10 @@ class PowerSGD(LowRank):
         yield WAIT
         arrived = second.finite()
         part.undo(arrived, taken)
-        for x, view, each in zip(matrices, second.views, taken, strict=True):
+        for x, view in zip(matrices, second.views, strict=True):
             mean = view.to(x.q.dtype)
             x.write(x.p, mean)
-            each.commit = partial(x.q.copy_, mean)  # the next step starts from it
+            taken.append(Taken(x.entry, commit=partial(x.q.copy_, mean)))  # the next step starts from it
         return part.sent(arrived, taken)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmsys.compress import bits
 from llmsys.compress.config import CompressConfig
+from llmsys.compress.feedback import spend
 from llmsys.compress.methods.method import WAIT, AllGather, AllToAll, Exchange, Part, where
 
 
@@ -31,6 +32,7 @@ class Sign:
 
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
+        taken = spend(part.entries)
         packed = bits.pack(part.flat, zero=part.step % 2 == 0)
         size = math.ceil(len(packed) / part.world)
         votes = packed.new_zeros(part.world * size)
@@ -49,7 +51,7 @@ class Sign:
         part.flat.zero_()
         bits.add_signs(part.flat, results[:, :-1].reshape(-1)[: len(packed)], 1.0)
         where(~arrived, part.flat, math.nan)
-        return part.sent(arrived)
+        return part.sent(arrived, taken)
 
 
 def majority(votes: Tensor, decides: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.feedback import corrected
+from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Taken, where
 from llmsys.compress.wire import Wire, copy, dtype_of
@@ -80,6 +80,7 @@ class TopK:
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
         sparse, whole = part.split(self.config)
+        taken = spend(whole if self.config.feedback else part.entries)
         kept = [self._select(entry, part.step) for entry in sparse]
         dtype = dtype_of(part.flat)
         values = torch.cat([*(x.values for x in kept), *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
@@ -87,7 +88,7 @@ class TopK:
         payload = torch.cat([values.view(torch.int32), *(x.places.int() for x in kept)])
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
-        taken = take(kept, self.config)
+        taken += take(kept, self.config)
         yield WAIT
         length = len(values) * dtype.itemsize // 4
         values = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
@@ -166,11 +167,12 @@ class RandomK:
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
         sparse, whole = part.split(self.config)
+        taken = spend(whole if self.config.feedback else part.entries)
         kept = [self._select(entry, part.step) for entry in sparse]
         wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config)
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
-        taken = take(kept, self.config)
+        taken += take(kept, self.config)
         yield WAIT
         arrived = wire.finite()
         part.undo(arrived, taken)
