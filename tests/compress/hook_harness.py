@@ -154,6 +154,27 @@ def aggregated(place: Place, settings: dict[str, Any], steps: int = 6) -> float:
     return worst
 
 
+def without_gradients(place: Place, settings: dict[str, Any]) -> dict[str, float]:
+    """One layer is frozen, another one's gradient is missing on one rank or on both: the largest difference from what
+    comes out where there are zeros instead, and how far replicas are apart that apply it."""
+    config, model = config_of(settings), Net()
+    model.head.requires_grad_(False)
+    named = dict(model.named_parameters())
+    missing, zeros = (Aggregator(named.items(), config, bucket_mib=MANY) for _ in range(2))
+    worst = 0.0
+    for step in range(4):
+        model.zero_grad()
+        loss(model(batch(place.rank, step), skip=step % 2 == 0 or place.rank == 1)).backward()
+        grads = [None if p.grad is None else p.grad.clone() for p in named.values()]
+        there = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in named.values()]
+        found, wanted = missing.aggregate(grads), zeros.aggregate(there)
+        worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)))
+        for p, mean in zip(named.values(), found, strict=True):
+            p.grad = mean
+        descend(model)
+    return {"worst": worst, "apart": apart(model)}
+
+
 def poisoned(place: Place, settings: dict[str, Any], value: float) -> dict[str, Any]:
     """Steps whose gradient was not finite, where rank 1's loss was `value` times too large in step 3; and replicas."""
     model = Net()
@@ -234,6 +255,8 @@ def refused(place: Place, case: str) -> str:
         "shapes": lambda: Aggregator(nn.Linear(4, 4 + odd).named_parameters(), CompressConfig()),
         "types": lambda: Aggregator((layer.double() if odd else layer).named_parameters(), CompressConfig()),
         "scaler": lambda: register(wrapped(Net()), CompressConfig(), loss_scale=(lambda: 1.0) if odd else None),
+        "sparse on one": lambda: register(wrapped(nn.Embedding(10, 4, sparse=odd)), CompressConfig()),
+        "empty on one": lambda: Aggregator([] if odd else layer.named_parameters(), CompressConfig()),
         "buckets": lambda: Aggregator(layer.named_parameters(), CompressConfig(), bucket_mib=25 + odd),
     }
     try:

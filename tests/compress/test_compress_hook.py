@@ -114,6 +114,13 @@ def test_the_aggregator_does_what_the_hook_does(pool: Pool, method: str) -> None
     assert max(pool.call("hook_harness:aggregated", {"method": method})) < 1e-10
 
 
+@pytest.mark.parametrize("method", ["topk", "acpsgd"])
+def test_a_gradient_that_is_missing_is_zeros(pool: Pool, method: str) -> None:
+    """Of what is frozen, or was not used, also on one rank alone, for which the others would wait."""
+    expected = {"worst": 0.0, "apart": 0.0}
+    assert pool.call("hook_harness:without_gradients", {"method": method}) == [expected, expected]
+
+
 @pytest.mark.parametrize("value", [math.inf, pytest.param(math.nan, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["sign", "topk", "powersgd", "acpsgd"])
 def test_one_ranks_overflow_is_noticed_by_all_and_forgotten(pool: Pool, method: str, value: float) -> None:
@@ -153,6 +160,20 @@ def test_a_saved_state_goes_on_with_the_same_bits(pool: Pool, method: str, cap: 
 def test_what_ranks_must_have_alike_is_checked_at_once(pool: Pool, case: str, words: str) -> None:
     """Before anything is exchanged: with other types or buckets gloo ended the process, or waited for ever."""
     assert all(words in told for told in pool.call("hook_harness:refused", case))
+
+
+@pytest.mark.parametrize(
+    ("case", "fine", "wrong"),
+    [
+        ("sparse on one", "another rank refuses", "sparse=False"),
+        ("empty on one", "another rank refuses", "no parameters"),
+    ],
+)
+def test_what_one_rank_refuses_is_refused_by_all(pool: Pool, case: str, fine: str, wrong: str) -> None:
+    """Each with what it knows; nobody waits for the one that has gone."""
+    told = pool.call("hook_harness:refused", case)
+    assert fine in told[0]
+    assert wrong in told[1]
 
 
 def test_a_model_of_vectors_only(pool: Pool) -> None:

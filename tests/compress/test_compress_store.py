@@ -151,8 +151,8 @@ def test_errors_of_what_travels_whole_from_now_on_travel_with_it(settings: dict[
 
 @pytest.mark.parametrize("method", ["sign", "topk"])
 def test_errors_are_used_up_where_none_are_kept_any_more(method: str, tmp_path: Path) -> None:
-    """As if the next gradient were larger by them: Sign-SGD votes with it, Top-k without error feedback leaves out of it
-    what it leaves out of any."""
+    """As if the next gradient were larger by them: Sign-SGD votes with it, and Top-k without error feedback leaves out
+    of it what it leaves out of any."""
     before = trained()
     saved(before, tmp_path)
     config = CompressConfig(method=method, density=0.1, error_feedback=False)
@@ -168,6 +168,16 @@ def test_errors_are_used_up_where_none_are_kept_any_more(method: str, tmp_path: 
                 g[name] += error
         assert distance(after.step(grads), fresh.step(more)[0]) < 1e-12
     assert not any(key.endswith("/error") for state in after.states for key in state.tensors())
+
+
+def test_a_compiled_models_state_is_read_by_the_plain_one(tmp_path: Path) -> None:
+    """`torch.compile(model)` has other names for its parameters, which states do not; older ones of aggregators do."""
+    before = trained()
+    wrapped = Ranks(CONFIG, 2, {f"_orig_mod.{name}": shape for name, shape in SHAPES.items()})
+    for state, old in zip(wrapped.states, before.states, strict=True):
+        assert list(state.shapes) == list(SHAPES)
+        state.load([({f"_orig_mod.{key}": t for key, t in s.tensors().items()}, s.plain()) for s in before.states])
+        assert state.tensors().keys() == old.tensors().keys()
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

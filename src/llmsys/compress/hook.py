@@ -28,12 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmsys.compress.agreement import check_equal
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.state import CompressionState
+from llmsys.compress.state import CompressionState, uncompiled
 from llmsys.compress.transfer import Transfer
 
 
 class HookState(CompressionState):
-    """What `compress_hook` needs beside: the parameters' names, and what the step's earlier buckets wait for."""
+    """What `compress_hook` needs beside: the parameters' names, and what the step's earlier buckets wait for.
+
+    `group`: DDP's own, None for the default one; `register` sees to it, where a strategy makes DDP it has to be given.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class HookState(CompressionState):
         group: Any = None,
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
-        named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters() if p.requires_grad}
+        named = {uncompiled(name): p for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(config, named.items(), group=group, loss_scale=loss_scale)
         self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
         self.checked = False
@@ -66,10 +69,10 @@ class HookState(CompressionState):
                 self.untouched(self.names[p])
         self.before.clear()
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device, wrong: str = "") -> None:
         """See `agreement`; collective, once."""
         if not self.checked:
-            check_equal(self.described(), self.group, device)
+            check_equal(self.described(), self.group, device, wrong)
             self.checked = True
 
 
@@ -84,12 +87,15 @@ def register(
     if not isinstance(model, DistributedDataParallel):
         raise ValueError(f"register: {type(model).__name__} is not wrapped in DistributedDataParallel; run it on ranks")
     module = model.module
-    for name, part in module.named_modules():
-        if getattr(part, "sparse", False) and isinstance(part, nn.Embedding | nn.EmbeddingBag):
-            raise ValueError(f"{name}: sparse gradients cannot be compressed; make it with sparse=False")
+    sparse = [
+        name
+        for name, part in module.named_modules()
+        if getattr(part, "sparse", False) and isinstance(part, nn.Embedding | nn.EmbeddingBag)
+    ]
+    wrong = f"{sparse[0]}: sparse gradients cannot be compressed; make it with sparse=False" if sparse else ""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     state = HookState(config, module, group=model.process_group, loss_scale=loss_scale)
-    state.check(trained[0][1].device)
+    state.check(trained[0][1].device, wrong)
     model.register_comm_hook(state, compress_hook)
     return state
 

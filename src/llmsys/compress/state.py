@@ -20,6 +20,11 @@ from llmsys.compress.transfer import Group, Transfer, without_graph
 from llmsys.cost.compressed import matrix
 
 
+def uncompiled(name: str) -> str:
+    """A parameter's name in the model that `torch.compile` was given."""
+    return name.replace("_orig_mod.", "")
+
+
 class CompressionState:
     """The state of one rank. `step` counts the steps that were not left out. `named`: the parameters by name.
 
@@ -36,7 +41,7 @@ class CompressionState:
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self.config, self.group, self.loss_scale = config, group, loss_scale
-        tensors = dict(named)
+        tensors = {uncompiled(name): tensor for name, tensor in named}
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.devices = {name: tensor.device for name, tensor in tensors.items()}
@@ -155,7 +160,7 @@ class CompressionState:
         tensors, values = states[self.rank] if len(states) == self.world else (_merged(states), states[0][1])
         memories: dict[str, Memory] = {}
         for key, tensor in tensors.items():
-            name, _, kind = key.rpartition("/")
+            name, _, kind = uncompiled(key).rpartition("/")
             self._check(name, kind, tensor)
             setattr(memories.setdefault(name, Memory(name)), kind, tensor.to(self.devices[name], copy=True))
         self.memories, self._sent, self._untouched = memories, [], set()
