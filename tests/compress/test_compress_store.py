@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,30 @@ def test_a_step_that_was_left_out_is_settled_before_it_is_saved(tmp_path: Path) 
     assert distance(after.step(grads), straight.step(grads)[0]) == 0.0
 
 
+@pytest.mark.parametrize(("before", "after"), [(2.0**16, None), (None, 2.0**16), (2.0**16, 2.0**10)])
+def test_errors_follow_the_loss_scale_over_a_resume(before: float | None, after: float | None, tmp_path: Path) -> None:
+    """Also where a run goes on with a scaler that had none, or without; what comes out is as large as its gradients."""
+
+    def scaled(ranks: Ranks, scale: float | None) -> Ranks:
+        for state in ranks.states:
+            state.loss_scale = None if scale is None else lambda: scale
+        return ranks
+
+    def times(step: int, factor: float) -> list[dict[str, torch.Tensor]]:
+        return [{name: g * factor for name, g in rank.items()} for rank in random_grads(2, step)]
+
+    plain, first = Ranks(CONFIG, 2), scaled(Ranks(CONFIG, 2), before)
+    second = scaled(Ranks(CONFIG, 2), after)
+    for step in range(3):
+        plain.step(times(step, 1.0))
+        first.step(times(step, before or 1.0))
+    saved(first, tmp_path)
+    for state in second.states:
+        load_state(state, tmp_path)
+    wanted = {name: g * (after or 1.0) for name, g in plain.step(times(3, 1.0))[0].items()}
+    assert distance(second.step(times(3, after or 1.0)), wanted) < 1e-12 * (after or 1.0)
+
+
 @pytest.mark.parametrize("r", [1, 4])
 def test_another_r_keeps_directions_and_errors(r: int, tmp_path: Path) -> None:
     before = trained()
@@ -92,6 +117,67 @@ def test_another_method_goes_on_with_the_errors(tmp_path: Path) -> None:
         load_state(state, tmp_path)
     assert torch.equal(after.errors("a")[1], before.errors("a")[1])
     after.step(random_grads(2, 3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"method": method} for method in ("none", "fp16", "bf16")),
+        *({"method": method, "skip": ["d"]} for method in ("topk", "randomk", "efsign", "powersgd", "acpsgd")),
+        {"r": 9},
+    ],
+    ids=str,
+)
+def test_errors_of_what_travels_whole_from_now_on_travel_with_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Once, in the next step that is not left out, and are kept no longer; of a matrix of 40 x 8."""
+    before = trained()
+    saved(before, tmp_path)
+    after = Ranks(CompressConfig(**{"r": 2, "density": 0.1, "min_rate": 1, **settings}), 2)
+    for state in after.states:
+        load_state(state, tmp_path)
+    bad = random_grads(2, 3)
+    bad[1]["d"][0, 0] = torch.inf
+    after.step(bad)
+    kept = sum(before.errors("d")) / 2
+    within = {"fp16": 1e-2, "bf16": 1e-1}.get(after.states[0].config.method, 1e-12)
+    for step in (4, 5):
+        grads = random_grads(2, step)
+        (found, _) = after.step(grads)
+        torch.testing.assert_close(found["d"], (grads[0]["d"] + grads[1]["d"]) / 2 + kept, rtol=0, atol=within)
+        kept = torch.zeros(())
+    for state in after.states:
+        assert "d/error" not in state.tensors()
+
+
+@pytest.mark.parametrize("method", ["sign", "topk"])
+def test_errors_are_used_up_where_none_are_kept_any_more(method: str, tmp_path: Path) -> None:
+    """As if the next gradient were larger by them: Sign-SGD votes with it, and Top-k without error feedback leaves out
+    of it what it leaves out of any."""
+    before = trained()
+    saved(before, tmp_path)
+    config = CompressConfig(method=method, density=0.1, error_feedback=False)
+    after, fresh = Ranks(config, 2), Ranks(config, 2)
+    for state, other in zip(after.states, fresh.states, strict=True):
+        load_state(state, tmp_path)
+        other.step = state.step
+    for step in (3, 4):
+        grads = random_grads(2, step)
+        more = [{name: g.clone() for name, g in rank.items()} for rank in grads]
+        for name in ("a", "c", "d") if step == 3 else ():
+            for g, error in zip(more, before.errors(name), strict=True):
+                g[name] += error
+        assert distance(after.step(grads), fresh.step(more)[0]) < 1e-12
+    assert not any(key.endswith("/error") for state in after.states for key in state.tensors())
+
+
+def test_a_compiled_models_state_is_read_by_the_plain_one(tmp_path: Path) -> None:
+    """`torch.compile(model)` has other names for its parameters, which states do not; older ones of aggregators do."""
+    before = trained()
+    wrapped = Ranks(CONFIG, 2, {f"_orig_mod.{name}": shape for name, shape in SHAPES.items()})
+    for state, old in zip(wrapped.states, before.states, strict=True):
+        assert list(state.shapes) == list(SHAPES)
+        state.load([({f"_orig_mod.{key}": t for key, t in s.tensors().items()}, s.plain()) for s in before.states])
+        assert state.tensors().keys() == old.tensors().keys()
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def state_bytes(gradients: Iterable[Named], config: Settings) -> tuple[int, int]
     for name, shape, nbytes in gradients:
         low = low_rank(name, shape, config)
         if config.feedback and (low or (config.method not in LOW_RANK and not config.skips(name))):
-            errors += math.prod(shape) * (max(4, nbytes) if config.error_dtype == "fp32" else nbytes)
+            errors += math.prod(shape) * (nbytes if config.error_dtype == "half" else max(4, nbytes))
         if low:
             factors += sum(matrix(shape)) * width(shape, config.widest) * max(4, nbytes)
     return errors, factors

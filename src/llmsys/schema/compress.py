@@ -27,8 +27,9 @@ class Settings(ABC):
     on which other `r` holds, {0: 8, 1000: 4}; factors keep their widest shape, of which the first rows are used.
     `density`: the share of elements that Top-k and Random-k send. `select`: Top-k by `exact` selection, or by a
     `threshold` estimated on a sample.
-    `error_feedback`: what was not sent is added to the next gradient. `error_dtype`: in what it is kept: `gradient`
-    (one copy of the gradients, whatever they are in) or `fp32`.
+    `error_feedback`: what was not sent is added to the next gradient. `error_dtype`: in what it is kept: `gradient`, as
+    gradients are, but in fp32 where they are in half precision, in which a sum of many loses half of itself (bf16) or
+    overflows (fp16); `half`, as they are then too, for less memory. `fp32` means the same as `gradient`.
     `reuse`: ACP-SGD projects onto the factor of its last step; without it onto a new random one (the paper's ablation).
     `refresh_every`: low rank: after so many steps one is exchanged whole, with all that error feedback has kept, and
     the subspace is taken from it (PowerSGD+, arXiv 2509.11254); 0: never.
@@ -65,7 +66,7 @@ class Settings(ABC):
     def __post_init__(self) -> None:
         self._one_of(self.NAMED_BY, self.method, METHODS)
         self._one_of("select", self.select, ("exact", "threshold"))
-        self._one_of("error_dtype", self.error_dtype, ("gradient", "fp32"))
+        self._one_of("error_dtype", self.error_dtype, ("gradient", "fp32", "half"))
         self._one_of("wire", self.wire, ("fp32", "bf16"))
         if self.r < 1:
             raise self._wrong("r", "must be at least 1")
