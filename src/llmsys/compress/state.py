@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmsys.compress import methods
+from llmsys.compress import drift, methods
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
 from llmsys.compress.methods.method import Entry, Part, Sent
@@ -44,6 +44,7 @@ class CompressionState:
         self.step = 0
         self.memories: dict[str, Memory] = {}
         self._scale: float | None = None
+        self._weights = tensors if config.check_every else {}
         self._sent: list[tuple[Sent, _Flag]] = []
 
     def described(self) -> dict[str, str]:
@@ -71,6 +72,8 @@ class CompressionState:
     def begin(self) -> None:
         """Before a step's first bucket. A step of which one part was not finite has been left out by whoever applies
         gradients (GradScaler, our trainer): what it sent goes back into the memory, on every rank alike."""
+        if self.config.checks(self.step) and self.drifted():
+            raise ValueError(f"compress: the ranks do not have the same weights before step {self.step}; {drift.WHY}")
         self._settle()
         if self.loss_scale is not None:
             self._rescale(self.loss_scale())
@@ -108,6 +111,12 @@ class CompressionState:
     def advance(self) -> None:
         """After a step's last bucket was started."""
         self.step += 1
+
+    def drifted(self) -> bool:
+        """Whether weights, or what is kept that all ranks have alike, are not the same on all. Collective."""
+        kept = {f"{name}/{kind}": t for name, memory in self.memories.items() for kind, t in memory.tensors().items()}
+        factors = {key: tensor for key, tensor in kept.items() if not key.endswith("/error")}
+        return drift.apart({**self._weights, **factors}, self.group)
 
     def tensors(self) -> dict[str, Tensor]:
         """What this rank keeps, as `<parameter>/error`, `/p` and `/q`: references."""
