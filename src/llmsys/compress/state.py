@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,9 +135,10 @@ class CompressionState:
         others (Top-k, scaled sign) nearly. Another method, or another r, may go on with the errors of the one before.
         ValueError for parameters that this model has not, or in other shapes.
         """
-        tensors, plain = states[self.rank] if len(states) == self.world else (_merged(states), states[0][1])
+        alike = len(states) == self.world
+        plain = states[self.rank if alike else 0][1]
         memories: dict[str, Memory] = {}
-        for key, tensor in tensors.items():
+        for key, tensor in states[self.rank][0].items() if alike else _merged(states):
             name, _, kind = key.rpartition("/")
             self._check(name, kind, tensor)
             setattr(memories.setdefault(name, Memory(name)), kind, tensor.to(self.devices[name], copy=True))
@@ -162,17 +163,22 @@ class CompressionState:
         self._scale = scale
 
 
-def _merged(states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> dict[str, Tensor]:
-    """The mean of the ranks' errors, where one has none 0, and the factors, which all ranks have alike."""
-    found: dict[str, Tensor] = {}
+def _merged(states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> Iterator[tuple[str, Tensor]]:
+    """The mean of the ranks' errors, where one has none 0, and the factors, which all ranks have alike; one by one, as
+    all ranks' errors are as many copies of the gradients."""
     for key in dict.fromkeys(key for tensors, _ in states for key in tensors):
-        there = [tensors[key] for tensors, _ in states if key in tensors]
-        if key.endswith("/error"):
-            mean = torch.stack([tensor.to(torch.float64) for tensor in there]).sum(0) / len(states)
-            found[key] = mean.to(there[0].dtype)
-        else:
-            found[key] = there[0]
-    return found
+        there = (tensors[key] for tensors, _ in states if key in tensors)
+        yield key, _mean(there, len(states)) if key.endswith("/error") else next(there)
+
+
+def _mean(tensors: Iterator[Tensor], count: int) -> Tensor:
+    """Their sum over `count`, in fp64, rounded to their own type."""
+    first = next(tensors)
+    dtype, total = first.dtype, first.to(torch.float64, copy=True)
+    del first
+    for tensor in tensors:
+        total += tensor
+    return (total / count).to(dtype)
 
 
 class _Flag:
