@@ -288,6 +288,8 @@ def test_what_is_worth_compressing(shape: tuple[int, ...], settings: dict[str, o
         ({"method": "topk", "density": 0.0}, "density=0.0: must be above 0 and at most 1"),
         ({"method": "topk", "density": 1.5}, "density=1.5"),
         ({"method": "sign", "skip": ["a"]}, "not with sign"),
+        ({"method": "sign", "error_feedback": True}, "error_feedback=True: not with sign"),
+        ({"check_every": -1}, "check_every=-1: a number of steps"),
         ({"method": "topk", "refresh_every": 3}, "refresh_every=3: is for"),
         ({"method": "powersgd", "reuse": False}, "reuse=False: is for"),
         ({"ranks": {-1: 4}}, "ranks="),

@@ -188,6 +188,24 @@ def mixed(place: Place, method: str, replicas: int, shards: int) -> list[float]:
     return losses
 
 
+def perturbed(place: Place, replicas: int, shards: int) -> str:
+    """What a rank is told where the last one's shard is changed in its last bit."""
+    mesh, config = mesh_of(replicas, shards), config_of({"method": "acpsgd", "check_every": 2})
+    model = sharded(mesh["shard"])
+    aggregator = ShardAggregator(model, config, group=mesh["replicate"].get_group())
+    try:
+        for step in range(5):
+            loss(model, place.rank, step).backward()
+            aggregator.exchange()
+            descend(model)
+            if step == 2 and place.rank == place.world - 1:
+                mine = local(model, "data")["0.weight"].view(torch.int64)
+                mine[-1, -1] ^= 1
+    except ValueError as error:
+        return str(error)
+    return f"nothing in {aggregator.step} steps"
+
+
 def refused(place: Place) -> list[str]:
     """What one is told for a model that is not sharded, one that FSDP2 averages itself, and a wrong group."""
     mesh = mesh_of(1, 2)
@@ -248,6 +266,15 @@ def test_a_type_of_which_a_shard_has_nothing_is_no_message(pool: Pool, method: s
     """One rank then has no bucket of it to exchange; all of them settle the step that was left out."""
     first, second, third, fourth = pool.call(f"{HERE}:mixed", method, 1, 2)[0]
     assert first > second == third > fourth
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [("pool", (2, 1)), pytest.param("four", (2, 2), marks=pytest.mark.slow)])
+def test_all_ranks_are_told_of_replicas_that_differ_in_one_shard(
+    ranks: str, shape: tuple[int, int], request: pytest.FixtureRequest
+) -> None:
+    """Or those of the other shards would wait for this one's."""
+    told = request.getfixturevalue(ranks).call(f"{HERE}:perturbed", *shape)
+    assert all("the same weights before step" in each for each in told), told
 
 
 def test_what_cannot_be_aggregated_is_refused(pool: Pool) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from simulated import SHAPES, Ranks, distance, random_grads
 
@@ -178,6 +183,59 @@ def test_a_compiled_models_state_is_read_by_the_plain_one(tmp_path: Path) -> Non
         assert list(state.shapes) == list(SHAPES)
         state.load([({f"_orig_mod.{key}": t for key, t in s.tensors().items()}, s.plain()) for s in before.states])
         assert state.tensors().keys() == old.tensors().keys()
+
+
+class Reads:
+    """In place of safetensors' `safe_open`: which tensors are read of which file, and the most alive of one moment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[tuple[str, str]] = []
+        self.alive = self.most = 0
+        self._open = safetensors.safe_open
+        monkeypatch.setattr(safetensors, "safe_open", self.opened)
+
+    @contextlib.contextmanager
+    def opened(self, file: Path, framework: str) -> Iterator[Any]:
+        with self._open(file, framework) as real:
+
+            def get_tensor(name: str) -> torch.Tensor:
+                self.names.append((Path(file).stem, name))
+                tensor: torch.Tensor = real.get_tensor(name)
+                self.alive += 1
+                self.most = max(self.most, self.alive)
+                weakref.finalize(tensor, self._freed)
+                return tensor
+
+            yield SimpleNamespace(keys=real.keys, metadata=real.metadata, get_tensor=get_tensor)
+
+    def _freed(self) -> None:
+        self.alive -= 1
+
+
+def test_on_as_many_ranks_each_reads_its_own_tensors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks' are so many copies of the gradients, on every rank: they were read, and dropped."""
+    before = trained(world=4)
+    saved(before, tmp_path)
+    reads, after = Reads(monkeypatch), Ranks(CONFIG, 4)
+    load_state(after.states[2], tmp_path)
+    kept = before.states[2].tensors()
+    assert sorted(reads.names) == sorted(("compress-rank-2", name) for name in kept)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in after.states[2].tensors().items())
+
+
+def test_on_other_numbers_of_ranks_one_parameter_is_read_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each error every rank's, and no more than one beside the last: forty were there at once."""
+    before = trained(world=4)
+    saved(before, tmp_path)
+    reads, after = Reads(monkeypatch), Ranks(CONFIG, 2)
+    load_state(after.states[1], tmp_path)
+    errors = [name for _, name in reads.names if name.endswith("/error")]
+    assert errors == [name for name in dict.fromkeys(errors) for _ in range(4)]
+    assert reads.most <= 3
+    mean = torch.stack(before.errors("a")).mean(0)
+    torch.testing.assert_close(after.states[1].memory("a").error, mean, rtol=0, atol=1e-14)
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmsys.compress import methods
+from llmsys.compress import drift, methods
 from llmsys.compress.config import CompressConfig
 from llmsys.compress.memory import Memory
 from llmsys.compress.methods.method import Entry, Exchange, Part, Sent, Taken
@@ -49,6 +49,7 @@ class CompressionState:
         self.step = 0
         self.memories: dict[str, Memory] = {}
         self._scale = 1.0
+        self._weights = tensors if config.check_every else {}
         self._sent: list[tuple[Sent, _Flag]] = []
         self._untouched: set[str] = set()
         self._began = 0
@@ -86,6 +87,8 @@ class CompressionState:
         sent for parameters whose gradients nobody has touched (`untouched`) goes back too.
         """
         self._settle()
+        if self.config.checks(self.step) and self.drifted():
+            raise ValueError(f"compress: the ranks do not have the same weights before step {self.step}; {drift.WHY}")
         self._began = self.step
         self._rescale(1.0 if self.loss_scale is None else self.loss_scale())
 
@@ -138,6 +141,12 @@ class CompressionState:
         """After a step's last bucket was started."""
         self.step += 1
 
+    def drifted(self) -> bool:
+        """Whether weights, or what is kept that all ranks have alike, are not the same on all. Collective."""
+        kept = {f"{name}/{kind}": t for name, memory in self.memories.items() for kind, t in memory.tensors().items()}
+        factors = {key: tensor for key, tensor in kept.items() if not key.endswith("/error")}
+        return drift.apart({**self._weights, **factors}, self.group)
+
     def tensors(self) -> dict[str, Tensor]:
         """What this rank keeps, as `<parameter>/error`, `/p` and `/q`: references."""
         self._settle()
@@ -157,9 +166,10 @@ class CompressionState:
         where it keeps none, they are added to the next gradient.
         ValueError for parameters that this model has not, or in other shapes.
         """
-        tensors, values = states[self.rank] if len(states) == self.world else (_merged(states), states[0][1])
+        alike = len(states) == self.world
+        values = states[self.rank if alike else 0][1]
         memories: dict[str, Memory] = {}
-        for key, tensor in tensors.items():
+        for key, tensor in states[self.rank][0].items() if alike else _merged(states):
             name, _, kind = uncompiled(key).rpartition("/")
             self._check(name, kind, tensor)
             setattr(memories.setdefault(name, Memory(name)), kind, tensor.to(self.devices[name], copy=True))
@@ -185,17 +195,22 @@ class CompressionState:
         self._scale = scale
 
 
-def _merged(states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> dict[str, Tensor]:
-    """The mean of the ranks' errors, where one has none 0, and the factors, which all ranks have alike."""
-    found: dict[str, Tensor] = {}
+def _merged(states: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> Iterator[tuple[str, Tensor]]:
+    """The mean of the ranks' errors, where one has none 0, and the factors, which all ranks have alike; one by one, as
+    all ranks' errors are as many copies of the gradients."""
     for key in dict.fromkeys(key for tensors, _ in states for key in tensors):
-        there = [tensors[key] for tensors, _ in states if key in tensors]
-        if key.endswith("/error"):
-            mean = torch.stack([tensor.to(torch.float64) for tensor in there]).sum(0) / len(states)
-            found[key] = mean.to(there[0].dtype)
-        else:
-            found[key] = there[0]
-    return found
+        there = (tensors[key] for tensors, _ in states if key in tensors)
+        yield key, _mean(there, len(states)) if key.endswith("/error") else next(there)
+
+
+def _mean(tensors: Iterator[Tensor], count: int) -> Tensor:
+    """Their sum over `count`, in fp64, rounded to their own type."""
+    first = next(tensors)
+    dtype, total = first.dtype, first.to(torch.float64, copy=True)
+    del first
+    for tensor in tensors:
+        total += tensor
+    return (total / count).to(dtype)
 
 
 def _return(taken: Taken, grads: Mapping[str, Tensor] | None) -> None:
