@@ -19,6 +19,7 @@ from llmsys import models, schema
 from llmsys.comm import collectives
 from llmsys.compress.measure import figures, fit, predicted, stack, tables, turns
 from llmsys.compress.measure.paced import PacedModel
+from llmsys.compress.measure.rounds import Fit, Rounds
 from llmsys.compress.measure.stack import Forward
 from llmsys.compress.measure.turns import Make, Samples
 from llmsys.compress.measure.variants import Variant, variants
@@ -122,26 +123,38 @@ def _measure(
     world, mbit = context.place.world, shaped_mbit(config.network)
     cells = {subject.name: variants(task, subject.ranks, list(subject.shapes)) for subject in subjects}
     check(config, subjects, context.device)
-    lines = fit.lines(mbit, context.device, context.beat) if task.fit else {}
-    ours = [v for each in cells.values() for v in each if task.fit and v.method not in (NOOP, TORCH)]
-    rates = {kind: fit.rates(one.config(task), context.device) for kind, one in {v.kind: v for v in ours}.items()}
+    rounds = Rounds(context, task.rounds * len(subjects))
+    lines, rates = rounds.fit(lambda: _fit(task, cells, mbit, context)) if task.fit else ({}, {})
     summary = figures.fitted(lines, rates) if task.fit else {}
     samples: dict[str, list[float]] = {}
     for subject in subjects:
-        found = {variant: Samples() for variant in cells[subject.name]}
-        for _ in range(task.rounds):
-            for variant, own in found.items():
+        for _ in range(task.rounds - len(rounds.of(subject.name))):
+            made = {variant: Samples() for variant in cells[subject.name]}
+            for variant, own in made.items():
                 context.log.info("%s %s", subject.name, variant.name)
                 turns.turn(variant, task, subject.make, own, context.beat, update=subject.update)
+            rounds.add(subject.name, made)
+        found = {variant: Samples() for variant in cells[subject.name]}
+        for one in rounds.of(subject.name):
+            for variant, own in one.items():
+                found[variant].add(own)
         own_summary = figures.measured(found, world, mbit if world > 1 else None)
         if task.fit:
             own_summary |= figures.predictions(_predicted(task, subject, found, rates, lines, world), own_summary)
         before = f"{subject.name}/" if subject.name else ""
         summary |= {before + key: value for key, value in own_summary.items()}
         samples |= {before + key: values for key, values in figures.samples_ms(found).items()}
+    summary["measured_in_attempts"] = rounds.attempts
     if context.place.rank == 0:
         (context.out / "measured.md").write_text(tables.markdown(summary, world), encoding="utf-8")
+    rounds.remove()
     return {"summary": summary, "samples": samples, "files": {"tables": "measured.md"}}
+
+
+def _fit(task: schema.Measured, cells: Mapping[str, Sequence[Variant]], mbit: float | None, context: Context) -> Fit:
+    lines = fit.lines(mbit, context.device, context.beat)
+    ours = {v.kind: v for each in cells.values() for v in each if v.method not in (NOOP, TORCH)}
+    return lines, {kind: fit.rates(one.config(task), context.device) for kind, one in ours.items()}
 
 
 def _predicted(
