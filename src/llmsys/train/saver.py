@@ -81,10 +81,7 @@ class Saver:
             reader = checkpoint.Reader(source, self.context.place.rank)
             reader.verify()
         except ValueError as error:
-            raise ValueError(
-                f"train.resume={self.config.train.resume}: {error}; remove {source.name}, and the one before it is "
-                "taken if there is one, or begin without train.resume"
-            ) from error
+            raise checkpoint.not_gone_on_from(str(self.config.train.resume), source, error) from error
         return reader
 
     def load_model(self, model: nn.Module) -> None:
