@@ -24,7 +24,7 @@ from llmsys.compress.measure.stack import Forward
 from llmsys.compress.measure.turns import Make, Samples
 from llmsys.compress.measure.variants import Variant, variants
 from llmsys.compress.paper_models import MODELS, PaperModel
-from llmsys.cost import compressed, hardware, links
+from llmsys.cost import compressed, links, pace
 from llmsys.errors import Refused
 from llmsys.schema.measured import NOOP, TORCH
 from llmsys.train import checks
@@ -60,7 +60,7 @@ def iteration(config: schema.Config, context: Context) -> dict[str, Any]:
 
 
 def replay(config: schema.Config, context: Context) -> dict[str, Any]:
-    """`compress_replay`. ValueError for a device that has not the precision; Refused as for `iteration`."""
+    """`compress_replay`. Refused as for `iteration`."""
     task = config.task
     assert isinstance(task, schema.Replay)
     return _measure(
@@ -84,11 +84,9 @@ def _trained(config: schema.Config, task: schema.Iteration, context: Context) ->
 
 
 def replayed(task: schema.Replay, name: str, device: torch.device, rank: int) -> Subject:
-    """A model of the paper. ValueError as of `pace`, and for a pace on a GPU, which runs behind its hooks."""
+    """A model of the paper."""
     model = MODELS[name]
-    speed = pace(task)
-    if speed and device.type == "cuda":
-        raise ValueError(f"task.pace={task.pace}: is for ranks on a CPU: hardware.device=cpu, or task.pace=none")
+    speed = pace.flops_per_s(task, device.type)
     make_model = functools.partial(PacedModel, model.parameters, model.batch, speed, device, 1 + rank)
 
     def make(variant: Variant) -> tuple[nn.Module, Forward]:
@@ -103,18 +101,6 @@ def replayed(task: schema.Replay, name: str, device: torch.device, rank: int) ->
         update=False,
         passes_s=flops / speed if speed else 0.0,
     )
-
-
-def pace(task: schema.Replay) -> float | None:
-    """FLOP/s of `task.pace`. ValueError for a device or a precision that there is not."""
-    if task.pace == "none":
-        return None
-    if task.pace not in hardware.DEVICES:
-        raise ValueError(f"task.pace={task.pace}: must be none or one of {', '.join(hardware.DEVICES)}")
-    device = hardware.DEVICES[task.pace]
-    if task.precision not in device.tflops:
-        raise ValueError(f"task.precision={task.precision}: {device.title} has only {', '.join(device.tflops)}")
-    return device.peak(task.precision) * task.efficiency
 
 
 def _measure(
