@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +17,12 @@ LOW_RANK = ("powersgd", "acpsgd")
 SPARSE = ("topk", "randomk")
 ERROR_FEEDBACK = (*LOW_RANK, *SPARSE, "efsign")
 """Methods that keep, per parameter, what they have not sent yet."""
+TYPES = (
+    (("r", "refresh_every", "seed"), (int,), "a whole number"),
+    (("density", "min_rate"), (int, float), "a number"),
+    (("error_feedback", "reuse"), (bool,), "true or false"),
+)
+"""(settings, their types, in words). Exact, as True is an int too. Hydra sees to them on the command line alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,10 @@ class Settings(ABC):
         """One of `METHODS`."""
 
     def __post_init__(self) -> None:
+        for keys, types, what in TYPES:
+            for key in keys:
+                if type(getattr(self, key)) not in types:
+                    raise self._wrong(key, f"must be {what}")
         self._one_of(self.NAMED_BY, self.method, METHODS)
         self._one_of("select", self.select, ("exact", "threshold"))
         self._one_of("error_dtype", self.error_dtype, ("gradient", "fp32"))
@@ -76,8 +86,10 @@ class Settings(ABC):
             raise self._wrong("refresh_every", "a number of steps, or 0 for never")
         if not self.min_rate >= 0:
             raise self._wrong("min_rate", "must be 0 (every matrix is compressed) or more")
-        if isinstance(self.skip, str):
+        if isinstance(self.skip, str) or not isinstance(self.skip, Sequence):
             raise self._wrong("skip", "a list of names, not one name")
+        if not all(isinstance(pattern, str) for pattern in self.skip):
+            raise self._wrong("skip", "names are text")
         if self.method == "sign" and self.skip:
             raise self._wrong("skip", "not with sign, whose votes are +-1 and not on the scale of a gradient")
         self._only("ranks", bool(self.ranks), LOW_RANK)
@@ -110,11 +122,9 @@ class Settings(ABC):
 
     def _by_step(self) -> dict[int, int]:
         """`ranks` with numbers as keys: JSON has text in their place."""
-        try:
-            found = {int(step): int(r) for step, r in self.ranks.items()}
-        except ValueError:
-            found = {-1: 0}
-        if any(step < 0 or r < 1 for step, r in found.items()):
+        given = self.ranks.items() if isinstance(self.ranks, Mapping) else [(-1, 0)]
+        found = {int(step) if isinstance(step, str) and step.isdecimal() else step: r for step, r in given}
+        if any(type(step) is not int or type(r) is not int or step < 0 or r < 1 for step, r in found.items()):
             raise self._wrong("ranks", "{step: r} with steps from 0 and r from 1")
         return found
 
