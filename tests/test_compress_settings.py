@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from llmsys import compose, job, main, schema
 from llmsys.compress import Aggregator, CompressConfig
+from llmsys.compress.hook import HookState
 from llmsys.rows import row
 from llmsys.schema.compress import METHODS
 
@@ -91,6 +93,15 @@ def test_a_value_of_another_type_is_refused_when_the_settings_are_made(wrong: di
     key = list(wrong)[-1]
     with pytest.raises(ValueError, match=rf"^{key}=[^\n]*$"):
         CompressConfig(**wrong)
+
+
+@pytest.mark.parametrize("surface", [HookState, lambda config, net: Aggregator(net.named_parameters(), config)])
+def test_a_name_to_skip_that_no_parameter_has_is_an_error(surface: Callable[..., Any]) -> None:
+    """A typo must not compress what was to be left alone."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    surface(CompressConfig(skip=["1.*", "*.bias"]), net)
+    with pytest.raises(ValueError, match=r"^skip=.*: \*\.wieght matches none .*, e\.g\. [01]\.weight$"):
+        surface(CompressConfig(skip=["1.*", "*.wieght"]), net)
 
 
 def test_an_aggregator_wants_names() -> None:

@@ -6,9 +6,10 @@ it as its `kind`, as every group has.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,7 +41,8 @@ class Settings(ABC):
     the subspace is taken from it (PowerSGD+, arXiv 2509.11254); 0: never.
     `min_rate`: a matrix is compressed where its larger factor is more than so many times smaller than it, which is
     min(N, M) > min_rate r; others travel whole, as LoRA's adapters do. 0: every matrix is, as in the paper's code.
-    `skip`: names of parameters, with wildcards (`*.embed_tokens.*`), that travel whole.
+    `skip`: names of parameters, with wildcards (`*.embed_tokens.*`), that travel whole. One that no parameter has is an
+    error.
     `wire`: in what factors and everything that travels whole are sent: `fp32` or `bf16`.
     `seed`: of everything random; what is drawn depends on it, the parameter's name and the step alone.
     """
@@ -119,6 +121,14 @@ class Settings(ABC):
 
     def skips(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip)
+
+    def check_skips(self, names: Collection[str]) -> None:
+        """ValueError for a pattern that is the name of none of the parameters, `names`, that are exchanged."""
+        for pattern in self.skip:
+            if names and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                near = (difflib.get_close_matches(pattern, names, n=1) or [*names])[0]
+                what = f"{pattern} matches none of the {len(names)} parameters that are trained, e.g. {near}"
+                raise self._wrong("skip", what)
 
     def _by_step(self) -> dict[int, int]:
         """`ranks` with numbers as keys: JSON has text in their place."""
