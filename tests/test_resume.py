@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,23 @@ def config(run: Path, *overrides: str) -> dict[str, Any]:
 
 def test_its_newest_checkpoint_is_found(run: Path) -> None:
     assert resume.source(config(run)) == (run / STEP, f"{run.name}/40")
+
+
+def test_of_a_finished_run_it_is_the_last(run: Path) -> None:
+    """Not the best, which may be much earlier."""
+    (run / "checkpoint").rename(run / "last")
+    checkpoint.save(run / "earlier", 20, {"w": torch.ones(64)}, {}, {}, device=torch.device("cpu"))
+    (run / "earlier" / "step-00000020").rename(run / "best")
+    assert resume.source(config(run)) == (run / "last" / "step-00000040", f"{run.name}/40")
+
+
+def test_a_run_without_checkpoints_is_told_from_another_folder(run: Path) -> None:
+    shutil.rmtree(run / "checkpoint")
+    with pytest.raises(ValueError, match=r"no checkpoint there; .* train\.checkpoint_every and train\.save_final"):
+        resume.source(config(run))
+    (run / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint there; it is a run's folder, results/"):
+        resume.source(config(run))
 
 
 def flip(content: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """`train.resume`: go on from another run's checkpoint, with another number of ranks or another engine.
 
-Its newest; of a run that has finished, its best one, if an earlier step than the last was better. Damage is said here,
-before ranks and a model take their time to come to it; they verify what they read again.
+Its newest; of a run that has finished, its last, where it was to be saved, else its best one, if an earlier step than
+the last was better. Damage is said here, before ranks and a model take their time to come to it; they verify what they
+read again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ def source(config: dict[str, Any]) -> tuple[Path, str] | None:
     if not name:
         return None
     folder = Path(name).expanduser().resolve()
-    states = sorted(folder.glob("checkpoint/step-*/state.json")) or list(folder.glob("best/state.json"))
+    places = ("checkpoint/step-*", "last/step-*", "best")
+    states = next(filter(None, (sorted(folder.glob(f"{place}/state.json")) for place in places)), [])
     if not states:
-        raise ValueError(
-            f"train.resume={name}: no checkpoint there; it is a run's folder, results/<experiment>/<run id>"
-        )
+        what = "it is a run's folder, results/<experiment>/<run id>"
+        if (folder / "config.yaml").is_file():
+            what = "a finished run keeps its last one where train.checkpoint_every and train.save_final are set"
+        raise ValueError(f"train.resume={name}: no checkpoint there; {what}")
     step = _checked(name, states[-1].parent)
     theirs = _settings(name, folder / "config.yaml")
     for group in SAME:
