@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from llmsys import compose, job, main, schema
-from llmsys.compress import CompressConfig
+from llmsys.compress import Aggregator, CompressConfig
+from llmsys.compress.hook import HookState
 from llmsys.rows import row
 from llmsys.schema.compress import METHODS
 
@@ -73,6 +77,39 @@ def test_the_library_names_its_own_settings() -> None:
         CompressConfig(method="topk", density=2)
     with pytest.raises(ValueError, match=r"^select=threshold: is for method=topk, not for acpsgd"):
         CompressConfig(select="threshold")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"r": r} for r in (2.5, True, "4", None)),
+        *({"refresh_every": 2.5}, {"seed": "x"}, {"seed": 1.0}, {"min_rate": "4"}, {"min_rate": False}),
+        *({"method": "topk", "density": density} for density in ("a", True, float("nan"))),
+        *({"ranks": ranks} for ranks in ([1, 2], {0: 2.5}, {0.5: 2}, {0: True}, {0: "8"}, 8)),
+        *({"skip": skip} for skip in ([1], 5, "name")),
+        *({"error_feedback": "no"}, {"reuse": 0}, {"method": ["acpsgd"]}, {"wire": None}),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_refused_when_the_settings_are_made(wrong: dict[str, Any]) -> None:
+    """Hydra sees to types on the command line; from Python a width of 2.5 went as far as the backward pass."""
+    key = list(wrong)[-1]
+    with pytest.raises(ValueError, match=rf"^{key}=[^\n]*$"):
+        CompressConfig(**wrong)
+
+
+@pytest.mark.parametrize("surface", [HookState, lambda config, net: Aggregator(net.named_parameters(), config)])
+def test_a_name_to_skip_that_no_parameter_has_is_an_error(surface: Callable[..., Any]) -> None:
+    """A typo must not compress what was to be left alone."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    surface(CompressConfig(skip=["1.*", "*.bias"]), net)
+    with pytest.raises(ValueError, match=r"^skip=.*: \*\.wieght matches none .*, e\.g\. [01]\.weight$"):
+        surface(CompressConfig(skip=["1.*", "*.wieght"]), net)
+
+
+def test_an_aggregator_wants_names() -> None:
+    with pytest.raises(ValueError, match=r"named_parameters\(\)"):
+        Aggregator(nn.Linear(64, 64).parameters(), CompressConfig())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "deepspeed", "zero1"])

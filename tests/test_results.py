@@ -90,6 +90,18 @@ def test_a_resumed_run_says_from_where_it_was_timed() -> None:
     assert "ok, timed from step 100" in results.markdown([results.row(resumed)])
 
 
+@pytest.mark.parametrize(
+    ("found", "label"),
+    [({"shaped": True}, "eth1g"), ({"shaped": False}, "eth1g (unshaped)"), ({}, "eth1g (not known)")],
+)
+def test_a_link_is_called_what_was_recorded_of_it(found: dict[str, bool], label: str) -> None:
+    """Of a run whose launcher was killed nothing was: a rank may have had its link."""
+    made = record("full")
+    made.config = compose.compose(["network=eth1g", "engine=ddp", "train.world=2"])
+    made.env = {"network": found} if found else {}
+    assert results.row(made)["network"] == label
+
+
 def test_reference_rows_have_no_learning_rate() -> None:
     assert results.row(record("probe"))["lr"] is None
     assert results.row(record("full"))["lr"] == pytest.approx(2e-4)

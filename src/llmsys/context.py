@@ -37,6 +37,10 @@ class Context:
     grad_sync: GradSync
     metrics: JsonLines
     inputs: dict[str, str] = field(default_factory=dict)
+    env: dict[str, Any] = field(default_factory=dict)
+    """What the run is on, as the record has it."""
+    kept: str = ""
+    """What of this attempt serves the next one if it is stopped now; for the record."""
     mirrors: list[Sink] = field(default_factory=list)
     listener: Callable[[dict[str, Any]], None] | None = None
     last_beat: float | None = None
@@ -45,7 +49,7 @@ class Context:
     """Set by a task that looks at `stop_asked` between its steps and then raises `Interrupted`."""
     stop_asked: bool = False
 
-    def beat(self, **progress: float) -> None:
+    def beat(self, **progress: float | str) -> None:
         """Proof of progress, with what a progress bar shows: step, steps, loss, tokens_per_s, phase."""
         self.last_beat = time.monotonic()
         if self.listener and progress:

@@ -168,7 +168,7 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     with the files they name.
     """
     from llmsys import data, tasks
-    from llmsys.cost import hardware, shapes
+    from llmsys.cost import hardware, pace, shapes
     from llmsys.models import fingerprint
 
     config = copy.deepcopy(config)
@@ -185,6 +185,8 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     _only_its_own_rate(config)
     hardware.named(schema.build(config).hardware)  # an unknown name is said here
     typed = schema.build(config)
+    if isinstance(typed.task, schema.Replay):
+        pace.flops_per_s(typed.task, kind)  # and an unknown device or precision of its
     if not isinstance(typed.task, schema.Ledger):  # which makes a model of its own width
         shapes.check_adapters(typed.model, typed.method)
     inputs = dict(inputs or {})

@@ -81,13 +81,18 @@ def engine(config: Row) -> str:
 
 
 def network(config: Row, found: dict[str, Any]) -> str:
-    """The links of a run in a word, and whether they were only asked for: `none`, `eth1g`, `20/100 Mbit (unshaped)`."""
+    """The links of a run in a word, and whether they were only asked for: `none`, `eth1g`, `20/100 Mbit (unshaped)`.
+
+    `(not known)`: of a run that ended without a word nothing says whether they were shaped.
+    """
     up, down = config.get("network.up_mbit"), config.get("network.down_mbit")
     if up is None or config.get("train.world", 1) == 1:
         return "none"
     name = str(config.get("network.name"))
     name = f"{up:g}/{down:g} Mbit" if name == "none" else name
-    return name if found.get("shaped") else f"{name} (unshaped)"
+    if "shaped" not in found:
+        return f"{name} (not known)"
+    return name if found["shaped"] else f"{name} (unshaped)"
 
 
 def compress(config: Row) -> str:

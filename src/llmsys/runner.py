@@ -86,6 +86,7 @@ def run(
     reserve = out / ".reserve"
     sinks: list[track.Sink] = []
     first = place.rank == 0
+    context: Context | None = None
     with _logger(out, place) as log:
         try:
             if first:
@@ -100,7 +101,7 @@ def run(
                 log.info("network: %s", network)
             if first:
                 sinks.extend(track.mirrors(config.tracker, job))
-            context = _context(job, config, log, sinks, listener, place)
+            context = _context(job, config, log, sinks, listener, place, record.env)
             on_context(context)
             from llmsys.comm import group  # torch
 
@@ -111,7 +112,7 @@ def run(
             record = dataclasses.replace(record, status="ok", reason="", error="", **result)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place that catches all, to classify
             record.status, record.reason = classify(error)
-            record.error = _first_line(error)
+            record.error = _first_line(error, context.kept if context else "")
             if isinstance(error, (Refused, Interrupted)):
                 log.warning("%s", error)
             else:
@@ -137,9 +138,9 @@ def _check(result: dict[str, Any]) -> None:
             raise NotANumber(f"summary.{key} is {value}")
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException, kept: str) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "stopped at once, not between two steps; an earlier checkpoint, if there is one, serves"
+        return "stopped at once, not between two steps" + (f"; {kept}" if kept else "")
     if isinstance(error, (Refused, Interrupted)):
         return str(error)  # several lines: what is needed, what was found, what would run
     lines = str(error).strip().splitlines()
@@ -153,6 +154,7 @@ def _context(
     sinks: list[track.Sink],
     listener: Callable[[dict[str, Any]], None] | None,
     place: Place,
+    env: dict[str, Any],
 ) -> Context:
     import torch
 
@@ -173,6 +175,7 @@ def _context(
         grad_sync=wiring.grad_sync(config),
         metrics=JsonLines(Path(job.out) / "metrics.jsonl"),
         inputs=job.inputs,
+        env=env,
         mirrors=sinks,
         listener=listener,
     )

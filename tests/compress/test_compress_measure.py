@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmsys import compose, schema
+from llmsys import compose, job, schema
 from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.compress.kernels_cost import Rates
@@ -25,6 +25,7 @@ from llmsys.compress.measure.turns import Samples
 from llmsys.compress.measure.variants import DEFAULT_MIB, WHOLE_MIB, Attached, Variant, variants
 from llmsys.compress.paper_models import MODELS, PaperModel, Parameter
 from llmsys.compress.simulate import predict
+from llmsys.cost import pace
 from llmsys.cost.links import Line
 from rank_pool import Pool
 
@@ -104,16 +105,16 @@ def test_a_paced_pass_takes_what_its_flops_take_and_waits_for_hooks(monkeypatch:
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("time.sleep", lambda s: clock.__setitem__(0, clock[0] + s))
     hook = [0.0]
-    pace = Pace(lambda: hook[0])
-    pace.begin()
-    pace.take(1.0)
+    clocked = Pace(lambda: hook[0])
+    clocked.begin()
+    clocked.take(1.0)
     assert clock[0] == 1.0
     clock[0] += 0.25  # Python's own time is made up for
-    pace.take(1.0)
+    clocked.take(1.0)
     assert clock[0] == 2.0
     clock[0] += 0.5
     hook[0] += 0.5  # a hook's is not
-    pace.take(1.0)
+    clocked.take(1.0)
     assert clock[0] == 3.5
 
 
@@ -316,6 +317,19 @@ def test_what_would_take_too_much_says_so_first(overrides: list[str], reason: st
 
 
 def test_a_pace_is_a_devices() -> None:
-    assert tasks.pace(schema.Replay(pace="rtx2080ti", efficiency=0.5)) == pytest.approx(6.7e12, rel=0.01)
-    with pytest.raises(ValueError, match=r"task\.pace=rtx2080: must be none or one of .*rtx2080ti"):
-        tasks.pace(schema.Replay(pace="rtx2080"))
+    task = schema.Replay(pace="rtx2080ti", efficiency=0.5)
+    assert pace.flops_per_s(task, "cpu") == pytest.approx(6.7e12, rel=0.01)
+    with pytest.raises(ValueError, match=r"task\.pace=rtx2080ti: is for ranks on a CPU"):
+        pace.flops_per_s(task, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("task.pace=rtx2080", r"task\.pace=rtx2080: must be none or one of .*rtx2080ti"),
+        ("task.precision=bf16", r"task\.precision=bf16: GeForce RTX 2080 Ti has only"),
+    ],
+)
+def test_a_pace_that_there_is_not_is_refused_before_ranks_start(override: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        job.make(compose.compose(["+exp=compress_replay", "hardware.device=cpu", "task.pace=rtx2080ti", override]))

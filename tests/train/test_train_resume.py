@@ -187,6 +187,28 @@ def test_a_crash_at_any_call_leaves_a_loadable_checkpoint(
     assert [path.name for path in folder.iterdir()] == ["step-00000003"], "the next one sweeps up"
 
 
+def test_a_finished_run_is_gone_on_from_with_the_same_bits(tmp_path: Path) -> None:
+    """More steps of a run that was saved, and that took checkpoints, are those of one that had as many at once; a
+    checkpoint of its last step is there though that is no multiple of checkpoint_every."""
+    settings = {"method__dropout": 0.1, "train__checkpoint_every": 3, "train__schedule": "constant"}
+    whole, short, more = (tmp_path / name for name in ("whole", "short", "more"))
+    harness.run(whole, harness.config("lora_peft", **settings, train__steps=10))
+    result = harness.run(short, harness.config("lora_peft", **settings, train__steps=7))
+    assert result["files"]["last_checkpoint"] == "last"
+    (last,) = (short / "last").iterdir()
+    config = harness.config("lora_peft", **settings, train__steps=10, train__resume=str(short))
+    assert harness.run(more, config, inputs={"resume": str(last)})["resumed_from_step"] == 7
+    assert harness.curve(more) == [row for row in harness.curve(whole) if row["step"] > 7]
+
+
+@pytest.mark.parametrize("without", [{"train__save_final": False}, {"train__checkpoint_every": 0}])
+def test_a_run_that_is_not_to_be_saved_leaves_no_checkpoint(tmp_path: Path, without: dict[str, object]) -> None:
+    """A checkpoint is three times the weights: the cells of a sweep do not leave one each."""
+    result = harness.run(tmp_path, harness.config(**{"train__checkpoint_every": 2, **without}))
+    assert "last_checkpoint" not in result["files"]
+    assert not list(tmp_path.rglob("step-*"))
+
+
 def test_the_last_and_the_best_checkpoint_stay(tmp_path: Path) -> None:
     """Validation is best at step 2, since from step 3 on the rate is absurd: its checkpoint outlives later ones."""
     seen: dict[int, list[str]] = {}
@@ -209,4 +231,5 @@ def test_the_last_and_the_best_checkpoint_stay(tmp_path: Path) -> None:
     assert result["files"]["best_checkpoint"] == "best"
     kept = checkpoint.Reader(tmp_path / "best", rank=0)
     assert kept.shared["step"] == 2
+    assert [path.name for path in (tmp_path / "last").iterdir()] == ["step-00000008"]
     assert not (tmp_path / "checkpoint").exists(), "a run made again begins at its beginning"

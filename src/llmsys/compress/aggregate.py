@@ -40,6 +40,8 @@ class Aggregator(CompressionState):
     ) -> None:
         """Collective. ValueError on every rank where configs, parameters or `bucket_mib` differ."""
         named = list(parameters)
+        if any(isinstance(each, Tensor) for each in named):
+            raise ValueError("compress: parameters without their names; give model.named_parameters()")
         super().__init__(config, named, group=group, loss_scale=loss_scale)
         self.names = list(self.shapes)
         wrong = "" if named else "compress: no parameters to exchange the gradients of"

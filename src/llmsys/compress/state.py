@@ -43,6 +43,7 @@ class CompressionState:
         self.config, self.group, self.loss_scale = config, group, loss_scale
         tensors = {uncompiled(name): tensor for name, tensor in named}
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        config.check_skips(self.shapes)
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.devices = {name: tensor.device for name, tensor in tensors.items()}
         self.method = methods.method(config)

@@ -6,9 +6,10 @@ it as its `kind`, as every group has.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +18,13 @@ LOW_RANK = ("powersgd", "acpsgd")
 SPARSE = ("topk", "randomk")
 ERROR_FEEDBACK = (*LOW_RANK, *SPARSE, "efsign")
 """Methods that keep, per parameter, what they have not sent yet."""
+TYPES = (
+    (("r", "refresh_every", "check_every", "seed"), (int,), "a whole number"),
+    (("density", "min_rate"), (int, float), "a number"),
+    (("reuse",), (bool,), "true or false"),
+    (("error_feedback",), (bool, type(None)), "true or false"),
+)
+"""(settings, their types, in words). Exact, as True is an int too. Hydra sees to them on the command line alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +44,8 @@ class Settings(ABC):
     the subspace is taken from it (PowerSGD+, arXiv 2509.11254); 0: never.
     `min_rate`: a matrix is compressed where its larger factor is more than so many times smaller than it, which is
     min(N, M) > min_rate r; others travel whole, as LoRA's adapters do. 0: every matrix is, as in the paper's code.
-    `skip`: names of parameters, with wildcards (`*.embed_tokens.*`), that travel whole.
+    `skip`: names of parameters, with wildcards (`*.embed_tokens.*`), that travel whole. One that no parameter has is an
+    error.
     `wire`: in what factors and everything that travels whole are sent: `fp32` or `bf16`.
     `seed`: of everything random; what is drawn depends on it, the parameter's name and the step alone.
     `check_every`: before every so many steps ranks make sure that they have the same weights, to the bit; 0: never.
@@ -67,6 +76,10 @@ class Settings(ABC):
         """One of `METHODS`."""
 
     def __post_init__(self) -> None:
+        for keys, types, what in TYPES:
+            for key in keys:
+                if type(getattr(self, key)) not in types:
+                    raise self._wrong(key, f"must be {what}")
         self._one_of(self.NAMED_BY, self.method, METHODS)
         self._one_of("select", self.select, ("exact", "threshold"))
         self._one_of("error_dtype", self.error_dtype, ("gradient", "fp32", "half"))
@@ -80,8 +93,10 @@ class Settings(ABC):
             raise self._wrong("refresh_every", "a number of steps, or 0 for never")
         if not self.min_rate >= 0:
             raise self._wrong("min_rate", "must be 0 (every matrix is compressed) or more")
-        if isinstance(self.skip, str):
+        if isinstance(self.skip, str) or not isinstance(self.skip, Sequence):
             raise self._wrong("skip", "a list of names, not one name")
+        if not all(isinstance(pattern, str) for pattern in self.skip):
+            raise self._wrong("skip", "names are text")
         if self.method == "sign" and self.skip:
             raise self._wrong("skip", "not with sign, whose votes are +-1 and not on the scale of a gradient")
         if self.method == "sign" and self.error_feedback:
@@ -120,13 +135,19 @@ class Settings(ABC):
     def skips(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip)
 
+    def check_skips(self, names: Collection[str]) -> None:
+        """ValueError for a pattern that is the name of none of the parameters, `names`, that are exchanged."""
+        for pattern in self.skip:
+            if names and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                near = (difflib.get_close_matches(pattern, names, n=1) or [*names])[0]
+                what = f"{pattern} matches none of the {len(names)} parameters that are trained, e.g. {near}"
+                raise self._wrong("skip", what)
+
     def _by_step(self) -> dict[int, int]:
         """`ranks` with numbers as keys: JSON has text in their place."""
-        try:
-            found = {int(step): int(r) for step, r in self.ranks.items()}
-        except ValueError:
-            found = {-1: 0}
-        if any(step < 0 or r < 1 for step, r in found.items()):
+        given = self.ranks.items() if isinstance(self.ranks, Mapping) else [(-1, 0)]
+        found = {int(step) if isinstance(step, str) and step.isdecimal() else step: r for step, r in given}
+        if any(type(step) is not int or type(r) is not int or step < 0 or r < 1 for step, r in found.items()):
             raise self._wrong("ranks", "{step: r} with steps from 0 and r from 1")
         return found
 

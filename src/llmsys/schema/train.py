@@ -29,6 +29,7 @@ class Train:
     `loss=chunked`: a language model's cross entropy is taken of some rows of the logits at a time, so that they never
     exist whole; the same numbers.
     `resume`: the folder of another run of this model and method, whose newest checkpoint this one goes on from.
+    `save_final`: what was trained stays when the run has finished, and, with `checkpoint_every`, its last checkpoint.
     `on_nan`: `stop` ends the run as failed at a loss or gradient that is not finite; `skip` leaves that step's update
     out, up to `max_skips` in a row. A loss above `spike_factor` times its running median is noted, not acted on.
     """

@@ -128,32 +128,30 @@ class Reader:
     """
 
     def __init__(self, path: Path, rank: int) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.path = path
         try:
-            self.shared: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+            self.shared: dict[str, Any] = _json(path / STATE)
             if self.shared.get("schema") != SCHEMA:
                 raise ValueError(f"of another schema than {SCHEMA}")
             self.world: int = self.shared["world"]
             self._sums: dict[str, int] = self.shared.pop(SUMS, {})
             if self._sums and self._sums.pop(STATE, None) != _seal({**self.shared, SUMS: self._sums}):
                 raise ValueError(f"{STATE} is not what was written")
-            self._files = [safe_open(path / f"rank-{r}.safetensors", framework="pt") for r in range(self.world)]
+            self._files = [_opened(path / _names(r)[0]) for r in range(self.world)]
             self.plain = self.plain_of(rank) if rank < self.world else {}
-        except (ValueError, KeyError, FileNotFoundError, SafetensorError) as error:
+        except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(f"{path}: damaged: {error}") from error
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def plain_of(self, rank: int) -> dict[str, Any]:
         """The plain values of one of the ranks that wrote."""
-        found: dict[str, Any] = json.loads((self.path / f"rank-{rank}.json").read_text(encoding="utf-8"))
-        return found
+        return _json(self.path / _names(rank)[1])
 
     def verify(self) -> None:
         """ValueError names the first file that is not what was written. Reads all of them."""
         for name, expected in self._sums.items():
-            if _sum(self.path / name) != expected:
+            path = self.path / name
+            if not path.exists() or _sum(path) != expected:
                 raise ValueError(f"{self.path}: damaged: {name} is not what was written")
 
     def names(self, prefix: str) -> list[str]:
@@ -177,6 +175,27 @@ class Reader:
         return {name: self.get(f"{prefix}/{name}") for name in self.names(prefix)}
 
 
+def _json(path: Path) -> dict[str, Any]:
+    """A file's object. ValueError names a file that has none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: no object of names and values")
+    return found
+
+
+def _opened(path: Path) -> Any:
+    """A file of tensors, its header read. ValueError names a file that is none, or of another length than it says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
 class _Lazy(Mapping[str, Tensor]):
     def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
         self._reader, self._names = reader, names
@@ -197,6 +216,14 @@ def found(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: a file stands where checkpoints go; remove it")
     steps = [path for path in folder.iterdir() if STEP.fullmatch(path.name)] if folder.exists() else []
     return sorted(steps, reverse=True)
+
+
+def not_gone_on_from(run: str, path: Path, error: ValueError) -> ValueError:
+    """What to tell the user of `error` in a checkpoint of the run that `train.resume` names."""
+    return ValueError(
+        f"train.resume={run}: {error}; remove {path.name}, and the one before it is taken if there is one, or begin "
+        "without train.resume"
+    )
 
 
 def set_aside(folder: Path) -> Path:

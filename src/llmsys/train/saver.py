@@ -1,5 +1,9 @@
 """A run's checkpoints: what is in them, which are kept (the last and the best), and which one a run goes on from.
 
+On the way they lie in `checkpoint/`, from where the same command goes on. A finished run has none there, or it would
+not begin at its beginning when it is made again; where it is to be saved (`train.save_final`) and has taken any, its
+state after the last step lies in `last/`, from where another run goes on (`train.resume`).
+
 Tensors are stored whole, by name: `model/<name>` of what the method trains, and `optimizer/<key>/<name>`. So a
 checkpoint of two ranks is read by one, and one of an engine by another (`train.resume`). Random streams are each
 rank's own; on another number of ranks they begin anew, which changes dropout and nothing else. What gradient
@@ -24,6 +28,10 @@ from llmsys.train.watch import Watch
 
 if TYPE_CHECKING:
     from llmsys.context import Context
+
+
+LAST = "last"
+"""The folder, in that of a finished run, of its last checkpoint."""
 
 
 class Saver:
@@ -81,11 +89,13 @@ class Saver:
             reader = checkpoint.Reader(source, self.context.place.rank)
             reader.verify()
         except ValueError as error:
-            raise ValueError(
-                f"train.resume={self.config.train.resume}: {error}; remove {source.name}, and the one before it is "
-                "taken if there is one, or begin without train.resume"
-            ) from error
+            raise checkpoint.not_gone_on_from(str(self.config.train.resume), source, error) from error
         return reader
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the run's state after its last step is kept."""
+        return bool(self.config.train.checkpoint_every) and self.config.train.save_final
 
     def load_model(self, model: nn.Module) -> None:
         """Copies the checkpoint's weights into the model, in place, before an engine takes it over."""
@@ -152,6 +162,13 @@ class Saver:
 
     def save(self, step: int, model: nn.Module) -> None:
         """Writes everything that the steps after `step` depend on; leaves this checkpoint and the best one's."""
+        self._save(self.folder, step, model, keep=[self.best_step])
+
+    def save_last(self, step: int, model: nn.Module) -> None:
+        """The same after the last step, apart."""
+        self._save(self.context.out / LAST, step, model, keep=[])
+
+    def _save(self, folder: Path, step: int, model: nn.Module, keep: list[int]) -> None:
         context = self.context
         rank, world = context.place.rank, context.place.world
         share = {}
@@ -170,13 +187,13 @@ class Saver:
             "best": [self.best_step, self.best_loss if self.best_step else None],
         }
         checkpoint.save(
-            self.folder,
+            folder,
             step,
             share,
             {"random": random_plain, **({"compress": sync_plain} if sync_plain else {})},
             shared,
             device=context.device,
-            keep=[self.best_step],
+            keep=keep,
         )
 
     def _tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -209,4 +226,5 @@ class Saver:
             if kept:
                 best.rename(out / "best")  # elsewhere than what a run resumes from
             checkpoint.remove(self.folder)
-        return {"best_checkpoint": "best"} if kept else {}
+        files = {"best_checkpoint": "best"} if kept else {}
+        return {**files, "last_checkpoint": LAST} if self.keeps_last else files

@@ -38,6 +38,7 @@ def train(config: schema.Config, context: Context) -> dict[str, Any]:
     from llmsys import data, models
     from llmsys.models import weights
 
+    context.kept = "an earlier checkpoint, if there is one, serves"
     reference = context.method if isinstance(context.method, Reference) else None
     lr = 0.0 if reference else checks.learning_rate(config)
     checks.libraries(config)

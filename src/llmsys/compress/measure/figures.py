@@ -13,6 +13,7 @@
     <variant>/over_bound_percent         of the iteration
     <variant>/recovered_percent          of what S-SGD, with its best buckets, takes longer than `noop`
     <variant>/predicted_ms               by `predicted`, and `error_percent` of it
+    measured_in_attempts                 how many attempts the rounds and the fit come from
     fit/<collective>/alpha_us, mbit      and fit/<method>/gamma_gb_per_s, launch_us: of the method, with its r
 
 A variant is `<method>/bucket=...,overlap,r=...,batch=...`; before it stands the model, where there are several. `noop`

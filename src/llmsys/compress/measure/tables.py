@@ -29,7 +29,7 @@ def cells(summary: Summary) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for key, value in summary.items():
         parts = key.split("/")
-        if parts[0] == "fit":
+        if parts[0] == "fit" or len(parts) == 1:
             continue
         model, rest = (parts[0], parts[1:]) if len(parts) == 4 else ("", parts)
         method, setting, what = rest
@@ -45,6 +45,8 @@ def markdown(summary: Summary, world: int) -> str:
         parts.append(f"{title}\n\n{_table(rows)}")
     if fit := _fit(summary):
         parts.append(fit)
+    if (attempts := summary.get("measured_in_attempts", 1)) > 1:
+        parts.append(f"Of {attempts:g} attempts: rounds that one had finished were not measured again by the next.")
     return "\n\n".join(parts) + "\n"
 
 

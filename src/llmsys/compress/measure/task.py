@@ -19,11 +19,12 @@ from llmsys import models, schema
 from llmsys.comm import collectives
 from llmsys.compress.measure import figures, fit, predicted, stack, tables, turns
 from llmsys.compress.measure.paced import PacedModel
+from llmsys.compress.measure.rounds import Fit, Rounds
 from llmsys.compress.measure.stack import Forward
 from llmsys.compress.measure.turns import Make, Samples
 from llmsys.compress.measure.variants import Variant, variants
 from llmsys.compress.paper_models import MODELS, PaperModel
-from llmsys.cost import compressed, hardware, links
+from llmsys.cost import compressed, links, pace
 from llmsys.errors import Refused
 from llmsys.schema.measured import NOOP, TORCH
 from llmsys.train import checks
@@ -59,7 +60,7 @@ def iteration(config: schema.Config, context: Context) -> dict[str, Any]:
 
 
 def replay(config: schema.Config, context: Context) -> dict[str, Any]:
-    """`compress_replay`. ValueError for a device that has not the precision; Refused as for `iteration`."""
+    """`compress_replay`. Refused as for `iteration`."""
     task = config.task
     assert isinstance(task, schema.Replay)
     return _measure(
@@ -83,11 +84,9 @@ def _trained(config: schema.Config, task: schema.Iteration, context: Context) ->
 
 
 def replayed(task: schema.Replay, name: str, device: torch.device, rank: int) -> Subject:
-    """A model of the paper. ValueError as of `pace`, and for a pace on a GPU, which runs behind its hooks."""
+    """A model of the paper."""
     model = MODELS[name]
-    speed = pace(task)
-    if speed and device.type == "cuda":
-        raise ValueError(f"task.pace={task.pace}: is for ranks on a CPU: hardware.device=cpu, or task.pace=none")
+    speed = pace.flops_per_s(task, device.type)
     make_model = functools.partial(PacedModel, model.parameters, model.batch, speed, device, 1 + rank)
 
     def make(variant: Variant) -> tuple[nn.Module, Forward]:
@@ -104,44 +103,44 @@ def replayed(task: schema.Replay, name: str, device: torch.device, rank: int) ->
     )
 
 
-def pace(task: schema.Replay) -> float | None:
-    """FLOP/s of `task.pace`. ValueError for a device or a precision that there is not."""
-    if task.pace == "none":
-        return None
-    if task.pace not in hardware.DEVICES:
-        raise ValueError(f"task.pace={task.pace}: must be none or one of {', '.join(hardware.DEVICES)}")
-    device = hardware.DEVICES[task.pace]
-    if task.precision not in device.tflops:
-        raise ValueError(f"task.precision={task.precision}: {device.title} has only {', '.join(device.tflops)}")
-    return device.peak(task.precision) * task.efficiency
-
-
 def _measure(
     config: schema.Config, context: Context, task: schema.Measured, subjects: Sequence[Subject]
 ) -> dict[str, Any]:
     world, mbit = context.place.world, shaped_mbit(config.network)
     cells = {subject.name: variants(task, subject.ranks, list(subject.shapes)) for subject in subjects}
     check(config, subjects, context.device)
-    lines = fit.lines(mbit, context.device, context.beat) if task.fit else {}
-    ours = [v for each in cells.values() for v in each if task.fit and v.method not in (NOOP, TORCH)]
-    rates = {kind: fit.rates(one.config(task), context.device) for kind, one in {v.kind: v for v in ours}.items()}
+    rounds = Rounds(context, task.rounds * len(subjects))
+    lines, rates = rounds.fit(lambda: _fit(task, cells, mbit, context)) if task.fit else ({}, {})
     summary = figures.fitted(lines, rates) if task.fit else {}
     samples: dict[str, list[float]] = {}
     for subject in subjects:
-        found = {variant: Samples() for variant in cells[subject.name]}
-        for _ in range(task.rounds):
-            for variant, own in found.items():
+        for _ in range(task.rounds - len(rounds.of(subject.name))):
+            made = {variant: Samples() for variant in cells[subject.name]}
+            for variant, own in made.items():
                 context.log.info("%s %s", subject.name, variant.name)
                 turns.turn(variant, task, subject.make, own, context.beat, update=subject.update)
+            rounds.add(subject.name, made)
+        found = {variant: Samples() for variant in cells[subject.name]}
+        for one in rounds.of(subject.name):
+            for variant, own in one.items():
+                found[variant].add(own)
         own_summary = figures.measured(found, world, mbit if world > 1 else None)
         if task.fit:
             own_summary |= figures.predictions(_predicted(task, subject, found, rates, lines, world), own_summary)
         before = f"{subject.name}/" if subject.name else ""
         summary |= {before + key: value for key, value in own_summary.items()}
         samples |= {before + key: values for key, values in figures.samples_ms(found).items()}
+    summary["measured_in_attempts"] = rounds.attempts
     if context.place.rank == 0:
         (context.out / "measured.md").write_text(tables.markdown(summary, world), encoding="utf-8")
+    rounds.remove()
     return {"summary": summary, "samples": samples, "files": {"tables": "measured.md"}}
+
+
+def _fit(task: schema.Measured, cells: Mapping[str, Sequence[Variant]], mbit: float | None, context: Context) -> Fit:
+    lines = fit.lines(mbit, context.device, context.beat)
+    ours = {v.kind: v for each in cells.values() for v in each if v.method not in (NOOP, TORCH)}
+    return lines, {kind: fit.rates(one.config(task), context.device) for kind, one in ours.items()}
 
 
 def _predicted(

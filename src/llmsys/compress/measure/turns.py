@@ -54,6 +54,12 @@ class Samples:
     bytes: Counter[str] = field(default_factory=Counter)
     buckets: list[list[str]] = field(default_factory=list)
 
+    def add(self, later: Samples) -> None:
+        """Takes the turns of `later` too."""
+        for key in ("step_s", "compress_s", "decompress_s", "exposed_s"):
+            getattr(self, key).extend(getattr(later, key))
+        self.calls, self.bytes, self.buckets = later.calls, later.bytes, later.buckets
+
     @property
     def pairs_s(self) -> list[float]:
         """Of all turns."""
