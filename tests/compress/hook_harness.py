@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,6 +244,28 @@ def resumed(place: Place, settings: dict[str, Any], folder: str, cap: float) -> 
     other = wrapped(again, bucket_cap_mb=cap)
     load_state(register(other, config_of(settings)), folder)
     return float((train(other, range(3, 7)) - straight).abs().max())
+
+
+def loaded(place: Place, folder: str, case: str) -> str:
+    """What a rank is told that reads its state in a folder of its own; rank 1's is `case`."""
+    model = wrapped(Net())
+    state = register(model, CompressConfig(r=2, min_rate=1))
+    for step in range(2):
+        loss(model(batch(place.rank, step))).backward()
+        model.zero_grad()
+        save_state(state, f"{folder}/{step}")
+        dist.barrier()
+    own = f"{folder}/{0 if place.rank == 1 and case == 'of another step' else 1}"
+    if case == "cut off" and place.rank == 1:
+        own = f"{folder}/cut"
+        shutil.copytree(f"{folder}/1", own)
+        file = Path(own) / "compress-rank-1.safetensors"
+        file.write_bytes(file.read_bytes()[:-10])
+    try:
+        load_state(register(wrapped(Net()), CompressConfig(r=2, min_rate=1)), own)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def refused(place: Place, case: str) -> str:

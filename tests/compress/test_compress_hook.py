@@ -176,5 +176,18 @@ def test_what_one_rank_refuses_is_refused_by_all(pool: Pool, case: str, fine: st
     assert wrong in told[1]
 
 
+@pytest.mark.parametrize(
+    ("case", "fine", "wrong"),
+    [("of another step", "the same state", "the same state"), ("cut off", "another rank refuses", "damaged")],
+)
+def test_ranks_that_load_different_states_are_told_so(
+    pool: Pool, case: str, fine: str, wrong: str, tmp_path: Path
+) -> None:
+    """One sent P and the other Q, in messages of one size; or one was gone, and the other blamed the network."""
+    told = pool.call("hook_harness:loaded", str(tmp_path), case)
+    assert fine in told[0]
+    assert wrong in told[1]
+
+
 def test_a_model_of_vectors_only(pool: Pool) -> None:
     assert max(pool.call("hook_harness:vectors")) < 1e-7

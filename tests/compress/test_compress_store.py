@@ -256,6 +256,26 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     assert fresh.step == 0
 
 
+def test_a_file_of_another_rank_or_run_or_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    """Each of them made replicas differ, and nobody was told."""
+    folder = saved(trained(), tmp_path)
+    fresh = Ranks(CONFIG, 2).states[1]
+    first, second = folder / "compress-rank-0.safetensors", folder / "compress-rank-1.safetensors"
+    whole = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=r"compress-rank-1.safetensors: written by rank 0; they are not of one save"):
+        load_state(fresh, folder)
+    save_state(trained(CompressConfig(r=2, density=0.1, min_rate=1, seed=1)).states[1], folder)
+    with pytest.raises(ValueError, match=r"compress-rank-1.safetensors: its factors are not those of rank 0's"):
+        load_state(fresh, folder)
+    second.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    with pytest.raises(ValueError, match=r"compress-rank-1.safetensors: damaged \(\w+/\w+ is not what was written\)"):
+        load_state(fresh, folder)
+    assert not fresh.memories
+    second.write_bytes(whole)
+    load_state(fresh, folder)
+
+
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = saved(trained(), tmp_path)
     for named, words in [
