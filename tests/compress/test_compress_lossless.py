@@ -175,6 +175,21 @@ def test_bf16_gradients_add_up_over_many_steps(method: str) -> None:
     assert abs(float((applied + kept).sum() / (steps * base.double().sum())) - 1) < 0.005
 
 
+@pytest.mark.parametrize(
+    ("method", "refresh_every"), [("powersgd", 0), ("powersgd", 4), ("acpsgd", 0), ("acpsgd", 4), ("randomk", 0)]
+)
+def test_what_a_wire_in_bf16_rounds_off_is_kept(method: str, refresh_every: int) -> None:
+    """On one rank, where nothing is rounded on the way: of all that was given nothing is missing."""
+    ranks = Ranks(config(method=method, wire="bf16", refresh_every=refresh_every), 1)
+    given, applied = (torch.zeros(40, 8, dtype=torch.float64) for _ in range(2))
+    for step in range(10):
+        (grads,) = random_grads(1, step)
+        given += grads["d"]
+        applied += ranks.step([grads])[0]["d"]
+    ranks.states[0].tensors()  # as it is saved
+    torch.testing.assert_close(applied + ranks.errors("d")[0], given, rtol=0, atol=1e-11)
+
+
 def test_errors_saved_in_bf16_go_on_in_fp32() -> None:
     """As states were saved before, or with other settings."""
     made = {dtype: Ranks(config(method="topk", error_dtype=dtype), 1) for dtype in ("half", "gradient")}

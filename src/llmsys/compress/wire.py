@@ -17,6 +17,11 @@ def dtype_of(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def rounded(tensor: Tensor, config: CompressConfig) -> Tensor:
+    """As it will have been on the wire: what is rounded off there has not been sent. Itself, where nothing is."""
+    return tensor.to(torch.bfloat16).to(tensor.dtype) if config.wire == "bf16" else tensor
+
+
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Each of `targets`, in place, of its source; there may be none."""
     if targets:

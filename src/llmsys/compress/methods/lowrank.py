@@ -31,7 +31,7 @@ from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Taken
 from llmsys.compress.orthogonal import orthonormal_
-from llmsys.compress.wire import Wire, copy, dtype_of
+from llmsys.compress.wire import Wire, copy, dtype_of, rounded
 from llmsys.cost import compressed as shapes
 
 P, Q = "p", "q"
@@ -65,8 +65,8 @@ class Matrix:
         self.add(p * share, q, 1)
 
     def clear(self) -> None:
-        """E becomes 0: all of it was sent."""
-        self.what.zero_()
+        """E becomes 0: all of it was sent, but for what the wire rounds off."""
+        self.what.sub_(rounded(self.what, self.config))
 
     def project(self, side: str, what: Tensor) -> Tensor:
         """A factor of `what` [N, M] by the other one: q what^T [R, N] for `p`, p what [R, M] for `q`."""
@@ -154,7 +154,7 @@ class ACPSGD(LowRank):
                 given.copy_(_random(x, part.step, self.config, given))
             orthonormal_(given)
             x.correct()
-            mine = x.project(side, x.what)
+            mine = rounded(x.project(side, x.what), self.config)
             own.append(mine)
             taken.append(x.take(mine, x.q) if side == P else x.take(x.p, mine))
         wire = Wire([*own, *(entry.grad for entry in rest)], self.config)
@@ -198,7 +198,7 @@ class PowerSGD(LowRank):
         for x, view in zip(matrices, first.views, strict=False):
             x.p.copy_(torch.where(arrived, view, 0.0))
             orthonormal_(x.p)
-            own.append(x.project(Q, x.what))
+            own.append(rounded(x.project(Q, x.what), self.config))
             taken.append(x.take(x.p, own[-1]))
         second = Wire(own, self.config)
         second.divide(part.world, arrived)

@@ -18,7 +18,7 @@ from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Taken, where
-from llmsys.compress.wire import Wire, copy, dtype_of
+from llmsys.compress.wire import Wire, copy, dtype_of, rounded
 from llmsys.cost import compressed as shapes
 
 SAMPLED = 0.01
@@ -39,14 +39,15 @@ class Kept:
     values: Tensor
 
     @classmethod
-    def chosen(cls, entry: Entry, what: Tensor, places: Tensor) -> Kept:
-        """Of what has waited too long for a gradient in half precision, of which an error in more bits may be larger
-        than any, as much as it can be: by half of its largest number no rounding of ranks' shares makes it infinite."""
+    def chosen(cls, entry: Entry, what: Tensor, places: Tensor, config: CompressConfig) -> Kept:
+        """Values as they will be on the wire. Where errors have more bits than gradients, what has waited long may be
+        too large for a gradient: of that, half of the largest number that it can be, which rounding the ranks' shares
+        does not make infinite."""
         values = what[places].to(dtype_of(what))
         if what.dtype != entry.grad.dtype:
             most = torch.finfo(entry.grad.dtype).max / 2
             values = torch.where(values.isfinite(), values.clamp(-most, most), values)
-        return cls(entry, what, places, values)
+        return cls(entry, what, places, rounded(values, config))
 
     def take(self) -> None:
         """What is sent is no error any more."""
@@ -107,7 +108,7 @@ class TopK:
             places = largest(what, k)
         else:
             places = above(what, k, generator(entry.name, self.config.seed, step))
-        return Kept.chosen(entry, what, places)
+        return Kept.chosen(entry, what, places, self.config)
 
     def _add(
         self, part: Part, kept: list[Kept], whole: list[Entry], values: Tensor, places: Tensor, finite: Tensor
@@ -189,7 +190,7 @@ class RandomK:
             what.numel(), shapes.kept(what.numel(), self.config.density), entry.name, self.config.seed, step
         )
         places = places.to(what.device)
-        return Kept.chosen(entry, what, places)
+        return Kept.chosen(entry, what, places, self.config)
 
 
 def strata(numel: int, k: int, name: str, seed: int, step: int) -> Tensor:
