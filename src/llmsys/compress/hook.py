@@ -56,10 +56,11 @@ class HookState(CompressionState):
     def note_grads(self, parameters: Sequence[Tensor], flat: Tensor) -> None:
         """How gradients are before DDP is told of their means. Those that are a bucket's own memory are there alike on
         all ranks, and become the means with it."""
+        own = flat.untyped_storage().data_ptr()
         for p in parameters:
             if p.grad is None:
                 self.before.append((p, None, 0))
-            elif p.grad.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
+            elif p.grad.untyped_storage().data_ptr() != own:
                 self.before.append((p, p.grad, p.grad._version))
 
     def compare_grads(self) -> None:

@@ -218,7 +218,8 @@ def _return(taken: Taken, grads: Mapping[str, Tensor] | None) -> None:
     if grads is None:
         taken.give_back(1.0)
     else:
-        taken.undo(torch.ones(()), grads[taken.entry.name])
+        grad = grads[taken.entry.name]
+        taken.undo(grad.new_ones(()), grad)
 
 
 def _no_exchange() -> Exchange:

@@ -120,7 +120,7 @@ class LowRank:
         matrices, rest, taken = self.split(part)
         for x in matrices:
             x.correct()
-        wire = Wire([*(x.what for x in matrices), *(entry.grad for entry in rest)], self.config)
+        wire = Wire([*(x.what for x in matrices), *(entry.grad for entry in rest)], self.config, bool(matrices))
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
         yield WAIT
@@ -157,7 +157,7 @@ class ACPSGD(LowRank):
             mine = rounded(x.project(side, x.what), self.config)
             own.append(mine)
             taken.append(x.take(mine, x.q) if side == P else x.take(x.p, mine))
-        wire = Wire([*own, *(entry.grad for entry in rest)], self.config)
+        wire = Wire([*own, *(entry.grad for entry in rest)], self.config, bool(matrices))
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
         yield WAIT
@@ -186,7 +186,7 @@ class PowerSGD(LowRank):
         for x in matrices:
             x.correct()
             left.append(x.project(P, x.what))
-        first = Wire([*left, *(entry.grad for entry in rest)], self.config)
+        first = Wire([*left, *(entry.grad for entry in rest)], self.config, bool(matrices))
         first.divide(part.world, finite)
         yield AllReduce(first.buffer)
         yield WAIT
@@ -200,7 +200,7 @@ class PowerSGD(LowRank):
             orthonormal_(x.p)
             own.append(rounded(x.project(Q, x.what), self.config))
             taken.append(x.take(x.p, own[-1]))
-        second = Wire(own, self.config)
+        second = Wire(own, self.config, True)
         second.divide(part.world, arrived)
         yield AllReduce(second.buffer)
         yield WAIT

@@ -170,7 +170,7 @@ class RandomK:
         sparse, whole = part.split(self.config)
         taken = spend(whole if self.config.feedback else part.entries)
         kept = [self._select(entry, part.step) for entry in sparse]
-        wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config)
+        wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config, bool(kept))
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
         taken += take(kept, self.config)
