@@ -28,7 +28,9 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker")
+_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques")
+_LATER: dict[str, Any] = {"optimizer": "adamw", "fp8": False}
+"""Settings of `train` that earlier versions of this package did not have, with what their runs did."""
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 
 
@@ -150,6 +152,9 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
     """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
     identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
     identity["train"] = {key: value for key, value in config["train"].items() if key != "resume"}
+    for key, default in _LATER.items():  # as it was before there was the key: records without it are of the same runs
+        if identity["train"].get(key) == default:
+            del identity["train"][key]
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     if identity.get("compress", {}).get("kind") == "none":
         del identity["compress"]  # as it was before there was the group: records without it are of the same runs

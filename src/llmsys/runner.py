@@ -24,7 +24,7 @@ from llmsys import job as jobs
 from llmsys import schema, tasks, track, wiring
 from llmsys.comm.place import Place, log_name
 from llmsys.context import Context
-from llmsys.errors import Interrupted, NotANumber, Refused
+from llmsys.errors import Contradiction, Interrupted, NotANumber, Refused
 from llmsys.files import write_atomic
 from llmsys.job import Job, Record
 from llmsys.profile import environment
@@ -44,6 +44,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "interrupted", "signal"
     if isinstance(error, Refused):
         return "skipped", error.reason
+    if isinstance(error, Contradiction):
+        return "unsupported", "settings"
     if isinstance(error, NotANumber):
         return "failed", "nan"
     if type(error).__name__ == "OutOfMemoryError" or (

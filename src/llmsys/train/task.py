@@ -41,6 +41,7 @@ def train(config: schema.Config, context: Context) -> dict[str, Any]:
     reference = context.method if isinstance(context.method, Reference) else None
     lr = 0.0 if reference else checks.learning_rate(config)
     checks.libraries(config)
+    checks.formats(config, context.device)
     source = data.open(config.data, config.model.objective)
     if isinstance(reference, Majority):
         return {**reference.record(source), "data_hash": source.hash}
@@ -96,8 +97,10 @@ def fit(
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Prepares `model` (in place), trains it, saves it and measures it."""
-    from llmsys.models import blocks, chunk_loss
+    from llmsys.models import blocks, chunk_loss, float8
 
+    if config.train.fp8:
+        float8.convert(model)
     model = context.method.prepare(model, _sample(config, context, dataset))
     if isinstance(config.model, schema.Transformer):
         context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
