@@ -51,13 +51,15 @@ class Job:
         """What a person calls this run: experiment, method, compression, seed and id."""
         method, seed = self.config["method"]["kind"], self.config["train"]["seed"]
         compress = self.config.get("compress", {}).get("kind", "none")
-        what = method if compress == "none" else f"{method} · {compress}"
+        parts = (self.config.get("techniques") or "", method, "" if compress == "none" else compress)
+        what = " · ".join(part for part in parts if part)
         return f"{self.config['name']} · {what} · seed {seed} · {self.run_id}"
 
 
 @dataclass(kw_only=True)
 class Record:
-    """What a run left, as `record.json`, schema 1. `summary` has the unit in each key; `samples` are raw repeats."""
+    """What a run left, as `record.json`, schema 1. `summary` has the unit in each key; `samples` are raw repeats;
+    `notes` say in words what a number of the summary is, or why there is none; written only where there are some."""
 
     schema: int = 1
     name: str
@@ -78,6 +80,7 @@ class Record:
     resumed_from_step: int | None = None
     summary: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +89,10 @@ class Record:
 
     def to_json(self) -> str:
         """Readable JSON, in which a NaN or an infinity is an error: they are not JSON."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
+        values = asdict(self)
+        if not self.notes:  # as in records from before there were notes
+            del values["notes"]
+        return json.dumps(values, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Record:

@@ -45,7 +45,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(error, Refused):
         return "skipped", error.reason
     if isinstance(error, Contradiction):
-        return "unsupported", "settings"
+        return "unsupported", "contradiction"
     if isinstance(error, NotANumber):
         return "failed", "nan"
     if type(error).__name__ == "OutOfMemoryError" or (
@@ -128,7 +128,7 @@ def run(
     return record
 
 
-_RESULTS = {"summary", "samples", "files", "kernel", "data_hash", "resumed_from_step"}
+_RESULTS = {"summary", "samples", "notes", "files", "kernel", "data_hash", "resumed_from_step"}
 """What a task may say of its run; the rest of a record is the runner's."""
 
 

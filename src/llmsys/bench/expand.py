@@ -19,17 +19,17 @@ SWEEPING = (",", "(", "[")
 
 
 def expanded(words: Sequence[str]) -> list[str]:
-    """`words` with what `techniques=...` stands for put behind it; as they are where there is none, or it is swept over.
-
-    ValueError for a text that stands for nothing.
-    """
+    """`words` with what `techniques=...` stands for behind it, and its text in the order that it is printed in; as they
+    are where there is none, or it is swept over. ValueError for a text that stands for nothing."""
     given = {_key(word) for word in words}
     found = []
     for word in words:
-        found.append(word)
         text = _text(word)
-        if text is not None:
-            found += [own for own in Techniques.parse(text).words() if _key(own) not in given]
+        if text is None:
+            found.append(word)
+        else:
+            asked = Techniques.parse(text)
+            found += [f"{KEY}={asked}", *(own for own in asked.words() if _key(own) not in given)]
     return found
 
 

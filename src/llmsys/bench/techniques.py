@@ -169,7 +169,7 @@ class Techniques:
         token = letter.upper()
         if token not in self.letters:
             raise ValueError(f"techniques={self}: has no {letter}; there are {', '.join(self.letters) or 'none'}")
-        off = {field.name: field.default for field in dataclasses.fields(self)}
+        off: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         keys = {*_fields(token, token), *(["offload"] if token.startswith("Z") else [])}
         return dataclasses.replace(self, **{key: off[key] for key in keys})
 

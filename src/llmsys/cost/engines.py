@@ -16,8 +16,8 @@ receives; under DeepSpeed, where all gradients are exchanged at once, also a cop
 
 AdamW keeps two moments and a 4-byte step count for each tensor it is given: a parameter, or under ZeRO a flat slice of
 one of its two groups (matrices, which decay, and vectors, which do not). DeepSpeed's CPU Adam counts steps in Python.
-So does AdamW in 8 bits (`train.adamw_8bit`), whose moments are a byte an element and a 4-byte scale for each run of 256;
-tensors of fewer than 4096 elements keep fp32 moments.
+So does AdamW in 8 bits (`train.adamw_8bit`), whose moments are a byte an element and a 4-byte scale for each run of
+256; tensors of fewer than 4096 elements keep fp32 moments.
 """
 
 from __future__ import annotations

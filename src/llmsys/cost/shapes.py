@@ -200,7 +200,8 @@ def owners(case: Case) -> dict[str, str]:
 
 def buffer_bytes(case: Case) -> int:
     """Bytes of what the model keeps beside its parameters (rotary frequencies, position ids, running statistics, the
-    scales of a quantised base), and of a frozen A, which is a buffer in the dtype of the weight beside it, and the inverse of A A^T where it is used."""
+    scales of a quantised base), and of a frozen A, which is a buffer in the dtype of the weight beside it, and the
+    inverse of A A^T where it is used."""
     found = FAMILIES[case.model.family].buffer_bytes(case.model) + _scales(case.model)
     if case.fused is None:
         return found

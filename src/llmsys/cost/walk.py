@@ -77,11 +77,11 @@ class Walk:
         n_in = layer.n_in // (self.case.cut if layer.cut == 1 else 1)
         n_out = layer.n_out // (self.case.cut if layer.cut == 0 else 1)
         fp8 = self.case.train.fp8 and layer.n_in % 16 == layer.n_out % 16 == 0
-        own = self.model.quant != "none" or fp8  # products of our own, which keep no copy of a weight
-        if not own and self.model.family != "gpt2":
+        ours = self.model.quant != "none" or fp8  # products of our own, which keep no copy of a weight
+        if not ours and self.model.family != "gpt2":
             y = tape.linear(x, n_in, n_out, self.width, self.trained_layers)
         else:  # those, or GPT-2's own `Conv1D`
-            rows, width = x.numel // n_in, 0 if own else self.width
+            rows, width = x.numel // n_in, 0 if ours else self.width
             y = tape.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, self.trained_layers)
         if layer.name not in self.owners:
             return y

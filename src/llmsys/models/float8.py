@@ -8,9 +8,9 @@ fp32 and scaled back ("dynamic scaling", one scale for a tensor):
     dx = dy W      dy with 5 and 2 (e5m2, up to 57344): gradients need range more than precision
     dW = dy^T x
 
-Twice the speed of bf16 where tensor cores have the format (compute capability 8.9: Ada and Hopper on). What autograd keeps
-is the input as it came, which layers of one input share. Shapes: T rows, N inputs, M outputs; the kernel wants N and M to be
-multiples of 16, and rows are padded to one.
+Twice the speed of bf16 where tensor cores have the format (compute capability 8.9: Ada and Hopper on). What autograd
+keeps is the input as it came, which layers of one input share. Shapes: T rows, N inputs, M outputs; the kernel wants N
+and M to be multiples of 16, and rows are padded to one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def convert(model: nn.Module) -> list[str]:
 
     A layer whose widths are no multiples of 16 stays as it is, which the log says. ValueError where none is left.
     """
-    found, odd = [], []
+    found: list[str] = []
+    odd: list[str] = []
     for name, module in model.named_modules():
         if type(module) is nn.Linear and BLOCK.search(name):
             fits = module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0

@@ -76,8 +76,8 @@ class Config:
 
     `command`: the words after `python -m llmsys` that composed it, but for `results`; none where a program made it. It
     is known when all else is composed, so nobody sets it, and it is no part of what a run is.
-    `techniques`: a combination of settings by its letters, F+R+Z3+O (`llmsys.bench.techniques`), typed or swept over; it
-    has chosen groups and settings before they were composed, so they are the run's identity and it is not. Null: none.
+    `techniques`: a combination of settings by its letters, F+R+Z3+O (`llmsys.bench.techniques`), typed or swept over;
+    it has chosen groups and settings before they were composed, so they are the run's identity and it is not.
     """
 
     name: str = "scratch"

@@ -8,13 +8,13 @@ What this adds to bitsandbytes' own class is what the engines need:
 
 - It updates what a rank has of a DTensor, with runs of that part.
 - It does not wait for the device after each tensor.
-- Its state is read and set as AdamW's, `exp_avg` and `exp_avg_sq` in fp32 (`unpacked`, `pack`). So checkpoints are those
-  of any engine and optimizer; and where the runs are the same ones again, reading back gives the same bits.
+- Its state is read and set as AdamW's, `exp_avg` and `exp_avg_sq` in fp32 (`unpacked`, `pack`). So checkpoints are
+  those of any engine and optimizer; and where the runs are the same ones again, reading back gives the same bits.
 
 Those bits need a word, as scales are not in a checkpoint. A value is code x scale, rounded to fp32; in every run that
-this optimizer has rounded, the largest magnitude has one of the extreme codes, c: either +1, and the scale is the value,
-or the most negative one, -0.993, and the scale is among the neighbours of value / c. Any scale by which all values of the
-run come out again will do, since nothing else of a scale is ever read.
+this optimizer has rounded, the largest magnitude has one of the extreme codes, c: either +1, and the scale is the
+value, or the most negative one, -0.993, and the scale is among the neighbours of value / c. Any scale by which all
+values of the run come out again will do, since nothing else of a scale is ever read.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class AdamW8bit(bnb.optim.AdamW8bit):
         return None
 
     def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
         weight, gradient = local(parameter), local(parameter.grad).contiguous()
         if not self.state[parameter]:
             self.state[parameter] = self._zero(weight)
@@ -65,7 +66,8 @@ class AdamW8bit(bnb.optim.AdamW8bit):
             return
         maps, scales = (state["qmap1"], state["qmap2"]), (state["absmax1"], state["absmax2"])
         F.optimizer_update_8bit_blockwise(
-            "adam", gradient, weight, one, two, beta1, beta2, 0.0, 0.0, eps, step, lr, *maps, *scales, weight_decay=decay
+            "adam", gradient, weight, one, two, beta1, beta2, 0.0, 0.0, eps, step, lr, *maps, *scales,
+            weight_decay=decay
         )  # fmt: skip
 
     def _zero(self, weight: Tensor) -> dict[str, Any]:
@@ -125,27 +127,24 @@ def rounded(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     runs = nn.functional.pad(values, (0, -len(values) % RUN)).view(-1, RUN)
     middles = (table[1:] + table[:-1]) / 2
     extreme = runs.gather(1, runs.abs().argmax(1, keepdim=True))  # [runs, 1]
-    plain = extreme.abs()
-    guess = extreme / table[0] if table[0] < 0 else plain
-    candidates = [plain, guess]
-    for _ in range(2):
-        candidates += [candidates[-1].nextafter(torch.full_like(guess, torch.inf))]
-    candidates += [guess.nextafter(torch.zeros_like(guess))]
-    codes = best = scales = None
-    for scale in candidates:
-        scale = torch.where(extreme < 0, scale, plain)
-        tried = torch.bucketize(runs / scale.clamp_min(torch.finfo(torch.float32).tiny), middles)
-        error = (table[tried] * scale - runs).abs().amax(1, keepdim=True)
-        if best is None:
-            codes, best, scales = tried, error, scale
-        else:
-            better = error < best
-            codes, best, scales = (
-                torch.where(better, new, old) for new, old in ((tried, codes), (error, best), (scale, scales))
-            )
-    assert codes is not None
-    assert scales is not None
+    scales = extreme.abs()
+    codes, best = _coded(runs, scales, table, middles)
+    if table[0] == 0:  # a second moment: no extreme is negative
+        return codes.to(torch.uint8).flatten()[: len(values)], scales.flatten()
+    up, down = (torch.full_like(scales, end) for end in (torch.inf, 0.0))
+    guess = torch.where(extreme < 0, extreme / table[0], scales)
+    for scale in (guess, guess.nextafter(up), guess.nextafter(up).nextafter(up), guess.nextafter(down)):
+        tried, error = _coded(runs, scale, table, middles)
+        better = error < best
+        codes, scales = torch.where(better, tried, codes), torch.where(better, scale, scales)
+        best = torch.minimum(best, error)
     return codes.to(torch.uint8).flatten()[: len(values)], scales.flatten()
+
+
+def _coded(runs: Tensor, scales: Tensor, table: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes [runs, 256] of the nearest values of the table, the largest error of each run [runs, 1])."""
+    codes = torch.bucketize(runs / scales.clamp_min(torch.finfo(torch.float32).tiny), middles)
+    return codes, (table[codes] * scales - runs).abs().amax(1, keepdim=True)
 
 
 def _cut_as(parameter: Any, here: Tensor) -> Tensor:

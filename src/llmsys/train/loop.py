@@ -32,7 +32,9 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.traffic import Traffic
 from llmsys.errors import Interrupted
-from llmsys.models import quant
+from llmsys.models import float8, quant
+from llmsys.profile.busy import Busy
+from llmsys.profile.energy import Energy
 from llmsys.profile.memory import Peak
 from llmsys.profile.spans import Spans
 from llmsys.train import optimizer
@@ -74,6 +76,8 @@ class Loop:
         self.model, self.lr = model, lr
         self.watch = Watch(config.train)
         self.saver = Saver(config, context, self.watch)
+        if config.train.fp8:
+            float8.convert(model)
         self.saver.find()
         self.saver.load_model(model)
         if self.engine.data_rank:  # equal until here, so that ranks start from one model; their dropout must differ
@@ -85,11 +89,15 @@ class Loop:
         }
         self.wrapped = self.engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, lr))
         context.grad_sync.attach(self.wrapped)
+        # Elsewhere gradients are exchanged within the backward pass, and `aggregate` has nothing to do.
+        self.exchanges = config.compress.kind != "none" and self.engine.world > 1 and config.engine.kind == "deepspeed"
         self.saver.load_rest(model)
         self._speed_up_statistics()
         self.schedule = optimizer.schedule(config.train)
         self.spans = Spans(self.device)
         self.peak = Peak(self.device)
+        self.energy = Energy(self.device)
+        self.busy = Busy(self.device)
         self.traffic = Traffic()
 
     def mixed(self) -> AbstractContextManager[object]:
@@ -125,9 +133,9 @@ class Loop:
         self.peak.resume()
         for step in range(start + 1, train.steps + 1):
             before = time.perf_counter()
-            # Counted in a step that is not timed: a dispatch mode costs microseconds an operator.
-            counted = self.config.profile.probe and step == start + 1 and self.spans.warmup > 0
-            with self.spans.step(), self.traffic if counted else nullcontext():
+            if step == start + 1 + self.spans.warmup:
+                self.energy.resume()
+            with self.spans.step(), self._observed(step - start):
                 row = self.step(step)
             stop = bool(row.pop("stop"))
             tokens += int(row["tokens"])
@@ -139,22 +147,43 @@ class Loop:
                 outcome.loss = row["loss"]
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
-                self.peak.pause()
+                self._pause()
                 outcome.evaluation = self.evaluate(step)
-                self.peak.resume()
+                self._resume(step)
                 better = self.saver.better(step, outcome.evaluation["val_loss"])
             else:
                 better = False
             due = bool(train.checkpoint_every) and (better or step % train.checkpoint_every == 0)
             if (due or stop) and not last:
-                self.peak.pause()
+                self._pause()
                 self.save(step)
-                self.peak.resume()
+                self._resume(step)
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
         self.context.stoppable = False
         outcome.tokens_per_step = tokens / max(train.steps - start, 1)
         return outcome
+
+    def _observed(self, number: int) -> AbstractContextManager[object]:
+        """What a step is watched by, the `number`-th of this attempt, if it is not timed: the first counts what ranks
+        say (a dispatch mode costs microseconds an operator), the second how long that and copies to the host take."""
+        if not self.config.profile.probe or number > self.spans.warmup:
+            return nullcontext()
+        if number == 1:
+            return self.traffic
+        offloads = getattr(self.config.engine, "offload", "none") != "none" and self.device.type == "cuda"
+        return self.busy() if number == 2 and (self.engine.world > 1 or offloads) else nullcontext()
+
+    def _pause(self) -> None:
+        """What follows is no part of the steps that are measured."""
+        self.peak.pause()
+        self.energy.pause()
+
+    def _resume(self, step: int) -> None:
+        """The steps go on, of which `step` was done."""
+        self.peak.resume()
+        if step < self.config.train.steps and step > self.saver.start + self.spans.warmup:
+            self.energy.resume()
 
     def _note(self, step: int, row: dict[str, Any]) -> None:
         """Tells the progress bar, the metrics, and the watch over losses, which may end the run."""
@@ -182,7 +211,7 @@ class Loop:
             labels = [label_count(batch, objective) for batch in batches]
             own = [sum(labels), sum(token_count(batch, objective) for batch in batches)]
             batches = [{key: value.to(self.device) for key, value in batch.items()} for batch in batches]
-        with spans("communication") if engine.world > 1 else nullcontext():
+        with spans("agreement") if engine.world > 1 else nullcontext():
             everywhere, tokens = engine.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         if everywhere == 0:
             raise ValueError(f"data: step {step} has no label token within train.length={self.config.train.length}")
@@ -194,9 +223,8 @@ class Loop:
                 with spans("backward"):
                     engine.backward(part * engine.divisor)
             loss += part.detach()
-        if engine.world > 1:
-            with spans("communication"):
-                self.context.grad_sync.aggregate(self.wrapped)
+        with spans("communication") if self.exchanges else nullcontext():
+            self.context.grad_sync.aggregate(self.wrapped)
         with spans("optimizer"):
             lr = self.lr * self.schedule(step - 1)
             for group in engine.optimizer.param_groups:
