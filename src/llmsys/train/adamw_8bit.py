@@ -126,13 +126,12 @@ def rounded(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """
     runs = nn.functional.pad(values, (0, -len(values) % RUN)).view(-1, RUN)
     middles = (table[1:] + table[:-1]) / 2
-    extreme = runs.gather(1, runs.abs().argmax(1, keepdim=True))  # [runs, 1]
-    scales = extreme.abs()
+    scales = largest = runs.abs().amax(1, keepdim=True)  # [runs, 1]
     codes, best = _coded(runs, scales, table, middles)
-    if table[0] == 0:  # a second moment: no extreme is negative
+    if table[0] == 0:  # of second moments, of which none is negative
         return codes.to(torch.uint8).flatten()[: len(values)], scales.flatten()
     up, down = (torch.full_like(scales, end) for end in (torch.inf, 0.0))
-    guess = torch.where(extreme < 0, extreme / table[0], scales)
+    guess = largest / table[0].abs()
     for scale in (guess, guess.nextafter(up), guess.nextafter(up).nextafter(up), guess.nextafter(down)):
         tried, error = _coded(runs, scale, table, middles)
         better = error < best

@@ -99,10 +99,8 @@ def fit(
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Prepares `model` (in place), trains it, saves it and measures it."""
-    from llmsys.models import blocks, chunk_loss, float8
+    from llmsys.models import blocks, chunk_loss
 
-    if config.train.fp8:
-        float8.convert(model)
     model = context.method.prepare(model, _sample(config, context, dataset))
     if isinstance(config.model, schema.Transformer):
         context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
