@@ -240,6 +240,26 @@ def test_its_products_are_those_of_rounded_operands() -> None:
     assert 0 < (y - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.gpu
+def test_a_gpu_s_products_are_the_cpu_s() -> None:
+    """The kernel of Ada and Hopper GPUs, on rows that are no multiple of 16 too."""
+    if torch.cuda.get_device_capability() < float8.LEAST:
+        pytest.skip("this GPU has no 8-bit floats")
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 48).bfloat16()
+        x, dy = torch.randn(3, 7, 64).bfloat16(), torch.randn(3, 7, 48).bfloat16()
+        layer.__class__ = float8.Float8Linear
+        layer, x = layer.to(device), x.to(device).requires_grad_(True)
+        y = layer(x)
+        y.backward(dy.to(device))
+        assert x.grad is not None
+        found.append([tensor.float().cpu() for tensor in (y, x.grad, layer.weight.grad)])
+    for there, here in zip(*found, strict=True):
+        assert torch.allclose(there, here, rtol=2e-2, atol=2e-2)
+
+
 def test_the_largest_number_of_a_tensor_is_exact_and_what_is_not_finite_stays_so() -> None:
     x = torch.tensor([0.1, -3.0, 1e-9])
     eight, scale = float8.rounded(x, float8.FORWARD)

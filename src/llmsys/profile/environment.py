@@ -28,10 +28,12 @@ PACKAGES = (
     "triton",
 )
 _PREFIXES = (
-    *("NCCL_", "TORCH_", "PYTORCH_", "GLOO_", "UCX_", "FI_", "DS_", "DEEPSPEED_", "CUDA_", "CUBLAS_", "NVIDIA_"),
-    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "LD_PRELOAD", "TRITON_", "LLMSYS_KERNELS"),
+    *("NCCL_", "TORCH_NCCL_", "TORCH_GLOO_", "TORCH_ALLOW_TF32", "PYTORCH_", "GLOO_", "UCX_", "FI_", "DS_"),
+    *("CUDA_VISIBLE", "CUDA_LAUNCH", "CUDA_DEVICE_", "CUDA_MODULE", "CUBLAS_", "NVIDIA_TF32"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TRITON_", "LLMSYS_KERNELS"),
 )
-"""Of environment variables that change how fast something runs, or over which link."""
+"""Of environment variables that change how fast something runs, or over which link; not of those that only name a
+folder, which a published record has no use for."""
 
 
 def describe(device_kind: str, threads: int) -> dict[str, Any]:

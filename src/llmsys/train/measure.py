@@ -1,5 +1,4 @@
-"""What a finished loop has cost, for its record: time by phase, memory by kind, arithmetic as a share of the peak,
-energy.
+"""What a finished loop has cost, for its record: time by phase, memory by kind, arithmetic against the peak, energy.
 
 Arithmetic. F_model are the FLOPs of a step's matrix products on one rank, forward and backward, that the method needs;
 F_hardware those that are done: with what is computed again, by `train.recompute`, by a fused attention kernel (its
@@ -11,19 +10,18 @@ scores, in the backward pass) or by LoRA's fused blocks. With t the median step 
 
 as in llm-foundry's tables: a forward pass counts once and a backward pass twice where everything is trained, attention
 4 L D for each token, forward, of a layer (the whole square, though a causal kernel may skip half). What is not as
-there: our products leave the embedding out, which multiplies nothing; and a frozen weight has no dW, so that an
-adapter's step counts about two forward passes, not three, and the first layers' products not at all where nothing
-before them is trained. So `mfu` compares how well runs use a device, of any method; tokens per second compare methods.
-Padding counts. With 8-bit linear layers (`train.fp8`) P is that of `train.precision` all the same, and a share above 1
-is possible.
+there: our products leave the embedding out, which multiplies nothing; and a frozen weight has no dW, and no dx where
+nothing before it is trained, so that an adapter's step counts about two forward passes, not three. So `mfu` compares
+how well runs use a device, of any method; tokens per second compare methods. Padding counts. With 8-bit linear layers
+(`train.fp8`) P is that of `train.precision` all the same, and a share above 1 is possible.
 
 P is the datasheet's where the card is known by its name, else the speed of a matrix product measured here; never a
 guess. `notes` says which.
 
 Memory. `weights_bytes`, `gradients_bytes`, `optimizer_bytes` and `master_bytes` are what the rank holds, by its engine;
 `saved_bytes` what autograd keeps of one micro-batch, which is `activations_bytes` and `logits_bytes` (what the loss
-keeps behind the head). On CUDA `workspace_bytes` is the rest of the peak: what lives for a moment, and those gradients
-that exist then.
+keeps behind the head); `offloaded_bytes` of all this lie in the host's memory. On CUDA `workspace_bytes` is the rest of
+the peak: what lives for a moment, and those gradients that exist then.
 """
 
 from __future__ import annotations
@@ -63,14 +61,13 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> dict[str, An
     batch = {key: value.to(loop.device) for key, value in loop.micro_batches(0)[0].items()}
     saved, logits = _saved(loop, batch) if config.profile.probe else (0, None)
     loop.engine.settle()
-    kept = loop.context.grad_sync.held()
-    accounted: dict[str, float] = dict(
-        memory.accounted({**loop.engine.held(), **({"compress": kept} if kept else {})}, saved)
-    )
+    kept, held = loop.context.grad_sync.held(), loop.engine.held()
+    accounted: dict[str, float] = dict(memory.accounted({**held, **({"compress": kept} if kept else {})}, saved))
     if config.profile.probe:
         if logits is not None:
             accounted |= {"logits_bytes": logits, "activations_bytes": saved - logits}
-        accounted |= _workspace(config, accounted, loop.peak.summary)
+        accounted |= on_host(config, held, loop.device)
+        accounted |= workspace(config, accounted, loop.peak.summary)
     else:
         accounted = {key: value for key, value in accounted.items() if key not in ("saved_bytes", "accounted_bytes")}
     with loop.mixed():
@@ -138,13 +135,26 @@ def _saved(loop: Loop, batch: dict[str, Tensor]) -> tuple[int, int | None]:
     return saved, sum(behind.values()) if passed else None
 
 
-def _workspace(config: schema.Config, accounted: dict[str, float], peak: dict[str, float]) -> dict[str, float]:
-    """What the device's peak has beside all that is there at the end of a forward pass."""
-    offloaded = isinstance(config.engine, schema.DeepSpeed) and config.engine.offload != "none"
-    if "peak_gib" not in peak or offloaded:  # of which a part is not on the device
+def on_host(config: schema.Config, held: dict[str, list[Tensor]], device: torch.device) -> dict[str, float]:
+    """`offloaded_bytes`: what of a rank's tensors is in the host's memory and not on its GPU. With the optimizer go,
+    from stage 2 on, the gradients that it reads: between steps there are none, so they are known by their size."""
+    if device.type == "cpu" or not isinstance(config.engine, schema.DeepSpeed) or config.engine.offload == "none":
         return {}
-    there = accounted["accounted_bytes"]
-    if schema.accumulation(config.train, config.engine) == 1:  # gradients come as saved tensors go
+    found = {kind: [tensor for tensor in tensors if tensor.device.type == "cpu"] for kind, tensors in held.items()}
+    if config.engine.zero > 1:
+        found["gradients"] = held["gradients"]
+    return {"offloaded_bytes": memory.accounted(found, 0)["accounted_bytes"]}
+
+
+def workspace(config: schema.Config, accounted: dict[str, float], peak: dict[str, float]) -> dict[str, float]:
+    """`workspace_bytes`: what the device's peak has beside all that is there at the end of a forward pass."""
+    if "peak_gib" not in peak:
+        return {}
+    there = accounted["accounted_bytes"] - accounted.get("offloaded_bytes", 0)
+    offloaded = (
+        isinstance(config.engine, schema.DeepSpeed) and config.engine.offload != "none" and config.engine.zero > 1
+    )
+    if schema.accumulation(config.train, config.engine) == 1 and not offloaded:  # they come as saved tensors go
         there -= accounted["gradients_bytes"]
     return {"workspace_bytes": max(0.0, peak["peak_gib"] * memory.GIB - there)}
 
