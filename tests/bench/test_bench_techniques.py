@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import random
-from collections.abc import Callable
-from subprocess import CompletedProcess
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,26 +234,44 @@ def test_it_is_no_part_of_what_a_run_is() -> None:
     assert job.run_id(other, **before) != job.run_id(older, **before)  # type: ignore[arg-type]
 
 
-SWEEP = """# @package _global_
+FILE = """# @package _global_
 name: mine
 {body}
 """
+COLLECT = """
+import json, sys
+from llmsys import main
+
+def collect(configs):
+    main.make_jobs(configs)
+    print(json.dumps(configs))
+    return 0
+
+main.submit = collect
+main.main()
+"""
 
 
-def test_on_the_command_line_in_a_sweep_and_in_a_file(
-    llmsys: Callable[..., CompletedProcess[str]], tmp_path: Any
-) -> None:
+def test_on_the_command_line_in_a_sweep_and_in_a_file(tmp_path: Path) -> None:
     """Hydra takes the plus signs; each job of a sweep is expanded by itself; a file is told where the key belongs."""
     (tmp_path / "exp").mkdir()
-    swept = "hydra: {mode: MULTIRUN, sweeper: {params: {techniques: 'Naive,F+R'}}}"
+    swept = "hydra: {mode: MULTIRUN, sweeper: {params: {techniques: 'Naive,F+R,L'}}}"
     for name, body in (("sweep", swept), ("fixed", "techniques: F+R")):
-        (tmp_path / "exp" / f"{name}.yaml").write_text(SWEEP.format(body=body))
-    own = ["--config-dir", str(tmp_path), "dispatch=inline", "train.steps=1", "train.length=16", "profile.probe=false"]
-    done = llmsys(*own, "+exp=sweep", "data.num_examples=12", "train.save_final=false")
-    assert done.returncode == 0, done.stderr
-    assert "mine · Naive · full" in done.stderr + done.stdout
-    assert "mine · F+R · full" in done.stderr + done.stdout
-    done = llmsys(*own, "+exp=fixed")
+        (tmp_path / "exp" / f"{name}.yaml").write_text(FILE.format(body=body))
+
+    def typed(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", COLLECT, "--config-dir", str(tmp_path), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = typed("+exp=sweep", "train.steps=2")
+    configs = json.loads(done.stdout)
+    assert [config["techniques"] for config in configs] == ["Naive", "F+R", "L"]
+    chosen = [(c["model"]["attention"], c["train"]["recompute"], c["method"]["kind"]) for c in configs]
+    assert chosen == [("eager", "none", "full"), ("sdpa", "block", "full"), ("eager", "none", "lora_peft")]
+    assert {*configs[1]["command"][1:]} == {"+exp=sweep", "techniques=F+R", "train.steps=2"}
+    (config,) = json.loads(typed("techniques=r+QL", "method.r=3").stdout)
+    assert (config["techniques"], config["method"]["r"]) == ("R+QL", 3)
+    done = typed("+exp=fixed")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert "techniques=F+R" in line
