@@ -33,7 +33,6 @@ from llmsys.comm import collectives
 from llmsys.comm.traffic import Traffic
 from llmsys.errors import Interrupted
 from llmsys.models import float8, quant
-from llmsys.profile.busy import Busy
 from llmsys.profile.energy import Energy
 from llmsys.profile.memory import Peak
 from llmsys.profile.spans import Spans
@@ -97,7 +96,6 @@ class Loop:
         self.spans = Spans(self.device)
         self.peak = Peak(self.device)
         self.energy = Energy(self.device)
-        self.busy = Busy(self.device)
         self.traffic = Traffic()
 
     def mixed(self) -> AbstractContextManager[object]:
@@ -135,7 +133,9 @@ class Loop:
             before = time.perf_counter()
             if step == start + 1 + self.spans.warmup:
                 self.energy.resume()
-            with self.spans.step(), self._observed(step - start):
+            # Counted in a step that is not timed: a dispatch mode costs microseconds an operator.
+            counted = self.config.profile.probe and step == start + 1 and self.spans.warmup > 0
+            with self.spans.step(), self.traffic if counted else nullcontext():
                 row = self.step(step)
             stop = bool(row.pop("stop"))
             tokens += int(row["tokens"])
@@ -163,16 +163,6 @@ class Loop:
         self.context.stoppable = False
         outcome.tokens_per_step = tokens / max(train.steps - start, 1)
         return outcome
-
-    def _observed(self, number: int) -> AbstractContextManager[object]:
-        """What a step is watched by, the `number`-th of this attempt, if it is not timed: the first counts what ranks
-        say (a dispatch mode costs microseconds an operator), the second how long that and copies to the host take."""
-        if not self.config.profile.probe or number > self.spans.warmup:
-            return nullcontext()
-        if number == 1:
-            return self.traffic
-        offloads = getattr(self.config.engine, "offload", "none") != "none" and self.device.type == "cuda"
-        return self.busy() if number == 2 and (self.engine.world > 1 or offloads) else nullcontext()
 
     def _pause(self) -> None:
         """What follows is no part of the steps that are measured."""

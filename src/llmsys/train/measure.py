@@ -38,26 +38,34 @@ from llmsys.cost import cards, flops
 from llmsys.cost.case import Facts
 from llmsys.cost.hardware import DEVICES
 from llmsys.profile import memory
+from llmsys.profile.busy import Busy
+from llmsys.profile.spans import Spans
 from llmsys.schema import recompute
 from llmsys.train import checks
 from llmsys.train.loop import Loop, Outcome
 
 HIDDEN = {
     "ddp": "gradients are exchanged within backward",
-    "deepspeed": "gradients are exchanged within backward, weights gathered within forward and backward (stage 3) or "
-    "optimizer (1 and 2)",
     "fsdp2": "weights are gathered within forward and backward, gradients exchanged within backward",
     "tp": "activations are exchanged within forward and backward",
 }
 """Engine -> which phases its communication is a part of, and so has no time of its own among them."""
+ZERO = {
+    0: "gradients are exchanged within backward",
+    1: "gradients are exchanged within backward, weights gathered within optimizer",
+    2: "gradients are exchanged within backward, weights gathered within optimizer",
+    3: "weights are gathered within forward and backward, gradients exchanged within backward",
+}
+"""The same of ZeRO's stages."""
 
 
 def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> dict[str, Any]:
-    """`summary`, `samples`, `notes` and `kernel` of a finished loop. The probe step comes last, so it disturbs nothing
-    that was measured. Collective."""
+    """`summary`, `samples`, `notes` and `kernel` of a finished loop. What is still done with the model disturbs nothing
+    that was measured or saved: a step whose collectives are timed, and a forward pass. Collective."""
     from llmsys.models import kernel
 
     spans = loop.spans
+    busy = _busy(loop)
     batch = {key: value.to(loop.device) for key, value in loop.micro_batches(0)[0].items()}
     saved, logits = _saved(loop, batch) if config.profile.probe else (0, None)
     loop.engine.settle()
@@ -80,7 +88,7 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> dict[str, An
         **outcome.evaluation,
         **_throughput(config, outcome, seconds),
         **spans.summary,
-        **loop.busy.summary,
+        **busy,
         **loop.peak.summary,
         **accounted,
         **used,
@@ -95,6 +103,21 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> dict[str, An
     }
     notes = {"peak_tflops": peak, **counter, **_hidden(config, loop.device)}
     return {"summary": summary, "samples": spans.samples, "notes": notes, "kernel": observed}
+
+
+def _busy(loop: Loop) -> dict[str, float]:
+    """How long a step's collectives and copies take themselves: one more step, which changes the weights once more."""
+    config = loop.config
+    offload = config.engine.offload if isinstance(config.engine, schema.DeepSpeed) else "none"
+    if not config.profile.probe or (loop.engine.world == 1 and (offload == "none" or loop.device.type == "cpu")):
+        return {}
+    busy = Busy(loop.device)
+    timed, loop.spans = loop.spans, Spans(loop.device)  # it is none of the timed steps
+    collectives.most(0, loop.device)  # the first rank has been writing: nobody is to wait for it in there
+    with busy():
+        loop.step(config.train.steps)
+    loop.spans = timed
+    return busy.summary
 
 
 def _throughput(config: schema.Config, outcome: Outcome, seconds: float) -> dict[str, float]:
@@ -218,8 +241,9 @@ def _hidden(config: schema.Config, device: torch.device) -> dict[str, str]:
     """Which phases have no time of their own, and where it is."""
     found = {}
     engine = config.engine
-    if engine.kind in HIDDEN and config.train.world > 1:
-        found["communication_ms"] = f"{HIDDEN[engine.kind]}; communication_busy_ms is its own time, overlapped or not"
+    where = ZERO[engine.zero] if isinstance(engine, schema.DeepSpeed) else HIDDEN.get(engine.kind)
+    if where and config.train.world > 1:
+        found["communication_ms"] = f"{where}; communication_busy_ms is its own time, overlapped or not"
         if config.compress.kind != "none":
             where = "within backward" if engine.kind == "ddp" else "compressed, between backward and optimizer"
             found["communication_ms"] = f"gradients are exchanged {where}"
