@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from llmsys import schema
+from llmsys import schema, wiring
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions come as they are, for `messages` to put into one line
 
@@ -52,16 +52,21 @@ def typed() -> list[str]:
     hydra = HydraConfig.get()
     own = [Path(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
     here = [path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path for path in own]
-    return [*(f"--config-dir={path}" for path in here), *hydra.overrides.task]
+    return [*(f"--config-dir={path}" for path in here), *wiring.techniques().unexpanded(hydra.overrides.task)]
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain config that `python -m llmsys <overrides>` would run, for notebooks, tests and `run:<exp>`."""
+    """The plain config that `python -m llmsys <overrides>` would run, for notebooks, tests and `run:<exp>`.
+
+    ValueError where it is not the `techniques` that were asked for.
+    """
     import hydra
 
     register()
     with hydra.initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return plain(hydra.compose("config", list(overrides)), overrides)
+        made = plain(hydra.compose("config", wiring.techniques().expanded(overrides)), overrides)
+    wiring.techniques().check(made)
+    return made
 
 
 def choices(group: str) -> dict[str, str]:

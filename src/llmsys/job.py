@@ -29,7 +29,9 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker")
+_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques")
+_LATER: dict[str, Any] = {"optimizer": "adamw", "fp8": False}
+"""Settings of `train` that earlier versions of this package did not have, with what their runs did."""
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 
 
@@ -50,13 +52,15 @@ class Job:
         """What a person calls this run: experiment, method, compression, seed and id."""
         method, seed = self.config["method"]["kind"], self.config["train"]["seed"]
         compress = self.config.get("compress", {}).get("kind", "none")
-        what = method if compress == "none" else f"{method} · {compress}"
+        parts = (self.config.get("techniques") or "", method, "" if compress == "none" else compress)
+        what = " · ".join(part for part in parts if part)
         return f"{self.config['name']} · {what} · seed {seed} · {self.run_id}"
 
 
 @dataclass(kw_only=True)
 class Record:
-    """What a run left, as `record.json`, schema 1. `summary` has the unit in each key; `samples` are raw repeats."""
+    """What a run left, as `record.json`, schema 1. `summary` has the unit in each key; `samples` are raw repeats;
+    `notes` say in words what a number of the summary is, or why there is none; written only where there are some."""
 
     schema: int = 1
     name: str
@@ -77,6 +81,7 @@ class Record:
     resumed_from_step: int | None = None
     summary: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,7 +90,10 @@ class Record:
 
     def to_json(self) -> str:
         """Readable JSON, in which a NaN or an infinity is an error: they are not JSON."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
+        values = asdict(self)
+        if not self.notes:  # as in records from before there were notes
+            del values["notes"]
+        return json.dumps(values, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Record:
@@ -151,6 +159,9 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
     """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
     identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
     identity["train"] = {key: value for key, value in config["train"].items() if key != "resume"}
+    for key, default in _LATER.items():  # as it was before there was the key: records without it are of the same runs
+        if identity["train"].get(key) == default:
+            del identity["train"][key]
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     if identity.get("compress", {}).get("kind") == "none":
         del identity["compress"]  # as it was before there was the group: records without it are of the same runs

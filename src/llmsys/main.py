@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmsys import compose, schema
+from llmsys import compose, schema, wiring
 from llmsys.job import HARMLESS, Job, Record
 
 USAGE = """\
@@ -45,6 +45,7 @@ def make_jobs(configs: Sequence[dict[str, Any]]) -> list[Job]:
     jobs: dict[str, Job] = {}
     for config in configs:
         schema.build(config)
+        wiring.techniques().check(config)
         made = job.make(config, _inputs(config))
         jobs.setdefault(made.out, made)
     return list(jobs.values())
@@ -123,6 +124,7 @@ def main() -> None:
         configs.append(compose.plain(config, compose.typed()))
 
     try:
+        sys.argv[1:] = wiring.techniques().expanded(sys.argv[1:])
         hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()
         code = submit(configs) if configs else 0
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:

@@ -13,6 +13,7 @@ SHARED_KEYS = (
     *("accuracy", "accuracy_se", "macro_f1", "loss", "val_loss", "perplexity", "tokens_per_s", "samples_per_s"),
     *("bleu", "rouge1", "rouge2", "rougeL", "comm_bytes", "linear_weights_trained"),
     *("step_ms_p50", "peak_gib", "reserved_gib", "host_peak_gib", "saved_bytes", "accounted_bytes"),
+    *("mfu", "hfu", "achieved_tflops", "peak_tflops"),
     *("trainable_params", "total_params", "predicted_peak_gib", "predicted_step_ms"),
 )
 """Summary keys that tasks share, spelled once: the columns of tables, and what a test holds every experiment to."""
@@ -30,6 +31,7 @@ IDENTITY = (
         "engine",
         "network",
         "compress",
+        "techniques",
         "recompute",
         "method",
         "r",
@@ -57,6 +59,7 @@ def row(record: Record) -> Row:
         "engine": engine(config),
         "network": network(config, record.env.get("network", {})),
         "compress": compressed,
+        "techniques": config.get("techniques"),
         "recompute": config.get("train.recompute"),
         "method": method,
         "r": config.get("method.r"),
@@ -113,7 +116,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Row:
 _SPOKEN_FOR = (
     *("name", "results", "reuse", "force", "smoke", "baselines", "command", "tracker.", "dispatch.", "train.lr_"),
     *("data.make", "engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network."),
-    "compress.kind",
+    *("compress.kind", "techniques"),
 )
 """Settings that change no result, or that have a column of their own; by how their keys begin."""
 

@@ -24,7 +24,7 @@ from llmsys import job as jobs
 from llmsys import schema, tasks, track, wiring
 from llmsys.comm.place import Place, log_name
 from llmsys.context import Context
-from llmsys.errors import Interrupted, NotANumber, Refused
+from llmsys.errors import Contradiction, Interrupted, NotANumber, Refused
 from llmsys.files import write_atomic
 from llmsys.job import Job, Record
 from llmsys.profile import environment
@@ -44,6 +44,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "interrupted", "signal"
     if isinstance(error, Refused):
         return "skipped", error.reason
+    if isinstance(error, Contradiction):
+        return "unsupported", "contradiction"
     if isinstance(error, NotANumber):
         return "failed", "nan"
     if type(error).__name__ == "OutOfMemoryError" or (
@@ -127,7 +129,7 @@ def run(
     return record
 
 
-_RESULTS = {"summary", "samples", "files", "kernel", "data_hash", "resumed_from_step"}
+_RESULTS = {"summary", "samples", "notes", "files", "kernel", "data_hash", "resumed_from_step"}
 """What a task may say of its run; the rest of a record is the runner's."""
 
 

@@ -39,6 +39,12 @@ def _accuracy(row: Row) -> str | None:
     return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
 
 
+def _method(each: Row) -> str:
+    """With the width of adapters; and marked where every linear layer is frozen, and nothing else said so."""
+    base = each["method"] == "full" and each.get("linear_weights_trained", 1) == 0
+    return f"{each['method']}" + (f" r={each['r']}" if each["r"] else "") + (" (base frozen)" if base else "")
+
+
 def _status(each: Row) -> str:
     if each["status"] != "ok":
         return f"{each['status']} ({each['reason']})"
@@ -47,15 +53,26 @@ def _status(each: Row) -> str:
 
 def _identity(rows: Sequence[Row]) -> list[Column]:
     """What tells the rows apart: columns that differ, and settings that differ among rows alike in these."""
-    distinct = ("experiment", "model", "data", "device", "engine", "network", "compress", "recompute", "seed")
-    names = [key for key in distinct if len({each[key] for each in rows}) > 1]
+    distinct = ("experiment", "model", "data", "device", "engine", "network", "compress", "techniques", "recompute")
+    names = [key for key in (*distinct, "seed") if len({each[key] for each in rows}) > 1]
     hashes = {(each["data"], each["data_hash"]) for each in rows if each["data_hash"]}
     if len(hashes) > len({data for data, _ in hashes}):
         names.append("data_hash")
     columns = [_plain(key) for key in names]
     alike: dict[tuple[Any, ...], list[dict[str, str]]] = {}
     for each in rows:
-        shown = ("experiment", "model", "data", "engine", "network", "compress", "recompute", "method", "r")
+        shown = (
+            "experiment",
+            "model",
+            "data",
+            "engine",
+            "network",
+            "compress",
+            "techniques",
+            "recompute",
+            "method",
+            "r",
+        )
         place = tuple(each[key] for key in shown)
         alike.setdefault(place, []).append(settings(each, seed=False))
     varying = {
@@ -71,7 +88,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     for each in rows:
         rates.setdefault(each["method"], set()).add(each["lr"])
     mib = 1 / 2**20
-    columns += [Column("method", lambda row: f"{row['method']}" + (f" r={row['r']}" if row["r"] else ""))]
+    columns += [Column("method", _method)]
     columns += [_number("lr", "lr", "{:.1e}")] if any(len(values) > 1 for values in rates.values()) else []
     columns += [
         *([Column("status", _status)] if any(_status(row) != "ok" for row in rows) else []),

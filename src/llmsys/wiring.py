@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from llmsys import schema
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
     from llmsys.comm.place import Place
@@ -72,3 +74,10 @@ def grad_sync(config: schema.Config) -> GradSync:
     values = dataclasses.asdict(config.compress)
     made: GradSync = _named(SYNCS[config.engine.kind])(CompressConfig(method=values.pop("kind"), **values))
     return made
+
+
+def techniques() -> ModuleType:
+    """`llmsys.bench.expand`, which knows what the key `techniques` stands for."""
+    from llmsys.bench import expand
+
+    return expand

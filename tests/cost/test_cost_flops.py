@@ -9,6 +9,7 @@ from cost_harness import CLASSES, FULL, LOCAL, autocast, batch, build, counted_f
 
 from llmsys import schema
 from llmsys.cost import step_flops
+from llmsys.cost.flops import model_flops
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "t5"])
@@ -37,6 +38,28 @@ def test_flops_of_heads_and_convolutions_are_exact(changes: dict[str, Any]) -> N
     model, train = shape(**changes), training()
     counted = counted_flops(build(model, train, FULL), batch(model, train, False), autocast(model, train))
     assert step_flops(model, train, FULL, LOCAL, num_labels=CLASSES, padded=False) == counted
+
+
+@pytest.mark.parametrize("kind", ["full", "lora_peft", "lorafa_peft"])
+def test_what_a_model_needs_is_what_plain_autograd_does(kind: str) -> None:
+    """Whatever is computed again beside it, and by whichever kernel: the same number, which torch counts once."""
+    train, how = training(), method(kind)
+    torch.manual_seed(0)
+    eager = shape(attention="eager")
+    counted = counted_flops(build(eager, train, how), batch(eager, train, False), autocast(eager, train))
+    for attention, recompute in itertools.product(("eager", "sdpa"), ("none", "block")):
+        changed = training(recompute=recompute)
+        needed = model_flops(shape(attention=attention), changed, how, LOCAL)
+        assert needed == pytest.approx(counted, rel=0.01)
+        done = step_flops(shape(attention=attention), changed, how, LOCAL)
+        assert (done > needed) == (attention == "sdpa" or recompute == "block")
+
+
+def test_an_adapter_needs_the_same_whoever_computes_it() -> None:
+    for kind in ("lora", "lorafa"):
+        ours, peft = (model_flops(shape(), training(), method(name), LOCAL) for name in (kind, f"{kind}_peft"))
+        assert ours == peft
+        assert step_flops(shape(), training(recompute="attn+mlp"), method(kind), LOCAL) > ours
 
 
 def test_published_flops_of_resnet_50() -> None:

@@ -17,7 +17,8 @@ FORMATS = ["nf4", "int8"]
 @pytest.mark.parametrize("family", ["llama", "bert", "roberta", "t5"])
 def test_a_quantised_base_is_exact(family: str, quant: str) -> None:
     """Weights with every scale and table, gradients, and saved tensors."""
-    for kind, precision in itertools.product(("lora_peft", "lorafa_peft"), (("fp32", "fp32"), ("bf16", "bf16"))):
+    kinds = ("full", "lora_peft", "lorafa_peft")  # full: the layers are frozen, biases too, and the rest is trained
+    for kind, precision in itertools.product(kinds, (("fp32", "fp32"), ("bf16", "bf16"))):
         dtype, products = precision
         model, train, how = shape(family, dtype=dtype, quant=quant), training(precision=products), method(kind)
         torch.manual_seed(0)

@@ -36,7 +36,9 @@ class LlmsysLauncher(Launcher):
         return returns
 
     def _compose(self, overrides: Sequence[str]) -> Any:
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        from llmsys import wiring  # here, for any Hydra application imports this file when it starts
+
+        return self.hydra_context.config_loader.load_sweep_config(self.config, wiring.techniques().expanded(overrides))
 
     def _collect(self, composed: Any) -> JobReturn:
         HydraConfig.instance().set_config(composed)  # as of a single job: whoever collects it asks for its overrides

@@ -16,6 +16,8 @@ receives; under DeepSpeed, where all gradients are exchanged at once, also a cop
 
 AdamW keeps two moments and a 4-byte step count for each tensor it is given: a parameter, or under ZeRO a flat slice of
 one of its two groups (matrices, which decay, and vectors, which do not). DeepSpeed's CPU Adam counts steps in Python.
+So does AdamW in 8 bits (`train.adamw_8bit`), whose moments are a byte an element and a 4-byte scale for each run of
+256; tensors of fewer than 4096 elements keep fp32 moments.
 """
 
 from __future__ import annotations
@@ -51,6 +53,12 @@ class Holding:
     fleeting: int = 0
 
 
+RUN, SMALL = 256, 4096
+"""Of the 8-bit AdamW: elements that have one scale, and those under which a tensor's moments stay in fp32."""
+TABLES = 2 * 256 * 4
+"""Its two tables of 256 fp32 values, one for all tensors."""
+
+
 def hold(case: Case) -> Holding:
     """What a rank of `case` holds."""
     if case.method.kind == "majority":
@@ -81,12 +89,20 @@ def _compressed(case: Case, holding: Holding, parameters: list[Parameter]) -> Ho
 
 def _whole(case: Case, parameters: list[Parameter]) -> Holding:
     trained = [p for p in parameters if p.trained]
-    gradients = sum(p.nbytes for p in trained)
     return Holding(
         weights=sum(p.nbytes for p in parameters),
-        gradients=gradients,
-        optimizer=2 * gradients + 4 * len(trained),
+        gradients=sum(p.nbytes for p in trained),
+        optimizer=_moments(case, [(p.numel, p.width) for p in trained]),
     )
+
+
+def _moments(case: Case, tensors: list[tuple[int, int]]) -> int:
+    """Bytes of AdamW's state of (elements, bytes each of a moment in full); those of 8-bit AdamW are fp32 or 8 bits."""
+    if case.train.optimizer == "adamw":
+        return sum(2 * numel * width + 4 for numel, width in tensors)
+    large = [numel for numel, _ in tensors if numel >= SMALL]
+    small = sum(numel for numel, _ in tensors if numel < SMALL)
+    return 8 * small + sum(2 * numel + 8 * -(-numel // RUN) for numel in large) + (TABLES if large else 0)
 
 
 def _cut(case: Case, parameters: list[Parameter]) -> Holding:
@@ -135,12 +151,13 @@ def _zero_0(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -
 def _zero_1_2(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -> Holding:
     # each group flat, padded so that every slice begins at a multiple of two elements
     padded = [_round_up(sum(group), 2 * case.train.world) for group in _groups(parameters)]
-    elements = sum(padded) // case.train.world
+    slices = [size // case.train.world for size in padded]
+    elements = sum(slices)
     trained = sum(p.numel for p in parameters if p.trained)
     holding = Holding(
         weights=sum(p.nbytes for p in parameters if not p.trained) + case.width * sum(padded),
         gradients=case.width * trained if engine.zero == 1 else 4 * elements,
-        optimizer=8 * elements + _steps(engine, len(padded)),
+        optimizer=_slices(case, engine, slices),
         master=4 * elements,
         fleeting=case.width * min(trained, BUCKET),
     )
@@ -150,14 +167,15 @@ def _zero_1_2(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter])
 def _zero_3(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -> Holding:
     """At the peak the largest parameter is gathered, and the next; gradients lie in the model's dtype in a buffer of
     their own beside those that the optimizer reads."""
-    world, groups = case.train.world, _groups(parameters)
-    elements = sum(-(-numel // world) for group in groups for numel in group)
+    world = case.train.world
+    slices = [sum(-(-numel // world) for numel in group) for group in _groups(parameters)]
+    elements = sum(slices)
     bucket = case.width * min(sum(p.numel for p in parameters if p.trained), BUCKET)
     gathered = 2 * max(p.nbytes for p in parameters)
     holding = Holding(
         weights=sum(-(-p.numel // world) * p.width for p in parameters),
         gradients=4 * elements,
-        optimizer=8 * elements + _steps(engine, len(groups)),
+        optimizer=_slices(case, engine, slices),
         master=4 * elements,
         fleeting=gathered + bucket + (case.width * elements if engine.offload == "none" else 0),
     )
@@ -182,8 +200,9 @@ def _groups(parameters: list[Parameter]) -> list[list[int]]:
     return [group for group in (matrices, vectors) if group]
 
 
-def _steps(engine: schema.DeepSpeed, tensors: int) -> int:
-    return 4 * tensors if engine.optimizer == "torch" else 0
+def _slices(case: Case, engine: schema.DeepSpeed, slices: list[int]) -> int:
+    """Bytes of the moments of a rank's flat slices; DeepSpeed's CPU Adam has no step count in a tensor."""
+    return _moments(case, [(numel, 4) for numel in slices]) if engine.optimizer == "torch" else 8 * sum(slices)
 
 
 def _round_up(size: int, multiple: int) -> int:

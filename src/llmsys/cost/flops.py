@@ -10,6 +10,7 @@ dA, dB and both inputs' (LoRA) or all but dA (LoRA-FA). A fused attention kernel
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Unpack
 
 from llmsys import schema
@@ -32,6 +33,24 @@ def step_flops(
     tape = walk.run(case)
     once = sum(tape.forward.values()) + sum(tape.backward.values()) + recomputed(case, tape)
     return once * schema.accumulation(train, engine)
+
+
+def model_flops(
+    model: schema.Model, train: schema.Train, method: schema.Method, engine: schema.Engine, **facts: Unpack[Facts]
+) -> float:
+    """FLOPs of a step that the model and the method need, whoever computes them: `step_flops` without what is computed
+    again, by `train.recompute`, by a fused attention kernel or by the chains of `lora` and `lorafa`. So a forward pass
+    counts once and its derivatives by what is trained, and by what lies before that, once each.
+
+    It is what plain autograd does, over eager attention, of peft's adapters.
+    """
+    train = dataclasses.replace(train, recompute="none", loss="whole")
+    if isinstance(model, schema.Transformer):
+        model = dataclasses.replace(model, attention="eager")
+    if isinstance(method, schema.LoRA):
+        own = {field.name: getattr(method, field.name) for field in dataclasses.fields(schema.Adapter)}
+        method = schema.Adapter(**{**own, "kind": f"{method.kind}_peft"})
+    return step_flops(model, train, method, engine, **facts)
 
 
 def recomputed(case: Case, tape: Tape) -> float:

@@ -121,15 +121,16 @@ def held(case: Case) -> list[Parameter]:
 
 def _base(case: Case) -> Iterator[Parameter]:
     layers = {f"{layer.name}.weight": layer for layer in linears(case.model)}
+    quantised = layers if case.model.quant != "none" else {}
     biases = {f"{layer.name}.bias" for layer in adapted(case)} if case.fused and case.fused.bias != "none" else set()
     for name, shape in parameters(case.model, case.labels).items():
-        trained = case.method.kind == "full" or (case.adapter is not None and is_head(name)) or name in biases
+        whole = case.method.kind == "full" and f"{name.rpartition('.')[0]}.weight" not in quantised
+        trained = whole or (case.adapter is not None and is_head(name)) or name in biases
         if name in layers and case.model.quant != "none":
-            yield Parameter(name, (packed_bytes(math.prod(shape), shape[0], case.model.quant),), 1)
+            width = case.width if case.model.quant == "nf4" and math.prod(shape) % 8 == 0 else 1
+            yield Parameter(name, (packed_bytes(math.prod(shape), case.model.quant) // width,), width)
         else:
             yield Parameter(name, shape, _width(case, name), trained, _cut(name, layers))
-    if case.model.quant == "nf4":
-        yield Parameter("nf4 tables", (16 + 256,), 4)
 
 
 def _width(case: Case, name: str) -> int:
@@ -148,12 +149,26 @@ def _cut(name: str, layers: dict[str, Linear]) -> int | None:
     return layer.cut
 
 
-def packed_bytes(numel: int, rows: int, quant: str) -> int:
-    """Bytes of a quantised weight with its scales, as `models.quant` derives them."""
+def packed_bytes(numel: int, quant: str) -> int:
+    """Bytes of a quantised weight without its scales: what an engine may cut. 4-bit ones are stored as the model's own
+    dtype where they fill a whole number of it."""
+    return numel if quant == "int8" else -(-numel // 2)
+
+
+def scale_bytes(numel: int, rows: int, quant: str) -> int:
+    """Bytes of a quantised weight's scales, as `models.quant` derives them: whole on every rank."""
     if quant == "int8":
-        return numel + 4 * rows
+        return 4 * rows
     scales = -(-numel // 64)
-    return -(-numel // 2) + scales + 4 * -(-scales // 256) + 4
+    return scales + 4 * -(-scales // 256) + 4
+
+
+def _scales(model: schema.Model) -> int:
+    """Bytes of all scales, and of NF4's two tables."""
+    if model.quant == "none":
+        return 0
+    sizes = (scale_bytes(layer.n_in * layer.n_out, layer.n_out, model.quant) for layer in linears(model))
+    return sum(sizes) + 4 * (16 + 256) * (model.quant == "nf4")
 
 
 def _adapters(case: Case) -> Iterator[Parameter]:
@@ -184,9 +199,10 @@ def owners(case: Case) -> dict[str, str]:
 
 
 def buffer_bytes(case: Case) -> int:
-    """Bytes of what the model keeps beside its parameters (rotary frequencies, position ids, running statistics), and
-    of a frozen A, which is a buffer in the dtype of the weight beside it, and the inverse of A A^T where it is used."""
-    found = FAMILIES[case.model.family].buffer_bytes(case.model)
+    """Bytes of what the model keeps beside its parameters (rotary frequencies, position ids, running statistics, the
+    scales of a quantised base), and of a frozen A, which is a buffer in the dtype of the weight beside it, and the
+    inverse of A A^T where it is used."""
+    found = FAMILIES[case.model.family].buffer_bytes(case.model) + _scales(case.model)
     if case.fused is None:
         return found
     layers, r = adapted(case), case.fused.r

@@ -34,6 +34,7 @@ class Walk:
         self.width, self.batch, self.length = case.width, case.train.micro_batch, case.train.length
         self.tokens = self.batch * self.length
         self.trained = case.method.kind == "full"
+        self.trained_layers = self.trained and case.model.quant == "none"  # a quantised layer is frozen
         self._layers = {layer.name: layer for layer in shapes.linears(case.model)}
         self.owners = shapes.owners(case)
         self._policies = case.policies
@@ -75,11 +76,13 @@ class Walk:
             return chains.run(tape, pieces.Linears(self, name), x)[0]
         n_in = layer.n_in // (self.case.cut if layer.cut == 1 else 1)
         n_out = layer.n_out // (self.case.cut if layer.cut == 0 else 1)
-        if self.model.quant == "none" and self.model.family != "gpt2":
-            y = tape.linear(x, n_in, n_out, self.width, self.trained)
-        else:  # a quantised product, or GPT-2's own `Conv1D`
-            rows, width = x.numel // n_in, self.width if self.model.quant == "none" else 0
-            y = tape.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, self.trained)
+        fp8 = self.case.train.fp8 and layer.n_in % 16 == layer.n_out % 16 == 0
+        ours = self.model.quant != "none" or fp8  # products of our own, which keep no copy of a weight
+        if not ours and self.model.family != "gpt2":
+            y = tape.linear(x, n_in, n_out, self.width, self.trained_layers)
+        else:  # those, or GPT-2's own `Conv1D`
+            rows, width = x.numel // n_in, 0 if ours else self.width
+            y = tape.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, self.trained_layers)
         if layer.name not in self.owners:
             return y
         assert adapter is not None

@@ -69,14 +69,21 @@ def quantise(model: nn.Module, cfg: schema.Model, device: torch.device) -> list[
     return names
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether `module` is one of the frozen layers that `quantise` makes."""
+    return hasattr(module, "dequantised")
+
+
 def linear_weights_trained(model: nn.Module) -> bool:
     """Whether a weight matrix of the blocks is trained: False where only adapters, heads or norms are.
 
     Adapters are known by their names: `lora_` in those of peft's layers, `.adapters.` in ours.
     """
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}  # T5's position bias
     return any(
         parameter.requires_grad and parameter.ndim >= 2 and BLOCK.search(name) and not ADAPTER.search(name)
         for name, parameter in model.named_parameters()
+        if parameter not in tables
     )
 
 

@@ -40,12 +40,12 @@ class Linear4bit(bnb.nn.Linear4bit):
         """x W^T. CUDA has a kernel that dequantises on the way, for few rows."""
         if not x.is_cuda:
             return nn.functional.linear(x, self.dequantised(x.dtype))
-        y: Tensor = bnb.matmul_4bit(x, self.weight, quant_state=self.weight.quant_state)
+        y: Tensor = bnb.matmul_4bit(x, self.weight, quant_state=self.quant_state)
         return y
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """W [M, N]."""
-        state = self.weight.quant_state
+        state = self.quant_state  # the layer's: an engine that cuts weights puts another parameter in its place
         scales = F.dequantize_blockwise(state.absmax, state.state2) + state.offset
         n = state.shape.numel()
         rows = (n // state.blocksize, state.blocksize) if n % state.blocksize == 0 else (1, n)

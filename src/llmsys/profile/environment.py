@@ -18,6 +18,8 @@ PACKAGES = (
     "transformers",
     "peft",
     "bitsandbytes",
+    "deepspeed",
+    "nvidia-ml-py",
     "numpy",
     "scikit-learn",
     "safetensors",
@@ -25,7 +27,13 @@ PACKAGES = (
     "flash-attn",
     "triton",
 )
-_PREFIXES = ("NCCL_", "OMP_", "MKL_", "CUDA_VISIBLE", "PYTORCH_", "KMP_", "MALLOC_", "TRITON_", "LLMSYS_KERNELS")
+_PREFIXES = (
+    *("NCCL_", "TORCH_NCCL_", "TORCH_GLOO_", "TORCH_ALLOW_TF32", "PYTORCH_", "GLOO_", "UCX_", "FI_", "DS_"),
+    *("CUDA_VISIBLE", "CUDA_LAUNCH", "CUDA_DEVICE_", "CUDA_MODULE", "CUBLAS_", "NVIDIA_TF32"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TRITON_", "LLMSYS_KERNELS"),
+)
+"""Of environment variables that change how fast something runs, or over which link; not of those that only name a
+folder, which a published record has no use for."""
 
 
 def describe(device_kind: str, threads: int) -> dict[str, Any]:
@@ -43,6 +51,7 @@ def describe(device_kind: str, threads: int) -> dict[str, Any]:
         "driver": _driver() if kind == "cuda" else "",
         "cpu": device.cpu_name(),
         "cores": device.threads(),
+        **_governor(),
         "threads": threads,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 2),
         "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_PREFIXES)},
@@ -83,6 +92,14 @@ def _device_count(kind: str) -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _governor() -> dict[str, str]:
+    """How the kernel chooses the CPU's frequency (`performance`, `powersave`), of each way once; {} where it does not
+    say, as in most virtual machines."""
+    files = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor"))
+    found = dict.fromkeys(file.read_text().strip() for file in files)
+    return {"cpu_governor": ", ".join(found)} if found else {}
 
 
 def _driver() -> str:

@@ -153,9 +153,12 @@ def accounted(held: dict[str, list[Tensor]], saved_bytes: int) -> dict[str, int]
 class Peak:
     """The highest memory use of the training steps alone: `pause` around evaluation and checkpoints.
 
-    CUDA: allocated and reserved by torch's allocator. Host: VmHWM, the kernel's high-water mark of the resident set,
-    reset at each `resume`. Where the kernel does not allow the reset, it is the whole process's mark (`ru_maxrss`),
-    model loading included, and `host_peak_reset` is 0.
+    CUDA: allocated and reserved by torch's allocator, and what the driver says is in use on the device, with the CUDA
+    context, libraries' own memory and other processes. It is asked at `pause`, and what the allocator had reserved at
+    its peak and has given back since is added. `alloc_retries`: how often the allocator had to empty its cache and ask
+    again; where that is not 0, times are of a run short of memory. Host: VmHWM, the kernel's high-water mark of the
+    resident set, reset at each `resume`. Where the kernel does not allow the reset, it is the whole process's mark
+    (`ru_maxrss`), model loading included, and `host_peak_reset` is 0.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -174,13 +177,18 @@ class Peak:
         now = {"host_peak_gib": (host_peak_bytes() if self._reset else maxrss_bytes()) / GIB}
         if self.device.type == "cuda":
             now["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
-            now["reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            now["reserved_gib"] = reserved / GIB
+            now["device_gib"] = (total - free + reserved - torch.cuda.memory_reserved(self.device)) / GIB
+            now["alloc_retries"] = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
         for key, value in now.items():
             self._highest[key] = max(value, self._highest.get(key, 0.0))
 
     @property
     def summary(self) -> dict[str, float]:
-        """`host_peak_gib`, on CUDA `peak_gib` and `reserved_gib`, and whether the host's mark could be reset."""
+        """`host_peak_gib`, whether the host's mark could be reset, and on CUDA `peak_gib`, `reserved_gib`, `device_gib`
+        and `alloc_retries`."""
         return {**self._highest, "host_peak_reset": int(self._reset)}
 
 

@@ -76,12 +76,15 @@ class Config:
 
     `command`: the words after `python -m llmsys` that composed it, but for `results`; none where a program made it. It
     is known when all else is composed, so nobody sets it, and it is no part of what a run is.
+    `techniques`: a combination of settings by its letters, F+R+Z3+O (`llmsys.bench.techniques`), typed or swept over;
+    it has chosen groups and settings before they were composed, so they are the run's identity and it is not.
     """
 
     name: str = "scratch"
     results: str = "results"
     reuse: str = "same_code"
     force: bool = False
+    techniques: str | None = None
     smoke: list[str] = field(default_factory=list)
     baselines: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)

@@ -71,8 +71,10 @@ def _method(config: Config) -> None:
     model, method = config.model, config.method
     if isinstance(method, Adapter) and isinstance(model, ConvNet):
         raise ValueError(f"method.kind={method.kind}: adapters are for transformers, not for model {model.name}")
-    if model.quant != "none" and not isinstance(method, Adapter):
-        raise ValueError(f"model.quant={model.quant}: freezes the base, so it needs an adapter, not {method.kind}")
+    if model.quant != "none" and method.kind in CLOSED_FORM:
+        raise ValueError(f"model.quant={model.quant}: is for training, and method={method.kind} trains no weight of it")
+    if model.quant != "none" and isinstance(model, ConvNet):
+        raise ValueError(f"model.quant={model.quant}: is for transformers, not for model {model.name}")
     if model.quant != "none" and model.family == "gpt2":
         raise ValueError(f"model.quant={model.quant}: is for linear layers, and those of model {model.name} are Conv1D")
     if method.kind in CLOSED_FORM and (model.objective != "classification" or config.train.world != 1):
@@ -113,9 +115,14 @@ def _engine(config: Config) -> None:
         for key in ("num_heads", "num_kv_heads", "intermediate_size"):
             if getattr(model, key) % train.world:
                 raise ValueError(f"train.world={train.world}: must divide model.{key}={getattr(model, key)}")
-    if model.quant != "none" and engine.kind not in ("local", "ddp"):
-        raise ValueError(f"model.quant={model.quant}: needs engine=local or engine=ddp; {engine.kind} cuts weights")
+    if model.quant != "none" and engine.kind == "tp":
+        raise ValueError(
+            f"model.quant={model.quant}: engine=tp cuts matrices, and packed ones must stay whole: engine=ddp"
+        )
     shares_bf16 = model.dtype == "bf16" and (engine.kind == "fsdp2" or (isinstance(engine, DeepSpeed) and engine.zero))
+    cuts = engine.kind == "fsdp2" or (isinstance(engine, DeepSpeed) and engine.zero == 3)
+    if model.quant == "int8" and cuts:
+        raise ValueError("model.quant=int8: its kernel reads whole weights, and this engine cuts them: model.quant=nf4")
     if isinstance(model, ConvNet) and shares_bf16:
         raise ValueError(
             f"model.dtype=bf16: batch norm stays in fp32, and engine={engine.kind} needs one dtype: "
@@ -125,6 +132,33 @@ def _engine(config: Config) -> None:
         on_host = config.hardware.device == "cpu" or engine.offload != "none"
         if config.hardware.device != "auto" and not on_host:
             raise ValueError("engine.optimizer=cpu_adam: works in host memory: engine.offload=optimizer")
+    _optimizer(config)
+
+
+def _optimizer(config: Config) -> None:
+    """What `train.optimizer` and `train.fp8` go with."""
+    train, engine, model = config.train, config.engine, config.model
+    if train.optimizer == "adamw_8bit" and isinstance(engine, DeepSpeed):
+        if engine.offload != "none":
+            raise ValueError(
+                f"train.optimizer=adamw_8bit: with engine.offload={engine.offload} moments are on the host"
+            )
+        if engine.optimizer != "torch":
+            raise ValueError(f"engine.optimizer={engine.optimizer}: is another one than train.optimizer=adamw_8bit")
+    if not train.fp8:
+        return
+    if isinstance(model, ConvNet) or model.family == "gpt2":
+        raise ValueError(f"train.fp8=true: is for a transformer's linear layers, and model {model.name} has none")
+    if model.quant != "none":
+        raise ValueError(
+            f"train.fp8=true: weights of model.quant={model.quant} are read back in bf16: model.quant=none"
+        )
+    if isinstance(config.method, LoRA):
+        raise ValueError(
+            f"train.fp8=true: method={config.method.kind} has products of its own: {config.method.kind}_peft"
+        )
+    if engine.kind == "tp":
+        raise ValueError("train.fp8=true: engine=tp cuts matrices after their layers are made: engine=ddp")
 
 
 def _compress(config: Config) -> None:

@@ -10,6 +10,7 @@ from llmsys.schema.model import DTYPES
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 LOSSES = ("whole", "chunked")
+OPTIMIZERS = ("adamw", "adamw_8bit")
 CLOSED_FORM = ("majority", "probe")
 """Methods that train nothing by gradient: they have no learning rate and no steps."""
 INITS = ("orthonormal", "gaussian", "pca", "weight_svd", "select")
@@ -28,6 +29,9 @@ class Train:
     `recompute`: what blocks compute again in the backward pass instead of keeping it, see `schema.recompute`.
     `loss=chunked`: a language model's cross entropy is taken of some rows of the logits at a time, so that they never
     exist whole; the same numbers.
+    `optimizer=adamw_8bit`: AdamW whose two moments are kept in 8 bits (bitsandbytes', arXiv 2110.02861).
+    `fp8`: the linear layers of the blocks multiply in 8-bit floats, forward and backward, and are trained
+    (`models.float8`); for GPUs that can.
     `resume`: the folder of another run of this model and method, whose newest checkpoint this one goes on from.
     `save_final`: what was trained stays when the run has finished, and, with `checkpoint_every`, its last checkpoint.
     `on_nan`: `stop` ends the run as failed at a loss or gradient that is not finite; `skip` leaves that step's update
@@ -62,12 +66,15 @@ class Train:
     on_nan: str = "stop"
     max_skips: int = 10
     spike_factor: float = 3.0
+    optimizer: str = "adamw"
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         one_of("train.precision", self.precision, DTYPES)
         one_of("train.schedule", self.schedule, SCHEDULES)
         recompute.check(self.recompute)
         one_of("train.loss", self.loss, LOSSES)
+        one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         one_of("train.on_nan", self.on_nan, ("stop", "skip"))
         for key in ("steps", "global_batch", "micro_batch", "length", "world", "log_every", "eval_batch", "max_skips"):
             at_least(f"train.{key}", getattr(self, key), 1)

@@ -19,7 +19,8 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.cost import engines, flops, hardware, links, memory, policy, traffic
 from llmsys.cost.case import Case, Facts
-from llmsys.errors import Refused
+from llmsys.errors import Contradiction, Refused
+from llmsys.models import float8
 from llmsys.train.alternatives import alternatives
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ MAX_CPU_S = 3600.0
 def libraries(config: schema.Config) -> None:
     """LookupError names the extra that brings a library which this run would need only after loading weights."""
     needed = {
+        f"train.optimizer={config.train.optimizer}": (
+            "train",
+            ["bitsandbytes"] if config.train.optimizer == "adamw_8bit" else [],
+        ),
         f"model.quant={config.model.quant}": ("train", ["bitsandbytes"] if config.model.quant != "none" else []),
         f"engine={config.engine.kind}": ("deepspeed", ["deepspeed"] if config.engine.kind == "deepspeed" else []),
         "BLEU and ROUGE": ("train", ["sacrebleu", "rouge_score"] if config.model.objective == "seq2seq" else []),
@@ -43,6 +48,22 @@ def libraries(config: schema.Config) -> None:
         for module in modules:
             if importlib.util.find_spec(module) is None:
                 raise LookupError(f"{what}: needs {module}: pip install 'llmsys[{extra}]'")
+
+
+def formats(config: schema.Config, device: torch.device) -> None:
+    """Contradiction where the device has no 8-bit floats and `train.fp8` asks for them."""
+    if not config.train.fp8:
+        return
+    least = ".".join(map(str, float8.LEAST))
+    found = "this run is on a CPU"
+    if device.type == "cuda":
+        have = torch.cuda.get_device_capability(device)
+        if have >= float8.LEAST:
+            return
+        found = f"this {torch.cuda.get_device_name(device)} has {have[0]}.{have[1]}"
+    raise Contradiction(
+        f"train.fp8=true (techniques: Q8): needs a GPU of compute capability {least} or later (Ada, Hopper); {found}"
+    )
 
 
 def learning_rate(config: schema.Config) -> float:

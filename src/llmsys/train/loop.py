@@ -32,7 +32,8 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.traffic import Traffic
 from llmsys.errors import Interrupted
-from llmsys.models import quant
+from llmsys.models import float8, quant
+from llmsys.profile.energy import Energy
 from llmsys.profile.memory import Peak
 from llmsys.profile.spans import Spans
 from llmsys.train import optimizer
@@ -74,6 +75,8 @@ class Loop:
         self.model, self.lr = model, lr
         self.watch = Watch(config.train)
         self.saver = Saver(config, context, self.watch)
+        if config.train.fp8:
+            float8.convert(model)
         self.saver.find()
         self.saver.load_model(model)
         if self.engine.data_rank:  # equal until here, so that ranks start from one model; their dropout must differ
@@ -85,11 +88,14 @@ class Loop:
         }
         self.wrapped = self.engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, lr))
         context.grad_sync.attach(self.wrapped)
+        # Elsewhere gradients are exchanged within the backward pass, and `aggregate` has nothing to do.
+        self.exchanges = config.compress.kind != "none" and self.engine.world > 1 and config.engine.kind == "deepspeed"
         self.saver.load_rest(model)
         self._speed_up_statistics()
         self.schedule = optimizer.schedule(config.train)
         self.spans = Spans(self.device)
         self.peak = Peak(self.device)
+        self.energy = Energy(self.device)
         self.traffic = Traffic()
 
     def mixed(self) -> AbstractContextManager[object]:
@@ -125,6 +131,8 @@ class Loop:
         self.peak.resume()
         for step in range(start + 1, train.steps + 1):
             before = time.perf_counter()
+            if step == start + 1 + self.spans.warmup:
+                self.energy.resume()
             # Counted in a step that is not timed: a dispatch mode costs microseconds an operator.
             counted = self.config.profile.probe and step == start + 1 and self.spans.warmup > 0
             with self.spans.step(), self.traffic if counted else nullcontext():
@@ -139,26 +147,37 @@ class Loop:
                 outcome.loss = row["loss"]
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
-                self.peak.pause()
+                self._pause()
                 outcome.evaluation = self.evaluate(step)
-                self.peak.resume()
+                self._resume(step)
                 better = self.saver.better(step, outcome.evaluation["val_loss"])
             else:
                 better = False
             due = bool(train.checkpoint_every) and (better or step % train.checkpoint_every == 0)
             if (due or stop) and not last:
-                self.peak.pause()
+                self._pause()
                 self.save(step)
-                self.peak.resume()
-            if last and self.saver.keeps_last:
-                self.peak.pause()
-                self.saver.save_last(step, self.model)  # after an evaluation: statistics are averaged
-                self.peak.resume()
+                self._resume(step)
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
+        if self.saver.keeps_last:
+            self._pause()
+            self.saver.save_last(train.steps, self.model)  # after an evaluation: statistics are averaged
+            self._resume(train.steps)
         self.context.stoppable = False
         outcome.tokens_per_step = tokens / max(train.steps - start, 1)
         return outcome
+
+    def _pause(self) -> None:
+        """What follows is no part of the steps that are measured."""
+        self.peak.pause()
+        self.energy.pause()
+
+    def _resume(self, step: int) -> None:
+        """The steps go on, of which `step` was done."""
+        self.peak.resume()
+        if step < self.config.train.steps and step > self.saver.start + self.spans.warmup:
+            self.energy.resume()
 
     def _note(self, step: int, row: dict[str, Any]) -> None:
         """Tells the progress bar, the metrics, and the watch over losses, which may end the run."""
@@ -186,7 +205,7 @@ class Loop:
             labels = [label_count(batch, objective) for batch in batches]
             own = [sum(labels), sum(token_count(batch, objective) for batch in batches)]
             batches = [{key: value.to(self.device) for key, value in batch.items()} for batch in batches]
-        with spans("communication") if engine.world > 1 else nullcontext():
+        with spans("agreement") if engine.world > 1 else nullcontext():
             everywhere, tokens = engine.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         if everywhere == 0:
             raise ValueError(f"data: step {step} has no label token within train.length={self.config.train.length}")
@@ -198,9 +217,8 @@ class Loop:
                 with spans("backward"):
                     engine.backward(part * engine.divisor)
             loss += part.detach()
-        if engine.world > 1:
-            with spans("communication"):
-                self.context.grad_sync.aggregate(self.wrapped)
+        with spans("communication") if self.exchanges else nullcontext():
+            self.context.grad_sync.aggregate(self.wrapped)
         with spans("optimizer"):
             lr = self.lr * self.schedule(step - 1)
             for group in engine.optimizer.param_groups:

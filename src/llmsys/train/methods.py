@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llmsys.models import quant
+
+log = logging.getLogger(__name__)
 
 
 class Plain:
@@ -24,10 +29,22 @@ class Plain:
 
 
 class Full(Plain):
-    """Full fine-tuning, or pre-training: everything has a gradient and optimizer state."""
+    """Full fine-tuning, or pre-training: everything has a gradient and optimizer state.
+
+    But for quantised layers, which are frozen: over such a base embeddings, norms and the head are trained, and no
+    linear weight of a block. The log says so, and the record's `linear_weights_trained` is 0.
+    """
 
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = ()) -> nn.Module:
-        return model.requires_grad_(True)
+        frozen = 0
+        for module in model.modules():
+            packed = quant.is_quantised(module)
+            frozen += packed
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not packed)
+        if frozen:
+            log.info("method=full over a quantised base: %d linear layers are frozen, only the rest is trained", frozen)
+        return model
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         return {**trainable(model), **running(model)}

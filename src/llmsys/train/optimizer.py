@@ -1,19 +1,21 @@
-"""AdamW and the learning rate's schedule, as torch and transformers have them."""
+"""AdamW, with moments of fp32 or of 8 bits, and the learning rate's schedule as transformers has it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmsys import schema
 
 
-def adamw(model: nn.Module, config: schema.Train, lr: float) -> torch.optim.AdamW:
-    """AdamW over the trained parameters. Weight decay pulls matrices only: on a norm's or a bias's vector it does harm.
+def adamw(model: nn.Module, config: schema.Train, lr: float) -> torch.optim.Optimizer:
+    """The AdamW of `train.optimizer` over the trained parameters. Weight decay pulls matrices only: on a norm's or a
+    bias's vector it does harm.
 
-    The fused kernel is element-wise, hence deterministic, and takes one pass over memory instead of about ten.
+    torch's fused kernel is element-wise, hence deterministic, and takes one pass over memory instead of about ten.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: dict[tuple[bool, type], list[nn.Parameter]] = {}
@@ -22,11 +24,37 @@ def adamw(model: nn.Module, config: schema.Train, lr: float) -> torch.optim.Adam
     ) in trained:  # by type too: one kernel call cannot mix DTensors with whole tensors, which tensor parallelism has
         groups.setdefault((p.ndim >= 2, type(p.data)), []).append(p)
     decay = {True: config.weight_decay, False: 0.0}
-    return torch.optim.AdamW(
-        [{"params": members, "weight_decay": decay[matrix]} for (matrix, _), members in groups.items()],
-        lr=lr,
-        fused=True,
+    made = [{"params": members, "weight_decay": decay[matrix]} for (matrix, _), members in groups.items()]
+    if config.optimizer == "adamw_8bit":
+        from llmsys.train.adamw_8bit import AdamW8bit
+
+        eight: torch.optim.Optimizer = AdamW8bit(made, lr=lr)
+        return eight
+    return torch.optim.AdamW(made, lr=lr, fused=True)
+
+
+def state_of(optimizer: Any, parameter: nn.Parameter) -> Mapping[str, Any]:
+    """AdamW's state of a parameter, `exp_avg`, `exp_avg_sq` and `step`, however the optimizer keeps it; {} before a
+    step. Of a parameter that is cut, this rank's part or a DTensor of it."""
+    unpacked = getattr(optimizer, "unpacked", None)
+    found: Mapping[str, Any] = unpacked(parameter) if unpacked else optimizer.state.get(parameter, {})
+    return found
+
+
+def piece_of(optimizer: Any, parameter: nn.Parameter, key: str, start: int, numel: int) -> Tensor:
+    """`numel` elements, from `start` on, of a moment of a flat parameter."""
+    piece = getattr(optimizer, "piece", None)
+    found: Tensor = (
+        piece(parameter, key, start, numel) if piece else optimizer.state[parameter][key][start : start + numel]
     )
+    return found
+
+
+def keep(optimizer: Any, parameter: nn.Parameter) -> None:
+    """Has the optimizer take over, in its own form, AdamW's state that has been put into `state[parameter]`."""
+    pack = getattr(optimizer, "pack", None)
+    if pack:
+        pack(parameter)
 
 
 def schedule(config: schema.Train) -> Callable[[int], float]:

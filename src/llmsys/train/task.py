@@ -14,7 +14,8 @@ from llmsys import schema
 from llmsys.profile import memory
 from llmsys.schema import recompute
 from llmsys.train import checks
-from llmsys.train.loop import Loop, Outcome
+from llmsys.train.loop import Loop
+from llmsys.train.measure import measure
 from llmsys.train.references import Majority, Probe, Reference
 from llmsys.train.reproducible import reproducible
 
@@ -80,7 +81,9 @@ def load_tokenizer(model: schema.Model, folder: Path | None) -> Tokenizer | None
 
 
 def predict(config: schema.Config, context: Context) -> dict[str, float]:
-    """Predicted peak memory and step time for the record; Refused where either is too much."""
+    """Predicted peak memory and step time for the record; Refused where either is too much, Contradiction where the
+    device has not what is asked of it."""
+    checks.formats(config, context.device)
     return {
         "predicted_peak_gib": checks.check_memory(config, context.device) / memory.GIB,
         "predicted_step_ms": checks.check_time(config, context.device),
@@ -113,25 +116,10 @@ def fit(
         if context.place.rank == 0:
             context.method.save(state, context.out / "weights", {**meta, "steps": config.train.steps})
         files["weights"] = "weights"
-    summary, kernel = measure(config, loop, outcome)
+    measured = measure(config, loop, outcome)
     files |= loop.saver.finish(config.train.steps)
-    return {
-        "summary": {**summary, **predicted},
-        "samples": loop.spans.samples,
-        "files": files,
-        "kernel": kernel,
-        "resumed_from_step": outcome.resumed_from_step,
-    }
-
-
-def _policies(config: schema.Config, model: nn.Module) -> dict[str, int]:
-    """How many blocks compute what again, as it was done: `blocks_<policy>` (`attn+mlp` as `attn_mlp`)."""
-    from llmsys.models import blocks
-
-    if config.train.recompute == "none":
-        return {}
-    each = recompute.policies(config.train.recompute, len(blocks(model)))
-    return {f"blocks_{policy.replace('+', '_')}": each.count(policy) for policy in recompute.POLICIES if policy in each}
+    measured["summary"] |= predicted
+    return {**measured, "files": files, "resumed_from_step": outcome.resumed_from_step}
 
 
 def _sample(config: schema.Config, context: Context, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
@@ -143,37 +131,3 @@ def _sample(config: schema.Config, context: Context, dataset: Dataset) -> Iterat
         indices = order(len(dataset.train), train.micro_batch, train.seed, step)
         batch = dataset.train.batch(indices, seed=(train.seed, step))
         yield {key: value.to(context.device) for key, value in batch.items()}
-
-
-def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> tuple[dict[str, float], str]:
-    """(summary, attention kernel) of a finished loop. The probe step comes last, so it disturbs no measurement."""
-    from llmsys.models import kernel
-
-    spans = loop.spans
-    batch = {key: value.to(loop.device) for key, value in loop.micro_batches(0)[0].items()}
-    saved = memory.saved_tensors(loop.model, lambda: loop.forward(batch, 1)) if config.profile.probe else 0
-    loop.engine.settle()
-    kept = loop.context.grad_sync.held()
-    accounted = memory.accounted({**loop.engine.held(), **({"compress": kept} if kept else {})}, saved)
-    if not config.profile.probe:
-        accounted = {key: value for key, value in accounted.items() if key not in ("saved_bytes", "accounted_bytes")}
-    with loop.mixed():
-        observed = kernel.observed(loop.model, batch)
-    seconds = spans.summary["step_ms_p50"] / 1e3
-    throughput = {"tokens_per_s": outcome.tokens_per_step / seconds} if outcome.tokens_per_step else {}
-    summary = {
-        "loss": outcome.loss,
-        **outcome.evaluation,
-        **throughput,
-        "samples_per_s": config.train.global_batch / seconds,
-        **spans.summary,
-        **loop.peak.summary,
-        **accounted,
-        **loop.watch.summary,
-        **loop.traffic.summary,
-        **_policies(config, loop.model),
-        **loop.sizes,
-        "timed_steps": len(spans.samples["step_ms"]),
-        "profiler_overhead_us_per_step": spans.overhead_us_per_step(),
-    }
-    return summary, observed

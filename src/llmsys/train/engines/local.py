@@ -15,6 +15,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.profile import memory
+from llmsys.train.optimizer import keep, state_of
 from llmsys.train.protocols import SyncState
 
 
@@ -79,21 +80,24 @@ class Local:
         return whole(tensor)
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(parameter, {})
+        state = state_of(self.optimizer, parameter)
         return {key: whole(torch.as_tensor(value)) for key, value in state.items()}
 
     @torch.no_grad()
     def set_moments(self, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """In the parameters' own precision, as torch's AdamW has moments, whatever engine wrote them."""
+        """In the parameters' own precision, as torch's AdamW has moments, whatever engine wrote them; for an optimizer
+        that keeps them in its own form, as they are."""
+        own = hasattr(self.optimizer, "pack")
         for parameter, values in moments.items():
             state = self.optimizer.state[parameter] = {}
             for key, value in values.items():
                 if key == "master":
                     parameter.copy_(like(parameter, value.to(parameter.dtype)))
                 elif value.ndim:
-                    state[key] = like(parameter, value.to(parameter.dtype))
+                    state[key] = like(parameter, value if own else value.to(parameter.dtype))
                 else:  # a step count stands where the fused kernel reads it: beside the parameter
                     state[key] = value.to(parameter.device, torch.float32)
+            keep(self.optimizer, parameter)
 
     def held(self) -> dict[str, list[Tensor]]:
         return memory.held_locally(self.model, self.optimizer)

@@ -25,6 +25,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local
+from llmsys.train.optimizer import keep, piece_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -171,8 +172,11 @@ class DeepSpeed(Local):
         shape = parameter.ds_shape if self.settings.zero == 3 else parameter.shape
         buffer = torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
         for fragment in self._by_parameter.get(parameter, []):
-            source = fragment.flat if key == "master" else self.optimizer.state[fragment.flat][key]
-            piece = source.detach()[fragment.offset : fragment.offset + fragment.numel]
+            piece = (
+                fragment.flat.detach()[fragment.offset : fragment.offset + fragment.numel]
+                if key == "master"
+                else piece_of(self.optimizer, fragment.flat, key, fragment.offset, fragment.numel)
+            )
             buffer[fragment.start : fragment.start + fragment.numel] = piece.to(self.device)
         collectives.all_reduce(buffer)
         return buffer.reshape(shape)
@@ -187,10 +191,12 @@ class DeepSpeed(Local):
     def set_moments(self, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         if not self.settings.zero:
             return super().set_moments(moments)
+        filled = dict[nn.Parameter, None]()
         for fragment in self._fragments():
             values = moments.get(fragment.parameter)
             if values is None:
                 continue
+            filled[fragment.flat] = None
             state = self.optimizer.state.setdefault(fragment.flat, {})
             if not state:
                 state.update({key: torch.zeros_like(fragment.flat) for key in MOMENTS})
@@ -201,6 +207,8 @@ class DeepSpeed(Local):
                     target = fragment.flat.detach() if key == "master" else state[key]
                     piece = values[key].reshape(-1)[fragment.start : fragment.start + fragment.numel]
                     target[fragment.offset : fragment.offset + fragment.numel] = piece.to(target.device)
+        for flat in filled:
+            keep(self.optimizer, flat)
 
     def held(self) -> dict[str, list[Tensor]]:
         if not self.settings.zero:

@@ -1,0 +1,1 @@
+"""Training under every combination of techniques: measured, predicted, and answered (arXiv 2311.03687)."""

@@ -1,0 +1,140 @@
+"""What a record says a run has cost, against what is known of it otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import train_harness as harness
+
+from llmsys import cost, schema
+from llmsys.cost.flops import model_flops
+from llmsys.cost.hardware import DEVICES
+from llmsys.job import Record
+from llmsys.train import measure
+from rank_pool import ENGINES, Pool
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("full", {}),
+        ("full", {"train__loss": "chunked"}),
+        ("full", {"model__quant": "nf4", "train__recompute": "block"}),
+        ("lora_peft", {}),
+    ],
+)
+def test_arithmetic_and_memory_add_up(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    config = harness.config(kind, train__micro_batch=2, train__global_batch=4, **changes)
+    result = harness.run(tmp_path, config)
+    summary = result["summary"]
+    parts = (config.model, config.train, config.method, config.engine)
+    step, needed, done = (
+        summary["step_ms_p50"] / 1e3,
+        model_flops(*parts, padded=False),
+        cost.step_flops(*parts, padded=False),
+    )
+    assert summary["achieved_tflops"] == pytest.approx(needed / step / 1e12)
+    assert summary["mfu"] == pytest.approx(summary["achieved_tflops"] / summary["peak_tflops"])
+    assert summary["hfu"] / summary["mfu"] == pytest.approx(done / needed)
+    assert summary["peak_tflops"] == 0.1
+    assert result["notes"]["peak_tflops"] == "hardware.tflops=0.1"
+    assert summary["tokens_per_s_per_device"] == summary["tokens_per_s"] == pytest.approx(4 * 32 / step)
+    assert summary["activations_bytes"] + summary["logits_bytes"] == summary["saved_bytes"]
+    estimate = cost.estimate(*parts, padded=False)
+    assert summary["logits_bytes"] == pytest.approx(estimate["logits"], abs=64)
+    assert summary["activations_bytes"] == pytest.approx(estimate["activations"], abs=64)
+    assert not any(key.startswith(("communication", "offload", "agreement", "energy")) for key in summary)
+    assert "workspace_bytes" not in summary  # a CPU has no allocator that counts
+
+
+def on(name: str, gib: float, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """As if this were another machine's GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    total = int(gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(measure, "_measured", lambda device, precision: 42e12)
+    return torch.device("cuda")
+
+
+def test_the_peak_is_a_datasheet_s_by_the_card_s_name_and_else_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this device, also where the run is checked against another machine by name."""
+    config = harness.config(train__precision="bf16", hardware__tflops=None)
+    speed, source = measure.peak_flops(config, on("NVIDIA A800-SXM4-80GB", 79.3, monkeypatch))
+    assert (speed, source.partition(":")[0]) == (312e12, "A800 SXM 80 GB in bf16")
+    other = harness.config(train__precision="bf16", hardware__tflops=None, hardware__name="h100")
+    assert measure.peak_flops(other, on("NVIDIA A800-SXM4-80GB", 79.3, monkeypatch))[0] == 312e12
+    speed, source = measure.peak_flops(config, on("NVIDIA H100 NVL", 93.1, monkeypatch))
+    assert speed == 42e12
+    assert source.startswith("measured: torch.matmul in bf16 on this NVIDIA H100 NVL")
+    turing = on("NVIDIA GeForce RTX 2080 Ti", 10.8, monkeypatch)  # whose datasheet has no bf16
+    assert measure.peak_flops(config, turing)[1].startswith("measured")
+    plain = harness.config(hardware__tflops=None)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    speed, source = measure.peak_flops(plain, on("NVIDIA A100-SXM4-80GB", 79.3, monkeypatch))
+    assert speed == DEVICES["a100"].peak("tf32")
+    assert "in tf32" in source
+
+
+def test_a_cpu_s_peak_is_measured(tmp_path: Path) -> None:
+    config = harness.config(hardware__tflops=None)
+    speed, source = measure.peak_flops(config, torch.device("cpu"))
+    assert 1e9 < speed < 1e13
+    assert source.startswith("measured: torch.matmul in fp32 on this cpu")
+
+
+def test_what_an_engine_hides_has_no_time_of_its_own_and_a_note(pool: Pool, tmp_path: Path) -> None:
+    """Its communication is timed once, in a step of its own, and says which phases it is a part of."""
+    for engine in ("ddp", "zero2-offload"):
+        overrides = [*ENGINES[engine], "train.steps=4"]
+        found = pool.call("rank_runs:run", str(tmp_path / engine), overrides, None)[0]
+        assert found["status"] == "ok", found["error"]
+        record = Record.read(Path(found["out"]))
+        assert record is not None
+        assert record.summary["communication_busy_ms"] > 0
+        assert record.summary["agreement_ms_p50"] > 0
+        assert not {"communication_ms_p50", "offload_ms_p50", "offload_busy_ms"} & record.summary.keys()
+        assert "within backward" in record.notes["communication_ms"]
+        assert record.summary["tokens_per_s_per_device"] == record.summary["tokens_per_s"] / 2
+        assert ("offload_ms" in record.notes) == (engine != "ddp")
+
+
+def test_the_rest_of_a_gpu_s_peak_is_workspace_and_what_is_offloaded_is_not_in_it() -> None:
+    """Gradients are there at the peak only where micro-batches are accumulated, or in the host's memory."""
+    mib = 2**20
+    held = {
+        "weights": [torch.empty(mib, dtype=torch.uint8)],
+        "gradients": [torch.empty(mib, dtype=torch.uint8, device="meta")],
+        "optimizer": [torch.empty(2 * mib, dtype=torch.uint8)],
+    }
+    accounted = {"accounted_bytes": 10.0 * mib, "gradients_bytes": 1.0 * mib}
+    gpu, peak = torch.device("cuda"), {"peak_gib": 12 / 1024}
+    for engine, world, offloaded, rest in (
+        (schema.DDP(kind="ddp"), 1, None, 3),
+        (schema.DDP(kind="ddp"), 2, None, 2),
+        (schema.DeepSpeed(kind="deepspeed", zero=2, offload="optimizer"), 1, 4, 6),
+    ):
+        config = harness.config(train__micro_batch=8 // world, engine=engine)
+        found = measure.on_host(config, held, gpu)
+        assert found == ({} if offloaded is None else {"offloaded_bytes": offloaded * mib})
+        assert measure.workspace(config, {**accounted, **found}, peak) == {"workspace_bytes": rest * mib}
+        assert measure.on_host(config, held, torch.device("cpu")) == {}
+    assert measure.workspace(config, accounted, {"host_peak_gib": 1.0}) == {}
+
+
+def test_a_record_without_notes_is_written_as_before_there_were_any() -> None:
+    record = Record(name="n", run_id="r", task="train", status="ok")
+    assert '"notes"' not in record.to_json()
+    record.notes["peak_tflops"] = "measured"
+    assert Record.from_json(record.to_json()) == record
+
+
+def test_the_peak_of_the_loss_s_share_is_of_language_models_alone(tmp_path: Path) -> None:
+    config = harness.config("full", family="bert", train__steps=2)
+    assert isinstance(config.model, schema.Transformer)
+    summary = harness.run(tmp_path, config)["summary"]
+    assert "logits_bytes" not in summary
+    assert summary["mfu"] > 0
