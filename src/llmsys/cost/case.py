@@ -81,6 +81,11 @@ class Case:
         return 2 if self.model.dtype == "bf16" else 4
 
     @property
+    def product_width(self) -> int:
+        """Bytes of what a product makes."""
+        return 2 if self.autocast else self.width
+
+    @property
     def autocast(self) -> bool:
         """fp32 weights, bf16 products."""
         return self.train.precision == "bf16" and self.model.dtype == "fp32"

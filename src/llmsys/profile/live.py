@@ -37,7 +37,7 @@ class Live(TorchDispatchMode):
             seen(storage)
             return result
 
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = watched  # type: ignore[assignment, method-assign]
         self._resize = resize
         super().__enter__()
         return self
