@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from llmsys import schema, wiring
+from llmsys import expand, schema, wiring
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions come as they are, for `messages` to put into one line
 
@@ -35,13 +35,14 @@ def register() -> None:
 def plain(config: Any, words: Sequence[str]) -> dict[str, Any]:
     """A composed config as nested dicts, resolved and without Hydra's own part; a missing value is an error.
 
-    `words` of the command line become its `command`. Where results lie is left out: a published record is not to name
-    a folder of this machine.
+    What stands for several settings is filled in (`expand`). `words` of the command line become its `command`. Where
+    results lie is left out: a published record is not to name a folder of this machine.
     """
     from omegaconf import OmegaConf
 
     composed = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    expand.expand(values, words)
     return {**values, "command": [word for word in words if word.partition("=")[0].lstrip("+") != "results"]}
 
 

@@ -20,21 +20,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Context:
-    """Handed to every task by the runner.
+class LightContext:
+    """What the runner hands to every task; to a light one (`tasks.LIGHT`) nothing more, and torch is not loaded.
 
     `beat` is to be called at every step: it feeds the progress bar and proves that the run is not stuck.
     """
 
     out: Path
     place: Place = field(default_factory=Place)
-    device: torch.device
     threads: int
     code_hash: str
     log: logging.Logger
-    method: Method
-    engine: Engine
-    grad_sync: GradSync
     metrics: JsonLines
     inputs: dict[str, str] = field(default_factory=dict)
     env: dict[str, Any] = field(default_factory=dict)
@@ -72,3 +68,13 @@ class Context:
     def run_folder(self, exp: str) -> Path:
         """The folder of the finished run of experiment `exp` that this run builds on."""
         return Path(self.inputs[f"run:{exp}"])
+
+
+@dataclass(kw_only=True)
+class Context(LightContext):
+    """With the device and the parts that the config has chosen."""
+
+    device: torch.device
+    method: Method
+    engine: Engine
+    grad_sync: GradSync

@@ -30,9 +30,13 @@ HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
 _NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques")
-_LATER: dict[str, Any] = {"optimizer": "adamw", "fp8": False}
-"""Settings of `train` that earlier versions of this package did not have, with what their runs did."""
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
+_LATER: dict[str, dict[str, Any]] = {
+    "train": {"optimizer": "adamw", "fp8": False},
+    "model": {"head_dim": 0, "qkv_bias": False, "qk_norm": False},
+    "hardware": {"mem_gbps": None, "host_gbps": None, "host_gib": None, "devices": 1, "nvlink": True},
+}
+"""Settings that came later, at which a run is what it was before there were any: records without them are of it."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -159,15 +163,16 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
     """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
     identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
     identity["train"] = {key: value for key, value in config["train"].items() if key != "resume"}
-    for key, default in _LATER.items():  # as it was before there was the key: records without it are of the same runs
-        if identity["train"].get(key) == default:
-            del identity["train"][key]
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     if identity.get("compress", {}).get("kind") == "none":
         del identity["compress"]  # as it was before there was the group: records without it are of the same runs
     if "compress" in identity:
         identity["compress"] = as_before(identity["compress"])
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
+    identity["model"] = {key: value for key, value in config["model"].items() if key != "config"}  # its shape counts
+    identity["task"] = {key: value for key, value in config["task"].items() if key != "speeds"}  # so does its content
+    for group, plain in _LATER.items():
+        identity[group] = {k: v for k, v in identity[group].items() if k not in plain or v != plain[k]}
     text = json.dumps([identity, device_name, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -178,35 +183,64 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     `inputs` as in `Job`. Raises ValueError, in one line that names the key, for anything wrong with the settings or
     with the files they name.
     """
-    from llmsys import data, tasks
+    from llmsys import tasks
     from llmsys.cost import hardware, pace, shapes
-    from llmsys.models import fingerprint
 
     config = copy.deepcopy(config)
     tasks.check(config["task"]["kind"])
-    kind, device_name = device.resolve(schema.build(config).hardware.device)
+    typed = schema.build(config)
+    hardware.named(typed.hardware)  # an unknown name is said here
+    light, elsewhere = typed.task.kind in tasks.LIGHT, _elsewhere(typed)
+    kind, device_name = ("cpu", "") if elsewhere else device.resolve(typed.hardware.device)
     config["hardware"]["device"] = kind
-    if kind == "cuda" and config["train"]["world"] > device.gpus():
+    if light:
+        config["dispatch"]["kind"] = "inline"
+    elif kind == "cuda" and config["train"]["world"] > device.gpus():
         raise ValueError(f"train.world={config['train']['world']}: this machine has {device.gpus()} CUDA devices")
     share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
-    config["train"]["threads"] = config["train"]["threads"] or share
+    config["train"]["threads"] = config["train"]["threads"] or (1 if elsewhere else share)
     most = 4 * device.threads()
     if config["train"]["threads"] > most:
         raise ValueError(f"train.threads={config['train']['threads']}: at most {most}, four times the cores there are")
     _only_its_own_rate(config)
-    hardware.named(schema.build(config).hardware)  # an unknown name is said here
     typed = schema.build(config)
     if isinstance(typed.task, schema.Replay):
         pace.flops_per_s(typed.task, kind)  # and an unknown device or precision of its
     if not isinstance(typed.task, schema.Ledger):  # which makes a model of its own width
         shapes.check_adapters(typed.model, typed.method)
     inputs = dict(inputs or {})
-    content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
-    if continued := resume.source(config):
-        inputs["resume"], content["resume"] = str(continued[0]), continued[1]
+    content = _read(config, typed, inputs)
     identifier = run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)
+
+
+def _elsewhere(config: schema.Config) -> bool:
+    """Whether a run is about a machine that its config describes: then this one is no part of what it is."""
+    given = config.hardware
+    described = given.name != "auto" or (given.mem_gib is not None and given.tflops is not None)
+    return isinstance(config.task, schema.Predicting) and (described or config.task.speeds is not None)
+
+
+def _read(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
+    """Hashes of the local files and folders that a run reads, by what they are to it; `inputs` gets those that it is to
+    be told the place of."""
+    if isinstance(typed.task, schema.Predicting):
+        if typed.task.speeds is None:
+            return {}
+        path = Path(typed.task.speeds).expanduser()
+        path = path / "record.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"task.speeds={typed.task.speeds}: no record.json there; it is a run of bench_calibrate")
+        inputs["speeds"] = str(path.resolve())
+        return {"speeds": hashlib.sha256(path.read_bytes()).hexdigest()}
+    from llmsys import data
+    from llmsys.models import fingerprint
+
+    content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
+    if continued := resume.source(config):
+        inputs["resume"], content["resume"] = str(continued[0]), continued[1]
+    return content
 
 
 def _only_its_own_rate(config: dict[str, Any]) -> None:

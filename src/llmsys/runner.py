@@ -23,7 +23,7 @@ import yaml
 from llmsys import job as jobs
 from llmsys import schema, tasks, track, wiring
 from llmsys.comm.place import Place, log_name
-from llmsys.context import Context
+from llmsys.context import Context, LightContext
 from llmsys.errors import Contradiction, Interrupted, NotANumber, Refused
 from llmsys.files import write_atomic
 from llmsys.job import Job, Record
@@ -68,7 +68,7 @@ def _says(text: str, phrases: tuple[str, ...]) -> bool:
 def run(
     job: Job,
     listener: Callable[[dict[str, Any]], None] | None = None,
-    on_context: Callable[[Context], None] = lambda _: None,
+    on_context: Callable[[LightContext], None] = lambda _: None,
     *,
     place: Place | None = None,
     network: dict[str, Any] | None = None,
@@ -88,7 +88,7 @@ def run(
     reserve = out / ".reserve"
     sinks: list[track.Sink] = []
     first = place.rank == 0
-    context: Context | None = None
+    context: LightContext | None = None
     with _logger(out, place) as log:
         try:
             if first:
@@ -105,10 +105,7 @@ def run(
                 sinks.extend(track.mirrors(config.tracker, job))
             context = _context(job, config, log, sinks, listener, place, record.env)
             on_context(context)
-            from llmsys.comm import group  # torch
-
-            alone = config.engine.kind == "local"
-            with contextlib.nullcontext() if alone else group.group(place, context.device):
+            with _group(config, context):
                 result = tasks.find(config.task.kind)(config, context)
             _check(result)
             record = dataclasses.replace(record, status="ok", reason="", error="", **result)
@@ -157,7 +154,20 @@ def _context(
     listener: Callable[[dict[str, Any]], None] | None,
     place: Place,
     env: dict[str, Any],
-) -> Context:
+) -> LightContext:
+    common: dict[str, Any] = {
+        "out": Path(job.out),
+        "place": place,
+        "threads": config.train.threads,
+        "code_hash": jobs.code_hash(),
+        "log": log,
+        "metrics": JsonLines(Path(job.out) / "metrics.jsonl"),
+        "inputs": job.inputs,
+        "mirrors": sinks,
+        "listener": listener,
+    }
+    if config.task.kind in tasks.LIGHT:
+        return LightContext(**common)
     import torch
 
     torch.set_num_threads(config.train.threads)
@@ -166,21 +176,22 @@ def _context(
         device = torch.device("cuda", place.rank)
         torch.cuda.set_device(device)
     return Context(
-        out=Path(job.out),
-        place=place,
+        **common,
         device=device,
-        threads=config.train.threads,
-        code_hash=jobs.code_hash(),
-        log=log,
         method=wiring.method(config.method, config.train.seed),
         engine=wiring.engine(config, place, device),
         grad_sync=wiring.grad_sync(config),
-        metrics=JsonLines(Path(job.out) / "metrics.jsonl"),
-        inputs=job.inputs,
         env=env,
-        mirrors=sinks,
-        listener=listener,
     )
+
+
+def _group(config: schema.Config, context: LightContext) -> contextlib.AbstractContextManager[Any]:
+    """The process group of the run's ranks, for a task that has an engine with several."""
+    if not isinstance(context, Context) or config.engine.kind == "local":
+        return contextlib.nullcontext()
+    from llmsys.comm import group
+
+    return group.group(context.place, context.device)
 
 
 @contextlib.contextmanager

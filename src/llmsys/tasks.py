@@ -12,8 +12,12 @@ TASKS = {
     "compress_simulate": "llmsys.compress.simulate.task:simulate",
     "compress_iteration": "llmsys.compress.measure.task:iteration",
     "compress_replay": "llmsys.compress.measure.task:replay",
+    "bench_predict": "llmsys.bench.predict.task:predict",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
+LIGHT = ("bench_predict",)
+"""Tasks that need neither torch nor ranks: they are run in the process that has composed them, with a `LightContext`,
+and are done in about a second."""
 
 
 def check(kind: str) -> None:

@@ -78,10 +78,15 @@ def test_a_precision_that_the_device_has_not_is_refused() -> None:
 
 
 def test_every_device_can_be_chosen_by_its_name() -> None:
-    """`hardware=rtx3090` is a file of that name, which says that name."""
+    """`hardware=rtx3090` is a file of that name, which says that name; `rtx3090x8` is eight of it."""
     files = {path.stem: path.read_text() for path in CONF.glob("*.yaml") if path.stem != "auto"}
-    assert set(files) == set(hardware.DEVICES)
-    for name, text in files.items():
+    single, several = ({n: t for n, t in files.items() if ("\ndevices: " in t) == many} for many in (False, True))
+    assert set(single) == set(hardware.DEVICES)
+    for name, text in several.items():
+        one, _, count = name.removesuffix("_pcie").rpartition("x")
+        assert f"[{one}, _self_]\ndevices: {count}\n" in text
+        assert hardware.DEVICES[one].title in text.splitlines()[0]
+    for name, text in single.items():
         assert text.startswith("# ")
         assert hardware.DEVICES[name].title in text.splitlines()[0]
         assert f"\nname: {name}\n" in text

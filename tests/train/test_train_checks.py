@@ -14,6 +14,7 @@ import torch
 import train_harness as harness
 
 from llmsys import compose, schema
+from llmsys.cost import case
 from llmsys.errors import Refused
 from llmsys.train import checks
 
@@ -180,7 +181,7 @@ def test_a_slow_link_is_the_least_time_of_a_step() -> None:
 )
 def test_data_that_is_not_packed_is_padded(family: str, data: dict[str, Any], expected: bool) -> None:
     config = together(data=schema.Data(**data), model=schema.Transformer(family=family))
-    assert checks.padded(config) == expected
+    assert case.padded(config) == expected
     assert checks.check_memory(config, CPU) > 0
 
 

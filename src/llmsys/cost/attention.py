@@ -19,7 +19,7 @@ class Attention:
         assert isinstance(case.model, schema.Transformer)
         self.case, self.tape, self.model = case, tape, case.model
         self.batch, self.heads = case.train.micro_batch, case.model.num_heads // case.cut
-        head_dim = case.model.hidden_size // case.model.num_heads
+        head_dim = case.model.head_width
         self.groups = case.model.num_heads // case.model.num_kv_heads
         self.queries = q.numel // (self.batch * self.heads * head_dim)
         self.keys = k.numel * self.groups // (self.batch * self.heads * head_dim)

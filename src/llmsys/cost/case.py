@@ -15,6 +15,8 @@ from llmsys.schema.coherence import CUT_FAMILIES
 ADAPTERS = ("lora_peft", "lorafa_peft", "lora", "lorafa")
 METHODS = ("full", *ADAPTERS, *schema.CLOSED_FORM)
 ENGINES = ("local", "ddp", "deepspeed", "fsdp2", "tp")
+UNPACKED = ("code_docstrings", "jsonl")
+"""Data of prompts and answers: each example is a row of its own."""
 
 
 class Facts(TypedDict, total=False):
@@ -24,6 +26,19 @@ class Facts(TypedDict, total=False):
     padded: bool | None
     device: str
     compress: schema.Compress
+
+
+def facts(config: schema.Config, device: str) -> Facts:
+    """What a config's data adds to it, for `device`. The classes of `hub` data are not known before it is read: two."""
+    labels = {"images": 0 if config.data.kind == "hub" else 10}.get(config.model.objective, len(config.data.labels))
+    return Facts(num_labels=labels, padded=padded(config), device=device, compress=config.compress)
+
+
+def padded(config: schema.Config) -> bool:
+    """Whether batches carry an attention mask: rows that differ in length do, and packed text does not."""
+    if config.model.objective == "causal_lm":
+        return config.data.kind in UNPACKED or (config.data.kind == "hub" and "text" not in config.data.columns)
+    return config.model.objective != "images"
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,11 @@ class Case:
         return 2 if self.model.dtype == "bf16" else 4
 
     @property
+    def product_width(self) -> int:
+        """Bytes of what a product makes."""
+        return 2 if self.autocast else self.width
+
+    @property
     def autocast(self) -> bool:
         """fp32 weights, bf16 products."""
         return self.train.precision == "bf16" and self.model.dtype == "fp32"
@@ -87,7 +107,8 @@ class Case:
     @property
     def chained(self) -> bool:
         """Whether whole blocks are chains of pieces; other families' adapted layers are pieces one by one."""
-        return self.fused is not None and self.model.family in CUT_FAMILIES
+        plain = isinstance(self.model, schema.Transformer) and self.model.plain
+        return self.fused is not None and self.model.family in CUT_FAMILIES and plain
 
     @property
     def zero(self) -> int:

@@ -18,7 +18,7 @@ def run(tape: Tape, piece: Piece, *inputs: Tensor) -> tuple[Tensor, ...]:
         tape.save(*kept)
     tape.backward[tape.part] += piece.backward(wanted)
     tape.again[tape.part] += piece.recomputed(wanted)
-    tape.passes(sum(x.nbytes for x in outputs), piece.passing(wanted))
+    tape.passes(tape.coming(sum(x.nbytes for x in outputs)), piece.passing(wanted))
     return tuple(x._replace(grad=True) for x in outputs)
 
 

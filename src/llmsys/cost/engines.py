@@ -1,6 +1,6 @@
 """What one rank holds under each engine, in bytes, beside what autograd saves.
 
-    local, ddp   everything whole; DDP's gradients are views into its buckets, so they cost what they cost alone
+    local, ddp   everything whole; DDP's gradients are views into its buckets, which are always there
     deepspeed    ZeRO (arXiv 1910.02054); what is divided by the stage:
                    0  nothing
                    1  fp32 master weights and moments, of which each rank has a flat slice (in fp32 too: a copy)
@@ -13,6 +13,19 @@
 
 Gradient compression adds what a rank keeps of earlier gradients (`compressed`), and for a moment what it sends and
 receives; under DeepSpeed, where all gradients are exchanged at once, also a copy of them.
+
+Beside what is held there is what an engine works with, `workspace`, in some phases of a step (`phases`) or always:
+
+    ddp      gradients of its own, outside the buckets, where micro-batches are accumulated
+    fsdp2    what lies outside the blocks gathered, and one block for use, in the backward pass the next one in advance
+             (all, without resharding); in the forward pass the message of the last gathering. Whole gradients where
+             micro-batches are accumulated
+    zero1    a bucket of gradients, from the first gradient to the update; in the update the slice in fp32
+    zero2    the same, and a copy of the slice; with offload a copy of the updated slices for their way back, a buffer
+             of the largest parameter on each side, and a slice of what was accumulated
+    zero3    the bucket and a flat buffer of the rank's gradients, always. Gathered weights: those used again soon are
+             kept, and the next are fetched in advance until so many are there (`LIVE`), so of a small model all; and
+             the last message of them, until the last weight in it was used (`message`)
 
 AdamW keeps two moments and a 4-byte step count for each tensor it is given: a parameter, or under ZeRO a flat slice of
 one of its two groups (matrices, which decay, and vectors, which do not). DeepSpeed's CPU Adam counts steps in Python.
@@ -32,6 +45,8 @@ from llmsys.cost import compressed, shapes
 from llmsys.cost.case import Case
 from llmsys.cost.shapes import Parameter
 
+LIVE = 1_000_000_000
+"""ZeRO-3 fetches in advance until so many elements are gathered (DeepSpeed's `stage3_max_live_parameters`)."""
 BUCKET = 50_000_000
 """The most elements of a bucket in which ZeRO reduces gradients; as many as are trained where those are fewer."""
 
@@ -40,8 +55,10 @@ BUCKET = 50_000_000
 class Holding:
     """Bytes of a rank by kind; `host` is the share of each kind that an engine keeps in the host's memory.
 
-    `fleeting` is what is on the device for a moment only, at the peak: gathered weights, and buckets. `compress` is
-    what gradient compression keeps.
+    `standing`: gradients have memory of their own between steps too. `trained`: bytes of all trained weights, as the
+    model has them; 0 where gradients are not kept as they come. `workspace`: by phase, or `always`, see above, or
+    `message`, in the forward pass before there are logits; its share in the host's memory stands in `host`. `compress`
+    is what gradient compression keeps.
     """
 
     weights: int
@@ -50,7 +67,9 @@ class Holding:
     master: int = 0
     compress: int = 0
     host: dict[str, int] = field(default_factory=dict)
-    fleeting: int = 0
+    standing: bool = False
+    trained: int = 0
+    workspace: dict[str, int] = field(default_factory=dict)
 
 
 RUN, SMALL = 256, 4096
@@ -83,17 +102,31 @@ def _compressed(case: Case, holding: Holding, parameters: list[Parameter]) -> Ho
     return dataclasses.replace(
         holding,
         compress=sum(compressed.state_bytes(gradients, config)),
-        fleeting=holding.fleeting + wire + looks + copied,
+        workspace=_added(holding.workspace, dict.fromkeys(("backward", "reduction"), wire + looks + copied)),
     )
+
+
+def _added(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in one.keys() | other.keys()}
 
 
 def _whole(case: Case, parameters: list[Parameter]) -> Holding:
     trained = [p for p in parameters if p.trained]
+    gradients = sum(p.nbytes for p in trained)
     return Holding(
         weights=sum(p.nbytes for p in parameters),
-        gradients=sum(p.nbytes for p in trained),
+        gradients=gradients,
         optimizer=_moments(case, [(p.numel, p.width) for p in trained]),
+        trained=gradients,
     )
+
+
+def _ddp(case: Case, parameters: list[Parameter]) -> Holding:
+    """What is accumulated before the last micro-batch is outside the buckets."""
+    holding = _whole(case, parameters)
+    outside = holding.gradients * (schema.accumulation(case.train, case.engine) > 1)
+    used = dict.fromkeys(("forward", "loss", "backward"), outside)
+    return dataclasses.replace(holding, standing=True, workspace=used)
 
 
 def _moments(case: Case, tensors: list[tuple[int, int]]) -> int:
@@ -116,7 +149,12 @@ def _sharded(case: Case, parameters: list[Parameter]) -> Holding:
     outside = whole.pop("", 0)
     gathered = sum(sorted(whole.values())[-2:]) if case.engine.reshard else sum(whole.values())
     holding = _whole(case, [_share(p, 0, case.train.world) for p in parameters])
-    return dataclasses.replace(holding, fleeting=outside + gathered)
+    message, trained = max(whole.values(), default=0), sum(p.nbytes for p in parameters if p.trained)
+    more = (trained - holding.gradients) * (schema.accumulation(case.train, case.engine) > 1)
+    forward = outside + message + (0 if case.engine.reshard else gathered)
+    used = {"forward": forward, "loss": outside + gathered, "backward": outside + gathered}
+    used = {"message": message * case.engine.reshard, **{name: nbytes + more for name, nbytes in used.items()}}
+    return dataclasses.replace(holding, trained=trained, workspace=used)
 
 
 def _share(parameter: Parameter, dim: int | None, world: int) -> Parameter:
@@ -154,42 +192,63 @@ def _zero_1_2(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter])
     slices = [size // case.train.world for size in padded]
     elements = sum(slices)
     trained = sum(p.numel for p in parameters if p.trained)
+    bucket, offloaded = case.width * min(trained, BUCKET), engine.offload != "none"
+    copied = 4 * elements * (engine.zero == 2 or case.width < 4)
     holding = Holding(
         weights=sum(p.nbytes for p in parameters if not p.trained) + case.width * sum(padded),
         gradients=case.width * trained if engine.zero == 1 else 4 * elements,
         optimizer=_slices(case, engine, slices),
         master=4 * elements,
-        fleeting=case.width * min(trained, BUCKET),
+        trained=case.width * trained,
+        workspace={"backward": bucket, "reduction": bucket, "optimizer": 0 if offloaded else copied},
     )
-    return holding if engine.offload == "none" else _offloaded(holding, engine)
+    if not offloaded:
+        return holding
+    largest = case.width * max((p.numel for p in parameters if p.trained), default=0)
+    kept = 1 + (schema.accumulation(case.train, engine) > 1)
+    return _offloaded(holding, engine, device=largest, host=largest + kept * case.width * elements)
 
 
 def _zero_3(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -> Holding:
-    """At the peak the largest parameter is gathered, and the next; gradients lie in the model's dtype in a buffer of
-    their own beside those that the optimizer reads."""
+    """The gradients that the optimizer reads are made of the flat buffer in the update."""
     world = case.train.world
     slices = [sum(-(-numel // world) for numel in group) for group in _groups(parameters)]
     elements = sum(slices)
-    bucket = case.width * min(sum(p.numel for p in parameters if p.trained), BUCKET)
-    gathered = 2 * max(p.nbytes for p in parameters)
+    trained = sum(p.numel for p in parameters if p.trained)
+    numel, nbytes = sum(p.numel for p in parameters), sum(p.nbytes for p in parameters)
+    gathered = nbytes * min(numel, LIVE) // numel
+    message = nbytes * min(numel, trained, BUCKET) // numel
+    bucket, flat = case.width * min(trained, BUCKET), case.width * elements
+    if world == 1:
+        gathered = gathered if engine.offload == "optimizer+params" else 0
+        message = 0
     holding = Holding(
         weights=sum(-(-p.numel // world) * p.width for p in parameters),
         gradients=4 * elements,
         optimizer=_slices(case, engine, slices),
         master=4 * elements,
-        fleeting=gathered + bucket + (case.width * elements if engine.offload == "none" else 0),
+        workspace={
+            "always": bucket,
+            "message": message,
+            **dict.fromkeys(("forward", "loss", "backward"), gathered),
+            "optimizer": flat * (case.width < 4 and engine.offload == "none"),
+        },
     )
-    return holding if engine.offload == "none" else _offloaded(holding, engine)
+    if engine.offload == "none":
+        return dataclasses.replace(holding, workspace=_added(holding.workspace, {"always": flat}))
+    return _offloaded(holding, engine, device=0, host=flat)
 
 
-def _offloaded(holding: Holding, engine: schema.DeepSpeed) -> Holding:
-    """With the optimizer go the gradients that it reads; stage 1 has them all on the device first."""
-    host = {"optimizer": holding.optimizer, "master": holding.master}
+def _offloaded(holding: Holding, engine: schema.DeepSpeed, *, device: int, host: int) -> Holding:
+    """With the optimizer go the gradients that it reads; stage 1 has them all on the device first. `device` and `host`:
+    bytes of buffers that come with it."""
+    away = {"optimizer": holding.optimizer, "master": holding.master, "workspace": host}
     if engine.zero > 1:
-        host["gradients"] = holding.gradients
+        away["gradients"] = holding.gradients
     if engine.offload == "optimizer+params":
-        host["weights"] = holding.weights
-    return dataclasses.replace(holding, host=host)
+        away["weights"] = holding.weights
+    workspace = _added(holding.workspace, {"always": device})
+    return dataclasses.replace(holding, host=away, standing=engine.zero > 1, workspace=workspace)
 
 
 def _groups(parameters: list[Parameter]) -> list[list[int]]:
@@ -211,7 +270,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 ENGINES: dict[str, Callable[[Case, list[Parameter]], Holding]] = {
     "local": _whole,
-    "ddp": _whole,
+    "ddp": _ddp,
     "deepspeed": _deepspeed,
     "fsdp2": _sharded,
     "tp": _cut,

@@ -7,6 +7,8 @@ speed is measured (`train.checks.matmul_flops`). The tests derive the peaks from
 
 `mem_gib` is what CUDA reports as the device's memory (as in torch's out-of-memory messages), less than its label;
 `gb_per_s` memory bandwidth. Links are GB/s in each direction; a bridge joins two cards, a switch all of a machine.
+`p2p`: whether cards read each other's memory over PCIe; GeForce cards of the last generations do not, so what they say
+goes through the host's memory. `sustained`: the share of the peak that large products reach (`SUSTAINED`).
 `usd` is the list price at launch, `usd_per_hour` an example of what renting one costs (`RENT`); null where no price
 with a date was found.
 """
@@ -16,13 +18,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from llmsys import schema
+
+SUSTAINED = (
+    "large bf16 products, torch.matmul at 8192: an A800 PCIe 215 of 312 TFLOP/s, an RTX 4090 159 to 167 of 165 "
+    "(github.com/mli/transformers-benchmarks, issue 4); the others by whole steps of the same generation, "
+    "llm-foundry's tables of MPT training (A100 SXM up to 64 % MFU with everything, H100 SXM 47 %)"
+)
+BALANCE = 150.0
+"""FLOP/s over bytes/s of a card whose memory is not described: RTX 4090 164, A100 153, RTX 3090 76, H100 295."""
 
 RENT = (
     "RunPod's on-demand prices of 21 March 2026 as listed by deploybase.ai; other providers ask 1.3 to 4 times as much"
 )
 
+EVERY = 10**6
+"""More ranks than there are."""
 PCIE_3, PCIE_4, PCIE_5 = 15.75, 31.5, 63.0
 """GB/s each way of 16 lanes: 8, 16 and 32 GT/s at 128b/130b."""
 
@@ -38,6 +51,8 @@ class Device:
     pcie_gbps: float
     nvlink_gbps: float = 0.0
     nvlink_ranks: int = 1
+    p2p: bool = True
+    sustained: float = 0.7
     usd: float | None = None
     usd_per_hour: float | None = None
     source: str
@@ -74,6 +89,8 @@ DEVICES: dict[str, Device] = {
         nvlink_gbps=50,
         nvlink_ranks=2,
         usd=999,
+        p2p=False,
+        sustained=0.9,
         source=f"{_TURING}; fp16 with fp32 accumulation by arithmetic, half of 107.6",
     ),
     "rtx3080": Device(
@@ -83,6 +100,8 @@ DEVICES: dict[str, Device] = {
         tflops={"fp32": 29.8, "tf32": 29.8, "bf16": 59.5, "fp16": 59.5, "int8": 238.0},
         pcie_gbps=PCIE_4,
         usd=699,
+        p2p=False,
+        sustained=0.9,
         source=_GA102,
     ),
     "rtx3090": Device(
@@ -95,6 +114,8 @@ DEVICES: dict[str, Device] = {
         nvlink_ranks=2,
         usd=1499,
         usd_per_hour=0.22,
+        p2p=False,
+        sustained=0.9,
         source=_GA102,
     ),
     "rtx4090": Device(
@@ -105,6 +126,8 @@ DEVICES: dict[str, Device] = {
         pcie_gbps=PCIE_4,
         usd=1599,
         usd_per_hour=0.34,
+        p2p=False,
+        sustained=0.9,
         source=_ADA,
     ),
     "a100_pcie_40gb": Device(
@@ -125,6 +148,7 @@ DEVICES: dict[str, Device] = {
         pcie_gbps=PCIE_4,
         nvlink_gbps=300,
         nvlink_ranks=8,
+        sustained=0.8,
         source=_A100,
     ),
     "a100_pcie": Device(
@@ -147,6 +171,7 @@ DEVICES: dict[str, Device] = {
         nvlink_gbps=300,
         nvlink_ranks=8,
         usd_per_hour=1.39,
+        sustained=0.8,
         source=_A100,
     ),
     "a800": Device(
@@ -157,6 +182,7 @@ DEVICES: dict[str, Device] = {
         pcie_gbps=PCIE_4,
         nvlink_gbps=200,
         nvlink_ranks=8,
+        sustained=0.8,
         source=f"{_A100}; the A800 differs in NVLink alone, 400 GB/s in both directions together",
     ),
     "h100_pcie": Device(
@@ -196,7 +222,7 @@ DEVICES: dict[str, Device] = {
 
 
 def named(hardware: schema.Hardware) -> Device | None:
-    """The device of `hardware.name` with what `mem_gib`, `tflops` and `gbps` replace; None for `auto`.
+    """The device of `hardware.name` with what the numbers beside it replace; None for `auto`.
 
     `tflops` replaces the peak of every dtype, `gbps` every link. ValueError for an unknown name.
     """
@@ -206,11 +232,39 @@ def named(hardware: schema.Hardware) -> Device | None:
         near = difflib.get_close_matches(hardware.name, DEVICES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"hardware.name={hardware.name}: must be auto or one of {', '.join(DEVICES)}{hint}")
-    device = DEVICES[hardware.name]
+    return _changed(DEVICES[hardware.name], hardware)
+
+
+def described(hardware: schema.Hardware) -> Device | None:
+    """As `named`; of `auto` a card by its numbers, where `mem_gib` and `tflops` are given, else None.
+
+    What else is not given is assumed: memory of `BALANCE`, PCIe 4 to the host and between cards.
+    """
+    if hardware.name != "auto" or hardware.mem_gib is None or hardware.tflops is None:
+        return named(hardware)
+    card = Device(
+        title=f"a card of {hardware.mem_gib:g} GiB and {hardware.tflops:g} TFLOP/s",
+        mem_gib=hardware.mem_gib,
+        gb_per_s=hardware.tflops * 1e3 / BALANCE,
+        tflops=dict.fromkeys(("fp32", "tf32", "bf16", "fp16", "int8"), hardware.tflops),
+        pcie_gbps=PCIE_4,
+        source="as given",
+    )
+    return _changed(card, hardware)
+
+
+def _changed(device: Device, hardware: schema.Hardware) -> Device:
+    changes: dict[str, Any] = {}
     if hardware.mem_gib is not None:
-        device = dataclasses.replace(device, mem_gib=hardware.mem_gib)
+        changes["mem_gib"] = hardware.mem_gib
     if hardware.tflops is not None:
-        device = dataclasses.replace(device, tflops=dict.fromkeys(device.tflops, hardware.tflops))
+        changes["tflops"] = dict.fromkeys(device.tflops, hardware.tflops)
+    if not hardware.nvlink:
+        changes["nvlink_ranks"] = 1
     if hardware.gbps is not None:
-        device = dataclasses.replace(device, pcie_gbps=hardware.gbps, nvlink_ranks=1)
-    return device
+        changes |= {"nvlink_gbps": hardware.gbps, "nvlink_ranks": EVERY}
+    if hardware.mem_gbps is not None:
+        changes["gb_per_s"] = hardware.mem_gbps
+    if hardware.host_gbps is not None:
+        changes["pcie_gbps"] = hardware.host_gbps
+    return dataclasses.replace(device, **changes)

@@ -18,8 +18,9 @@ passes through the model.
 The sum is `accounted_bytes` of a record: what is there from a forward pass to its backward pass. Under
 `train.recompute=block` a block keeps only its inputs.
 
-Not included: the allocator's slack, workspaces, and what is needed for a moment. `peak_bytes` adds the largest of
-those: the gradient of the logits, what recomputation brings back of a block, what an engine gathers or exchanges.
+What is needed for a moment beside that is a matter of the step's phases (`phases`): the gradient of the logits, what
+recomputation brings back of a block, what an engine gathers or exchanges. `peak_bytes` is the largest of them. Not
+included: the allocator's slack.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from llmsys import schema
-from llmsys.cost import engines, walk
+from llmsys.cost import engines, phases, walk
 from llmsys.cost.case import Case, Facts
+from llmsys.cost.phases import Phase
+from llmsys.cost.tape import Tape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +41,20 @@ class Ledger:
     """What autograd keeps of one micro-batch, in bytes.
 
     `kept` from forward to backward without the logits, which saved-tensor hooks see; `returns`: the most that the
-    backward pass of a block makes beside that, what it computes again and gradients on their way; `moments`: what is
-    alive of both in the backward pass of each part, when later parts are done and gone; `fleeting`: what a chunked loss
+    backward pass of a block makes beside that, what it computes again and gradients on their way; `logits`: the loss's
+    own, and `head` what the head made of them, before they were cast for the loss. `fleeting`: what a chunked loss
     needs for a moment, beside the gradients that it keeps in place of logits; `blocks`: each block's own share, as it
     is without recomputation.
+    `moments` of the backward pass: what is alive of what was kept, comes back and is on its way, when later parts are
+    done and gone; and beside it the bytes of those weights whose gradients are there. Only the worst ones.
     """
 
     kept: int = 0
     returns: int = 0
     logits: int = 0
+    head: int = 0
     fleeting: int = 0
-    moments: tuple[int, ...] = ()
+    moments: tuple[tuple[int, int], ...] = ()
     blocks: tuple[int, ...] = (0,)
 
 
@@ -76,24 +82,16 @@ def estimate(
 def peak_bytes(
     model: schema.Model, train: schema.Train, method: schema.Method, engine: schema.Engine, **facts: Unpack[Facts]
 ) -> int:
-    """The most bytes alive at once on the device in a step: what a check before loading should compare with it.
+    """The most bytes alive at once on the device in a step: what a check before loading should compare with it."""
+    return max(phase.device_bytes for phase in by_phase(model, train, method, engine, **facts))
 
-    Many moments compete. At the start of the backward pass all saved tensors are there, and in fp32 the gradient of the
-    logits before and after the log-softmax. (A chunked loss has no logits, but a moment of its own.) Then the backward
-    pass of each block, from the last to the first: what later ones kept is gone, and their gradients have come. At its
-    end all gradients are there. Where micro-batches are accumulated they always are. What an engine offloads to the
-    host counts where the device is the host.
-    """
+
+def by_phase(
+    model: schema.Model, train: schema.Train, method: schema.Method, engine: schema.Engine, **facts: Unpack[Facts]
+) -> list[Phase]:
+    """The most bytes of a rank in each phase of a step, by kind, on the device and on the host; see `phases`."""
     case = Case(model, train, method, engine, **facts)
-    parts, held = ledger(case), engines.hold(case)
-    host = {} if case.device == "cpu" else held.host
-    gradients = held.gradients - host.get("gradients", 0)
-    always = held.weights + held.optimizer + held.master + held.compress - sum(host.values()) + host.get("gradients", 0)
-    before = gradients if schema.accumulation(train, engine) > 1 else 0
-    loss = parts.kept + parts.logits + (parts.fleeting or 2 * parts.logits) + before
-    last = len(parts.moments) - 1
-    blocks = (moment + max(before, gradients * (last - i) // (last + 1)) for i, moment in enumerate(parts.moments))
-    return always + held.fleeting + max(loss, gradients, *blocks)
+    return phases.of(case, ledger(case), engines.hold(case))
 
 
 def ledger(case: Case) -> Ledger:
@@ -107,23 +105,49 @@ def ledger(case: Case) -> Ledger:
         if part in tape.blocks:
             blocks.append(tape.bytes_of(storages.keys() - seen))
         seen |= storages.keys()
-    policies = dict(zip(tape.blocks, case.policies, strict=False))
-    kept: set[int] = set()
-    returns, moments = 0, []
-    for part, storages in tape.saved.items():
-        own = tape.inputs[part] if policies.get(part) == "block" else storages.keys()
-        # `passing` counts what the part saves itself; what is kept anyway must not count twice
-        moments.append(tape.bytes_of(kept | own) + tape.passing[part] - tape.bytes_of((own - kept) & storages.keys()))
-        kept |= own
-        returns = max(returns, moments[-1] - tape.bytes_of(kept))
+    moments, kept, returns = _backward(case, tape)
     return Ledger(
         kept=tape.bytes_of(kept),
         returns=returns,
         logits=tape.bytes_of(set(logits)),
+        head=tape.head,
         fleeting=tape.fleeting,
-        moments=tuple(moments),
+        moments=_worst(moments),
         blocks=tuple(blocks),
     )
+
+
+def _backward(case: Case, tape: Tape) -> tuple[list[tuple[int, int]], set[int], int]:
+    """(moments of the backward pass, what is kept for it, the most that a part of it brings back)."""
+    policies = dict(zip(tape.blocks, case.policies, strict=False))
+    all_read = sum(tape.read.values())
+    kept: set[int] = set()
+    moments: list[tuple[int, int]] = []
+    returns = before = 0
+    for part, storages in tape.saved.items():
+        own = tape.inputs[part] if policies.get(part) == "block" else storages.keys()
+        # what the part saves itself is in its moments; what is kept anyway must not count twice
+        base = tape.bytes_of(kept | own) - tape.bytes_of((own - kept) & storages.keys())
+        past = (
+            tape.past[part] + tape.waiting[part]
+        )  # the gradient that goes past a residual block's branches waits while they have theirs
+        moments += [(base + past + there, all_read - before - read) for there, read in tape.moments[part]]
+        before += tape.read[part]
+        kept |= own
+        returns = max(returns, base + tape.passing[part] - tape.bytes_of(kept))
+    if isinstance(case.model, schema.Transformer) and case.model.tie_embeddings and case.method.kind == "full":
+        table = case.model.vocab_size * case.model.hidden_size * case.width  # its second gradient, beside the head's
+        moments.append((table + min((base for base, _ in moments), default=0), all_read))
+    return moments, kept, returns
+
+
+def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Those than which no other has more of both."""
+    found: list[tuple[int, int]] = []
+    for moment in sorted(set(moments), reverse=True):
+        if not found or moment[1] > found[-1][1]:
+            found.append(moment)
+    return tuple(found)
 
 
 def bytes_per_block(model: schema.Transformer, train: schema.Train, method: schema.Method) -> float:

@@ -252,7 +252,7 @@ class Scores(Free):
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         q = inputs[0]
-        head_dim = self.walk.transformer.hidden_size // self.walk.transformer.num_heads
+        head_dim = self.walk.transformer.head_width
         scores = int(self.product) // (2 * head_dim)
         # probabilities, their mask, and the gradients of what was dropped and of the scores, all in fp32
         self.nbytes = 4 * 4 * scores + sum(x.nbytes for x in inputs)

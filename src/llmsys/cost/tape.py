@@ -70,6 +70,8 @@ class Tape:
     part that can be recomputed, `elsewhere` one that cannot. `again` are the FLOPs of what pieces compute again by
     themselves. `own` are the bytes that a part saves and no part before it, `passing` the most bytes at a moment of its
     backward pass: what of `own` was saved before that, gradients on their way, copies, what pieces compute again.
+    `moments` are all of these, each with the bytes of trained weights that the part has read until there (`read`): the
+    backward pass begins at the end, so at that moment it has made the gradients of all others.
     """
 
     def __init__(self, *, autocast: bool, cuda: bool, zero_3: bool = False) -> None:
@@ -84,9 +86,14 @@ class Tape:
         self.backward: dict[str, float] = defaultdict(float)
         self.until_last_save: dict[str, float] = defaultdict(float)
         self.again: dict[str, float] = defaultdict(float)
+        self.past: dict[str, int] = defaultdict(int)  # by block, of the gradient past a residual's branches
+        self.waiting: dict[str, int] = defaultdict(int)  # by block, of the gradients that all blocks add to
+        self.head = 0  # bytes of the logits as the head made them
         self.fleeting = 0  # bytes of what a chunked loss needs for a moment, beside what it keeps
         self.own: dict[str, int] = defaultdict(int)
         self.passing: dict[str, int] = defaultdict(int)
+        self.moments: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.read: dict[str, int] = defaultdict(int)
         self._bytes: dict[int, int] = {}
         self._seen: set[int] = set()
 
@@ -94,12 +101,16 @@ class Tape:
         """What follows belongs to `part`, which is not a repeated block."""
         self.part = part
 
-    def block(self, part: str, *inputs: Tensor | None) -> None:
-        """What follows belongs to the block `part`, which is called with `inputs` (None: an argument left out)."""
+    def block(self, part: str, *inputs: Tensor | None, residual: bool = True) -> None:
+        """What follows belongs to the block `part`, which is called with `inputs` (None: an argument left out).
+        `residual`: the first of them goes past its branches, and so does the gradient of what comes out."""
         self.part = part
         self.saved[part] = {}
         self.blocks.append(part)
         self.inputs[part] = {tensor.storage for tensor in inputs if tensor is not None}
+        if residual and inputs[0] is not None:
+            self.past[part] = inputs[0].nbytes * inputs[0].grad
+        self.waiting[part] = sum(x.nbytes for x in inputs[1:] if x is not None and x.grad)
 
     def aside(self, play: Callable[[], Tensor]) -> Aside:
         """Plays something without noting any of it here: what it would have noted."""
@@ -115,7 +126,8 @@ class Tape:
 
     @property
     def _notes(self) -> tuple[Any, ...]:
-        return self.saved, self.passing, self.forward, self.backward, self.until_last_save, self.own
+        notes = (self.saved, self.passing, self.forward, self.backward, self.until_last_save, self.own)
+        return (*notes, self.moments, self.read)
 
     def bytes_of(self, storages: set[int]) -> int:
         return sum(self._bytes[storage] for storage in storages)
@@ -145,7 +157,9 @@ class Tape:
 
     def passes(self, *sizes: int) -> None:
         """Notes a moment of the backward pass that makes tensors of these bytes."""
-        self.passing[self.part] = max(self.passing[self.part], self.own[self.part] + sum(sizes))
+        there = self.own[self.part] + sum(sizes)
+        self.passing[self.part] = max(self.passing[self.part], there)
+        self.moments[self.part].append((there, self.read[self.part]))
 
     def touch(self) -> None:
         """Notes that something is saved here: a checkpointed block is computed again only up to its last save."""
@@ -170,6 +184,7 @@ class Tape:
         if self.zero_3 and (trained or x.grad):
             self.save(x)
             self.count(2.0 * rows * n_in * n_out, trained, x.grad)
+            self.read[self.part] += n_in * n_out * width * trained
             return self.new(rows * n_out, 2 if self.autocast else x.width, True)
         return self.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, trained)
 
@@ -183,13 +198,20 @@ class Tape:
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
         self.count(flops, trained, x.grad)
-        return self._made(numel, x, trained)
+        y = self._made(numel, x, trained)
+        self.read[self.part] += weights * width * trained
+        return y
 
     def _made(self, numel: int, x: Tensor, trained: bool) -> Tensor:
         """A product: in the backward pass its gradient, and that of `x`."""
         y = self.new(numel, x.width, x.grad or trained)
-        self.passes(y.nbytes * y.grad, x.nbytes * x.grad)
+        self.passes(self.coming(y.nbytes * y.grad), x.nbytes * x.grad)
         return y
+
+    def coming(self, nbytes: int) -> int:
+        """Bytes of the gradient of what a product or a chain has made, beside what goes past the block's branches: as
+        large as that it is that, and not another tensor."""
+        return 0 if nbytes == self.past[self.part] else nbytes
 
     def convolution(self, x: Tensor, weights: int, numel: int, flops: float, width: int, trained: bool) -> Tensor:
         """As `product`, but it keeps both operands wherever it keeps one."""
@@ -199,7 +221,9 @@ class Tape:
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
         self.count(flops, trained, x.grad)
-        return self._made(numel, x, trained)
+        y = self._made(numel, x, trained)
+        self.read[self.part] += weights * width * trained
+        return y
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor:
         """Elementwise product."""

@@ -90,9 +90,9 @@ class Walk:
         own = tape.dropout(tape.cast(x, width), adapter.dropout)
         z = tape.linear(own, n_in, adapter.r, width, adapter.kind == "lora_peft")
         grown = tape.linear(z, adapter.r, n_out, width, True)
-        # the gradient scaled and cast for B's way, while a gate's waits; then x's from both ways, and their sum
+        # the gradient scaled and cast for B's way, while a gate's waits; then x's from both ways, summed in place
         tape.passes(3 * y.nbytes, 2 * grown.nbytes * (grown.width > y.width))
-        tape.passes(y.nbytes, own.nbytes * x.grad, 2 * x.nbytes * x.grad)
+        tape.passes(tape.coming(y.nbytes), own.nbytes * x.grad, x.nbytes * x.grad)
         return tape.new(y.numel, y.width, True)
 
     def head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
@@ -151,6 +151,7 @@ class Walk:
         if self.case.train.loss == "chunked" and self.model.objective in ("causal_lm", "seq2seq"):
             return
         if logits.grad:
+            self.tape.head = logits.nbytes
             self.tape.save(self.tape.new(logits.numel, 4, True), self.tape.new(rows, 8, False))
 
     def _chunked(self, x: Tensor, d: int, v: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from llmsys.comm import link
 from llmsys.comm.place import LOOPBACK, LOOPBACK_INTERFACE, Place, listen
-from llmsys.context import Context
+from llmsys.context import LightContext
 from llmsys.job import Job
 
 _PR_SET_PDEATHSIG = 1
@@ -75,7 +75,7 @@ class _Watch:
     """What the parent is told, and what it asks for, while the run goes on."""
 
     def __init__(self, pipe: Pipe, every_s: float) -> None:
-        self.context: Context | None = None
+        self.context: LightContext | None = None
         self._pipe, self._every_s = pipe, every_s
         threading.Thread(target=self._tell, daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT; children inherit that
@@ -97,7 +97,7 @@ class _Watch:
         else:
             raise KeyboardInterrupt
 
-    def see(self, context: Context) -> None:
+    def see(self, context: LightContext) -> None:
         self.context = context
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.schema import coherence
+from llmsys.schema.bench import Predict, Predicting
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
 from llmsys.schema.fields import one_of
@@ -57,6 +58,8 @@ __all__ = [
     "Method",
     "Model",
     "Network",
+    "Predict",
+    "Predicting",
     "Profile",
     "Replay",
     "Simulate",
@@ -117,6 +120,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "compress_simulate": Simulate,
         "compress_iteration": Iteration,
         "compress_replay": Replay,
+        "bench_predict": Predict,
     },
     "model": {"transformer": Transformer, "convnet": ConvNet},
     "data": {"*": Data},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmsys.schema import recompute
+from llmsys.schema.bench import Predicting
 from llmsys.schema.data import OBJECTIVES
 from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
@@ -22,11 +23,13 @@ CUT_FAMILIES = ("llama", "bert", "roberta", "t5")
 
 def check(config: Config) -> None:
     """Raises ValueError for the first pair of settings that cannot go together."""
-    if config.dispatch.kind == "inline" and config.dispatch.memory_gib is not None:
+    inline = config.dispatch.kind == "inline" and not isinstance(config.task, Predicting)
+    if inline and config.dispatch.memory_gib is not None:
         raise ValueError("dispatch.memory_gib: needs dispatch=process; a living process cannot be limited for a time")
-    if config.dispatch.kind == "inline" and config.train.world > 1:
+    if inline and config.train.world > 1:
         raise ValueError(f"train.world={config.train.world}: needs dispatch=process; dispatch=inline is one process")
     _model(config)
+    _data(config)
     _method(config)
     _recompute(config)
     _engine(config)
@@ -38,13 +41,26 @@ def check(config: Config) -> None:
 
 
 def _model(config: Config) -> None:
-    model, train, data = config.model, config.train, config.data
+    model, train = config.model, config.train
     if model.dtype == "bf16" and train.precision == "fp32":
         raise ValueError("train.precision=fp32: with model.dtype=bf16 it must be bf16")
     if isinstance(model, Transformer) and train.length > model.max_length:
         raise ValueError(f"train.length={train.length}: model {model.name} takes at most {model.max_length}")
-    if isinstance(config.task, Ledger):
-        return  # which reads no data
+    if isinstance(model, Transformer) and not model.plain and not isinstance(config.task, Predicting):
+        raise ValueError(f"model.name={model.name}: a shape that is not built here, only predicted: +exp=bench_predict")
+    if isinstance(model, ConvNet) and train.recompute != "none":
+        raise ValueError(f"train.recompute={train.recompute}: is for transformers, not for model {model.name}")
+    if train.loss == "chunked" and model.objective not in WITH_VOCABULARY:
+        raise ValueError(f"train.loss=chunked: is for a head over a vocabulary, and model {model.name} has classes")
+    if train.loss == "chunked" and config.engine.kind == "tp":
+        raise ValueError("train.loss=chunked: needs a head that is whole, and engine=tp cuts it: train.loss=whole")
+
+
+def _data(config: Config) -> None:
+    """Of tasks that read any."""
+    model, data = config.model, config.data
+    if isinstance(config.task, (Ledger, Predicting)):
+        return
     if model.objective not in OBJECTIVES[data.kind]:
         fitting = [kind for kind, objectives in OBJECTIVES.items() if model.objective in objectives]
         raise ValueError(
@@ -53,12 +69,6 @@ def _model(config: Config) -> None:
         )
     if data.kind == "hub" and model.objective not in _served(data.columns):
         raise ValueError(f"data.columns={data.columns}: model {model.name} ({model.family}) trains {model.objective}")
-    if isinstance(model, ConvNet) and train.recompute != "none":
-        raise ValueError(f"train.recompute={train.recompute}: is for transformers, not for model {model.name}")
-    if train.loss == "chunked" and model.objective not in WITH_VOCABULARY:
-        raise ValueError(f"train.loss=chunked: is for a head over a vocabulary, and model {model.name} has classes")
-    if train.loss == "chunked" and config.engine.kind == "tp":
-        raise ValueError("train.loss=chunked: needs a head that is whole, and engine=tp cuts it: train.loss=whole")
 
 
 def _served(columns: dict[str, str]) -> tuple[str, ...]:
@@ -215,5 +225,6 @@ def _measured(config: Config) -> None:
 
 
 def _network(config: Config) -> None:
-    if config.network.up_mbit is not None and config.network.shape and config.dispatch.kind == "inline":
+    shaped = config.network.up_mbit is not None and config.network.shape
+    if shaped and config.dispatch.kind == "inline" and not isinstance(config.task, Predicting):
         raise ValueError("network.up_mbit: shaped links need dispatch=process; network.shape=false only predicts")

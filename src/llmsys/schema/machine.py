@@ -15,7 +15,10 @@ class Hardware:
 
     `name` is a machine of `llmsys.cost.hardware`, for checks and predictions about another machine than this one;
     `auto` is this one. `mem_gib`, `tflops` and `gbps` (GB/s to the next device in the machine) replace what is listed
-    or would be measured.
+    or would be measured; so do, for predictions, `mem_gbps` (the device's memory) and `host_gbps` (to the host's
+    memory), in GB/s. With `name=auto` the first two describe a card that is not listed. `devices` of this kind are in
+    the machine: the ranks of a prediction. `nvlink=false`: without the bridges or the switch that the card can have.
+    `host_gib` is the host's memory.
     """
 
     device: str = "auto"
@@ -23,10 +26,16 @@ class Hardware:
     mem_gib: float | None = None
     tflops: float | None = None
     gbps: float | None = None
+    mem_gbps: float | None = None
+    host_gbps: float | None = None
+    host_gib: float | None = None
+    devices: int = 1
+    nvlink: bool = True
 
     def __post_init__(self) -> None:
         one_of("hardware.device", self.device, DEVICES)
-        _positive(self, "hardware", "mem_gib", "tflops", "gbps")
+        _positive(self, "hardware", "mem_gib", "tflops", "gbps", "mem_gbps", "host_gbps", "host_gib")
+        at_least("hardware.devices", self.devices, 1)
 
 
 @dataclass(kw_only=True)

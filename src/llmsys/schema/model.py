@@ -63,6 +63,9 @@ class Transformer(Model):
     `tokenizer`: `bytes` (byte level, no file needed) or `weights` (the one that lies beside the weights).
     `pooling` of a classifier: `mean` over the tokens with a linear layer (as sentence encoders are trained), or `cls`,
     the family's own head on the first token, as BERT and RoBERTa were published.
+    `config`: a Hugging Face `config.json`, or its folder, which gives all of the shape: see `llmsys.shape_file`.
+    `head_dim` (0: hidden_size / num_heads), `qkv_bias` and `qk_norm` are what Qwen's LLaMAs have; such a model is
+    predicted and not built.
     """
 
     vocab_size: int = 320
@@ -78,6 +81,10 @@ class Transformer(Model):
     tokenizer: str = "bytes"
     attention: str = "sdpa"
     pooling: str = "mean"
+    config: str | None = None
+    head_dim: int = 0
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,10 +93,23 @@ class Transformer(Model):
         one_of("model.pooling", self.pooling, ("mean", "cls"))
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             at_least(f"model.{key}", getattr(self, key), 1)
-        if self.hidden_size % self.num_heads:
+        at_least("model.head_dim", self.head_dim, 0)
+        if self.hidden_size % self.num_heads and not self.head_dim:
             raise ValueError(f"model.hidden_size={self.hidden_size}: must be a multiple of num_heads={self.num_heads}")
+        if self.family != "llama" and (self.head_dim or self.qkv_bias or self.qk_norm):
+            raise ValueError(f"model.head_dim, model.qkv_bias, model.qk_norm: are for family=llama, not {self.family}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model.num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
+
+    @property
+    def head_width(self) -> int:
+        """Of one head of attention."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def plain(self) -> bool:
+        """Whether the family as built here has this shape."""
+        return self.head_width * self.num_heads == self.hidden_size and not (self.qkv_bias or self.qk_norm)
 
 
 @dataclass(kw_only=True)

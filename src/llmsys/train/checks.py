@@ -17,7 +17,7 @@ import torch
 
 from llmsys import schema
 from llmsys.comm import collectives
-from llmsys.cost import engines, flops, hardware, links, memory, policy, traffic
+from llmsys.cost import case, engines, flops, hardware, links, memory, policy, traffic
 from llmsys.cost.case import Case, Facts
 from llmsys.errors import Contradiction, Refused
 from llmsys.models import float8
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 SPARE = 0.05
 """Of the memory, for what `peak_bytes` leaves out: the allocator's slack and workspaces."""
-UNPACKED = ("code_docstrings", "jsonl")
-"""Data of prompts and answers: each example is a row of its own."""
 MAX_CPU_S = 3600.0
 """A run predicted to take longer than this on a CPU was most likely meant for a GPU."""
 
@@ -78,17 +76,8 @@ def learning_rate(config: schema.Config) -> float:
 
 
 def facts(config: schema.Config, device: torch.device) -> Facts:
-    """What data and device add to the config. The classes of `hub` data are not known before it is read: two."""
-    labels = {"images": 0 if config.data.kind == "hub" else 10}.get(config.model.objective, len(config.data.labels))
-    there = "cuda" if hardware.named(config.hardware) else device.type
-    return Facts(num_labels=labels, padded=padded(config), device=there, compress=config.compress)
-
-
-def padded(config: schema.Config) -> bool:
-    """Whether batches carry an attention mask: rows that differ in length do, and packed text does not."""
-    if config.model.objective == "causal_lm":
-        return config.data.kind in UNPACKED or (config.data.kind == "hub" and "text" not in config.data.columns)
-    return config.model.objective != "images"
+    """What data and device add to the config."""
+    return case.facts(config, "cuda" if hardware.named(config.hardware) else device.type)
 
 
 def resolved(config: schema.Config, device: torch.device) -> schema.Config:

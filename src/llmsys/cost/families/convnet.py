@@ -114,7 +114,7 @@ def play(walk: Walk) -> None:
             x, side = _pool(walk, x, side, (side + 1) // 2)
     for stage in blocks(model):
         for block in stage:
-            tape.block(block.name, x)
+            tape.block(block.name, x, residual=model.family == "resnet")
             x, side = _block(walk, block, x, side)
         if model.family == "vgg":
             tape.elsewhere(f"{block.name} pool")

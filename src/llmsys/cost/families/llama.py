@@ -19,6 +19,8 @@ of the log-sum-exp, B H L L probabilities: 4 bytes in fp32, and 2 more for their
 
 The first block is cheaper where the embedding is frozen: its input needs no gradient, so its first norm, and whatever
 lies before the first trained weight, keeps nothing.
+
+Qwen2 and Qwen3 are this family with `qkv_bias`, and with `qk_norm` and a head width of their own.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ if TYPE_CHECKING:
 
 def linears(model: schema.Transformer) -> list[Linear]:
     d, f = model.hidden_size, model.intermediate_size
-    k = d // model.num_heads * model.num_kv_heads
+    q, k = model.head_width * model.num_heads, model.head_width * model.num_kv_heads
     return [
         Linear(f"model.layers.{i}.{name}", n_in, n_out, cut)
         for i in range(model.num_layers)
         for name, n_in, n_out, cut in (
-            ("self_attn.q_proj", d, d, 0),
+            ("self_attn.q_proj", d, q, 0),
             ("self_attn.k_proj", d, k, 0),
             ("self_attn.v_proj", d, k, 0),
-            ("self_attn.o_proj", d, d, 1),
+            ("self_attn.o_proj", q, d, 1),
             ("mlp.gate_proj", d, f, 0),
             ("mlp.up_proj", d, f, 0),
             ("mlp.down_proj", f, d, 1),
@@ -60,22 +62,29 @@ def parameters(model: schema.Transformer, num_labels: int) -> dict[str, Shape]:
         for i in range(model.num_layers)
         for name in ("input_layernorm", "post_attention_layernorm")
     }
+    for i in range(model.num_layers):
+        if model.qk_norm:
+            norms |= {f"model.layers.{i}.self_attn.{name}_norm.weight": (model.head_width,) for name in "qk"}
+        if model.qkv_bias:
+            heads = {"q": model.num_heads, "k": model.num_kv_heads, "v": model.num_kv_heads}
+            norms |= {
+                f"model.layers.{i}.self_attn.{name}_proj.bias": (n * model.head_width,) for name, n in heads.items()
+            }
     head: dict[str, Shape] = {} if model.tie_embeddings else {"lm_head.weight": (model.vocab_size, d)}
     return {**table, **weights(linears(model), bias=False), **norms, "model.norm.weight": (d,), **head}
 
 
 def buffer_bytes(model: schema.Transformer) -> int:
     """The rotary frequencies, in fp32, and the copy that transformers keeps of them."""
-    return 2 * 4 * (model.hidden_size // model.num_heads // 2)
+    return 2 * 4 * (model.head_width // 2)
 
 
 def play(walk: Walk) -> None:
     m, tape, tokens = walk.transformer, walk.tape, walk.tokens
-    head_dim = m.hidden_size // m.num_heads
     tape.elsewhere("embedding")
     h = walk.embed(tokens * m.hidden_size, tape.new(tokens, 8, False))
     positions = tape.new(walk.length, 8, False)
-    cos, sin = (tape.new(walk.length * head_dim, walk.width, False) for _ in ("cos", "sin"))
+    cos, sin = (tape.new(walk.length * m.head_width, walk.width, False) for _ in ("cos", "sin"))
     mask = walk.attention_mask(walk.length, walk.length, causal=True)
     for i in range(m.num_layers):
         tape.block(f"model.layers.{i}", h, positions, cos, sin, mask)
@@ -88,8 +97,8 @@ def play(walk: Walk) -> None:
 def _block(walk: Walk, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
     tape, tokens = walk.tape, walk.tokens
     x = tape.rms_norm(h, tokens, walk.trained)
-    q = _rotate(walk, walk.linear("self_attn.q_proj", x), cos, sin)
-    k = _rotate(walk, walk.linear("self_attn.k_proj", x), cos, sin)
+    q = _rotate(walk, _head_norm(walk, walk.linear("self_attn.q_proj", x)), cos, sin)
+    k = _rotate(walk, _head_norm(walk, walk.linear("self_attn.k_proj", x)), cos, sin)
     v = walk.linear("self_attn.v_proj", x)
     h = tape.like(h, walk.linear("self_attn.o_proj", walk.attention(q, k, v, mask)))
     x = tape.rms_norm(h, tokens, walk.trained)
@@ -113,6 +122,13 @@ def _chained(walk: Walk, h: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
     else:
         (y,) = run(tape, Chain(*onward), *run(tape, Chain(*gates), h))
     return tape.like(h, y)
+
+
+def _head_norm(walk: Walk, x: Tensor) -> Tensor:
+    """Qwen3's RMSNorm of each head of queries and keys."""
+    if not walk.transformer.qk_norm:
+        return x
+    return walk.tape.rms_norm(x, x.numel // walk.transformer.head_width, walk.trained)
 
 
 def _rotate(walk: Walk, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""What a pass does, operator by operator: arithmetic and bytes, from which time follows.
+
+torch runs a model in eager mode as many small operators. Those that multiply matrices are paid by arithmetic, the
+others by the memory that they read and write; a norm written in Python, as transformers has RMSNorm, is seven passes
+over its input. `tape` notes the operators of both passes by part of the model. Here are the sizes of those that are
+several operators in truth. n is a tensor's elements, w its bytes an element; bytes are read and written together.
+
+    RMSNorm       forward    pow 8 n, mean 4 n, times 1/rms 8 n, times the weight 2 w n; casts (4 + w) n each way
+                  backward   80 n and 2 w n, 4 w n more for the weight's gradient; casts
+    rotation      forward    x cos 2 w n, minus w n, cat 2 w n, times sin 2 w n, sum 3 w n
+                  backward   14 w n
+    silu, gelu    2 w n and 3 w n, at the speed of exponentials
+    softmax       the same
+    loss          log-softmax 8 n and 12 n; the gradient's zeros 4 n; casts
+
+Each further use of a tensor adds its gradient to another one: 3 w n.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KINDS = ("product", "batched", "attention", "attention_backward", "stream", "exp")
+"""`product`: of two matrices; `batched`: many small ones at once, eager attention's; `attention`: a fused kernel;
+`stream`: paid by bytes; `exp`: exponentials and random numbers, by bytes too."""
+
+
+class Op(NamedTuple):
+    """One operator, or several alike: `launches` of them. `size`: FLOPs of one product (`batched`: of one of its
+    matrices); `width`: bytes an element, which says the precision."""
+
+    kind: str
+    flops: float
+    nbytes: float
+    launches: int = 1
+    size: float = 0.0
+    width: int = 4
+
+
+class Both(NamedTuple):
+    """Bytes and operators of something forward and backward."""
+
+    forward: float
+    forward_launches: int
+    backward: float
+    backward_launches: int
+
+
+def rms_norm(n: int, width: int, trained: bool) -> Both:
+    cast = (4 + width) * n * (width != 4)
+    forward = 2 * cast + 20 * n + 2 * width * n
+    backward = 2 * cast + 80 * n * 0.9 + 2 * width * n + 4 * width * n * trained
+    return Both(forward, 6 + 2 * (width != 4), backward, 14 + 2 * trained + 2 * (width != 4))
+
+
+def rotation(n: int, width: int) -> Both:
+    return Both(10 * width * n, 5, 14 * width * n, 7)
