@@ -21,6 +21,7 @@ from llmsys.schema.fields import one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
+from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.train import (
     CLOSED_FORM,
@@ -56,7 +57,9 @@ __all__ = [
     "Measured",
     "Method",
     "Model",
+    "Modules",
     "Network",
+    "Ops",
     "Profile",
     "Replay",
     "Simulate",
@@ -114,6 +117,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "compress_simulate": Simulate,
         "compress_iteration": Iteration,
         "compress_replay": Replay,
+        "bench_modules": Modules,
+        "bench_ops": Ops,
     },
     "model": {"transformer": Transformer, "convnet": ConvNet},
     "data": {"*": Data},
