@@ -105,4 +105,4 @@ def _collective(kind: str, numel: int, world: int, device: torch.device) -> Call
     if kind == "all_gather":
         return partial(collectives.all_gather, part)
     assert kind == "reduce_scatter", kind
-    return partial(dist.reduce_scatter_tensor, part, whole)
+    return partial(collectives.reduce_scatter, whole, part)
