@@ -12,7 +12,7 @@ import pytest
 from llmsys import compose, runner, schema
 from llmsys import job as jobs
 from llmsys.bench.modules import figures, tables
-from llmsys.bench.modules.arms import ARMS
+from llmsys.bench.modules.figures import ARMS
 from llmsys.comm.place import Place
 from llmsys.cost.modules import Flops, by_module
 from llmsys.train import checks

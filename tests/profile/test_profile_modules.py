@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmsys import models, schema, wiring
 from llmsys.models import blocks
-from llmsys.profile.modules import REST, ModuleSpans
+from llmsys.profile.modules import ModuleSpans
 from llmsys.profile.parts import find
+from llmsys.profile.taxonomy import REST
 
 CPU = torch.device("cpu")
 LAYERS = 2

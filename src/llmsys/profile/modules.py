@@ -47,6 +47,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -54,11 +55,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsys.profile.parts import BACKWARD, FORWARD, Owner, Part, Steps, find
+from llmsys.profile.parts import Owner, Part, Steps, find
 from llmsys.profile.spans import Mark, Spans, milliseconds
+from llmsys.profile.taxonomy import BACKWARD, FORWARD, PHASES, REST
 
-PHASES = ("data", "communication", "optimizer")
-REST = "unattributed"
 _MARK = "_llmsys_boundary"
 """On a tensor whose node has its hook."""
 
@@ -83,7 +83,7 @@ class ModuleSpans(Spans):
         self._stack: list[Owner] = []
         self._line: list[tuple[Mark, Owner]] = []
         self._unread_line: list[tuple[Mark, Owner]] = []
-        self._spare: list[Any] = []
+        self._cuda, self._spare = device.type == "cuda", list[Any]()
         self._read_steps: list[dict[tuple[str, str], float]] = []
         self.cuts = 0
         """Of the last step."""
@@ -106,7 +106,7 @@ class ModuleSpans(Spans):
     def _cut(self, owner: Owner) -> None:
         """From here on time is `owner`'s."""
         self._owner = owner
-        self._line.append((self._mark(), owner))
+        self._line.append((self._mark() if self._cuda else time.perf_counter(), owner))
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -142,7 +142,7 @@ class ModuleSpans(Spans):
             key = part.row, kind
             sums[key] = sums.get(key, 0.0) + milliseconds(start, end)
         self._read_steps.append(sums)
-        if self.device.type == "cuda":
+        if self._cuda:
             self._spare = [mark for mark, _ in self._unread_line]
         self._unread_line = []
 
@@ -185,7 +185,7 @@ class ModuleSpans(Spans):
             if self._owner[0] is not part:  # which a checkpointed block is: transformers 5.17 runs its hooks again
                 self._owner[0].calls_modules = True
             before = self._enter(part)
-            self._boundary(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None), before)
+            self._boundary(args[0] if args else next(iter(kwargs.values()), None), before)
 
         return hook
 
@@ -211,12 +211,13 @@ class ModuleSpans(Spans):
         self._boundary(_first(output), part)
         self._cut(self._stack.pop())
 
-    def _boundary(self, x: Tensor | None, part: Part) -> None:
+    def _boundary(self, x: Any, part: Part) -> None:
         """The backward pass comes to `part` where it comes to the node that made x; unless that is known to be of
         another: of an inner module, whose output is the outer one's too, or of the module before."""
-        if x is None or x.grad_fn is None or hasattr(x, _MARK):
+        node = x.grad_fn if isinstance(x, Tensor) else None
+        if node is None or hasattr(x, _MARK):
             return
-        x.grad_fn.register_prehook(self._into(part.backward))
+        node.register_prehook(self._into(part.backward))
         setattr(x, _MARK, True)
 
     def _into(self, owner: Owner) -> Callable[..., None]:
@@ -279,11 +280,11 @@ class ModuleSpans(Spans):
     ) -> Any:
         before = self._enter(parts[0])
         for x in args:  # query, key and value, each made by what lies before
-            self._boundary(x if isinstance(x, Tensor) else None, before)
+            self._boundary(x, before)
 
         def passed(step: int, x: Any) -> None:
             self._cut((parts[step + 1], self._owner[1]))
-            self._boundary(x if isinstance(x, Tensor) else None, parts[step])
+            self._boundary(x, parts[step])
 
         with Steps(passed) if len(parts) > 1 else contextlib.nullcontext():
             output = function(module, *args, **named)

@@ -11,12 +11,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from llmsys.profile import taxonomy
-
-FORWARD, BACKWARD, RECOMPUTE = "forward", "backward", "recompute"
-KINDS = (FORWARD, BACKWARD, RECOMPUTE)
+from llmsys.profile.taxonomy import BACKWARD, FORWARD, RECOMPUTE
 
 Owner = tuple["Part", str]
-"""A part, and in which of `KINDS` it is; no kind (empty) for what is outside both passes."""
+"""A part, and in which of `taxonomy.KINDS` it is; no kind (empty) for what is outside both passes."""
 
 
 class Part:

@@ -33,6 +33,11 @@ ROWS = (
     *("logits", "logits+loss", "loss"),
 )
 """As tables have them."""
+PHASES = ("data", "communication", "optimizer")
+"""Of the step, outside of both passes."""
+REST = "unattributed"
+FORWARD, BACKWARD, RECOMPUTE = "forward", "backward", "recompute"
+KINDS = (FORWARD, BACKWARD, RECOMPUTE)
 
 _LAYERS = (
     ("output", r"o_proj|attn\.c_proj|attention\.output\.dense|(?:Self|EncDec)Attention\.o"),

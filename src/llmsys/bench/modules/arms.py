@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from llmsys.profile.modules import REST, ModuleSpans
+from llmsys.bench.modules.figures import ARMS, BARE, MODULES, PHASES
+from llmsys.profile.modules import ModuleSpans
 from llmsys.profile.spans import Spans
+from llmsys.profile.taxonomy import REST
 from llmsys.train.loop import Loop
-
-BARE, PHASES, MODULES = "bare", "phases", "modules"
-ARMS = (BARE, PHASES, MODULES)
 
 
 class Bare(Spans):

@@ -23,12 +23,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from llmsys.bench.modules.arms import BARE, MODULES, PHASES
 from llmsys.cost.modules import Flops
 from llmsys.profile import taxonomy
-from llmsys.profile.modules import REST
+from llmsys.profile.taxonomy import KINDS, REST
 
-KINDS = ("forward", "backward", "recompute")
+BARE, PHASES, MODULES = "bare", "phases", "modules"
+ARMS = (BARE, PHASES, MODULES)
+"""Steps without clocks, with those of phases, and with those of modules beside them."""
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
 
 

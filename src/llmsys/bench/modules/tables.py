@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmsys.bench.modules.figures import KINDS
 from llmsys.profile import taxonomy
-from llmsys.profile.modules import PHASES, REST
+from llmsys.profile.taxonomy import KINDS, PHASES, REST
 
 Summary = Mapping[str, float]
 SPEEDS = ("forward_tflops", "backward_tflops", "peak_percent")

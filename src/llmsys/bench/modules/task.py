@@ -10,7 +10,8 @@ import torch
 
 from llmsys import schema
 from llmsys.bench.modules import figures, tables
-from llmsys.bench.modules.arms import ARMS, PHASES, Arms
+from llmsys.bench.modules.arms import Arms
+from llmsys.bench.modules.figures import ARMS, PHASES
 from llmsys.cost import hardware
 from llmsys.cost import modules as costs
 from llmsys.train import checks
@@ -43,7 +44,7 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
             "cuts_per_step": arms.modules.cuts,
             **ready.predicted,
         }
-        notes = [f"peak: {whose}", *_notes(list(rows), loop)]
+        notes = ["what each row has: llmsys.profile.taxonomy", f"peak: {whose}", *_notes(list(rows), loop)]
         kernel = _kernel(loop)
     if context.place.rank == 0:
         text = tables.markdown(summary, config.model.name, notes)

@@ -36,24 +36,31 @@ def operators(summary: Summary) -> dict[str, dict[str, float]]:
     return found
 
 
-def markdown(summary: Summary, title: str, notes: Sequence[str] = ()) -> str:
-    """A table for each group of operators that was measured."""
+def markdown(
+    summary: Summary, title: str, notes: Sequence[str] = (), used: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """A table for each group of operators that was measured. `used`: key -> the rows of a table of modules that have
+    it, as a column more."""
     found = operators(summary)
     parts = [f"# Operators: {title}"]
     for name, ops in GROUPS:
         rows = {key: own for key, own in found.items() if key.split("/")[0].removesuffix("_backward") in ops}
         if rows:
-            parts.append(f"## {name}\n\n{_table(rows)}")
+            parts.append(f"## {name}\n\n{_table(rows, used or {})}")
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def _table(rows: Mapping[str, Mapping[str, float]], used: Mapping[str, Sequence[str]]) -> str:
     shown = [(header, figure) for header, figure in FIGURES if any(figure in own for own in rows.values())]
+    named = any(used.get(key) for key in rows)
     lines = [["", *(header for header, _ in shown)], ["---", *["---:"] * len(shown)]]
     for key, own in rows.items():
         lines.append([key, *(_number(figure, own.get(figure)) for _, figure in shown)])
+    if named:
+        for line, cell in zip(lines, ["of", "---", *(", ".join(used.get(key, ())) for key in rows)], strict=True):
+            line.append(cell)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

@@ -39,7 +39,8 @@ def ops(config: schema.Config, context: Context) -> dict[str, Any]:
     slowest one's. Refused where memory is short."""
     task = config.task
     assert isinstance(task, schema.Ops)
-    need, (have, where) = largest(config, task) * context.place.world, checks.available_memory(config, context.device)
+    sharing = context.place.world if context.device.type == "cpu" else 1
+    need, (have, where) = largest(config, task) * sharing, checks.available_memory(config, context.device)
     if need > have and not config.force:
         raise Refused(
             f"the largest operator of {config.model.name} needs about {checks.readable(need)}; {where} has "
@@ -63,7 +64,8 @@ def ops(config: schema.Config, context: Context) -> dict[str, Any]:
     if context.device.type != "cuda" and "memcpy" in task.operators:
         notes.append("memcpy/host: from memory to memory of this host, there being no device; each byte counts once")
     if context.place.rank == 0:
-        text = tables.markdown(summary, f"{config.model.name} on {context.device}", notes)
+        used = {timed.key: timed.rows for timed in found}
+        text = tables.markdown(summary, f"{config.model.name} on {context.device}", notes, used)
         (context.out / "ops.md").write_text(text, encoding="utf-8")
     samples = {key: values for timed in found for key, values in timed.samples.items()}
     return {"summary": summary, "samples": samples, "files": {"tables": "ops.md"}}
