@@ -19,10 +19,14 @@ REPEATS = (
 )
 """Which differ from another experiment in numbers alone."""
 MEASURED = ("compress_iteration", "compress_ablation", "compress_replay")
+LOOKED_INTO = {
+    "bench_modules": ("modules/qkv/forward_ms", "| qkv |"),
+    "bench_ops": ("gemm/32x64x64/fp32/ms", "| gemm/32x64x64/fp32 |"),
+}
 TRAINED = [
     pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
     for exp in EXPERIMENTS
-    if exp not in ("lorafa_ledger", "compress_simulate", *MEASURED)
+    if exp not in ("lorafa_ledger", "compress_simulate", *MEASURED, *LOOKED_INTO)
 ]
 ON_CUDA = ("peak_gib", "reserved_gib")
 CLASSES = ("accuracy", "accuracy_se", "macro_f1")
@@ -63,6 +67,17 @@ def test_measured_iterations_leave_their_tables(exp: str, results: Path) -> None
     text = (Path(made.out) / record.files["tables"]).read_text()
     assert "| noop |" in text
     assert "| acpsgd |" in text
+
+
+@pytest.mark.parametrize("exp", LOOKED_INTO)
+def test_modules_and_operators_leave_their_tables(exp: str, results: Path) -> None:
+    smoke = compose.compose([f"+exp={exp}"])["smoke"]
+    made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
+    record = runner.run(made)
+    assert record.status == "ok", record.error
+    key, line = LOOKED_INTO[exp]
+    assert record.summary[key] > 0
+    assert line in (Path(made.out) / record.files["tables"]).read_text()
 
 
 def test_the_ledger_leaves_its_tables(results: Path) -> None:

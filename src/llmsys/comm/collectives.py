@@ -48,6 +48,16 @@ def all_gather(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def reduce_scatter(tensor: Tensor, part: Tensor) -> None:
+    """Makes `part` [n], in place, this rank's share of the sum of all ranks' tensors [world n]."""
+    if world() == 1:
+        part.copy_(tensor)
+    elif hasattr(dist, "reduce_scatter_single"):  # as torch 2.13 calls it
+        dist.reduce_scatter_single(part, tensor)
+    else:
+        dist.reduce_scatter_tensor(part, tensor)
+
+
 def broadcast(tensor: Tensor, source: int = 0) -> None:
     """Makes `tensor`, in place, that of rank `source`."""
     if world() > 1:

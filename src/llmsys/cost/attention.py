@@ -51,15 +51,15 @@ class Attention:
                 tape.save(bias)
             tape.passes(2 * out.nbytes, q.nbytes, k.nbytes, v.nbytes)
         product = self.flops(q)
-        tape.count(2 * product)
-        tape.backward[tape.part] += 5 * product * grad  # dq, dk, dv, dP and the scores once more
+        tape.work(2 * product, 5 * product * grad)  # dq, dk, dv, dP and the scores once more
         return out
 
     def eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         """With the scores in memory. A batched product reads contiguous copies of its operands."""
         tape = self.tape
         llama = self.model.family == "llama"
-        scores = self.scores(q, self.repeat(k))
+        with tape.within("@scores"):
+            scores = self.scores(q, self.repeat(k))
         # llama's softmax is told fp32; the others' run in their input's width, to which an fp32 mask or bias may add
         wide = llama or (tape.autocast and (tape.cuda or any(x is not None and x.width == 4 for x in (mask, bias))))
         p = tape.new(scores.numel, 4 if wide else scores.width, scores.grad or (bias is not None and bias.grad))
@@ -68,7 +68,8 @@ class Attention:
             tape.passes(2 * p.nbytes)
         if self.model.family in ("llama", "gpt2"):  # which cast back to the dtype of q, and of v
             p = tape.cast(p, q.width if llama else v.width)
-        out = self.mix(tape.dropout(p, self.model.dropout), self.repeat(v))
+        with tape.within("@context"):
+            out = self.mix(tape.dropout(p, self.model.dropout), self.repeat(v))
         return tape.like(out)
 
     def math(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from llmsys.cost.pieces import Core, Piece
 from llmsys.cost.tape import Tape, Tensor
 
@@ -10,16 +12,37 @@ def run(tape: Tape, piece: Piece, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Plays `piece` as one node of autograd's graph."""
     outputs, extras = piece.play(*inputs)
     wanted = any(x.grad for x in inputs)
-    tape.forward[tape.part] += piece.forward()
+    _work(tape, piece, wanted)
     if not wanted and not piece.trained:
         return outputs
     kept = [*(inputs if piece.reads_inputs(wanted) else ()), *extras]
     if kept:
         tape.save(*kept)
-    tape.backward[tape.part] += piece.backward(wanted)
-    tape.again[tape.part] += piece.recomputed(wanted)
     tape.passes(tape.coming(sum(x.nbytes for x in outputs)), piece.passing(wanted))
     return tuple(x._replace(grad=True) for x in outputs)
+
+
+def _work(tape: Tape, piece: Piece, wanted: bool) -> None:
+    """Notes the FLOPs of `piece`, those of attention in a chain apart from the rest."""
+    derived = wanted or piece.trained
+    forward, backward, again = piece.forward(), 0.0, 0.0
+    if derived:
+        backward, again = piece.backward(wanted), piece.recomputed(wanted)
+    for core, needed in _cores(piece, wanted):
+        for each in core.played.products:
+            tape.work(each.forward, needed * each.backward, needed * each.forward, each.module)
+        forward -= core.forward()
+        backward, again = backward - core.backward(needed), again - core.recomputed(needed)
+    tape.work(forward, backward, again)
+
+
+def _cores(piece: Piece, wanted: bool) -> Iterator[tuple[Core, bool]]:
+    """Each part between attention's projections, and whether the gradients of its inputs are wanted."""
+    if isinstance(piece, Core):
+        yield piece, wanted
+    elif isinstance(piece, Chain):
+        for i, each in enumerate(piece.pieces):
+            yield from _cores(each, piece._wanted(i, wanted))
 
 
 def run_apart(tape: Tape, piece: Piece, *inputs: Tensor) -> tuple[Tensor, ...]:

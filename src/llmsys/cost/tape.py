@@ -35,8 +35,9 @@ Recomputation: of a checkpointed block only its inputs are held; what it saves c
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -53,14 +54,24 @@ class Tensor(NamedTuple):
         return self.numel * self.width
 
 
+class Product(NamedTuple):
+    """FLOPs of a module: forward, of its derivatives, and computed again by itself."""
+
+    module: str
+    forward: float
+    backward: float
+    again: float
+
+
 class Aside(NamedTuple):
-    """What was played aside: its result, the storages that it saves, its FLOPs forward and backward."""
+    """What was played aside: its result, the storages that it saves, its FLOPs forward and backward, and by module."""
 
     out: Tensor
     saved: dict[int, str]
     passing: int
     forward: float
     backward: float
+    products: list[Product]
 
 
 class Tape:
@@ -68,8 +79,10 @@ class Tape:
 
     `part` is where the walk is, `origin` what it is there for, by which saved storages are told apart. `block` begins a
     part that can be recomputed, `elsewhere` one that cannot. `again` are the FLOPs of what pieces compute again by
-    themselves. `own` are the bytes that a part saves and no part before it, `passing` the most bytes at a moment of its
-    backward pass: what of `own` was saved before that, gradients on their way, copies, what pieces compute again.
+    themselves. `products` are all FLOPs once more, in their order and by module (`within`); where no module is named,
+    by part. `last_save` is how many of them come before the part's last save. `own` are the bytes that a part saves and
+    no part before it, `passing` the most bytes at a moment of its backward pass: what of `own` was saved before that,
+    gradients on their way, copies, what pieces compute again.
     `moments` are all of these, each with the bytes of trained weights that the part has read until there (`read`): the
     backward pass begins at the end, so at that moment it has made the gradients of all others.
     """
@@ -86,6 +99,9 @@ class Tape:
         self.backward: dict[str, float] = defaultdict(float)
         self.until_last_save: dict[str, float] = defaultdict(float)
         self.again: dict[str, float] = defaultdict(float)
+        self.products: dict[str, list[Product]] = defaultdict(list)
+        self.last_save: dict[str, int] = defaultdict(int)
+        self._module = ""
         self.past: dict[str, int] = defaultdict(int)  # by block, of the gradient past a residual's branches
         self.waiting: dict[str, int] = defaultdict(int)  # by block, of the gradients that all blocks add to
         self.head = 0  # bytes of the logits as the head made them
@@ -116,18 +132,18 @@ class Tape:
         """Plays something without noting any of it here: what it would have noted."""
         mine, seen = [notes.pop(self.part, None) for notes in self._notes], set(self._seen)
         out = play()
-        saved, passing, forward, backward, *_ = (notes[self.part] for notes in self._notes)
+        saved, passing, forward, backward, *_, products = (notes[self.part] for notes in self._notes)
         for notes, own in zip(self._notes, mine, strict=True):
             del notes[self.part]
             if own is not None:
                 notes[self.part] = own
         self._seen = seen
-        return Aside(out, saved, passing, forward, backward)
+        return Aside(out, saved, passing, forward, backward, products)
 
     @property
     def _notes(self) -> tuple[Any, ...]:
-        notes = (self.saved, self.passing, self.forward, self.backward, self.until_last_save, self.own)
-        return (*notes, self.moments, self.read)
+        passes = self.saved, self.passing, self.forward, self.backward
+        return *passes, self.until_last_save, self.own, self.last_save, self.moments, self.read, self.products
 
     def bytes_of(self, storages: set[int]) -> int:
         return sum(self._bytes[storage] for storage in storages)
@@ -164,6 +180,7 @@ class Tape:
     def touch(self) -> None:
         """Notes that something is saved here: a checkpointed block is computed again only up to its last save."""
         self.until_last_save[self.part] = self.forward[self.part]
+        self.last_save[self.part] = len(self.products[self.part])
 
     def cast(self, x: Tensor, width: int) -> Tensor:
         """`x` at another width: a copy, or x itself where it has that width."""
@@ -173,10 +190,23 @@ class Tape:
         """`x` as a matrix product reads it: under autocast in bf16."""
         return self.cast(x, 2) if self.autocast else x
 
+    @contextlib.contextmanager
+    def within(self, module: str) -> Iterator[None]:
+        """What counts in the block is of `module`; `@<what>` is what the part does outside of its modules."""
+        before, self._module = self._module, f"{self.part}{module}" if module.startswith("@") else module
+        yield
+        self._module = before
+
     def count(self, flops: float, *grads: bool) -> None:
         """A product of `flops`, and its derivative by each operand that needs one."""
-        self.forward[self.part] += flops
-        self.backward[self.part] += flops * sum(grads)
+        self.work(flops, flops * sum(grads))
+
+    def work(self, forward: float, backward: float = 0.0, again: float = 0.0, module: str = "") -> None:
+        """FLOPs of `module`, or of the one that the walk is in."""
+        self.forward[self.part] += forward
+        self.backward[self.part] += backward
+        self.again[self.part] += again
+        self.products[self.part].append(Product(module or self._module or self.part, forward, backward, again))
 
     def linear(self, x: Tensor, n_in: int, n_out: int, width: int, trained: bool) -> Tensor:
         """x [T, n_in] times a weight of `width` bytes an element -> [T, n_out], by `torch.nn.functional.linear`."""

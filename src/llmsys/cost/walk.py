@@ -70,6 +70,10 @@ class Walk:
 
         A quantised weight is frozen and kept in its own few bits, so nothing is saved for it.
         """
+        with self.tape.within(self.layer(name).name):
+            return self._linear(name, x)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
         tape, adapter = self.tape, self.case.adapter
         layer = self.layer(name)
         if self.case.fused and layer.name in self.owners:
@@ -98,6 +102,10 @@ class Walk:
     def head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
         """Logits of a language model. Under tensor parallelism each rank multiplies its share of the vocabulary, unless
         the table is the embedding's, and then has all logits. With `train.loss=chunked` it makes the loss itself."""
+        with self.tape.within("lm_head"):
+            return self._head(x, n_in, n_out)
+
+    def _head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
         if self.case.train.loss == "chunked":
             return self._chunked(x, n_in, n_out)
         share = n_out if self.transformer.tie_embeddings else -(-n_out // self.case.cut)
@@ -119,6 +127,10 @@ class Walk:
         In chained blocks (`llmsys.lorafa.blocks.kernel`) a fused kernel's mask is made of a boolean one once for all
         blocks, and where there is none for dropout on the probabilities, the scores are computed again.
         """
+        with self.tape.within("@attention"):
+            return self._attention(q, k, v, mask, bias)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         attention, chained = Attention(self.case, self.tape, q, k), self.case.chained
         if not chained or self.transformer.attention == "eager":
             return attention(q, k, v, mask, bias)

@@ -66,7 +66,7 @@ class Spans:
     def _read(self) -> None:
         sums: dict[str, float] = {}
         for name, start, end in self._unread:
-            sums[name] = sums.get(name, 0.0) + _milliseconds(start, end)
+            sums[name] = sums.get(name, 0.0) + milliseconds(start, end)
         for name, ms in sums.items():
             self._samples.setdefault(name, []).append(ms)
         self._unread = []
@@ -92,7 +92,7 @@ class Spans:
         return (time.perf_counter() - start) * 1e6 / (2 * repeats) * self.entered
 
 
-def _milliseconds(start: Mark, end: Mark) -> float:
+def milliseconds(start: Mark, end: Mark) -> float:
     if isinstance(start, float) and isinstance(end, float):
         return (end - start) * 1e3
     assert not isinstance(start, float)

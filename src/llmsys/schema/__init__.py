@@ -22,6 +22,7 @@ from llmsys.schema.fields import one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
+from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.train import (
     CLOSED_FORM,
@@ -57,7 +58,9 @@ __all__ = [
     "Measured",
     "Method",
     "Model",
+    "Modules",
     "Network",
+    "Ops",
     "Predict",
     "Predicting",
     "Profile",
@@ -120,6 +123,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "compress_simulate": Simulate,
         "compress_iteration": Iteration,
         "compress_replay": Replay,
+        "bench_modules": Modules,
+        "bench_ops": Ops,
         "bench_predict": Predict,
     },
     "model": {"transformer": Transformer, "convnet": ConvNet},

@@ -9,6 +9,7 @@ from llmsys.schema.bench import Predicting
 from llmsys.schema.data import OBJECTIVES
 from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
+from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.task import Ledger, Simulate
 from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 WITH_VOCABULARY = ("causal_lm", "seq2seq")
 TP_FAMILIES = ("llama", "bert", "roberta")
+WHOLE_MODELS = ("local", "ddp")
+"""Engines that leave each rank's modules as they are."""
 CUT_FAMILIES = ("llama", "bert", "roberta", "t5")
 """Whose blocks can keep less than they do without keeping nothing: see `schema.recompute`."""
 
@@ -38,6 +41,7 @@ def check(config: Config) -> None:
     _ledger(config)
     _simulate(config)
     _measured(config)
+    _modules(config)
 
 
 def _model(config: Config) -> None:
@@ -59,7 +63,7 @@ def _model(config: Config) -> None:
 def _data(config: Config) -> None:
     """Of tasks that read any."""
     model, data = config.model, config.data
-    if isinstance(config.task, (Ledger, Predicting)):
+    if isinstance(config.task, (Ledger, Ops, Predicting)):
         return
     if model.objective not in OBJECTIVES[data.kind]:
         fitting = [kind for kind, objectives in OBJECTIVES.items() if model.objective in objectives]
@@ -222,6 +226,18 @@ def _measured(config: Config) -> None:
         raise ValueError(f"compress.kind={config.compress.kind}: what {task.kind} compares is task.methods")
     if isinstance(task, Iteration) and task.subject == "model" and model.objective != "causal_lm":
         raise ValueError(f"model.family={model.family}: task.subject=model is for causal language models")
+
+
+def _modules(config: Config) -> None:
+    task, engine = config.task, config.engine.kind
+    if isinstance(task, Modules) and config.method.kind in CLOSED_FORM:
+        raise ValueError(f"method.kind={config.method.kind}: takes no steps, and {task.kind} is about steps")
+    if isinstance(task, (Modules, Ops)) and engine not in WHOLE_MODELS:
+        raise ValueError(f"engine.kind={engine}: {task.kind} is for engine={' or engine='.join(WHOLE_MODELS)}")
+    if isinstance(task, Ops) and not isinstance(config.model, Transformer):
+        raise ValueError(
+            f"model.family={config.model.family}: {task.kind} is for transformers, by whose shapes it goes"
+        )
 
 
 def _network(config: Config) -> None:

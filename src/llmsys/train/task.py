@@ -5,8 +5,10 @@ Order: config, data, memory, time, weights. What cannot run says so before anyth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,11 +25,11 @@ SAMPLE = 8
 """Micro-batches that a method may look at before it begins."""
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from llmsys.context import Context
     from llmsys.data import Dataset
+    from llmsys.data.examples import Source
     from llmsys.data.tokenizer import Tokenizer
 
 
@@ -36,34 +38,91 @@ def train(config: schema.Config, context: Context) -> dict[str, Any]:
 
     ValueError for a setting that cannot be, Refused for too little memory or time, NotANumber for a diverged run.
     """
-    from llmsys import data, models
+    context.kept = "an earlier checkpoint, if there is one, serves"
+    if isinstance(context.method, Reference):
+        return _refer(config, context, context.method)
+    with trainer(config, context) as ready:
+        return {**fit(context, ready.loop, ready.predicted), "data_hash": ready.data_hash}
+
+
+def _refer(config: schema.Config, context: Context, reference: Reference) -> dict[str, Any]:
+    """What needs no training to be compared with."""
+    from llmsys import data
     from llmsys.models import weights
 
-    context.kept = "an earlier checkpoint, if there is one, serves"
-    reference = context.method if isinstance(context.method, Reference) else None
-    lr = 0.0 if reference else checks.learning_rate(config)
     checks.libraries(config)
     source = data.open(config.data, config.model.objective)
     if isinstance(reference, Majority):
         return {**reference.record(source), "data_hash": source.hash}
-    if not reference:
-        config = checks.resolved(config, context.device)
-    predicted = {} if reference else predict(config, context)
+    assert isinstance(reference, Probe)
     folder = weights.find(config.model, config.results, context.run_folder)
     with reproducible(config.train.seed, context.threads, config.train.deterministic):
-        tokenizer = load_tokenizer(config.model, folder)
-        dataset = data.encode(source, tokenizer, config.train, config.model)
-        model = models.load(
-            config.model,
-            objective=source.objective,
-            num_labels=len(source.labels),
-            device=context.device,
-            seed=config.train.seed,
-            folder=folder,
-        )
-        if isinstance(reference, Probe):
-            return {**reference.record(config, context, model, dataset, source), "data_hash": source.hash}
-        return {**fit(config, context, model, dataset, lr, predicted, tokenizer), "data_hash": source.hash}
+        _, dataset, model = _load(config, context, source, folder)
+        return {**reference.record(config, context, model, dataset, source), "data_hash": source.hash}
+
+
+class Trainer(NamedTuple):
+    """A loop that has taken no step yet, what was predicted of its steps, and the hash of its data."""
+
+    loop: Loop
+    predicted: dict[str, float]
+    data_hash: str
+
+
+@contextlib.contextmanager
+def trainer(config: schema.Config, context: Context) -> Iterator[Trainer]:
+    """What `train` trains with, also for tasks that take single steps of it; its settings hold within the block. Raises
+    what `train` does; not for methods without steps."""
+    from llmsys import data
+    from llmsys.models import weights
+
+    lr = checks.learning_rate(config)
+    checks.libraries(config)
+    source = data.open(config.data, config.model.objective)
+    config = checks.resolved(config, context.device)
+    predicted = predict(config, context)
+    folder = weights.find(config.model, config.results, context.run_folder)
+    with reproducible(config.train.seed, context.threads, config.train.deterministic):
+        tokenizer, dataset, model = _load(config, context, source, folder)
+        yield Trainer(_loop(config, context, model, dataset, lr, tokenizer), predicted, source.hash)
+
+
+def _load(
+    config: schema.Config, context: Context, source: Source, folder: Path | None
+) -> tuple[Tokenizer | None, Dataset, nn.Module]:
+    """Tokenizer, encoded data, and the model as it was built or published."""
+    from llmsys import data, models
+
+    tokenizer = load_tokenizer(config.model, folder)
+    dataset = data.encode(source, tokenizer, config.train, config.model)
+    model = models.load(
+        config.model,
+        objective=source.objective,
+        num_labels=len(source.labels),
+        device=context.device,
+        seed=config.train.seed,
+        folder=folder,
+    )
+    return tokenizer, dataset, model
+
+
+def _loop(
+    config: schema.Config,
+    context: Context,
+    model: nn.Module,
+    dataset: Dataset,
+    lr: float,
+    tokenizer: Tokenizer | None,
+) -> Loop:
+    """Prepares `model`, in place: method, recomputation, loss."""
+    from llmsys.models import blocks, chunk_loss
+
+    model = context.method.prepare(model, _sample(config, context, dataset))
+    if isinstance(config.model, schema.Transformer):
+        context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
+    if config.train.loss == "chunked":
+        chunk_loss(model)
+    return Loop(config, context, model, dataset, lr, tokenizer)
 
 
 def load_tokenizer(model: schema.Model, folder: Path | None) -> Tokenizer | None:
@@ -90,29 +149,14 @@ def predict(config: schema.Config, context: Context) -> dict[str, float]:
     }
 
 
-def fit(
-    config: schema.Config,
-    context: Context,
-    model: nn.Module,
-    dataset: Dataset,
-    lr: float,
-    predicted: dict[str, float],
-    tokenizer: Tokenizer | None,
-) -> dict[str, Any]:
-    """Prepares `model` (in place), trains it, saves it and measures it."""
-    from llmsys.models import blocks, chunk_loss
-
-    model = context.method.prepare(model, _sample(config, context, dataset))
-    if isinstance(config.model, schema.Transformer):
-        context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
-    if config.train.loss == "chunked":
-        chunk_loss(model)
-    loop = Loop(config, context, model, dataset, lr, tokenizer)
+def fit(context: Context, loop: Loop, predicted: dict[str, float]) -> dict[str, Any]:
+    """Trains the loop's model, saves it and measures it."""
+    config = loop.config
     outcome = loop.run()
     files = {}
     if config.train.save_final:
         meta = {"exp": config.name, "method": config.method.kind, "base": dataclasses.asdict(config.model)}
-        state = loop.saver.weights(model)
+        state = loop.saver.weights(loop.model)
         if context.place.rank == 0:
             context.method.save(state, context.out / "weights", {**meta, "steps": config.train.steps})
         files["weights"] = "weights"
