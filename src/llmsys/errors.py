@@ -12,6 +12,15 @@ class Refused(ValueError):
         self.reason = reason
 
 
+class Contradiction(ValueError):
+    """Settings that are right one by one and cannot go together, or not on this machine. Within a sweep that is one
+    combination's matter, which is recorded as `unsupported`, and the others run."""
+
+
+class MissingPackage(LookupError):
+    """A package that this run needs is not installed; the message names the extra that brings it."""
+
+
 class NotANumber(ArithmeticError):
     """The loss or a gradient became NaN or infinite; the message names the step."""
 

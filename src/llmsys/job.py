@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import device, resume, schema
+from llmsys.errors import Contradiction
 from llmsys.files import write_atomic
 
 STATUSES = ("ok", "oom", "failed", "crashed", "timeout", "hang", "unsupported", "skipped", "interrupted")
@@ -28,7 +29,7 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker")
+_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "sweep")
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 
 
@@ -50,7 +51,8 @@ class Job:
         method, seed = self.config["method"]["kind"], self.config["train"]["seed"]
         compress = self.config.get("compress", {}).get("kind", "none")
         what = method if compress == "none" else f"{method} · {compress}"
-        return f"{self.config['name']} · {what} · seed {seed} · {self.run_id}"
+        repeat = f" · repeat {self.config['repeat']}" if self.config.get("repeat") else ""
+        return f"{self.config['name']} · {what} · seed {seed}{repeat} · {self.run_id}"
 
 
 @dataclass(kw_only=True)
@@ -153,6 +155,8 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     if identity.get("compress", {}).get("kind") == "none":
         del identity["compress"]  # as it was before there was the group: records without it are of the same runs
+    if not identity.get("repeat"):
+        identity.pop("repeat", None)  # the first run of settings is the one that was made before there were repeats
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
     text = json.dumps([identity, device_name, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -168,22 +172,21 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     from llmsys.cost import hardware, shapes
     from llmsys.models import fingerprint
 
-    config = copy.deepcopy(config)
     tasks.check(config["task"]["kind"])
-    kind, device_name = device.resolve(schema.build(config).hardware.device)
-    config["hardware"]["device"] = kind
-    if kind == "cuda" and config["train"]["world"] > device.gpus():
-        raise ValueError(f"train.world={config['train']['world']}: this machine has {device.gpus()} CUDA devices")
-    share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
-    config["train"]["threads"] = config["train"]["threads"] or share
+    schema.build(config)
+    config, device_name = resolved(config)
+    typed = schema.build(config)
+    if config["hardware"]["device"] == "cuda" and config["train"]["world"] > device.gpus():
+        raise Contradiction(f"train.world={config['train']['world']}: this machine has {device.gpus()} CUDA devices")
     most = 4 * device.threads()
     if config["train"]["threads"] > most:
         raise ValueError(f"train.threads={config['train']['threads']}: at most {most}, four times the cores there are")
-    _only_its_own_rate(config)
-    hardware.named(schema.build(config).hardware)  # an unknown name is said here
-    typed = schema.build(config)
+    hardware.named(typed.hardware)  # an unknown name is said here
     if not isinstance(typed.task, schema.Ledger):  # which makes a model of its own width
-        shapes.check_adapters(typed.model, typed.method)
+        try:
+            shapes.check_adapters(typed.model, typed.method)
+        except ValueError as error:
+            raise Contradiction(str(error)) from None
     inputs = dict(inputs or {})
     content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
     if continued := resume.source(config):
@@ -191,6 +194,17 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     identifier = run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)
+
+
+def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """(a copy of `config` with what depends on this machine in place of `auto` and 0, the device's name). ValueError
+    where CUDA is asked for in vain."""
+    config = copy.deepcopy(config)
+    config["hardware"]["device"], device_name = device.resolve(config["hardware"]["device"])
+    share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
+    config["train"]["threads"] = config["train"]["threads"] or share
+    _only_its_own_rate(config)
+    return config, device_name
 
 
 def _only_its_own_rate(config: dict[str, Any]) -> None:

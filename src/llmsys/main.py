@@ -40,14 +40,20 @@ def help_text() -> str:
 
 def make_jobs(configs: Sequence[dict[str, Any]]) -> list[Job]:
     """The jobs of composed configs, each once, in order. ValueError for the first setting that is wrong."""
-    from llmsys import job
-
     jobs: dict[str, Job] = {}
     for config in configs:
-        schema.build(config)
-        made = job.make(config, _inputs(config))
+        made = make_job(config)
         jobs.setdefault(made.out, made)
     return list(jobs.values())
+
+
+def make_job(config: dict[str, Any]) -> Job:
+    """The job of a composed config. ValueError for the first setting that is wrong; Contradiction, which is one, for
+    settings that cannot go together."""
+    from llmsys import job
+
+    schema.build(config)
+    return job.make(config, _inputs(config))
 
 
 def _inputs(config: dict[str, Any]) -> dict[str, str]:
@@ -71,32 +77,38 @@ def _inputs(config: dict[str, Any]) -> dict[str, str]:
 
 def submit(configs: Sequence[dict[str, Any]]) -> int:
     """Runs the jobs, prints the table of their records, returns the exit code: 0, 130 (interrupted) or 1."""
-    from llmsys import dispatch, results
+    from llmsys import results
     from llmsys.dispatch.show import Show
+    from llmsys.sweep import report
+    from llmsys.sweep.course import Course
 
-    jobs = make_jobs(configs)
+    course = Course(configs, make_job, Show())
     records: list[Record] = []
     interrupted = False
     try:
-        for record in dispatch.submit(jobs, Show()):
+        for _, record in course.run():
             records.append(record)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         results.show(records)
-        _show_tables(jobs, records)
+        for title, headers, lines in report.tables(course):
+            print(f"\n{title}")
+            results.print_lines(headers, lines)
+        for line in report.lines(course):
+            print(line)
+        for job, record in course.records.values():
+            _show_tables(job, record)
     if interrupted:
         return 130
     return 0 if all(record.status in HARMLESS for record in records) else 1
 
 
-def _show_tables(jobs: Sequence[Job], records: Sequence[Record]) -> None:
-    """The tables that runs have made themselves: the file `tables` of a record, where it is still there."""
-    folders = {job.run_id: Path(job.out) for job in jobs}
-    for record in records:
-        file = folders[record.run_id] / record.files.get("tables", "")
-        if file.is_file():
-            print("\n" + file.read_text(encoding="utf-8"))
+def _show_tables(job: Job, record: Record) -> None:
+    """The tables that a run has made itself: the file `tables` of its record, where it is still there."""
+    file = Path(job.out) / record.files.get("tables", "")
+    if file.is_file():
+        print("\n" + file.read_text(encoding="utf-8"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

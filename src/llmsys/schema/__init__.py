@@ -17,10 +17,11 @@ from typing import Any
 from llmsys.schema import coherence
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
-from llmsys.schema.fields import one_of
+from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
+from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.train import (
     CLOSED_FORM,
@@ -60,6 +61,7 @@ __all__ = [
     "Profile",
     "Replay",
     "Simulate",
+    "Sweep",
     "Task",
     "Tracker",
     "Train",
@@ -75,7 +77,8 @@ class Config:
     """One run, whole.
 
     `command`: the words after `python -m llmsys` that composed it, but for `results`; none where a program made it. It
-    is known when all else is composed, so nobody sets it, and it is no part of what a run is.
+    is known when all else is composed, so nobody sets it, and it is no part of what a run is. `repeat`: which of
+    several runs of the same settings this is, each in a fresh process; it changes nothing but the id.
     """
 
     name: str = "scratch"
@@ -85,6 +88,7 @@ class Config:
     smoke: list[str] = field(default_factory=list)
     baselines: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
+    repeat: int = 0
     task: Task
     model: Model
     data: Data
@@ -97,8 +101,10 @@ class Config:
     dispatch: Dispatch
     tracker: Tracker
     profile: Profile
+    sweep: Sweep = field(default_factory=Sweep)
 
     def __post_init__(self) -> None:
+        at_least("repeat", self.repeat, 0)
         one_of("reuse", self.reuse, ("same_code", "any", "never"))
         if not self.results:
             raise ValueError("results: empty; it is the folder for results, e.g. results=results")
@@ -134,9 +140,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "dispatch": {"inline": Dispatch, "process": Dispatch},
     "tracker": {"none": Tracker, "wandb": Tracker},
     "profile": {"*": Profile},
+    "sweep": {"*": Sweep},
 }
 """Group -> kind -> the class of its settings; `*` where every choice in the group shares one class."""
-LATER = ("compress",)
+LATER = ("compress", "sweep")
 """Groups that configs written by earlier versions of this package do not have; without one its defaults hold."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmsys.errors import Contradiction
 from llmsys.schema import recompute
 from llmsys.schema.data import OBJECTIVES
 from llmsys.schema.measured import Iteration, Measured
@@ -21,7 +22,14 @@ CUT_FAMILIES = ("llama", "bert", "roberta", "t5")
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for the first pair of settings that cannot go together."""
+    """Raises Contradiction, a ValueError, for the first pair of settings that cannot go together."""
+    try:
+        _check(config)
+    except ValueError as error:
+        raise Contradiction(str(error)) from None
+
+
+def _check(config: Config) -> None:
     if config.dispatch.kind == "inline" and config.dispatch.memory_gib is not None:
         raise ValueError("dispatch.memory_gib: needs dispatch=process; a living process cannot be limited for a time")
     if config.dispatch.kind == "inline" and config.train.world > 1:
