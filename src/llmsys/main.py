@@ -19,19 +19,24 @@ from llmsys.job import HARMLESS, Job, Record
 USAGE = """\
 Usage: python -m llmsys [+exp=NAME] [GROUP=CHOICE] [KEY=VALUE] ...
        python -m llmsys -m +exp=NAME KEY=A,B ...       a sweep: every combination, and one table
+       python -m llmsys sweep=NAME [KEY=VALUE] ...     a suite: a sweep by its name, see below
        python -m llmsys --cfg job +exp=NAME            show the settings, run nothing
        python -m llmsys.results [FOLDER]               the table of everything under a folder; --help for pictures
 """
 
 
 def help_text() -> str:
-    """Usage, experiments and the choices of every group; made from `conf/` without Hydra or torch."""
+    """Usage, experiments, suites and the choices of every group; made from `conf/` without Hydra or torch."""
     lines = [USAGE, "Experiments (+exp=NAME):"]
     width = max(map(len, compose.choices("exp")), default=0)
     lines += [f"  {name:{width}}  {purpose}" for name, purpose in compose.choices("exp").items()]
+    suites = {name: purpose for name, purpose in compose.choices("sweep").items() if name != "none"}
+    width = max(map(len, suites), default=0)
+    lines += ["", "Suites, each a whole sweep (sweep=NAME):"]
+    lines += [f"  {name:{width}}  {purpose}" for name, purpose in suites.items()]
     lines += ["", "Groups and their choices:"]
     for group in compose.groups():
-        if group != "exp":
+        if group not in ("exp", "sweep"):
             lines.append(f"  {group}={' | '.join(compose.choices(group))}")
     lines += ["", "Every key of a group can be set: train.steps=20 model.num_layers=2. --cfg job shows them all."]
     lines += ["A finished run is not run again; reuse=never does. --hydra-help for Hydra's own flags."]

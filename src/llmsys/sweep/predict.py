@@ -8,6 +8,10 @@ from llmsys import schema
 from llmsys.cost import hardware, memory
 from llmsys.sweep.settings import Config
 
+BARE_GIB = 0.45
+"""What a rank's process holds on the host before the first tensor: Python, torch, transformers and a process group
+(VmData of torch 2.13 on Linux, which `dispatch.memory_gib` limits). A prediction leaves it out."""
+
 
 def peak_bytes(config: Config) -> int | None:
     """Predicted bytes of a rank's training step at its fullest; None where the task is not training, or no cost is
@@ -27,13 +31,14 @@ def peak_bytes(config: Config) -> int | None:
 
 
 def room_bytes(config: Config, total_gib: float) -> float:
-    """What a rank may use: the limit that is set on it, else the machine's by name or number, else its share of
-    `total_gib`, the device's (of a CPU, which all ranks share, the host's)."""
+    """What a rank has for tensors: the limit that is set on it, else the machine's by name or number, else its share of
+    `total_gib`, the device's; of a host, which all ranks share, less what their processes hold anyway."""
     limit, given = config["dispatch"]["memory_gib"], config["hardware"]["mem_gib"]
     machine = hardware.named(schema.build(config).hardware)
     gib = limit or given or (machine.mem_gib if machine else total_gib)
-    shared = config["train"]["world"] if config["hardware"]["device"] == "cpu" and not (limit or machine) else 1
-    return float(gib) * 2**30 / shared
+    host = config["hardware"]["device"] == "cpu" and not machine
+    shared = config["train"]["world"] if host and not limit else 1
+    return max(0.0, float(gib) / shared - (BARE_GIB if host else 0.0)) * 2**30
 
 
 def largest(needs: Callable[[int], int | None], room: float, limit: int) -> int:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 SPARE = 0.05
 """Of the memory, for what `peak_bytes` leaves out: the allocator's slack and workspaces."""
-UNPACKED = ("code_docstrings", "jsonl")
+UNPACKED = ("code_docstrings", "jsonl", "synthetic_pairs")
 """Data of prompts and answers: each example is a row of its own."""
 MAX_CPU_S = 3600.0
 """A run predicted to take longer than this on a CPU was most likely meant for a GPU."""
