@@ -22,7 +22,7 @@ from llmsys import tasks
 from llmsys.job import Record, code_hash
 from llmsys.sweep.settings import Config, get, shares
 
-LABELS = ("model.name", "data.make", "train.lr_by_method", "train.lr_scale")
+LABELS = ("model.name", "data.make", "train.lr_by_method", "train.lr_scale", "techniques")
 """Settings that change no byte of a step's memory."""
 NOT_COMPARED = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "sweep", "repeat")
 
