@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sweep_harness import Course, Machine, configs, course, statuses, written
 
-from llmsys.sweep import report
+from llmsys.sweep import memory, report
 from llmsys.sweep.memory import Baseline, Reading, read
 from llmsys.sweep.settings import Config
 
@@ -254,6 +254,18 @@ def test_memory_that_did_not_come_back_is_in_the_record_of_the_next_run(
     assert ["sweep" in record.env for record in ended] == [False, True]
     assert ended[1].env["sweep"]["over_baseline_gib"] == 2.0
     assert {record.run_id: record.env for record in written(results)} == {r.run_id: r.env for r in ended}
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("1024, 81559\n2048, 81559\n", Reading((1.0, 2.0), (81559 / 1024, 81559 / 1024))),
+        ("[N/A], [N/A]\n", None),
+        ("", None),
+    ],
+)
+def test_what_the_driver_prints_is_read_or_not_believed(printed: str, expected: Reading | None) -> None:
+    assert memory.parsed(printed) == expected
 
 
 def test_this_host_says_how_much_memory_is_in_use() -> None:

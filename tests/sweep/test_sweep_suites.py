@@ -33,7 +33,9 @@ def test_the_command_line_beats_the_suite() -> None:
 
 
 @pytest.mark.skipif("techniques" not in schema.Config.__dataclass_fields__, reason="without the key `techniques`")
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize(
+    "suite", [pytest.param(suite, marks=[pytest.mark.slow] if suite.endswith("_grid") else []) for suite in SUITES]
+)
 def test_every_cell_of_a_suite_can_be(suite: str) -> None:
     """Of the real launcher: as many cells as are promised, of which each is another run."""
     code = (

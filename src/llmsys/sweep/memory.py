@@ -48,12 +48,12 @@ def read(kind: str) -> Reading:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:  # no nvidia-smi
             continue
-        if done.returncode == 0 and (reading := _parsed(done.stdout)):
+        if done.returncode == 0 and (reading := parsed(done.stdout)):
             return reading
     raise RuntimeError(f"sweep.baseline_gib: the device does not say how much of it is in use: {done.stderr.strip()}")
 
 
-def _parsed(text: str) -> Reading | None:
+def parsed(text: str) -> Reading | None:
     """Lines of `used, total` in MiB; None for anything else, as `[N/A]` of a part of a GPU."""
     try:
         pairs = [tuple(float(part) / 1024 for part in line.split(",")) for line in text.strip().splitlines()]
