@@ -147,8 +147,12 @@ def test_a_second_start_repeats_nothing_and_goes_on_where_the_first_was_stopped(
     assert len(machine.made) == 5 + 1 + len(ended) - 5, "the one that was stopped, and those that were to come"
     assert {record.status for record in ended} == {"ok", "oom"}
     made = len(machine.made)
-    list(course(wanted).run())
+    third = course(wanted)
+    list(third.run())
     assert len(machine.made) == made, "a third start has nothing to do, references included"
+    found = report.course_drift(third)
+    assert found is not None
+    assert found.measured == 2 + 2, "of earlier sessions: its two repeats, and those between"
 
 
 def _collect(made: Course, ids: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,7 @@ class Course:
         """Runs that were really made in this session."""
         first = self._possible[0].job.config
         self._kind, device_name = device.resolve(first["hardware"]["device"])
-        look = lambda: memory.read(self._kind)  # noqa: E731
+        look = functools.partial(memory.read, self._kind)
         self._baseline = memory.Baseline(self.settings.baseline_gib, self.settings.baseline_timeout_s, look)
         for key in self.settings.monotone:
             if not any(isinstance(get(each.job.config, key), int | float) for each in self._possible):
@@ -87,7 +88,7 @@ class Course:
         return [
             self._repeated(possible[place], repeat)
             for place, repeat in order.rounds(settings.repeats, places)
-            if not (repeat and possible[place].config["repeat"])  # a repeat that was asked for is one run
+            if not (repeat and possible[place].config.get("repeat"))  # a repeat that was asked for is one run
         ]
 
     def _repeated(self, each: Cell, repeat: int) -> Cell:
@@ -95,32 +96,27 @@ class Course:
 
     def _grid(self, before: int, total: int) -> Iterator[Made]:
         """The runs of the plan. After every `reference_every` that were really made, and after the last one, the first
-        cell that ran well is run once more."""
-        reference: Cell | None = None
-        since, every = 0, self.settings.reference_every
-        again: Iterator[int] = itertools.count(self.settings.repeats)
+        cell that ran well is run once more; its repeats that an earlier session left are taken along."""
+        first: Cell | None = None
+        since, again, every = 0, self.settings.repeats, self.settings.reference_every
         for number, each in enumerate(self._plan, before + 1):
             ran = self._ran
-            for job, record in self._one(each, number, total):
-                yield job, record
-                if every and reference is None and record.status == "ok" and not job.config["repeat"]:
-                    reference = each
-                if reference and _same(job.config, reference.job.config):
-                    self.references.append(record)
+            yield from self._one(each, number, total)
             since += self._ran - ran
-            if reference and since and (since >= every or number == total):
-                since = 0
-                yield from self._reference(reference, again, number, total)
+            if first is None and every and self._status(each) == "ok":
+                first = each
+                while dispatch.finished((left := self._repeated(first, again)).job):
+                    yield from self._one(left, number, total)
+                    again += 1
+            if first and since and (since >= every or number == total):
+                yield from self._one(self._repeated(first, again), number, total)
+                since, again = 0, again + 1
+            if first:
+                same = (r for job, r in self.records.values() if _same(job.config, first.job.config))
+                self.references = list(same)
 
-    def _reference(self, reference: Cell, again: Iterator[int], number: int, total: int) -> Iterator[Made]:
-        """One more run of the reference cell, after those that an earlier session left."""
-        for repeat in again:
-            ran = self._ran
-            for job, record in self._one(self._repeated(reference, repeat), number, total):
-                self.references.append(record)
-                yield job, record
-            if self._ran > ran or record.status != "ok":
-                return
+    def _status(self, each: Cell) -> str:
+        return self.records[each.job.run_id][1].status
 
     def _search(self) -> Iterator[Made]:
         """Of each combination the largest value that runs."""
