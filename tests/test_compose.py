@@ -144,7 +144,7 @@ def test_the_command_line_imports_no_torch_before_a_run_starts() -> None:
     code = (
         "import sys; from llmsys import compose, main\n"
         "main.make_jobs([compose.compose(['train.steps=1'])])\n"
-        "import llmsys.dispatch, llmsys.results\n"
+        "import llmsys.dispatch, llmsys.results, llmsys.sweep.course, llmsys.sweep.report\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -44,6 +44,7 @@ def test_equal_settings_are_one_run() -> None:
         {"content": "other bytes"},
         {"dispatch__memory_gib": 1.0},
         {"method": {"kind": "lora_peft", "r": 8}},
+        {"repeat": 1},
     ],
     ids=str,
 )
@@ -62,11 +63,17 @@ def test_what_can_change_the_result_makes_another_run(change: dict[str, object])
         {"force": True},
         {"smoke": ["a=b"]},
         {"command": ["train.steps=5"]},
+        {"sweep": {"order": "shuffled"}},
     ],
     ids=str,
 )
 def test_where_it_runs_and_who_is_told_does_not(change: dict[str, object]) -> None:
     assert identifier(**change) == identifier()  # type: ignore[arg-type]
+
+
+def test_a_record_from_before_there_were_sweeps_and_repeats_is_of_the_same_run() -> None:
+    earlier = {key: value for key, value in CONFIG.items() if key not in ("sweep", "repeat")}
+    assert job.run_id(earlier, device_name="a CPU", content={"data": "", "weights": ""}) == identifier()
 
 
 def test_the_content_of_a_local_file_counts(tmp_path: Path) -> None:

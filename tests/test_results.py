@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llmsys import compose, results
+from llmsys import compose, results, spread
 from llmsys.job import Record
+from llmsys.sweep.scaling import efficiency
 
 
 def record(
@@ -138,3 +139,39 @@ def test_a_data_frame_has_identity_summary_and_config(tmp_path: Path) -> None:
     frame = results.load(tmp_path)
     assert frame.loc[0, "accuracy"] == 0.6
     assert frame.loc[0, "config.train.length"] == 96
+
+
+def test_repeats_become_one_row_with_students_interval_and_noise_is_flagged() -> None:
+    """Of five step times with a standard deviation of 10 %: t(4) = 2.776."""
+    times = [90.0, 95.0, 100.0, 105.0, 110.0]
+    rows = [
+        results.row(record("full", step_ms_p50=ms, tokens_per_s=1e5 / ms)) | {"repeat": i} for i, ms in enumerate(times)
+    ]
+    rows.append(results.row(record("full", 1, step_ms_p50=100.0)))
+    merged, other = results.over_repeats(rows)
+    assert (merged["repeats"], other["repeats"]) == (5, 1), "another seed is another cell"
+    assert merged["step_ms_p50"] == 100
+    assert merged["step_ms_p50_sd"] == pytest.approx(7.9057, rel=1e-4)
+    assert merged["step_ms_p50_ci95"] == pytest.approx(2.7764 * 7.9057 / 5**0.5, rel=1e-4)
+    assert merged["step_ms_p50_cv"] == pytest.approx(0.079057, rel=1e-4)
+    headers, lines = results.table([merged, other])
+    assert sorted(line[headers.index("step's CV %")] for line in lines) == ["0.0", "7.9 !"]
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (29, 2.045230)])
+def test_students_quantile_is_the_table_s(freedom: int, t: float) -> None:
+    assert spread.student(freedom) == pytest.approx(t, abs=1e-6)
+
+
+def test_efficiency_is_a_rank_s_share_over_one_rank_alone_whatever_engine_that_one_had() -> None:
+    def at(world: int, engine: str, tokens: float, **more: object) -> results.Row:
+        config = {"train.world": world, "train.global_batch": world, "engine.kind": engine, "hardware.device": "cpu"}
+        return {**results.row(record("full", tokens_per_s=tokens)), "config": {**config, **more}}
+
+    rows = [
+        at(1, "local", 100.0),
+        at(2, "ddp", 180.0),
+        at(2, "fsdp2", 150.0),
+        at(4, "ddp", 240.0, **{"train.length": 9}),
+    ]
+    assert [(row["config"]["train.world"], share) for row, share in efficiency(rows)] == [(1, 1.0), (2, 0.9)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmsys import compose, job, runner
-from llmsys.errors import NotANumber, Refused
+from llmsys.errors import MissingPackage, NotANumber, Refused
 from llmsys.job import Record
 
 
@@ -33,6 +33,8 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("CUDA error: out of memory"), ("oom", "device memory")),
         (RuntimeError("can't start new thread"), ("oom", "host memory")),
         (KeyboardInterrupt(), ("interrupted", "signal")),
+        (MissingPackage("needs bitsandbytes"), ("failed", "missing package")),
+        (ModuleNotFoundError("No module named 'deepspeed'"), ("failed", "missing package")),
         (RuntimeError("shape mismatch"), ("failed", "RuntimeError")),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,

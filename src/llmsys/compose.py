@@ -6,6 +6,7 @@ through importlib.resources, which in an editable install can see a stale copy.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +21,22 @@ CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / 
 
 
 def register() -> None:
-    """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`."""
+    """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`, and teaches OmegaConf
+    `${product:a,b}`: a global batch is so many micro-batches."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
+    OmegaConf.register_new_resolver("product", _product, replace=True)
     store = ConfigStore.instance()
     for group, kinds in schema.SCHEMAS.items():
         for kind, cls in kinds.items():
             node = OmegaConf.structured(cls)
             OmegaConf.set_readonly(node, None)  # of a frozen class it would be read-only: no choice and no override
             store.store(group=group, name=f"{group if kind == '*' else kind}_schema", node=node)
+
+
+def _product(*factors: int) -> int:
+    return math.prod(int(factor) for factor in factors)
 
 
 def plain(config: Any, words: Sequence[str]) -> dict[str, Any]:

@@ -48,3 +48,36 @@ def resolve(wanted: str) -> tuple[str, str]:
     if wanted == "cuda" and gpu is None:
         raise ValueError("hardware.device=cuda: no CUDA device is visible here; use hardware.device=cpu")
     return ("cuda", gpu) if gpu else ("cpu", cpu_name())
+
+
+def host_available(root: Path = Path("/")) -> int:
+    """Free memory of the host in bytes: MemAvailable, or what a container's limit leaves where that is less."""
+    found = []
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        folder = root / "sys/fs/cgroup"
+        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()) != "max":
+            stat = (folder / used).with_name("memory.stat")
+            counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+            cached = int(counts.get("inactive_file", 0))  # file pages that the kernel drops when memory is asked for
+            found.append(int(text) - int((folder / used).read_text()) + cached)
+    if not found:  # not Linux
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(0, min(found))
+
+
+def host_total(root: Path = Path("/")) -> int:
+    """Memory of the host in bytes, or a container's limit where that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = root / "sys/fs/cgroup" / name
+        if path.exists() and (text := path.read_text().strip()) != "max":
+            found.append(int(text))
+    return min(found)

@@ -17,6 +17,10 @@ class Contradiction(ValueError):
     combination's matter, which is recorded as `unsupported`, and the others run."""
 
 
+class MissingPackage(LookupError):
+    """A package that this run needs is not installed; the message names the extra that brings it."""
+
+
 class NotANumber(ArithmeticError):
     """The loss or a gradient became NaN or infinite; the message names the step."""
 

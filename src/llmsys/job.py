@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import device, resume, schema
+from llmsys.errors import Contradiction
 from llmsys.files import write_atomic
 from llmsys.schema.compress import as_before
 
@@ -29,7 +30,7 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques")
+_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques", "sweep")
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 _LATER: dict[str, dict[str, Any]] = {
     "train": {"optimizer": "adamw", "fp8": False},
@@ -58,7 +59,8 @@ class Job:
         compress = self.config.get("compress", {}).get("kind", "none")
         parts = (self.config.get("techniques") or "", method, "" if compress == "none" else compress)
         what = " · ".join(part for part in parts if part)
-        return f"{self.config['name']} · {what} · seed {seed} · {self.run_id}"
+        repeat = f" · repeat {self.config['repeat']}" if self.config.get("repeat") else ""
+        return f"{self.config['name']} · {what} · seed {seed}{repeat} · {self.run_id}"
 
 
 @dataclass(kw_only=True)
@@ -168,6 +170,8 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
         del identity["compress"]  # as it was before there was the group: records without it are of the same runs
     if "compress" in identity:
         identity["compress"] = as_before(identity["compress"])
+    if not identity.get("repeat"):
+        identity.pop("repeat", None)  # the first run of settings is the one that was made before there were repeats
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
     identity["model"] = {key: value for key, value in config["model"].items() if key != "config"}  # its shape counts
     identity["task"] = {key: value for key, value in config["task"].items() if key != "speeds"}  # so does its content
@@ -186,33 +190,45 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     from llmsys import tasks
     from llmsys.cost import hardware, pace, shapes
 
-    config = copy.deepcopy(config)
     tasks.check(config["task"]["kind"])
+    schema.build(config)
+    config, device_name = resolved(config)
     typed = schema.build(config)
+    world, most = typed.train.world, 4 * device.threads()
+    if typed.hardware.device == "cuda" and world > device.gpus() and typed.task.kind not in tasks.LIGHT:
+        raise Contradiction(f"train.world={world}: this machine has {device.gpus()} CUDA devices")
+    if typed.train.threads > most:
+        raise ValueError(f"train.threads={typed.train.threads}: at most {most}, four times the cores there are")
     hardware.named(typed.hardware)  # an unknown name is said here
-    light, elsewhere = typed.task.kind in tasks.LIGHT, _elsewhere(typed)
-    kind, device_name = ("cpu", "") if elsewhere else device.resolve(typed.hardware.device)
-    config["hardware"]["device"] = kind
-    if light:
-        config["dispatch"]["kind"] = "inline"
-    elif kind == "cuda" and config["train"]["world"] > device.gpus():
-        raise ValueError(f"train.world={config['train']['world']}: this machine has {device.gpus()} CUDA devices")
-    share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
-    config["train"]["threads"] = config["train"]["threads"] or (1 if elsewhere else share)
-    most = 4 * device.threads()
-    if config["train"]["threads"] > most:
-        raise ValueError(f"train.threads={config['train']['threads']}: at most {most}, four times the cores there are")
-    _only_its_own_rate(config)
-    typed = schema.build(config)
     if isinstance(typed.task, schema.Replay):
-        pace.flops_per_s(typed.task, kind)  # and an unknown device or precision of its
+        pace.flops_per_s(typed.task, typed.hardware.device)  # and an unknown device or precision of its
     if not isinstance(typed.task, schema.Ledger):  # which makes a model of its own width
-        shapes.check_adapters(typed.model, typed.method)
+        try:
+            shapes.check_adapters(typed.model, typed.method)
+        except ValueError as error:
+            raise Contradiction(str(error)) from None
     inputs = dict(inputs or {})
     content = _read(config, typed, inputs)
     identifier = run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)
+
+
+def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """(a copy of `config` with what depends on this machine in place of `auto` and 0, the device's name). ValueError
+    where CUDA is asked for in vain."""
+    from llmsys import tasks
+
+    config = copy.deepcopy(config)
+    light, elsewhere = config["task"]["kind"] in tasks.LIGHT, _elsewhere(schema.build(config))
+    kind, device_name = ("cpu", "") if elsewhere else device.resolve(config["hardware"]["device"])
+    config["hardware"]["device"] = kind
+    if light:
+        config["dispatch"]["kind"] = "inline"
+    share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
+    config["train"]["threads"] = config["train"]["threads"] or (1 if elsewhere else share)
+    _only_its_own_rate(config)
+    return config, device_name
 
 
 def _elsewhere(config: schema.Config) -> bool:

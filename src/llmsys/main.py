@@ -19,19 +19,24 @@ from llmsys.job import HARMLESS, Job, Record
 USAGE = """\
 Usage: python -m llmsys [+exp=NAME] [GROUP=CHOICE] [KEY=VALUE] ...
        python -m llmsys -m +exp=NAME KEY=A,B ...       a sweep: every combination, and one table
+       python -m llmsys sweep=NAME [KEY=VALUE] ...     a suite: a sweep by its name, see below
        python -m llmsys --cfg job +exp=NAME            show the settings, run nothing
        python -m llmsys.results [FOLDER]               the table of everything under a folder; --help for pictures
 """
 
 
 def help_text() -> str:
-    """Usage, experiments and the choices of every group; made from `conf/` without Hydra or torch."""
+    """Usage, experiments, suites and the choices of every group; made from `conf/` without Hydra or torch."""
     lines = [USAGE, "Experiments (+exp=NAME):"]
     width = max(map(len, compose.choices("exp")), default=0)
     lines += [f"  {name:{width}}  {purpose}" for name, purpose in compose.choices("exp").items()]
+    suites = {name: purpose for name, purpose in compose.choices("sweep").items() if name != "none"}
+    width = max(map(len, suites), default=0)
+    lines += ["", "Suites, each a whole sweep (sweep=NAME):"]
+    lines += [f"  {name:{width}}  {purpose}" for name, purpose in suites.items()]
     lines += ["", "Groups and their choices:"]
     for group in compose.groups():
-        if group != "exp":
+        if group not in ("exp", "sweep"):
             lines.append(f"  {group}={' | '.join(compose.choices(group))}")
     lines += ["", "Every key of a group can be set: train.steps=20 model.num_layers=2. --cfg job shows them all."]
     lines += ["A finished run is not run again; reuse=never does. --hydra-help for Hydra's own flags."]
@@ -40,15 +45,21 @@ def help_text() -> str:
 
 def make_jobs(configs: Sequence[dict[str, Any]]) -> list[Job]:
     """The jobs of composed configs, each once, in order. ValueError for the first setting that is wrong."""
-    from llmsys import job
-
     jobs: dict[str, Job] = {}
     for config in configs:
-        schema.build(config)
-        wiring.techniques().check(config)
-        made = job.make(config, _inputs(config))
+        made = make_job(config)
         jobs.setdefault(made.out, made)
     return list(jobs.values())
+
+
+def make_job(config: dict[str, Any]) -> Job:
+    """The job of a composed config. ValueError for the first setting that is wrong; Contradiction, which is one, for
+    settings that cannot go together."""
+    from llmsys import job
+
+    schema.build(config)
+    wiring.techniques().check(config)
+    return job.make(config, _inputs(config))
 
 
 def _inputs(config: dict[str, Any]) -> dict[str, str]:
@@ -72,32 +83,38 @@ def _inputs(config: dict[str, Any]) -> dict[str, str]:
 
 def submit(configs: Sequence[dict[str, Any]]) -> int:
     """Runs the jobs, prints the table of their records, returns the exit code: 0, 130 (interrupted) or 1."""
-    from llmsys import dispatch, results
+    from llmsys import results
     from llmsys.dispatch.show import Show
+    from llmsys.sweep import report
+    from llmsys.sweep.course import Course
 
-    jobs = make_jobs(configs)
+    course = Course(configs, make_job, Show())
     records: list[Record] = []
     interrupted = False
     try:
-        for record in dispatch.submit(jobs, Show()):
+        for _, record in course.run():
             records.append(record)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         results.show(records)
-        _show_tables(jobs, records)
+        for title, headers, lines in report.tables(course):
+            print(f"\n{title}")
+            results.print_lines(headers, lines)
+        for line in report.lines(course):
+            print(line)
+        for job, record in course.records.values():
+            _show_tables(job, record)
     if interrupted:
         return 130
     return 0 if all(record.status in HARMLESS for record in records) else 1
 
 
-def _show_tables(jobs: Sequence[Job], records: Sequence[Record]) -> None:
-    """The tables that runs have made themselves: the file `tables` of a record, where it is still there."""
-    folders = {job.run_id: Path(job.out) for job in jobs}
-    for record in records:
-        file = folders[record.run_id] / record.files.get("tables", "")
-        if file.is_file():
-            print("\n" + file.read_text(encoding="utf-8"))
+def _show_tables(job: Job, record: Record) -> None:
+    """The tables that a run has made itself: the file `tables` of its record, where it is still there."""
+    file = Path(job.out) / record.files.get("tables", "")
+    if file.is_file():
+        print("\n" + file.read_text(encoding="utf-8"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

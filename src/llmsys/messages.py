@@ -29,11 +29,20 @@ def one_line(error: BaseException) -> str | None:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(str(link) for link in chain)
-    for describe in (_choice, _key, _type, _missing):
+    for describe in (_twice, _choice, _key, _type, _missing):
         found = describe(text)
         if found:
             return found
     return " ".join(str(error).split())
+
+
+def _twice(text: str) -> str | None:
+    """A second choice of a group of which a file has made the first: a suite's own experiment."""
+    found = re.search(r"Multiple values for (\w+)\. To override a value use 'override \w+: (\S+)'", text)
+    if not found:
+        return None
+    group, name = found.groups()
+    return f"+{group}={name}: a suite (sweep=) brings its own {group}; {group}={name}, without the plus, replaces it"
 
 
 def _choice(text: str) -> str | None:

@@ -1,6 +1,6 @@
 """The only reader of records: tables, pictures and data frames of everything under a folder.
 
-    python -m llmsys.results [FOLDER] [--over-seeds [--best accuracy]] [--markdown | --csv] [--plot x:y]
+    python -m llmsys.results [FOLDER] [--over-repeats | --over-seeds] [--best KEY] [--markdown | --csv] [--plot x:y]
 
 Runs that failed or ran out of memory keep their row. Records of one data set whose content differs are marked.
 """
@@ -15,13 +15,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsys.job import Record
-from llmsys.rows import SHARED_KEYS, Row, best, numbers, over_seeds, row
+from llmsys.rows import SHARED_KEYS, Row, best, numbers, over_repeats, over_seeds, row
 from llmsys.table import markdown, table, to_csv
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["SHARED_KEYS", "best", "load", "markdown", "over_seeds", "plot", "read", "row", "show", "table", "to_csv"]
+__all__ = [
+    "SHARED_KEYS",
+    "best",
+    "load",
+    "markdown",
+    "over_repeats",
+    "over_seeds",
+    "plot",
+    "read",
+    "row",
+    "show",
+    "table",
+    "to_csv",
+]
 
 
 def read(root: str | Path) -> list[Record]:
@@ -67,10 +80,14 @@ def show(records: Sequence[Record]) -> None:
 
 
 def _print(rows: Sequence[Row]) -> None:
+    print_lines(*table(rows))
+
+
+def print_lines(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Prints cells under headers, ruled, to standard output; whole lines where that is no terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    headers, lines = table(rows)
     pretty = Table()
     for index, header in enumerate(headers):
         pretty.add_column(header, justify="left" if index == 0 else "right")
@@ -78,7 +95,8 @@ def _print(rows: Sequence[Row]) -> None:
         pretty.add_row(*line)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.measure(pretty).maximum, 200))
+        widths = (max(map(len, cells)) for cells in zip(headers, *lines, strict=True))
+        console = Console(width=sum(width + 3 for width in widths) + 1)
     console.print(pretty)
 
 
@@ -113,7 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llmsys.results", description="Tables and pictures of records.")
     root = os.environ.get("LLMSYS_RESULTS", "results")
     parser.add_argument("root", nargs="?", default=root, help="a folder with runs below it (default: %(default)s)")
-    parser.add_argument("--over-seeds", action="store_true", help="one row per group of seeds: mean ± sd")
+    merge = parser.add_mutually_exclusive_group()
+    merge.add_argument("--over-seeds", action="store_true", help="one row per group of seeds: mean ± sd")
+    merge.add_argument(
+        "--over-repeats", action="store_true", help="one row per cell: mean, 95 %% interval and CV over fresh processes"
+    )
     parser.add_argument("--best", metavar="KEY", help="of each method only the row with the best KEY, e.g. accuracy")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="the table as Markdown")
@@ -124,6 +146,7 @@ def main() -> None:
     try:
         rows = [row(record) for record in read(arguments.root)]
         rows = over_seeds(rows) if arguments.over_seeds else rows
+        rows = over_repeats(rows) if arguments.over_repeats else rows
         rows = best(rows, arguments.best) if arguments.best else rows
         if arguments.plot:
             x, colon, y = arguments.plot.partition(":")

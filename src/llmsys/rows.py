@@ -1,4 +1,4 @@
-"""One line of a table per record, and what is done with lines: means over seeds, the best of each method."""
+"""One line of a table per record, and what is done with lines: means over seeds or repeats, the best of each method."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from llmsys.job import Record
 from llmsys.schema.compress import LOW_RANK, SPARSE, as_before
+from llmsys.spread import LIMITS, spread
 
 SHARED_KEYS = (
     *("accuracy", "accuracy_se", "macro_f1", "loss", "val_loss", "perplexity", "tokens_per_s", "samples_per_s"),
@@ -36,7 +37,7 @@ IDENTITY = (
         "method",
         "r",
     ),
-    *("lr", "seed", "status", "reason"),
+    *("lr", "seed", "repeat", "status", "reason"),
 )
 
 
@@ -65,6 +66,7 @@ def row(record: Record) -> Row:
         "r": config.get("method.r"),
         "lr": None if rate is None else rate * config.get("train.lr_scale", 1.0),
         "seed": config.get("train.seed"),
+        "repeat": config.get("repeat", 0),
         "status": record.status,
         "reason": record.reason,
         "resumed": record.resumed_from_step,
@@ -116,7 +118,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Row:
 _SPOKEN_FOR = (
     *("name", "results", "reuse", "force", "smoke", "baselines", "command", "tracker.", "dispatch.", "train.lr_"),
     *("data.make", "engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network."),
-    *("compress.kind", "techniques"),
+    *("compress.kind", "techniques", "repeat", "sweep."),
 )
 """Settings that change no result, or that have a column of their own; by how their keys begin."""
 
@@ -146,6 +148,28 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     return merged
 
 
+def over_repeats(rows: Sequence[Row]) -> list[Row]:
+    """Runs of the same settings, seed included, in fresh processes, as one row: of each number the mean, the deviation
+    `<key>_sd`, half the 95 % interval of the mean `<key>_ci95` and the coefficient of variation `<key>_cv`, and
+    `repeats`. `noisy`: the time of a step varies more than it should on this kind of device (`spread.LIMITS`)."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for each in rows:
+        identity = tuple(each[key] for key in IDENTITY if key != "repeat")
+        groups.setdefault((*identity, *sorted(settings(each, seed=True).items())), []).append(each)
+    merged = []
+    for members in groups.values():
+        config = {key: value for key, value in members[0]["config"].items() if key != "repeat"}
+        mean: Row = {key: members[0][key] for key in IDENTITY}
+        mean |= {"run_id": "", "repeat": None, "repeats": len(members), "resumed": None, "config": config}
+        for key in set.intersection(*(set(member) for member in members)) - set(mean):
+            found = spread([member[key] for member in members])
+            mean |= {key: found.mean, f"{key}_sd": found.sd, f"{key}_ci95": found.half, f"{key}_cv": found.cv}
+        limit = LIMITS.get(str(config.get("hardware.device")), min(LIMITS.values()))
+        mean["noisy"] = mean.get("step_ms_p50_cv", 0.0) > limit
+        merged.append(mean)
+    return merged
+
+
 def best(rows: Sequence[Row], key: str) -> list[Row]:
     """For each experiment and method the row with the best `key`: the largest, for losses and times the smallest."""
     sign = -1 if any(word in key for word in ("loss", "_ms", "bytes", "gib", "perplexity")) else 1
@@ -161,4 +185,4 @@ def best(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def numbers(rows: Iterable[Row]) -> list[str]:
-    return sorted({key for each in rows for key in each} - {*IDENTITY, "config", "resumed", "run_id"})
+    return sorted({key for each in rows for key in each} - {*IDENTITY, "config", "resumed", "run_id", "noisy"})

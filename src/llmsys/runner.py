@@ -24,7 +24,7 @@ from llmsys import job as jobs
 from llmsys import schema, tasks, track, wiring
 from llmsys.comm.place import Place, log_name
 from llmsys.context import Context, LightContext
-from llmsys.errors import Contradiction, Interrupted, NotANumber, Refused
+from llmsys.errors import Contradiction, Interrupted, MissingPackage, NotANumber, Refused
 from llmsys.files import write_atomic
 from llmsys.job import Job, Record
 from llmsys.profile import environment
@@ -48,6 +48,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "unsupported", "contradiction"
     if isinstance(error, NotANumber):
         return "failed", "nan"
+    if isinstance(error, (MissingPackage, ModuleNotFoundError)):
+        return "failed", "missing package"
     if type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and _says(text, _NO_DEVICE_MEMORY)
     ):

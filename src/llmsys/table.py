@@ -20,7 +20,10 @@ class Column:
 
 
 def _number(header: str, key: str, form: str, scale: float = 1.0) -> Column:
-    return Column(header, lambda row: form.format(row[key] * scale) if row.get(key) is not None else None)
+    return Column(
+        header,
+        lambda row: form.format(row[key] * scale if scale != 1 else row[key]) if row.get(key) is not None else None,
+    )
 
 
 def _plain(key: str) -> Column:
@@ -54,7 +57,7 @@ def _status(each: Row) -> str:
 def _identity(rows: Sequence[Row]) -> list[Column]:
     """What tells the rows apart: columns that differ, and settings that differ among rows alike in these."""
     distinct = ("experiment", "model", "data", "device", "engine", "network", "compress", "techniques", "recompute")
-    names = [key for key in (*distinct, "seed") if len({each[key] for each in rows}) > 1]
+    names = [key for key in (*distinct, "seed", "repeat") if len({each[key] for each in rows}) > 1]
     hashes = {(each["data"], each["data_hash"]) for each in rows if each["data_hash"]}
     if len(hashes) > len({data for data, _ in hashes}):
         names.append("data_hash")
@@ -101,6 +104,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         _number("step ms", "step_ms_p50", "{:,.1f}"),
         _number("samples/s", "samples_per_s", "{:,.1f}"),
         _number("tokens/s", "tokens_per_s", "{:,.0f}"),
+        *_spread(rows),
     ]
     if any("accuracy" in each for each in rows):
         columns = [column for column in columns if column.header != "tokens/s"]
@@ -110,6 +114,22 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         columns += [_number("val loss", "val_loss", "{:.4f}"), _number("perplexity", "perplexity", "{:.2f}")]
     columns += [_number("BLEU", "bleu", "{:.1f}"), _number("ROUGE-L", "rougeL", "{:.3f}")]
     return columns
+
+
+def _spread(rows: Sequence[Row]) -> list[Column]:
+    """Of rows over repeats: half the 95 % interval of the mean; how much a step's time varies, `!` where too much."""
+    if not any("repeats" in each for each in rows):
+        return []
+
+    def variation(row: Row) -> str | None:
+        cv = row.get("step_ms_p50_cv")
+        return None if cv is None else f"{100 * cv:.1f}" + (" !" if row["noisy"] else "")
+
+    return [
+        _number("± tokens/s (95 %)", "tokens_per_s_ci95", "{:,.0f}"),
+        Column("step's CV %", variation),
+        _number("repeats", "repeats", "{:d}"),
+    ]
 
 
 def _order(each: Row) -> tuple[Any, ...]:

@@ -21,6 +21,16 @@ LIGHT = ("bench_predict",)
 """Tasks that need neither torch nor ranks: they are run in the process that has composed them, with a `LightContext`,
 and are done in about a second."""
 
+MONOTONE = {
+    "train": (
+        *("train.micro_batch", "train.global_batch", "train.length", "train.target_length", "train.steps"),
+        *("model.num_layers", "model.hidden_size", "model.intermediate_size", "model.vocab_size"),
+        *("model.num_heads", "model.num_kv_heads", "method.r", "dispatch.memory_gib"),
+    ),
+}
+"""`task.kind` -> settings along which, all else equal, a run's memory never shrinks: `llmsys.sweep.prune` says what of
+each is compared. A task that is not here has none."""
+
 
 def check(kind: str) -> None:
     """ValueError, listing the tasks there are, if `kind` is none; imports nothing."""

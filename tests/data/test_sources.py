@@ -28,7 +28,11 @@ def alpaca(path: Path, rows: int) -> schema.Data:
     return schema.Data(kind="jsonl", path=str(path))
 
 
-@pytest.mark.parametrize("cfg", [*CODE.values(), schema.Data(kind="synthetic")], ids=lambda cfg: cfg.kind)
+@pytest.mark.parametrize(
+    "cfg",
+    [*CODE.values(), schema.Data(kind="synthetic"), schema.Data(kind="synthetic_pairs")],
+    ids=lambda cfg: cfg.kind,
+)
 def test_opening_twice_gives_the_same(cfg: schema.Data) -> None:
     first, second = data.open(cfg), data.open(cfg)
     assert first == second
@@ -241,3 +245,12 @@ def test_opening_imports_neither_torch_nor_the_corpus() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_synthetic_pairs_are_as_long_as_alpaca_s() -> None:
+    """The two facts that the distribution is made of: 96 % within 256 tokens, and 130 on average."""
+    source = data.open(schema.Data(kind="synthetic_pairs", num_examples=4000))
+    lengths = [len(example.prompt) + len(example.text) for example in (*source.train, *source.val)]
+    assert sum(length <= 256 for length in lengths) / len(lengths) == pytest.approx(0.96, abs=0.01)
+    assert sum(lengths) / len(lengths) == pytest.approx(130, abs=3)
+    assert all(example.prompt and example.text for example in source.train)

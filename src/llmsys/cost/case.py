@@ -15,7 +15,7 @@ from llmsys.schema.coherence import CUT_FAMILIES
 ADAPTERS = ("lora_peft", "lorafa_peft", "lora", "lorafa")
 METHODS = ("full", *ADAPTERS, *schema.CLOSED_FORM)
 ENGINES = ("local", "ddp", "deepspeed", "fsdp2", "tp")
-UNPACKED = ("code_docstrings", "jsonl")
+UNPACKED = ("code_docstrings", "jsonl", "synthetic_pairs")
 """Data of prompts and answers: each example is a row of its own."""
 
 

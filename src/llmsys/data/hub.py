@@ -23,6 +23,7 @@ from typing import Any
 from llmsys import schema
 from llmsys.data import blocks, rows
 from llmsys.data.examples import Example, by_content, template
+from llmsys.errors import MissingPackage
 
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")
 PLAIN = ("parquet", "json", "csv", "arrow", "text", "cache")
@@ -113,7 +114,7 @@ def _library() -> Any:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise LookupError("data=hub: needs the datasets library: pip install 'llmsys[train]'") from None
+        raise MissingPackage("data=hub: needs the datasets library: pip install 'llmsys[train]'") from None
     return datasets
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from llmsys import schema
 from llmsys.data import blocks, corpus
 from llmsys.data.examples import Pixels, Source, pixel_digest, sample
+from llmsys.errors import MissingPackage
 
 DIGITS_HASH = "0b7e9c3202d7bcd255d6a19a238d3743bf5e320ba74812a6679958a017c55382"
 """sha256 over the pixels (uint8, 0 to 255) and the labels (int64) of the digits."""
@@ -53,7 +54,7 @@ def _digits(cfg: schema.Data) -> tuple[Pixels, Pixels, tuple[str, ...]]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise LookupError("data=digits: they come with scikit-learn: pip install 'llmsys[train]'") from None
+        raise MissingPackage("data=digits: they come with scikit-learn: pip install 'llmsys[train]'") from None
     found = load_digits()
     images = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]  # [N, 1, 8, 8]
     classes = found.target.astype("<i8")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmsys.errors import MissingPackage
+
 Row = tuple[str, dict[str, Any]]
 """(where it stands, for a message; column -> value)."""
 
@@ -71,7 +73,7 @@ def _parquet(path: Path) -> Any:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError:
-        raise LookupError(f"{path}: reading Parquet needs pyarrow: pip install 'llmsys[train]'") from None
+        raise MissingPackage(f"{path}: reading Parquet needs pyarrow: pip install 'llmsys[train]'") from None
     try:
         return ParquetFile(path)
     except pyarrow.ArrowInvalid as error:

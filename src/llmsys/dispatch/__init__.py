@@ -22,22 +22,24 @@ if TYPE_CHECKING:
 _PLACES = {"inline": inline.run, "process": process.run}
 
 
-def submit(jobs: Sequence[Job], show: Show) -> Iterator[Record]:
+def submit(jobs: Sequence[Job], show: Show, first: int = 1, total: int | None = None) -> Iterator[Record]:
     """Runs `jobs` one after another and yields each record as it comes; a finished run's record is yielded as it is.
 
+    For the person who watches, the jobs are the `first` of `total` and those after it (None: these are all).
     KeyboardInterrupt passes through after the running job has been stopped and its record written and yielded.
     """
-    for number, job in enumerate(jobs, 1):
-        with _locked(job, show) as lock:
+    total = len(jobs) if total is None else total
+    for number, job in enumerate(jobs, first):
+        with locked(job, show) as lock:
             record = finished(job)
             if record is not None:
-                show.reused(job, record, number, len(jobs))
+                show.reused(job, record, number, total)
                 yield record
                 continue
             attempt = previous_attempts(Path(job.out)) + 1
             stopped = False
             try:
-                show.start(job, number, len(jobs))
+                show.start(job, number, total)
                 record = _PLACES[job.config["dispatch"]["kind"]](job, show.progress, lock)
             except KeyboardInterrupt:
                 stopped = True
@@ -62,7 +64,7 @@ def finished(job: Job) -> Record | None:
 
 
 @contextlib.contextmanager
-def _locked(job: Job, show: Show) -> Iterator[int]:
+def locked(job: Job, show: Show) -> Iterator[int]:
     """Holds the lock on the run's folder. The file descriptor is handed to the run's process: the lock lasts as long
     as either lives, so an orphan of a killed parent still keeps others out."""
     out = Path(job.out)

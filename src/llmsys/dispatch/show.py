@@ -13,6 +13,11 @@ from llmsys.job import Job, Record
 STYLES = {"ok": "green", "skipped": "yellow", "unsupported": "yellow", "oom": "yellow", "interrupted": "yellow"}
 
 
+def _place(number: int, total: int) -> str:
+    """`[2/12]`; `[2]` where nobody knows how many there will be (0)."""
+    return f"[{number}/{total}]" if total else f"[{number}]"
+
+
 class Show:
     """Prints to `console` (standard error by default: standard output is the table's)."""
 
@@ -22,7 +27,7 @@ class Show:
         self._task = TaskID(0)
 
     def start(self, job: Job, number: int, total: int) -> None:
-        self._line(f"[{number}/{total}] {job.label}", "bold")
+        self._line(f"{_place(number, total)} {job.label}", "bold")
         if self.console.is_terminal:
             texts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
             self._bar = Progress(*texts, TimeRemainingColumn(), console=self.console, transient=True)
@@ -56,7 +61,16 @@ class Show:
             self._line(f"      {record.error}", style)
 
     def reused(self, job: Job, record: Record, number: int, total: int) -> None:
-        self._line(f"[{number}/{total}] {job.label}: done before ({record.status}); reuse=never runs it again", "dim")
+        place = _place(number, total)
+        self._line(f"{place} {job.label}: done before ({record.status}); reuse=never runs it again", "dim")
+
+    def decided(self, job: Job, record: Record, number: int, total: int) -> None:
+        """Of a run that is not made, why."""
+        self._line(f"{_place(number, total)} {job.label}: {record.status} ({record.reason})", STYLES[record.status])
+        self._line(f"      {record.error}", STYLES[record.status])
+
+    def note(self, text: str) -> None:
+        self._line(text, "yellow")
 
     def waiting(self, job: Job) -> None:
         self._line(f"{job.label}: another process is making this run; waiting for it", "yellow")

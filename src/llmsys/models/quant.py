@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from llmsys import schema
+from llmsys.errors import MissingPackage
 from llmsys.models.surgery import BLOCK, is_linear, is_transposed
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def quantise(model: nn.Module, cfg: schema.Model, device: torch.device) -> list[
     if cfg.quant == "none":
         return []
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise LookupError(f"model.quant={cfg.quant}: needs bitsandbytes; pip install 'llmsys[train]'")
+        raise MissingPackage(f"model.quant={cfg.quant}: needs bitsandbytes; pip install 'llmsys[train]'")
     names = [name for name, module in model.named_modules() if is_linear(module) and BLOCK.search(name)]
     odd = [name for name in names if is_transposed(model.get_submodule(name))]
     if odd or not names:

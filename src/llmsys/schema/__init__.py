@@ -18,11 +18,12 @@ from llmsys.schema import coherence
 from llmsys.schema.bench import Predict, Predicting
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
-from llmsys.schema.fields import one_of
+from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
 from llmsys.schema.modules import Modules, Ops
+from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.train import (
     CLOSED_FORM,
@@ -66,6 +67,7 @@ __all__ = [
     "Profile",
     "Replay",
     "Simulate",
+    "Sweep",
     "Task",
     "Tracker",
     "Train",
@@ -84,6 +86,8 @@ class Config:
     is known when all else is composed, so nobody sets it, and it is no part of what a run is.
     `techniques`: a combination of settings by its letters, F+R+Z3+O (`llmsys.bench.techniques`), typed or swept over;
     it has chosen groups and settings before they were composed, so they are the run's identity and it is not.
+    `repeat`: which of several runs of the same settings this is, each in a fresh process; it changes nothing but the
+    id.
     """
 
     name: str = "scratch"
@@ -94,6 +98,7 @@ class Config:
     smoke: list[str] = field(default_factory=list)
     baselines: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
+    repeat: int = 0
     task: Task
     model: Model
     data: Data
@@ -106,8 +111,10 @@ class Config:
     dispatch: Dispatch
     tracker: Tracker
     profile: Profile
+    sweep: Sweep = field(default_factory=Sweep)
 
     def __post_init__(self) -> None:
+        at_least("repeat", self.repeat, 0)
         one_of("reuse", self.reuse, ("same_code", "any", "never"))
         if not self.results:
             raise ValueError("results: empty; it is the folder for results, e.g. results=results")
@@ -146,9 +153,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "dispatch": {"inline": Dispatch, "process": Dispatch},
     "tracker": {"none": Tracker, "wandb": Tracker},
     "profile": {"*": Profile},
+    "sweep": {"*": Sweep},
 }
 """Group -> kind -> the class of its settings; `*` where every choice in the group shares one class."""
-LATER = ("compress",)
+LATER = ("compress", "sweep")
 """Groups that configs written by earlier versions of this package do not have; without one its defaults hold."""
 
 

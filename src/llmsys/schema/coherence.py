@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmsys.errors import Contradiction
 from llmsys.schema import recompute
 from llmsys.schema.bench import Predicting
 from llmsys.schema.data import OBJECTIVES
@@ -25,7 +26,14 @@ CUT_FAMILIES = ("llama", "bert", "roberta", "t5")
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for the first pair of settings that cannot go together."""
+    """Raises Contradiction, a ValueError, for the first pair of settings that cannot go together."""
+    try:
+        _check(config)
+    except ValueError as error:
+        raise Contradiction(str(error)) from None
+
+
+def _check(config: Config) -> None:
     inline = config.dispatch.kind == "inline" and not isinstance(config.task, Predicting)
     if inline and config.dispatch.memory_gib is not None:
         raise ValueError("dispatch.memory_gib: needs dispatch=process; a living process cannot be limited for a time")

@@ -11,6 +11,7 @@ OBJECTIVES = {
     "code_docstrings": ("causal_lm", "seq2seq"),
     "code_packages": ("classification",),
     "synthetic": ("causal_lm",),
+    "synthetic_pairs": ("causal_lm", "seq2seq"),
     "jsonl": ("causal_lm", "seq2seq"),
     "hub": ("causal_lm", "seq2seq", "classification"),
     "digits": ("images",),

@@ -9,9 +9,7 @@ import dataclasses
 import importlib.util
 import logging
 import math
-import os
 import time
-from pathlib import Path
 
 import torch
 
@@ -19,7 +17,8 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.cost import case, engines, flops, hardware, links, memory, policy, traffic
 from llmsys.cost.case import Case, Facts
-from llmsys.errors import Contradiction, Refused
+from llmsys.device import host_available
+from llmsys.errors import Contradiction, MissingPackage, Refused
 from llmsys.models import float8
 from llmsys.train.alternatives import alternatives
 
@@ -45,7 +44,7 @@ def libraries(config: schema.Config) -> None:
     for what, (extra, modules) in needed.items():
         for module in modules:
             if importlib.util.find_spec(module) is None:
-                raise LookupError(f"{what}: needs {module}: pip install 'llmsys[{extra}]'")
+                raise MissingPackage(f"{what}: needs {module}: pip install 'llmsys[{extra}]'")
 
 
 def formats(config: schema.Config, device: torch.device) -> None:
@@ -245,29 +244,6 @@ def _sharing(config: schema.Config, device: torch.device) -> int:
 def _is_host(config: schema.Config, device: torch.device) -> bool:
     """Whether the device is a host's memory, of which there is one for all ranks."""
     return device.type == "cpu" and config.hardware.name == "auto"
-
-
-def host_available(root: Path = Path("/")) -> int:
-    """Free memory of the host in bytes: MemAvailable, or what a container's limit leaves where that is less."""
-    found = []
-    meminfo = root / "proc/meminfo"
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        if "MemAvailable" in lines:
-            found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        folder = root / "sys/fs/cgroup"
-        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()) != "max":
-            stat = (folder / used).with_name("memory.stat")
-            counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-            cached = int(counts.get("inactive_file", 0))  # file pages that the kernel drops when memory is asked for
-            found.append(int(text) - int((folder / used).read_text()) + cached)
-    if not found:  # not Linux
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return max(0, min(found))
 
 
 def matmul_flops(device: torch.device, precision: str, seconds: float = 0.3) -> float:

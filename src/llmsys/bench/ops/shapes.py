@@ -88,7 +88,7 @@ def _tokens(name: str, model: schema.Transformer, train: schema.Train) -> int:
 def attentions(model: schema.Transformer, train: schema.Train) -> list[Attention]:
     """Of all blocks; T5 has three kinds."""
     heads, kv, batch = model.num_heads, model.num_kv_heads, train.micro_batch
-    width, length, target = model.hidden_size // heads, train.length, train.target_length
+    width, length, target = model.head_width, train.length, train.target_length
     if model.family != "t5":
         return [Attention(batch, heads, kv, length, length, width, model.objective == "causal_lm")]
     kinds = [(length, length, False), (target, target, True), (target, length, False)]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
+from llmsys.errors import MissingPackage
 from llmsys.train.engines.local import Local
 from llmsys.train.optimizer import keep, piece_of
 
@@ -252,6 +253,6 @@ def _import(device: torch.device) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise
-        raise LookupError("engine=deepspeed: needs DeepSpeed: pip install 'llmsys[deepspeed]'") from None
+        raise MissingPackage("engine=deepspeed: needs DeepSpeed: pip install 'llmsys[deepspeed]'") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

@@ -1,0 +1,229 @@
+"""The course of a sweep: what runs next, given what has been seen. Nothing here touches a device or a task."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmsys import device, dispatch, schema
+from llmsys.dispatch.show import Show
+from llmsys.job import Job, Record
+from llmsys.sweep import memory, order, predict, prune
+from llmsys.sweep.cells import Cell, Make, cell, cells, write
+from llmsys.sweep.search import Bracket, next_probe
+from llmsys.sweep.settings import Config, changed, get, with_value
+
+Made = tuple[Job, Record]
+RAN, DID_NOT = ("ok",), ("oom", "unsupported")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found of one combination: the largest value that ran (0: none) with its record, and the smallest
+    that did not (None: it ran up to the limit) with why."""
+
+    combination: Job
+    largest: int
+    record: Record | None
+    smallest: int | None
+    why: str
+    probes: int
+
+
+class Course:
+    """One sweep over `configs`. `run` yields each job with its record; `records`, `references`, `found` grow with it.
+
+    ValueError, before anything starts, for a mistake in any config, where no combination can be, and where configs have
+    different settings of the sweep itself.
+    """
+
+    def __init__(self, configs: Sequence[Config], make: Make, show: Show) -> None:
+        self.settings = _agreed(configs)
+        self.cells = cells(configs, make)
+        self.records: dict[str, Made] = {}
+        self.references: list[Record] = []
+        self.found: list[Found] = []
+        self._make, self._show = make, show
+        self._witnesses = prune.Witnesses(self.settings.monotone)
+        self._possible = [each for each in self.cells if not each.fault]
+        self._ran = 0
+        """Runs that were really made in this session."""
+        first = self._possible[0].job.config
+        self._kind, device_name = device.resolve(first["hardware"]["device"])
+        look = functools.partial(memory.read, self._kind)
+        self._baseline = memory.Baseline(self.settings.baseline_gib, self.settings.baseline_timeout_s, look)
+        for key in self.settings.monotone:
+            if not any(isinstance(get(each.job.config, key), int | float) for each in self._possible):
+                raise ValueError(f"sweep.monotone={key}: is no number in any of these runs")
+        if self.settings.prune:
+            host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+            folders = {Path(each.job.out).parent for each in self._possible}
+            for record in prune.kept(folders, reuse=first["reuse"], device_name=device_name, memory_gib=host):
+                self._witnesses.see(record)
+        self._plan = [] if self.settings.search == "max" else self._planned()
+
+    def run(self) -> Iterator[Made]:
+        """Makes the runs, yielding each as it ends. KeyboardInterrupt passes through, after the run that it ended."""
+        impossible = [each for each in self.cells if each.fault]
+        total = 0 if self.settings.search == "max" else len(impossible) + len(self._plan)
+        for number, each in enumerate(impossible, 1):
+            yield from self._one(each, number, total)
+        yield from self._search() if self.settings.search == "max" else self._grid(len(impossible), total)
+
+    def _planned(self) -> list[Cell]:
+        """Every run of a grid but the references, in order, and all made: a mistake in one stops everything."""
+        possible, settings = self._possible, self.settings
+        costs = [predict.peak_bytes(each.job.config) if settings.order == "predicted" else None for each in possible]
+        points = [prune.point(each.job.config, settings.monotone) for each in possible]
+
+        def places(repeat: int) -> list[int]:
+            if settings.order == "shuffled":
+                return order.shuffled(len(possible), settings.seed, repeat)
+            return order.ascending(costs, points) if settings.order == "predicted" else list(range(len(possible)))
+
+        return [
+            self._repeated(possible[place], repeat)
+            for place, repeat in order.rounds(settings.repeats, places)
+            if not (repeat and possible[place].config.get("repeat"))  # a repeat that was asked for is one run
+        ]
+
+    def _repeated(self, each: Cell, repeat: int) -> Cell:
+        return cell(changed(each.config, repeat=repeat), self._make) if repeat else each
+
+    def _grid(self, before: int, total: int) -> Iterator[Made]:
+        """The runs of the plan. After every `reference_every` that were really made, and after the last one, the first
+        cell that ran well is run once more; its repeats that an earlier session left are taken along."""
+        first: Cell | None = None
+        since, again, every = 0, self.settings.repeats, self.settings.reference_every
+        for number, each in enumerate(self._plan, before + 1):
+            ran = self._ran
+            yield from self._one(each, number, total)
+            since += self._ran - ran
+            if first is None and every and self._status(each) == "ok":
+                first = each
+                while dispatch.finished((left := self._repeated(first, again)).job):
+                    yield from self._one(left, number, total)
+                    again += 1
+            if first and since and (since >= every or number == total):
+                yield from self._one(self._repeated(first, again), number, total)
+                since, again = 0, again + 1
+            if first:
+                same = (r for job, r in self.records.values() if _same(job.config, first.job.config))
+                self.references = list(same)
+
+    def _status(self, each: Cell) -> str:
+        return self.records[each.job.run_id][1].status
+
+    def _search(self) -> Iterator[Made]:
+        """Of each combination the largest value that runs."""
+        numbers = itertools.count(len(self.cells) - len(self._possible) + 1)
+        for combination in self._possible:
+            yield from self._largest(combination, numbers)
+
+    def _largest(self, combination: Cell, numbers: Iterator[int]) -> Iterator[Made]:
+        settings, key = self.settings, self.settings.search_key
+        outcomes: dict[int, bool] = {}
+        records: dict[int, Record] = {}
+        ended = ""
+
+        def probe(value: int, steps: int | None = None) -> Iterator[Made]:
+            nonlocal ended
+            config = with_value(combination.config, key, value, combination.job.config)
+            if steps:
+                config = changed(config, train__steps=steps)
+            for job, record in self._one(cell(config, self._make), next(numbers), 0):
+                yield job, record
+                outcomes[value] = record.status in RAN
+                records[value] = record
+                refused = record.status == "skipped" and record.reason in ("witness", "memory")
+                if not (outcomes[value] or refused or record.status in DID_NOT):
+                    ended = f"{record.status} ({record.reason})"
+
+        start = self._start(combination)
+        steps = max(settings.verify_steps, combination.config["train"]["steps"])
+        verified: set[int] = set()
+        while not ended:
+            bracket = Bracket.of(outcomes)
+            value = next_probe(bracket, start, settings.search_limit, settings.search_within)
+            if value is not None:
+                yield from probe(value)
+            elif bracket.ran and bracket.ran not in verified and steps > combination.config["train"]["steps"]:
+                verified.add(bracket.ran)
+                yield from probe(bracket.ran, steps)
+            else:
+                break
+        bracket = Bracket.of(outcomes)
+        failed = records.get(bracket.failed) if bracket.failed else None
+        why = f"{failed.status} ({failed.reason})" if failed else ""
+        self.found.append(
+            Found(
+                combination=combination.job,
+                largest=bracket.ran,
+                record=records.get(bracket.ran),
+                smallest=bracket.failed,
+                why=why,
+                probes=len(outcomes),
+            )
+        )
+
+    def _start(self, combination: Cell) -> int:
+        """Where a search begins: the largest value that is predicted to fit."""
+        settings, resolved = self.settings, combination.job.config
+
+        def needs(value: int) -> int | None:
+            return predict.peak_bytes(with_value(resolved, settings.search_key, value))
+
+        reading = memory.read(self._kind)
+        return predict.largest(needs, predict.room_bytes(resolved, min(reading.total)), settings.search_limit)
+
+    def _one(self, each: Cell, number: int, total: int) -> Iterator[Made]:
+        """One cell: as it was left, or not run and why, or run."""
+        job = each.job
+        witness = None
+        if not each.fault and self.settings.prune and dispatch.finished(job) is None:
+            witness = self._witnesses.against(job.config)
+        if each.fault or witness:
+            with dispatch.locked(job, self._show):
+                if witness:
+                    record = write(job, "skipped", "witness", self._witnesses.why(job.config, witness))
+                else:
+                    record = write(job, "unsupported", "contradiction", each.fault)
+            self._show.decided(job, record, number, total)
+            yield self._seen(job, record)
+            return
+        waited: dict[str, float] = {}
+        if made := dispatch.finished(job) is None:
+            waited = self._baseline.wait()
+            if self._baseline.late(waited):
+                self._show.note(f"      memory in use is {waited['over_baseline_gib']:.2f} GiB above the sweep's start")
+        for record in dispatch.submit([job], self._show, number, total):
+            self._ran += made
+            if waited:
+                record.env["sweep"] = waited
+                record.write(Path(job.out))
+            yield self._seen(job, record)
+
+    def _seen(self, job: Job, record: Record) -> Made:
+        self._witnesses.see(record)
+        self.records[record.run_id] = job, record
+        return job, record
+
+
+def _agreed(configs: Sequence[Config]) -> schema.Sweep:
+    """The settings of the sweep; ValueError where its configs differ in them."""
+    first = configs[0].get("sweep", {})
+    for config in configs:
+        for key, value in config.get("sweep", {}).items():
+            if value != first.get(key):
+                raise ValueError(f"sweep.{key}={value}: one sweep has one; it also has {first.get(key)}")
+    return schema.Sweep(**first)
+
+
+def _same(one: Config, other: Config) -> bool:
+    """Whether two configs are repeats of one cell."""
+    leave = ("repeat", "command")
+    return {k: v for k, v in one.items() if k not in leave} == {k: v for k, v in other.items() if k not in leave}
