@@ -7,7 +7,7 @@
 Each subject trains the same stack of linear layers under DDP in fresh memory, for a few steps over gloo; so does DDP
 alone. What is counted are the storages that operators make (`llmsys.profile.live`), in the thread that trains and in
 those in which callbacks decompress. The difference of the two peaks, in copies of the gradients, is what a method
-costs. Bytes do not depend on what else the machine does.
+costs. How many buckets are under way at once depends a little on what else the machine does, by a few hundredths.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SPARE = 1.5
 """How many more elements than are needed should be above the threshold."""
 PIECE = 1 << 18
 """Elements whose magnitudes are there at a time."""
-ROOM = 1 << 20
+ROOM = 1 << 19
 """Candidates that are kept, beside the best so far, before the best are chosen among them; or as many as are chosen,
 where these are more."""
 
