@@ -129,7 +129,7 @@ def test_extra_memory_is_what_real_ranks_have_counted(tmp_path: Path) -> None:
     assert Record.read(tmp_path / "compress_memory" / made.run_id) == made
     found = compress_memory.by_subject(made)
     assert found["none"] < 0.01
-    assert found["sign"] < 0.3
+    assert found["sign"] < 0.5
     assert 0.9 < found["acpsgd"] <= 1.1
     assert 1.9 < found["acpsgd, refreshed"] <= 2.1
     shown = {line.what: line for line in compress_targets.lines([made])}
