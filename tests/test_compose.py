@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,37 @@ def test_every_experiment_opens_with_its_header(exp: str) -> None:
         assert any(line.startswith(field) for line in comments), field
     assert any("Time:" in line for line in comments)
     assert "EXPECTED" not in "".join(comments), "a placeholder"
+
+
+def test_smoke_stands_for_the_experiment_s_own_list_and_what_else_is_said_wins() -> None:
+    words = [
+        "-m",
+        "+exp=compress_resnet18_cifar10",
+        "smoke=true",
+        "train.steps=3",
+        "model=vgg_tiny",
+        "compress=none,sign",
+    ]
+    found = compose.smoked(words)
+    assert "smoke=true" not in found
+    assert [word for word in found if word.startswith(("train.steps", "model="))] == ["train.steps=3", "model=vgg_tiny"]
+    assert {"train.world=1", "data=digits", "data.max_train=64"} <= set(found)
+    smoke = compose.compose(["+exp=compress_resnet18_cifar10"])["smoke"]
+    assert set(found) <= {*words, *smoke}
+    assert compose.smoked(["+exp=x", "train.steps=3"]) == ["+exp=x", "train.steps=3"]
+    for wrong in (["smoke=true"], ["-m", "+exp=a,b", "smoke=true"]):
+        with pytest.raises(ValueError, match=r"^smoke=true: .*\+exp=NAME"):
+            compose.smoked(wrong)
+
+
+def test_smoke_of_an_experiment_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "exp").mkdir()
+    for name, smoke in (("mine", "smoke: [train.steps=2]"), ("bare", "")):
+        (tmp_path / "exp" / f"{name}.yaml").write_text(f"# @package _global_\nname: {name}\n{smoke}\n")
+    for flag in ([f"--config-dir={tmp_path}"], ["--config-dir", str(tmp_path)]):
+        assert compose.smoked([*flag, "+exp=mine", "smoke=true"]) == [*flag, "+exp=mine", "train.steps=2"]
+        with pytest.raises(ValueError, match=r"smoke=true: \+exp=bare has no list `smoke`"):
+            compose.smoked([*flag, "+exp=bare", "smoke=true"])
 
 
 def test_every_choice_of_every_group_composes() -> None:
