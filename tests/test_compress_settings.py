@@ -53,6 +53,9 @@ def test_a_schedule_of_ranks_has_numbers_or_text_for_steps() -> None:
         (["compress=topk", "compress.wire=bf16"], ["compress.wire=bf16", "randomk"]),
         (["compress=powersgd", "compress.reuse=false"], ["compress.reuse=False", "compress.kind=acpsgd"]),
         (["compress=sign", "compress.skip=[a]"], ["compress.skip=['a']", "+-1"]),
+        (["compress=sign", "compress.error_feedback=true"], ["compress.error_feedback=True", "not with sign"]),
+        (["compress=acpsgd", "compress.check_every=-1"], ["compress.check_every=-1", "0 for never"]),
+        (["compress=none", "compress.check_every=5"], ["compress.check_every=5", "compress.kind=none", "engine"]),
         (["compress=acpsgd", "+compress.ranks={a:3}"], ["compress.ranks", "steps from 0"]),
         (["compress=none", "compress.kind=dgc"], ["compress.kind=dgc", "acpsgd"]),
         (["compress=acpsgd", "engine=local"], ["compress.kind=acpsgd", "one rank", "engine=ddp"]),
@@ -129,6 +132,29 @@ def test_a_run_without_compression_is_the_run_it_always_was() -> None:
     assert identifier() == identifier(compress=none)
     assert identifier() != identifier(compress={**none, "kind": "acpsgd"}) != identifier(compress={**none, "r": 8})
     assert schema.build(config).compress == schema.Compress()
+
+
+@pytest.mark.parametrize("kind", ["acpsgd", "sign"])
+def test_a_compressed_run_is_the_run_it_always_was(kind: str) -> None:
+    """A config that does not know `check_every`, and said of every method that errors are fed back, has the id and the
+    line of today's, which says so of none; a check that is made, or errors that are not kept, make another run."""
+    path = next(iter(sorted(RECORDS.glob("compress_iteration/*/record.json"))))
+    record = job.Record.from_json(path.read_text())
+    then = {**record.config["compress"], "kind": kind}
+    now = json.loads(json.dumps(dataclasses.asdict(schema.Compress(kind=kind))))
+    assert then["error_feedback"] is True
+    assert now["error_feedback"] is None
+    assert set(now) - set(then) == {"check_every"}
+
+    def of(**compress: object) -> tuple[str, dict[str, object]]:
+        config = {**copy.deepcopy(record.config), "compress": compress}
+        found = job.run_id(config, device_name="a CPU", content={})
+        return found, row(dataclasses.replace(record, config=config))
+
+    assert of(**then) == of(**now) == of(**{**now, "error_feedback": True})
+    for other in ({"check_every": 100}, {"error_feedback": False}):
+        for found, before in zip(of(**{**now, **other}), of(**then), strict=True):
+            assert found != before
 
 
 def test_tables_tell_compressed_runs_apart() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from llmsys import device, resume, schema
 from llmsys.files import write_atomic
+from llmsys.schema.compress import as_before
 
 STATUSES = ("ok", "oom", "failed", "crashed", "timeout", "hang", "unsupported", "skipped", "interrupted")
 FINAL = ("ok", "oom", "unsupported")
@@ -153,6 +154,8 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     if identity.get("compress", {}).get("kind") == "none":
         del identity["compress"]  # as it was before there was the group: records without it are of the same runs
+    if "compress" in identity:
+        identity["compress"] = as_before(identity["compress"])
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
     text = json.dumps([identity, device_name, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

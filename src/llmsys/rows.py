@@ -8,7 +8,7 @@ from typing import Any
 
 from llmsys import tasks
 from llmsys.job import Record
-from llmsys.schema.compress import LOW_RANK, SPARSE
+from llmsys.schema.compress import LOW_RANK, SPARSE, as_before
 
 SHARED_KEYS = (
     *("accuracy", "accuracy_se", "macro_f1", "loss", "val_loss", "perplexity", "tokens_per_s", "samples_per_s"),
@@ -42,7 +42,8 @@ IDENTITY = (
 def row(record: Record) -> Row:
     """One record as a line of a table. `lr` is the rate that this run's method was trained at, None where none was; the
     method is empty where a run compares many."""
-    config = _flat(record.config)
+    group = record.config.get("compress")
+    config = _flat({**record.config, **({"compress": as_before(group)} if group else {})})
     compressed = compress(config)
     if compressed == "none":  # whatever else the group says, and as in records that do not know it
         config = {key: value for key, value in config.items() if not key.startswith("compress.")}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from llmsys.compress.reference import Reference
 
 MANY = 0.002
 """MiB of a bucket, of which `Net` then has several."""
+USERS: list[tuple[int, ...]] = [(0, 1), (), (1,), (), (), (0,)]
+"""Which ranks use the layer `unused` in a step."""
 
 
 class Net(nn.Module):
@@ -77,6 +81,8 @@ def against_reference(
     config, model = config_of(settings), Net(seed=place.rank)  # DDP makes them equal
     ddp = wrapped(model, **options)
     register(ddp, config)
+    first = dist._DEFAULT_FIRST_BUCKET_BYTES
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1  # the compiler refuses buckets below it, which is 1 MiB
     called: Any = torch.compile(ddp, backend=backend) if backend else ddp
     torch.manual_seed(place.rank)  # nothing may depend on it
     reference, worst = Reference(config, place.world), 0.0
@@ -96,7 +102,32 @@ def against_reference(
             assert p.grad is not None
             worst = max(worst, float((p.grad - wanted[name]).abs().max()))
         descend(model, to_none)
+    dist._DEFAULT_FIRST_BUCKET_BYTES = first
     return {"worst": worst, "apart": apart(model), **traffic.calls}
+
+
+def sometimes_unused(place: Place, settings: dict[str, Any], options: dict[str, Any], to_none: bool) -> dict[str, Any]:
+    """One layer is used in some steps by no rank, by one, or by both. How far what was applied and is kept is from what
+    was given, of that layer; the most that was applied in a step in which nobody had used it; and replicas."""
+    model = Net()
+    ddp = wrapped(model, find_unused_parameters=True, **options)
+    state = register(ddp, config_of(settings))
+    weight, total = model.unused.weight, [torch.zeros_like(model.unused.weight) for _ in range(2)]
+    stray = 0.0
+    for step in range(12):
+        users = USERS[step % len(USERS)]
+        value = loss(ddp(batch(place.rank, step), skip=place.rank not in users))
+        local = torch.autograd.grad(value, [weight], retain_graph=True, allow_unused=True)[0]
+        total[0] += sum(everywhere(torch.zeros_like(weight) if local is None else local)) / place.world
+        value.backward()
+        if weight.grad is not None:
+            total[1] += weight.grad
+            stray = max(stray, 0.0 if users else float(weight.grad.abs().max()))
+        descend(model, to_none)
+    kept = sum(everywhere(state.tensors()["unused.weight/error"])) / place.world
+    given, applied = total
+    far = float((given - applied - kept).abs().max() / given.abs().max())
+    return {"far": far, "stray": stray, "apart": apart(model)}
 
 
 def replicas(place: Place, settings: dict[str, Any], steps: int) -> float:
@@ -125,6 +156,27 @@ def aggregated(place: Place, settings: dict[str, Any], steps: int = 6) -> float:
     return worst
 
 
+def without_gradients(place: Place, settings: dict[str, Any]) -> dict[str, float]:
+    """One layer is frozen, another one's gradient is missing on one rank or on both: the largest difference from what
+    comes out where there are zeros instead, and how far replicas are apart that apply it."""
+    config, model = config_of(settings), Net()
+    model.head.requires_grad_(False)
+    named = dict(model.named_parameters())
+    missing, zeros = (Aggregator(named.items(), config, bucket_mib=MANY) for _ in range(2))
+    worst = 0.0
+    for step in range(4):
+        model.zero_grad()
+        loss(model(batch(place.rank, step), skip=step % 2 == 0 or place.rank == 1)).backward()
+        grads = [None if p.grad is None else p.grad.clone() for p in named.values()]
+        there = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in named.values()]
+        found, wanted = missing.aggregate(grads), zeros.aggregate(there)
+        worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)))
+        for p, mean in zip(named.values(), found, strict=True):
+            p.grad = mean
+        descend(model)
+    return {"worst": worst, "apart": apart(model)}
+
+
 def poisoned(place: Place, settings: dict[str, Any], value: float) -> dict[str, Any]:
     """Steps whose gradient was not finite, where rank 1's loss was `value` times too large in step 3; and replicas."""
     model = Net()
@@ -143,29 +195,33 @@ def poisoned(place: Place, settings: dict[str, Any], value: float) -> dict[str, 
 
 def scaled(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     """With torch's GradScaler, where the loss overflows in step 3 on rank 1: its scales, and how far weights are from
-    those of a run that has no scale and leaves that step out."""
+    those of a run that has no scale and leaves that step out, and from those of one that never had it."""
     ends = []
     scales = []
-    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**16), None):
+    for scaled, had in ((True, True), (False, True), (False, False)):
         model = Net().float()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         ddp = wrapped(model)
-        state = register(ddp, config_of(settings), loss_scale=scaler.get_scale if scaler else None)
+        state = register(ddp, config_of(settings), loss_scale=scaler.get_scale if scaled else None)
         for step in range(8):
+            if step == 3 and not had:
+                continue
             optimizer.zero_grad()
             value = loss(ddp(batch(place.rank, step).float()))
             if step == 3 and place.rank == 1:
                 value = value * math.inf
-            (scaler.scale(value) if scaler else value).backward()
-            if scaler:
+            (scaler.scale(value) if scaled else value).backward()
+            if scaled:
                 scaler.step(optimizer)
                 scaler.update()
                 scales.append(scaler.get_scale())
             elif step != 3:
                 optimizer.step()
-        assert state.step == 8
+        assert state.plain()["step"] == 7
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    return {"scales": scales, "far": float((ends[0] - ends[1]).abs().max())}
+    far = [float((ends[0] - end).abs().max()) for end in ends[1:]]
+    return {"scales": scales, "left_out": far[0], "never": far[1]}
 
 
 def resumed(place: Place, settings: dict[str, Any], folder: str, cap: float) -> float:
@@ -190,6 +246,28 @@ def resumed(place: Place, settings: dict[str, Any], folder: str, cap: float) -> 
     return float((train(other, range(3, 7)) - straight).abs().max())
 
 
+def loaded(place: Place, folder: str, case: str) -> str:
+    """What a rank is told that reads its state in a folder of its own; rank 1's is `case`."""
+    model = wrapped(Net())
+    state = register(model, CompressConfig(r=2, min_rate=1))
+    for step in range(2):
+        loss(model(batch(place.rank, step))).backward()
+        model.zero_grad()
+        save_state(state, f"{folder}/{step}")
+        dist.barrier()
+    own = f"{folder}/{0 if place.rank == 1 and case == 'of another step' else 1}"
+    if case == "cut off" and place.rank == 1:
+        own = f"{folder}/cut"
+        shutil.copytree(f"{folder}/1", own)
+        file = Path(own) / "compress-rank-1.safetensors"
+        file.write_bytes(file.read_bytes()[:-10])
+    try:
+        load_state(register(wrapped(Net()), CompressConfig(r=2, min_rate=1)), own)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def refused(place: Place, case: str) -> str:
     """What a rank is told that has not the same as the other, or what cannot be compressed."""
     layer, odd = nn.Linear(4, 4), place.rank == 1
@@ -200,6 +278,9 @@ def refused(place: Place, case: str) -> str:
         "bare": lambda: register(layer, CompressConfig()),  # type: ignore[arg-type]
         "shapes": lambda: Aggregator(nn.Linear(4, 4 + odd).named_parameters(), CompressConfig()),
         "types": lambda: Aggregator((layer.double() if odd else layer).named_parameters(), CompressConfig()),
+        "scaler": lambda: register(wrapped(Net()), CompressConfig(), loss_scale=(lambda: 1.0) if odd else None),
+        "sparse on one": lambda: register(wrapped(nn.Embedding(10, 4, sparse=odd)), CompressConfig()),
+        "empty on one": lambda: Aggregator([] if odd else layer.named_parameters(), CompressConfig()),
         "buckets": lambda: Aggregator(layer.named_parameters(), CompressConfig(), bucket_mib=25 + odd),
     }
     try:

@@ -11,9 +11,23 @@ from llmsys.compress.config import CompressConfig
 from llmsys.compress.methods.method import WAIT, Entry, Exchange, Part, Request
 from llmsys.compress.state import CompressionState
 from llmsys.compress.transfer import simulate
+from llmsys.schema.compress import METHODS
 
 SHAPES = {"a": (12, 10), "b": (7,), "c": (6, 4, 3), "d": (40, 8), "e": (1,)}
 """Matrices, a convolution's kernel, vectors."""
+CONFIGS = {
+    **{name: CompressConfig(method=name, r=2, density=0.1, min_rate=1) for name in METHODS},
+    "ranks": CompressConfig(r=2, min_rate=1, ranks={3: 4, 6: 1}),
+    "no reuse": CompressConfig(r=2, min_rate=1, reuse=False),
+    "no feedback": CompressConfig(r=2, min_rate=1, error_feedback=False),
+    "refreshed acpsgd": CompressConfig(r=3, min_rate=1, refresh_every=4),
+    "refreshed powersgd": CompressConfig(method="powersgd", r=3, min_rate=1, refresh_every=4),
+    "skipping acpsgd": CompressConfig(r=2, min_rate=1, skip=["c", "d*"]),
+    "skipping topk": CompressConfig(method="topk", density=0.1, skip=["c", "e"]),
+    "skipping randomk": CompressConfig(method="randomk", density=0.1, skip=["c"]),
+    "skipping efsign": CompressConfig(method="efsign", skip=["c", "e"]),
+}
+"""Every method, and its settings."""
 Grads = Mapping[str, Tensor]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from llmsys.compress import CompressConfig, Payload, decode, encode
 from llmsys.compress.codec import DTYPES
+from llmsys.profile.live import Live
 
 X = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(0))
 BYTES = {
@@ -59,22 +60,73 @@ def test_every_type_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
     ("method", "change", "words"),
     [
         ("topk", {"shape": [10, 10]}, "places beyond"),
-        ("topk", {"k": 61}, "480 bytes where topk has 488"),
+        ("topk", {"k": 61}, "480 bytes where 'topk' has 488"),
         ("topk", {"k": 10**9}, "k=1000000000: must be from 1"),
-        ("topk", {"k": "60"}, "k=60: must be a whole number"),
+        ("topk", {"k": "60"}, "k='60': must be a whole number"),
+        ("topk", {"k": True}, "k=a bool: must be a whole number"),
+        ("randomk", {"seed": 10**5000}, "seed=a int: must be a whole number below"),
+        ("randomk", {"key": ["x"]}, "key=a list: must be text"),
         ("none", {"shape": [3, -50, 40]}, "must be a list of sizes"),
+        ("none", {"shape": [3, True, 40]}, "must be a list of sizes"),
         ("none", {"shape": "all"}, "must be a list of sizes"),
-        ("none", {"shape": [2**20, 2**20]}, "elements: not what"),
-        ("none", {"dtype": "object"}, "dtype=object"),
-        ("efsign", {"shape": [2**30]}, "754 bytes where efsign has"),
+        ("none", {"shape": [0, 10**30]}, "each from 0 and below"),
+        ("none", {"shape": [0, 2**62, 2**62]}, "each from 0 and below"),
+        ("none", {"shape": [0, *[2**31 - 1] * 9]}, "has more than 16777216 elements"),
+        ("none", {"shape": [1] * 10**5}, "100000 dimensions"),
+        ("none", {"dtype": "object"}, "dtype='object'"),
+        ("none", {"dtype": ["fp32"]}, "dtype=a list"),
+        ("efsign", {"shape": [2**20]}, "754 bytes where 'efsign' has"),
         ("acpsgd", {"r": 100}, "r=100: must be from 1 to 40"),
-        ("none", {"method": "pickle"}, "method=pickle"),
+        ("none", {"method": "pickle\nas root"}, r"method='pickle\\nas root'"),
+        ("none", {"method": {}}, "method=a dict"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(method: str, change: dict[str, Any], words: str) -> None:
+    """In one line, whatever the header says: a stranger has written it."""
     payload = encode(X, CompressConfig(method=method, density=0.01))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"^[^\n]*{words}[^\n]*$"):
         decode(dataclasses.replace(payload, header={**payload.header, **change}))
+
+
+@pytest.mark.parametrize("method", ["topk", "randomk", "acpsgd"])
+def test_a_few_bytes_ask_for_no_more_than_is_expected(method: str) -> None:
+    """An element, or a column and a row, that claim to stand for 2**28 elements: a gigabyte, of which not one byte is
+    to be had."""
+    side = 2**14 if method == "acpsgd" else 2**28
+    header = {"method": method, "shape": [2**28 // side, side], "dtype": "fp32"}
+    size = 4 * (2**28 // side + side) if method == "acpsgd" else (8 if method == "topk" else 4)
+    own = {"k": 1, "r": 1, "key": "", "seed": 0, "step": 0}
+    payload = Payload({**header, **own}, torch.zeros(size, dtype=torch.uint8))
+    live = Live()
+    for expected in ({}, {"max_elements": 1000}, {"shape": (2**28,)}):
+        with live, pytest.raises(ValueError, match=r"16777216|1000 elements|\[268435456\] is expected"):
+            decode(payload, **expected)  # type: ignore[arg-type]
+    assert live.largest < 2**20
+
+
+def test_as_many_elements_as_are_expected_arrive() -> None:
+    payload = encode(X, CompressConfig(method="topk", density=0.01))
+    assert torch.equal(decode(payload, shape=X.shape), decode(payload, max_elements=X.numel()))
+    with pytest.raises(ValueError, match="has more than 5999 elements"):
+        decode(payload, max_elements=X.numel() - 1)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(6000), torch.zeros(3, 8000, dtype=torch.uint8), b"bytes"])
+def test_what_are_not_bytes_is_refused(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"^decode: [^\n]*$"):
+        decode(dataclasses.replace(encode(X, CompressConfig(method="none")), data=data))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 20), (torch.float16, 40)])
+def test_factors_that_are_no_smaller_are_not_sent(dtype: torch.dtype, width: int) -> None:
+    """r (N + M) fp32 numbers for N M, which may have 16 bits: where they are as many bytes or more it arrives whole."""
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    most = (x.nbytes - 1) // (4 * (40 + width))
+    for r, whole in ((most, False), (most + 1, True)):
+        payload = encode(x, CompressConfig(r=r))
+        assert (payload.header["method"] == "none") is whole
+        assert payload.data.nbytes <= x.nbytes
+        assert torch.equal(decode(payload), x) is whole
 
 
 def test_what_cannot_be_encoded_is_refused() -> None:

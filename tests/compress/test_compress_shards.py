@@ -127,8 +127,8 @@ def among(value: Any, group: Any) -> list[Any]:
 
 
 def overflown(place: Place, replicas: int, shards: int) -> list[float]:
-    """Of each rank: how far what it applied and its replicas keep is from what all had, where in step 3 of six the last
-    rank's shard of one gradient is infinite and all ranks leave the step out."""
+    """Of each rank: how far what it applied and its replicas keep is from what all had in the other steps, where in
+    step 3 of six the last rank's shard of one gradient is infinite and all ranks leave the step out."""
     mesh, config = mesh_of(replicas, shards), config_of({"method": "acpsgd"})
     group, model = mesh["replicate"].get_group(), sharded(mesh["shard"])
     aggregator = ShardAggregator(model, config, group=group)
@@ -139,7 +139,7 @@ def overflown(place: Place, replicas: int, shards: int) -> list[float]:
         mine = weight.grad.to_local()
         if step == 3 and place.rank == place.world - 1:
             mine[0, 0] = torch.inf
-        if step != 3 or bool(mine.isfinite().all()):
+        if step != 3:
             had += mine / replicas
         aggregator.exchange()
         finite = all(everywhere(all(bool(p.grad.to_local().isfinite().all()) for p in model.parameters())))
@@ -152,6 +152,58 @@ def overflown(place: Place, replicas: int, shards: int) -> list[float]:
     both = torch.stack([error / replicas, had])
     dist.all_reduce(both, group=group)
     return everywhere(float((applied + both[0] - both[1]).abs().max()))
+
+
+class Scaled(nn.Module):
+    """Times one element in fp64, of which the second shard is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by.float()
+
+
+def mixed(place: Place, method: str, replicas: int, shards: int) -> list[float]:
+    """The losses of steps on a model in fp32 but for one element; in the second one a gradient is not finite."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    mesh, model = mesh_of(replicas, shards), nn.Sequential(nn.Linear(16, 12), Scaled())
+    for part in model:
+        fully_shard(part, mesh=mesh["shard"])
+    aggregator = ShardAggregator(model, config_of({"method": method}), group=mesh["replicate"].get_group())
+    losses = []
+    for step in range(4):
+        value = model(torch.ones(2, 16)).square().mean()
+        losses.append(value.item())
+        value.backward()
+        if step == 1 and place.rank == place.world - 1:
+            model[0].weight.grad.to_local()[0, 0] = torch.inf  # type: ignore[union-attr, operator]
+        aggregator.exchange()
+        if step != 1:
+            descend(model)
+        model.zero_grad()
+    return losses
+
+
+def perturbed(place: Place, replicas: int, shards: int) -> str:
+    """What a rank is told where the last one's shard is changed in its last bit."""
+    mesh, config = mesh_of(replicas, shards), config_of({"method": "acpsgd", "check_every": 2})
+    model = sharded(mesh["shard"])
+    aggregator = ShardAggregator(model, config, group=mesh["replicate"].get_group())
+    try:
+        for step in range(5):
+            loss(model, place.rank, step).backward()
+            aggregator.exchange()
+            descend(model)
+            if step == 2 and place.rank == place.world - 1:
+                mine = local(model, "data")["0.weight"].view(torch.int64)
+                mine[-1, -1] ^= 1
+    except ValueError as error:
+        return str(error)
+    return f"nothing in {aggregator.step} steps"
 
 
 def refused(place: Place) -> list[str]:
@@ -199,7 +251,7 @@ def test_shards_of_two_replicas(four: Pool, method: str, tmp_path: Path) -> None
     check(four.call(f"{HERE}:trained", method, 2, 2, str(tmp_path)))
 
 
-def test_an_overflow_in_one_shard_gives_back_what_all_had_sent(pool: Pool) -> None:
+def test_an_overflow_in_one_shard_leaves_nothing_of_the_step(pool: Pool) -> None:
     """The other shard's group has seen nothing that is not finite, and its step is left out all the same."""
     assert max(max(rank) for rank in pool.call(f"{HERE}:overflown", 1, 2)) < 1e-12
 
@@ -207,6 +259,22 @@ def test_an_overflow_in_one_shard_gives_back_what_all_had_sent(pool: Pool) -> No
 @pytest.mark.slow
 def test_an_overflow_in_one_of_four_shards(four: Pool) -> None:
     assert max(max(rank) for rank in four.call(f"{HERE}:overflown", 2, 2)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["acpsgd", "topk", "efsign", "none"])
+def test_a_type_of_which_a_shard_has_nothing_is_no_message(pool: Pool, method: str) -> None:
+    """One rank then has no bucket of it to exchange; all of them settle the step that was left out."""
+    first, second, third, fourth = pool.call(f"{HERE}:mixed", method, 1, 2)[0]
+    assert first > second == third > fourth
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [("pool", (2, 1)), pytest.param("four", (2, 2), marks=pytest.mark.slow)])
+def test_all_ranks_are_told_of_replicas_that_differ_in_one_shard(
+    ranks: str, shape: tuple[int, int], request: pytest.FixtureRequest
+) -> None:
+    """Or those of the other shards would wait for this one's."""
+    told = request.getfixturevalue(ranks).call(f"{HERE}:perturbed", *shape)
+    assert all("the same weights before step" in each for each in told), told
 
 
 def test_what_cannot_be_aggregated_is_refused(pool: Pool) -> None:

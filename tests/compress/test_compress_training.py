@@ -128,11 +128,11 @@ def test_gradients_travel_once_as_predicted_and_alike_on_every_engine(pool: Pool
     "more",
     [
         ["model.dtype=bf16", "train.precision=bf16"],
-        ["model.dtype=bf16", "train.precision=bf16", "compress.error_dtype=fp32"],
+        ["model.dtype=bf16", "train.precision=bf16", "compress.error_dtype=half"],
         ["train.precision=bf16"],
         ["method=lora_peft", "method.r=8", "compress.min_rate=0"],
     ],
-    ids=["bf16", "bf16, fp32 errors", "autocast", "adapters"],
+    ids=["bf16", "bf16, bf16 errors", "autocast", "adapters"],
 )
 def test_other_dtypes_and_methods_are_exchanged_alike(pool: Pool, more: list[str]) -> None:
     """bf16 under ZeRO 1, whose optimizer has fp32 copies, starts from the norm that DDP has, as the optimizer on the

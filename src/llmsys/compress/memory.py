@@ -26,6 +26,11 @@ class Memory:
         self.p: Tensor | None = None
         self.q: Tensor | None = None
 
+    def mend(self) -> None:
+        """Drops, in place, what is not finite of the error: it would make every later step so."""
+        if self.error is not None:
+            torch.nan_to_num_(self.error, nan=0.0, posinf=0.0, neginf=0.0)
+
     def tensors(self) -> dict[str, Tensor]:
         """What is there, by kind: references."""
         found = {"error": self.error, "p": self.p, "q": self.q}

@@ -73,7 +73,13 @@ class ShardAggregator(Aggregator):
 
     def left_out(self) -> bool:
         """All ranks leave out a step of which one shard is not finite; the others' groups have not heard of it."""
-        mine = super().left_out()
+        return self._anywhere(super().left_out())
+
+    def drifted(self) -> bool:
+        return self._anywhere(super().drifted())
+
+    def _anywhere(self, mine: bool) -> bool:
+        """Whether it is so of one of the shards."""
         if dist.get_world_size(self._shards) == 1:
             return mine
         flag = torch.tensor(float(mine), device=next(iter(self.devices.values())))

@@ -58,6 +58,8 @@ class DeepSpeedSync(DDPSync):
         self._zero: Any = model.optimizer if model.zero_optimization() else None
         model.enable_backward_allreduce = False
         if self._zero is not None:
+            assert hasattr(self._zero, "reduce_scatter"), "this DeepSpeed has another way to reduce gradients"
+            assert hasattr(self._zero, "gradient_reduction_w_predivide"), "and another place for it"
             self._zero.reduce_scatter = False  # the way of a whole bucket at a time, which has one place to reduce it
             self._zero.gradient_reduction_w_predivide = lambda bucket, dtype: bucket
         self._trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}

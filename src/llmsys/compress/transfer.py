@@ -25,21 +25,22 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 class Transfer:
-    """An exchange under way. `future` is that of the collective which it waits for; `sent` is there when it is over."""
+    """An exchange under way. `future` is that of the collective which it waits for; `sent` is there when it is over, of
+    one that asks for nothing at once."""
 
     def __init__(self, exchange: Exchange, group: Group, world: int) -> None:
         """Makes what is to be sent and starts the first collective."""
         self._exchange, self._group, self._world = exchange, group, world
         self.sent: Sent | None = None
-        self.future: Future[Any]
+        self.future = _done()
         self._start()
 
     def advance(self) -> bool:
         """To be called when the collective has arrived: whether another one was started. Else it is over."""
-        return self._start()
+        return self.sent is None and self._start()
 
     def _start(self) -> bool:
-        with plain():
+        with without_graph():
             try:
                 request = next(self._exchange)
             except StopIteration as end:
@@ -57,9 +58,7 @@ def start(request: Request, group: Group, world: int) -> Future[Any]:
     if world == 1:
         if isinstance(request, AllGather | AllToAll):
             request.output.copy_(request.buffer.view_as(request.output))
-        done: Future[Any] = Future()
-        done.set_result(None)
-        return done
+        return _done()
     match request:
         case AllReduce(buffer):
             work = dist.all_reduce(buffer, group=group, async_op=True)
@@ -69,6 +68,12 @@ def start(request: Request, group: Group, world: int) -> Future[Any]:
             work = dist.all_to_all_single(output.view(-1), buffer.view(-1), group=group, async_op=True)
     future: Future[Any] = work.get_future()
     return future
+
+
+def _done() -> Future[Any]:
+    done: Future[Any] = Future()
+    done.set_result(None)
+    return done
 
 
 def finish(transfers: Sequence[Transfer]) -> Iterator[int]:
@@ -83,7 +88,7 @@ def finish(transfers: Sequence[Transfer]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def plain() -> Iterator[None]:
+def without_graph() -> Iterator[None]:
     """Without a graph, and in the precision that is written: a backward pass may run under autocast."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
@@ -91,7 +96,7 @@ def plain() -> Iterator[None]:
 
 def simulate(exchanges: Sequence[Exchange]) -> list[Sent]:
     """Carries one exchange for each rank, all in this process: for tests and for studies without a cluster."""
-    with plain():
+    with without_graph():
         while True:
             try:
                 requests = [next(exchange) for exchange in exchanges]

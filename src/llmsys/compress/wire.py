@@ -17,6 +17,11 @@ def dtype_of(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def rounded(tensor: Tensor, config: CompressConfig) -> Tensor:
+    """As it will have been on the wire: what is rounded off there has not been sent. Itself, where nothing is."""
+    return tensor.to(torch.bfloat16).to(tensor.dtype) if config.wire == "bf16" else tensor
+
+
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Each of `targets`, in place, of its source; there may be none."""
     if targets:
@@ -24,10 +29,15 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 class Wire:
-    """A `buffer` [total] with a copy of each of `tensors`, of which `views` are in their order and shapes."""
+    """A `buffer` [total] with a copy of each of `tensors`, of which `views` are in their order and shapes.
 
-    def __init__(self, tensors: Sequence[Tensor], config: CompressConfig) -> None:
-        dtype = torch.bfloat16 if config.wire == "bf16" else dtype_of(tensors[0])
+    `compressed`: some of them stand for more than themselves, and all travel in fp32. Else they are gradients, which
+    travel in the type that they are in, as without compression.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], config: CompressConfig, compressed: bool) -> None:
+        dtype = dtype_of(tensors[0]) if compressed else tensors[0].dtype
+        dtype = torch.bfloat16 if config.wire == "bf16" else dtype
         sizes = [tensor.numel() for tensor in tensors]
         self.buffer = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
         pieces = self.buffer.split(sizes)

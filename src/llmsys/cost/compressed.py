@@ -11,7 +11,8 @@ Sizes of one step, of d elements in all of which w travel whole, on W ranks, in 
     powersgd       all_reduce 4 (sum (N + M) r + w), in two rounds
     acpsgd         all_reduce 4 (sum N r + w) on even steps, 4 (sum M r + w) on odd ones
 
-where `wire=bf16` halves an all_reduce. `sign` is of one bucket: each further one adds at most 2 W bytes.
+where `wire=bf16` halves an all_reduce, and so does half precision where all of it travels whole. This is of one bucket:
+of `sign` each further one adds at most 2 W bytes, and one that has only what travels whole is in the gradients' type.
 """
 
 from __future__ import annotations
@@ -55,10 +56,14 @@ def state_bytes(gradients: Iterable[Named], config: Settings) -> tuple[int, int]
     for name, shape, nbytes in gradients:
         low = low_rank(name, shape, config)
         if config.feedback and (low or (config.method not in LOW_RANK and not config.skips(name))):
-            errors += math.prod(shape) * (max(4, nbytes) if config.error_dtype == "fp32" else nbytes)
+            errors += math.prod(shape) * (nbytes if config.error_dtype == "half" else max(4, nbytes))
         if low:
             factors += sum(matrix(shape)) * width(shape, config.widest) * max(4, nbytes)
     return errors, factors
+
+
+def _compressed(name: str, shape: Sequence[int], config: Settings) -> bool:
+    return low_rank(name, shape, config) if config.method in LOW_RANK else not config.skips(name)
 
 
 def step_bytes(gradients: Sequence[Named], config: Settings, world: int, step: int) -> dict[str, int]:
@@ -71,6 +76,8 @@ def step_bytes(gradients: Sequence[Named], config: Settings, world: int, step: i
         votes = world * (math.ceil(math.ceil(elements / 8) / world) + 1)
         return {"all_to_all": votes, "all_gather": votes}
     wire = 2 if config.wire == "bf16" else 4
+    if method in (*LOW_RANK, "randomk") and not any(_compressed(name, shape, config) for name, shape, _ in gradients):
+        return {"all_reduce": sum(math.prod(shape) * min(wire, nbytes) for _, shape, nbytes in gradients)}
     if method in LOW_RANK:
         return {"all_reduce": wire * _low_rank_elements(gradients, config, step)}
     sent = [math.prod(shape) for name, shape, _ in gradients if not config.skips(name)]

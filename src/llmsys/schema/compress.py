@@ -19,9 +19,10 @@ SPARSE = ("topk", "randomk")
 ERROR_FEEDBACK = (*LOW_RANK, *SPARSE, "efsign")
 """Methods that keep, per parameter, what they have not sent yet."""
 TYPES = (
-    (("r", "refresh_every", "seed"), (int,), "a whole number"),
+    (("r", "refresh_every", "check_every", "seed"), (int,), "a whole number"),
     (("density", "min_rate"), (int, float), "a number"),
-    (("error_feedback", "reuse"), (bool,), "true or false"),
+    (("reuse",), (bool,), "true or false"),
+    (("error_feedback",), (bool, type(None)), "true or false"),
 )
 """(settings, their types, in words). Exact, as True is an int too. Hydra sees to them on the command line alone."""
 
@@ -34,8 +35,10 @@ class Settings(ABC):
     on which other `r` holds, {0: 8, 1000: 4}; factors keep their widest shape, of which the first rows are used.
     `density`: the share of elements that Top-k and Random-k send. `select`: Top-k by `exact` selection, or by a
     `threshold` estimated on a sample.
-    `error_feedback`: what was not sent is added to the next gradient. `error_dtype`: in what it is kept: `gradient`
-    (one copy of the gradients, whatever they are in) or `fp32`.
+    `error_feedback`: what was not sent is added to the next gradient; None: with every method that is made for it,
+    which `sign` is not. `error_dtype`: in what it is kept: `gradient`, as gradients are, but in fp32 where they are in
+    half precision, in which a sum of many loses half of itself (bf16) or overflows (fp16); `half`, as they are then
+    too, for less memory. `fp32` means the same as `gradient`.
     `reuse`: ACP-SGD projects onto the factor of its last step; without it onto a new random one (the paper's ablation).
     `refresh_every`: low rank: after so many steps one is exchanged whole, with all that error feedback has kept, and
     the subspace is taken from it (PowerSGD+, arXiv 2509.11254); 0: never.
@@ -45,13 +48,14 @@ class Settings(ABC):
     error.
     `wire`: in what factors and everything that travels whole are sent: `fp32` or `bf16`.
     `seed`: of everything random; what is drawn depends on it, the parameter's name and the step alone.
+    `check_every`: before every so many steps ranks make sure that they have the same weights, to the bit; 0: never.
     """
 
     r: int = 4
     ranks: dict[Any, int] = field(default_factory=dict)
     density: float = 0.001
     select: str = "exact"
-    error_feedback: bool = True
+    error_feedback: bool | None = None
     error_dtype: str = "gradient"
     reuse: bool = True
     refresh_every: int = 0
@@ -59,6 +63,7 @@ class Settings(ABC):
     skip: Sequence[str] = ()
     wire: str = "fp32"
     seed: int = 0
+    check_every: int = 0
 
     GROUP: ClassVar[str] = ""
     """What stands before the name of a setting in an error message."""
@@ -77,7 +82,7 @@ class Settings(ABC):
                     raise self._wrong(key, f"must be {what}")
         self._one_of(self.NAMED_BY, self.method, METHODS)
         self._one_of("select", self.select, ("exact", "threshold"))
-        self._one_of("error_dtype", self.error_dtype, ("gradient", "fp32"))
+        self._one_of("error_dtype", self.error_dtype, ("gradient", "fp32", "half"))
         self._one_of("wire", self.wire, ("fp32", "bf16"))
         if self.r < 1:
             raise self._wrong("r", "must be at least 1")
@@ -94,6 +99,10 @@ class Settings(ABC):
             raise self._wrong("skip", "names are text")
         if self.method == "sign" and self.skip:
             raise self._wrong("skip", "not with sign, whose votes are +-1 and not on the scale of a gradient")
+        if self.method == "sign" and self.error_feedback:
+            raise self._wrong("error_feedback", "not with sign, whose votes leave no error; efsign has it")
+        if self.check_every < 0:
+            raise self._wrong("check_every", "a number of steps, or 0 for never")
         self._only("ranks", bool(self.ranks), LOW_RANK)
         self._only("refresh_every", bool(self.refresh_every), LOW_RANK)
         self._only("reuse", not self.reuse, ("acpsgd",))
@@ -104,7 +113,7 @@ class Settings(ABC):
     def feedback(self) -> bool:
         """Whether this method keeps errors. Sign-SGD with majority vote has none by definition, the dense ones need
         none."""
-        return self.error_feedback and self.method in ERROR_FEEDBACK
+        return self.error_feedback is not False and self.method in ERROR_FEEDBACK
 
     @property
     def widest(self) -> int:
@@ -118,6 +127,10 @@ class Settings(ABC):
     def refreshes(self, step: int) -> bool:
         """Whether everything travels whole at `step` (from 0)."""
         return bool(self.refresh_every) and step > 0 and step % self.refresh_every == 0
+
+    def checks(self, step: int) -> bool:
+        """Whether ranks compare what they have before `step` (from 0)."""
+        return bool(self.check_every) and step > 0 and step % self.check_every == 0
 
     def skips(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip)
@@ -160,6 +173,20 @@ class Compress(Settings):
     GROUP: ClassVar[str] = "compress."
     NAMED_BY: ClassVar[str] = "kind"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.check_every and self.kind == "none":
+            raise self._wrong("check_every", "not with compress.kind=none, whose gradients the engine itself exchanges")
+
     @property
     def method(self) -> str:
         return self.kind
+
+
+def as_before(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's group, as plain data, in the words of earlier versions, where it says what they could say: a run's id and
+    the tables go by these, so that records of then and now are of the same run."""
+    found = {key: value for key, value in values.items() if (key, value) != ("check_every", 0)}
+    if found.get("error_feedback", True) is None:
+        found["error_feedback"] = True  # and was so with `sign` too, which has never had any
+    return found

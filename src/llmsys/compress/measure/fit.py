@@ -25,7 +25,7 @@ from llmsys.compress.kernels_cost import Rates, work
 from llmsys.compress.measure.clock import Clocked
 from llmsys.compress.memory import Memory
 from llmsys.compress.methods.method import AllGather, AllReduce, AllToAll, Entry, Exchange, Part, Request
-from llmsys.compress.transfer import plain, start
+from llmsys.compress.transfer import start, without_graph
 from llmsys.cost import links
 from llmsys.cost.links import Line
 
@@ -129,7 +129,7 @@ def _compression(
 
 def _alone(exchange: Exchange, world: int) -> None:
     """As if all ranks had sent what this one sends; nothing is on the wire."""
-    with plain():
+    with without_graph():
         for request in exchange:
             match request:
                 case AllReduce(buffer):

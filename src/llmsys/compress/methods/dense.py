@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmsys.compress.config import CompressConfig
+from llmsys.compress.feedback import spend
 from llmsys.compress.methods.method import WAIT, AllReduce, Exchange, Part, Sent
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -20,14 +21,12 @@ class Dense:
         self.dtype = HALF.get(config.method)
 
     def exchange(self, part: Part) -> Exchange:
+        taken = spend(part.entries)
         part.flat.div_(part.world)  # before the sum, which then fits into the range of 16 bits
         buffer = part.flat if self.dtype is None else part.flat.to(self.dtype)
         yield AllReduce(buffer)
         yield WAIT
         if buffer is not part.flat:
             part.flat.copy_(buffer)
-        return Sent(torch.ones((), dtype=torch.bool), _nothing)  # nothing is kept that could be spoilt
-
-
-def _nothing() -> None:
-    pass
+        arrived = torch.isfinite(part.flat.sum()) if taken else torch.ones((), dtype=torch.bool)
+        return Sent(arrived, arrived, taken)  # where nothing was kept, nothing can be spoilt

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llmsys.compress import bits
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.feedback import corrected
-from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Sent, where
+from llmsys.compress.feedback import corrected, spend
+from llmsys.compress.methods.method import WAIT, AllGather, Entry, Exchange, Part, Taken, where
 from llmsys.compress.wire import dtype_of
 
 
@@ -27,6 +28,7 @@ class EFSign:
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
         signed, whole = part.split(self.config)
+        taken = spend(whole if self.config.feedback else part.entries)
         what = [corrected(entry, self.config).view(-1) for entry in signed]
         dtype = dtype_of(part.flat)
         scales = [torch.linalg.vector_norm(x, 1, dtype=dtype).reshape(1) / x.numel() for x in what]
@@ -38,10 +40,11 @@ class EFSign:
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
         if self.config.feedback:
-            self._add(what, own, [-scale for scale in scales])
+            taken += self._take(signed, what, own, scales)
         yield WAIT
         theirs = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         arrived = torch.isfinite(theirs.sum())
+        part.undo(arrived, taken)
         part.flat.zero_()
         pieces = gathered[:, length:].split(sizes, 1)
         for rank in range(part.world):
@@ -49,8 +52,15 @@ class EFSign:
             self._add([e.grad.view(-1) for e in signed], [piece[rank] for piece in pieces], shares)
         self._write_whole(whole, theirs[:, len(signed) :].mean(0))
         where(~arrived, part.flat, math.nan)
-        kept = what if self.config.feedback else []
-        return Sent(arrived, lambda: self._add(kept, own, scales))
+        return part.sent(arrived, taken)
+
+    def _take(
+        self, entries: list[Entry], what: list[Tensor], own: Sequence[Tensor], scales: list[Tensor]
+    ) -> list[Taken]:
+        """What is sent is no error any more."""
+        self._add(what, own, [-scale for scale in scales])
+        back = [partial(_give_back, *each) for each in zip(what, own, scales, strict=True)]
+        return [Taken(*each) for each in zip(entries, what, back, strict=True)]
 
     def _add(self, targets: list[Tensor], packed: Sequence[Tensor], scales: list[Tensor]) -> None:
         for target, signs, scale in zip(targets, packed, scales, strict=False):
@@ -59,3 +69,7 @@ class EFSign:
     def _write_whole(self, entries: list[Entry], numbers: Tensor) -> None:
         for entry, piece in zip(entries, numbers.split([e.grad.numel() for e in entries]), strict=True):
             entry.grad.copy_(piece.view(entry.grad.shape))
+
+
+def _give_back(what: Tensor, signs: Tensor, scale: Tensor, share: Tensor | float) -> None:
+    bits.add_signs(what, signs, scale * share)

@@ -20,18 +20,18 @@ Everything that is not compressed travels in the same buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.feedback import corrected
+from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.memory import generator
-from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Sent, where
+from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Taken
 from llmsys.compress.orthogonal import orthonormal_
-from llmsys.compress.wire import Wire, copy, dtype_of
+from llmsys.compress.wire import Wire, copy, dtype_of, rounded
 from llmsys.cost import compressed as shapes
 
 P, Q = "p", "q"
@@ -53,10 +53,20 @@ class Matrix:
     def correct(self) -> None:
         self.what = corrected(self.entry, self.config).view(self.grad.shape)
 
-    def take(self, p: Tensor, q: Tensor, sign: int) -> None:
-        """E -= p^T q, what this rank sends (`sign` -1), or takes it back (1)."""
-        if self.config.feedback:
-            self.add(p, q, sign)
+    def take(self, p: Tensor, q: Tensor) -> Taken:
+        """E -= p^T q, what this rank sends, where errors are kept."""
+        if not self.config.feedback:
+            return Taken(self.entry)
+        self.add(p, q, -1)
+        return Taken(self.entry, self.what, partial(self.give_back, p, q))
+
+    def give_back(self, p: Tensor, q: Tensor, share: Tensor | float) -> None:
+        """E += share p^T q."""
+        self.add(p * share, q, 1)
+
+    def clear(self) -> None:
+        """E becomes 0: all of it was sent, but for what the wire rounds off."""
+        self.what.sub_(rounded(self.what, self.config))
 
     def project(self, side: str, what: Tensor) -> Tensor:
         """A factor of `what` [N, M] by the other one: q what^T [R, N] for `p`, p what [R, M] for `q`."""
@@ -87,8 +97,8 @@ class LowRank:
     def __init__(self, config: CompressConfig) -> None:
         self.config = config
 
-    def split(self, part: Part) -> tuple[list[Matrix], list[Entry]]:
-        """What travels as factors, and what travels whole."""
+    def split(self, part: Part) -> tuple[list[Matrix], list[Entry], list[Taken]]:
+        """What travels as factors, what travels whole, and what is used up of memories."""
         r = self.config.r_at(part.step)
         matrices, rest = [], []
         for entry in part.entries:
@@ -96,7 +106,7 @@ class LowRank:
                 matrices.append(self._matrix(entry, r))
             else:
                 rest.append(entry)
-        return matrices, rest
+        return matrices, rest, spend(rest if self.config.feedback else part.entries)
 
     def _matrix(self, entry: Entry, r: int) -> Matrix:
         grad = entry.grad.view(entry.grad.shape[0], -1)
@@ -107,29 +117,25 @@ class LowRank:
         """A step on which everything travels whole, with all that error feedback has kept, and gives the subspace:
         one power iteration from a new random factor, on what all ranks have."""
         finite = part.guard()
-        matrices, rest = self.split(part)
+        matrices, rest, taken = self.split(part)
         for x in matrices:
             x.correct()
-        wire = Wire([*(x.what for x in matrices), *(entry.grad for entry in rest)], self.config)
+        wire = Wire([*(x.what for x in matrices), *(entry.grad for entry in rest)], self.config, bool(matrices))
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
         yield WAIT
         arrived = wire.finite()
+        # other buckets may not be finite, and the step left out: what is kept stays until that is known
+        taken += [Taken(x.entry, x.what, commit=x.clear) for x in matrices] if self.config.feedback else []
+        part.undo(arrived, taken)
         copy([*(x.grad for x in matrices), *(entry.grad for entry in rest)], wire.views)
         for x in matrices:
-            if self.config.feedback:
-                where(arrived, x.what, 0.0)  # all of it has been sent
             whole = torch.where(arrived, x.grad, 0.0).to(x.p.dtype)
             x.q.copy_(_random(x, part.step, self.config))
             x.p.copy_(x.project(P, whole))
             orthonormal_(x.p)
             x.q.copy_(x.project(Q, whole))
-        return Sent(arrived, _nothing)
-
-    def give_back(self, matrices: Sequence[Matrix], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """What this rank has sent was of no use."""
-        for x, (p, q) in zip(matrices, pairs, strict=True):
-            x.take(p, q, 1)
+        return part.sent(arrived, taken)
 
 
 class ACPSGD(LowRank):
@@ -139,31 +145,31 @@ class ACPSGD(LowRank):
         if self.config.refreshes(part.step):
             return (yield from self.dense(part))
         finite = part.guard()
-        matrices, rest = self.split(part)
+        matrices, rest, taken = self.split(part)
         side = P if part.step % 2 == 0 else Q
-        own, pairs = [], []
+        own: list[Tensor] = []
         for x in matrices:
             given = x.q if side == P else x.p
             if not self.config.reuse:
                 given.copy_(_random(x, part.step, self.config, given))
             orthonormal_(given)
             x.correct()
-            mine = x.project(side, x.what)
+            mine = rounded(x.project(side, x.what), self.config)
             own.append(mine)
-            pairs.append((mine, x.q) if side == P else (x.p, mine))
-            x.take(*pairs[-1], -1)
-        wire = Wire([*own, *(entry.grad for entry in rest)], self.config)
+            taken.append(x.take(mine, x.q) if side == P else x.take(x.p, mine))
+        wire = Wire([*own, *(entry.grad for entry in rest)], self.config, bool(matrices))
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
         yield WAIT
         arrived = wire.finite()
+        part.undo(arrived, taken)
         for x, view in zip(matrices, wire.views, strict=False):
             mean = view.to(x.p.dtype)
             x.write(*((mean, x.q) if side == P else (x.p, mean)))
             received = x.p if side == P else x.q
             received.copy_(torch.where(arrived, mean, received))
         copy([entry.grad for entry in rest], wire.views[len(matrices) :])
-        return Sent(arrived, lambda: self.give_back(matrices, pairs))
+        return part.sent(arrived, taken)
 
 
 class PowerSGD(LowRank):
@@ -175,38 +181,36 @@ class PowerSGD(LowRank):
         if self.config.refreshes(part.step):
             return (yield from self.dense(part))
         finite = part.guard()
-        matrices, rest = self.split(part)
+        matrices, rest, taken = self.split(part)
         left = []
         for x in matrices:
             x.correct()
             left.append(x.project(P, x.what))
-        first = Wire([*left, *(entry.grad for entry in rest)], self.config)
+        first = Wire([*left, *(entry.grad for entry in rest)], self.config, bool(matrices))
         first.divide(part.world, finite)
         yield AllReduce(first.buffer)
         yield WAIT
         arrived = first.finite()
         copy([entry.grad for entry in rest], first.views[len(matrices) :])
         if not matrices:
-            return Sent(arrived, _nothing)
-        pairs = []
+            return part.sent(arrived, taken)
+        own: list[Tensor] = []
         for x, view in zip(matrices, first.views, strict=False):
             x.p.copy_(torch.where(arrived, view, 0.0))
             orthonormal_(x.p)
-            pairs.append((x.p, x.project(Q, x.what)))
-            x.take(*pairs[-1], -1)
-        second = Wire([q for _, q in pairs], self.config)
+            own.append(rounded(x.project(Q, x.what), self.config))
+            taken.append(x.take(x.p, own[-1]))
+        second = Wire(own, self.config, True)
         second.divide(part.world, arrived)
         yield AllReduce(second.buffer)
         yield WAIT
+        arrived = second.finite()
+        part.undo(arrived, taken)
         for x, view in zip(matrices, second.views, strict=True):
             mean = view.to(x.q.dtype)
             x.write(x.p, mean)
-            x.q.copy_(torch.where(arrived, mean, x.q))
-        return Sent(arrived, lambda: self.give_back(matrices, pairs))
-
-
-def _nothing() -> None:
-    pass
+            taken.append(Taken(x.entry, commit=partial(x.q.copy_, mean)))  # the next step starts from it
+        return part.sent(arrived, taken)
 
 
 def _factors(entry: Entry, config: CompressConfig) -> tuple[Tensor, Tensor]:

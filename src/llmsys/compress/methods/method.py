@@ -13,7 +13,7 @@ that a method draws at random is a function of names, seed and step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,24 +53,50 @@ WAIT: None = None
 
 
 @dataclass
-class Sent:
-    """How an exchange ended. `finite`: whether every rank's part was (bool, 0-dim, alike on all ranks). `restore`: puts
-    what was sent back into the memory, where the step is left out and would otherwise be lost."""
-
-    finite: Tensor
-    restore: Callable[[], None]
-
-
-Exchange = Generator[Request | None, None, Sent]
-
-
-@dataclass
 class Entry:
     """One parameter's gradient, and what is kept of it between steps."""
 
     name: str
     grad: Tensor
     memory: Memory
+
+
+def nothing(*_: Tensor | float) -> None:
+    pass
+
+
+@dataclass
+class Taken:
+    """What an exchange makes of a parameter's memory, of which nobody knows yet whether it will be applied.
+
+    `error`: G was added to this, in place; None if not. `give_back(share)`: puts what was sent there again, times
+    `share`, so that error = E + G. `commit`: what has to wait until it is known that the step was applied.
+    """
+
+    entry: Entry
+    error: Tensor | None = None
+    give_back: Callable[[Tensor | float], None] = nothing
+    commit: Callable[[], object] = nothing
+
+    def undo(self, share: Tensor, grad: Tensor) -> None:
+        """The error is what it was before, but for rounding, if `share` is 1; nothing if it is 0. `grad`: G."""
+        self.give_back(share)
+        if self.error is not None:
+            self.error.addcmul_(grad.view_as(self.error), share.to(self.error.dtype), value=-1)
+
+
+@dataclass
+class Sent:
+    """How an exchange ended (bool, 0-dim, alike on all ranks). `arrived`: whether every rank's part was finite; where
+    not, memories are already as they were before. `finite`: whether the means that were written are. `taken`: what is
+    to be made of each memory when it is known whether the step was applied."""
+
+    arrived: Tensor
+    finite: Tensor
+    taken: Sequence[Taken] = ()
+
+
+Exchange = Generator[Request | None, None, Sent]
 
 
 @dataclass
@@ -89,6 +115,22 @@ class Part:
         finite = torch.isfinite(self.flat.sum(dtype=torch.float32 if self.flat.element_size() < 4 else None))
         where(~finite, self.flat, 0.0)
         return finite
+
+    def undo(self, arrived: Tensor, taken: Sequence[Taken]) -> None:
+        """Where something has not `arrived` finite: memories as if the step had never been, in place. Before the means
+        are written, as the gradients are there until then. On a GPU nobody waits to know, and nothing is what is
+        added."""
+        if arrived.is_cuda or not bool(arrived):
+            for each in taken:
+                each.undo((~arrived).float(), each.entry.grad)
+
+    def sent(self, arrived: Tensor, taken: Sequence[Taken] = ()) -> Sent:
+        """How the exchange ended, when the means are written. What has arrived may be finite and yet too large for a
+        gradient in half precision; all ranks have written the same."""
+        finite = arrived
+        if self.flat.element_size() < 4:
+            finite = arrived & torch.isfinite(self.flat.sum(dtype=torch.float32))
+        return Sent(arrived, finite, taken)
 
     def split(self, config: CompressConfig) -> tuple[list[Entry], list[Entry]]:
         """(what is compressed, what is excepted and travels whole), by name."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llmsys.compress import bits
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.methods.method import WAIT, AllGather, AllToAll, Exchange, Part, Sent, where
+from llmsys.compress.feedback import spend
+from llmsys.compress.methods.method import WAIT, AllGather, AllToAll, Exchange, Part, where
 
 
 class Sign:
@@ -31,6 +32,7 @@ class Sign:
 
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
+        taken = spend(part.entries)
         packed = bits.pack(part.flat, zero=part.step % 2 == 0)
         size = math.ceil(len(packed) / part.world)
         votes = packed.new_zeros(part.world * size)
@@ -49,7 +51,7 @@ class Sign:
         part.flat.zero_()
         bits.add_signs(part.flat, results[:, :-1].reshape(-1)[: len(packed)], 1.0)
         where(~arrived, part.flat, math.nan)
-        return Sent(arrived, _nothing)
+        return part.sent(arrived, taken)
 
 
 def majority(votes: Tensor, decides: int) -> Tensor:
@@ -70,7 +72,3 @@ def _with_flag(rows: Tensor, finite: Tensor) -> Tensor:
     """One more byte a row: 1 where the sender's gradients are finite, which no sign could say."""
     flag = finite.to(torch.uint8).expand(len(rows), 1)
     return torch.cat([rows, flag], 1)
-
-
-def _nothing() -> None:
-    pass

@@ -8,16 +8,17 @@ costs to send others than the largest, is what the comparison of the two at equa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.feedback import corrected
+from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.memory import generator
-from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Sent, where
-from llmsys.compress.wire import Wire, copy, dtype_of
+from llmsys.compress.methods.method import WAIT, AllGather, AllReduce, Entry, Exchange, Part, Taken, where
+from llmsys.compress.wire import Wire, copy, dtype_of, rounded
 from llmsys.cost import compressed as shapes
 
 SAMPLED = 0.01
@@ -37,18 +38,32 @@ class Kept:
     places: Tensor
     values: Tensor
 
+    @classmethod
+    def chosen(cls, entry: Entry, what: Tensor, places: Tensor, config: CompressConfig) -> Kept:
+        """Values as they will be on the wire. Where errors have more bits than gradients, what has waited long may be
+        too large for a gradient: of that, half of the largest number that it can be, which rounding the ranks' shares
+        does not make infinite."""
+        values = what[places].to(dtype_of(what))
+        if what.dtype != entry.grad.dtype:
+            most = torch.finfo(entry.grad.dtype).max / 2
+            values = torch.where(values.isfinite(), values.clamp(-most, most), values)
+        return cls(entry, what, places, rounded(values, config))
 
-def take(kept: list[Kept], config: CompressConfig) -> None:
-    """What is sent is no error any more."""
-    if config.feedback:
-        for x in kept:
-            x.what[x.places] = 0.0
+    def take(self) -> None:
+        """What is sent is no error any more."""
+        self.what.index_add_(0, self.places, self.values.to(self.what.dtype), alpha=-1)
+
+    def give_back(self, share: Tensor | float) -> None:
+        self.what.index_add_(0, self.places, (self.values * share).to(self.what.dtype))
 
 
-def restore(kept: list[Kept], config: CompressConfig) -> None:
-    if config.feedback:
-        for x in kept:
-            x.what.index_add_(0, x.places, x.values.to(x.what.dtype))
+def take(kept: Sequence[Kept], config: CompressConfig) -> list[Taken]:
+    """From the memories, where errors are kept."""
+    if not config.feedback:
+        return []
+    for x in kept:
+        x.take()
+    return [Taken(x.entry, x.what, x.give_back) for x in kept]
 
 
 class TopK:
@@ -66,6 +81,7 @@ class TopK:
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
         sparse, whole = part.split(self.config)
+        taken = spend(whole if self.config.feedback else part.entries)
         kept = [self._select(entry, part.step) for entry in sparse]
         dtype = dtype_of(part.flat)
         values = torch.cat([*(x.values for x in kept), *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
@@ -73,14 +89,15 @@ class TopK:
         payload = torch.cat([values.view(torch.int32), *(x.places.int() for x in kept)])
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
-        take(kept, self.config)
+        taken += take(kept, self.config)
         yield WAIT
         length = len(values) * dtype.itemsize // 4
         values = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         places = gathered[:, length:]
         arrived = torch.isfinite(values.sum())
+        part.undo(arrived, taken)
         self._add(part, kept, whole, values, places, arrived)
-        return Sent(arrived, lambda: restore(kept, self.config))
+        return part.sent(arrived, taken)
 
     def _select(self, entry: Entry, step: int) -> Kept:
         what = corrected(entry, self.config).view(-1)
@@ -91,7 +108,7 @@ class TopK:
             places = largest(what, k)
         else:
             places = above(what, k, generator(entry.name, self.config.seed, step))
-        return Kept(entry, what, places, what[places].to(dtype_of(what)))
+        return Kept.chosen(entry, what, places, self.config)
 
     def _add(
         self, part: Part, kept: list[Kept], whole: list[Entry], values: Tensor, places: Tensor, finite: Tensor
@@ -133,7 +150,7 @@ def above(x: Tensor, k: int, source: torch.Generator) -> Tensor:
     least = float(torch.topk(sample, math.ceil(number * share)).values.min())
     while True:
         pieces = range(0, x.numel(), PIECE)
-        places = torch.cat([torch.nonzero(x[i : i + PIECE].abs() >= least).view(-1) + i for i in pieces])
+        places = torch.cat([torch.nonzero(~(x[i : i + PIECE].abs() < least)).view(-1) + i for i in pieces])  # and NaN
         if len(places) >= k:
             return places[torch.topk(x[places].abs(), k, sorted=False).indices]
         least = least / 2 if least > 1e-30 else 0.0
@@ -151,19 +168,21 @@ class RandomK:
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
         sparse, whole = part.split(self.config)
+        taken = spend(whole if self.config.feedback else part.entries)
         kept = [self._select(entry, part.step) for entry in sparse]
-        wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config)
+        wire = Wire([*(x.values for x in kept), *(entry.grad for entry in whole)], self.config, bool(kept))
         wire.divide(part.world, finite)
         yield AllReduce(wire.buffer)
-        take(kept, self.config)
+        taken += take(kept, self.config)
         yield WAIT
         arrived = wire.finite()
+        part.undo(arrived, taken)
         for x, mean in zip(kept, wire.views, strict=False):
             flat = x.entry.grad.view(-1).zero_()
             flat[x.places] = mean.to(flat.dtype)
         copy([entry.grad for entry in whole], wire.views[len(kept) :])
         where(~arrived, part.flat, math.nan)
-        return Sent(arrived, lambda: restore(kept, self.config))
+        return part.sent(arrived, taken)
 
     def _select(self, entry: Entry, step: int) -> Kept:
         what = corrected(entry, self.config).view(-1)
@@ -171,7 +190,7 @@ class RandomK:
             what.numel(), shapes.kept(what.numel(), self.config.density), entry.name, self.config.seed, step
         )
         places = places.to(what.device)
-        return Kept(entry, what, places, what[places].to(dtype_of(what)))
+        return Kept.chosen(entry, what, places, self.config)
 
 
 def strata(numel: int, k: int, name: str, seed: int, step: int) -> Tensor:
