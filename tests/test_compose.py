@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,44 @@ from llmsys import compose, schema
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 EXPERIMENTS = sorted(compose.choices("exp"))
 HEADER = ("# Paper:", "# Expected:", "# Hardware:", "# Command:")
+
+
+FORKS = """
+import json, os, sys, tempfile
+import hydra, omegaconf, yaml
+from llmsys import compose, main, messages
+compose.compose([])
+for line in sys.stdin:
+    sys.argv = ["llmsys", *json.loads(line)]
+    texts = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    child = os.fork()
+    if not child:
+        for number, text in enumerate(texts, 1):
+            os.dup2(text.fileno(), number)
+        main.main()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for text in texts:
+        text.seek(0)
+    print(json.dumps([code, *(text.read() for text in texts)]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`llmsys` of conftest.py, in forks of a process that has imported and registered what every run does."""
+    environment = {**os.environ, "LLMSYS_RESULTS": str(tmp_path_factory.mktemp("forked") / "results")}
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+
+        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+            assert process.stdin
+            assert process.stdout
+            print(json.dumps(arguments), file=process.stdin, flush=True)
+            code, out, err = json.loads(process.stdout.readline())
+            return subprocess.CompletedProcess(arguments, code, out, err)
+
+        yield run
 
 
 @pytest.mark.parametrize("exp", EXPERIMENTS)
@@ -67,15 +107,16 @@ def test_smoke_of_an_experiment_in_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_every_choice_of_every_group_composes() -> None:
-    for group in compose.groups():
-        if group == "exp":
-            continue
-        for name in compose.choices(group):
-            columns = ["+data.columns={text:a}"] if name == "hub" else []
-            values = compose.compose([f"{group}={name}", "data.path=x.jsonl", "data.labels=[a,b]", *columns])[group]
+    """The first choices of all groups at once, then the second ones, ...: each group is looked at by itself."""
+    names = {group: list(compose.choices(group)) for group in compose.groups() if group != "exp"}
+    for turn in range(max(map(len, names.values()))):
+        chosen = {group: those[turn % len(those)] for group, those in names.items()}
+        words = [*(f"{group}={name}" for group, name in chosen.items()), "data.path=x.jsonl", "data.labels=[a,b]"]
+        config = compose.compose([*words, *(["+data.columns={text:a}"] if chosen["data"] == "hub" else [])])
+        for group in names:
             kinds = schema.SCHEMAS[group]
-            cls = kinds.get("*") or kinds[values["kind"]]
-            cls(**values)
+            cls = kinds.get("*") or kinds[config[group]["kind"]]
+            cls(**config[group])
 
 
 def test_the_command_line_beats_the_experiment() -> None:
@@ -132,8 +173,8 @@ def test_the_command_line_beats_the_experiment() -> None:
         ("data=digits", ["data.kind=digits", "llama_tiny"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_key(llmsys: Run, argument: str, words: list[str]) -> None:
-    done = llmsys(*argument.split())
+def test_a_mistake_is_one_line_that_names_the_key(forked: Run, argument: str, words: list[str]) -> None:
+    done = forked(*argument.split())
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()

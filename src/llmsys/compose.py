@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +21,9 @@ PACKAGED = Path(__file__).parent / "conf"
 CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / "conf"
 
 
+@cache
 def register() -> None:
-    """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`."""
+    """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`; once in a process."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
