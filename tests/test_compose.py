@@ -19,10 +19,11 @@ HEADER = ("# Paper:", "# Expected:", "# Hardware:", "# Command:")
 
 
 FORKS = """
-import json, os, sys, tempfile
+import gc, json, os, sys, tempfile
 import hydra, omegaconf, yaml
 from llmsys import compose, main, messages
-compose.compose([])
+main.make_jobs([compose.compose(["train.steps=1"])])
+gc.freeze()
 for line in sys.stdin:
     sys.argv = ["llmsys", *json.loads(line)]
     texts = [tempfile.TemporaryFile("w+") for _ in range(2)]
