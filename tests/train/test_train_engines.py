@@ -135,7 +135,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(pool: Pool, engine: str) 
         assert first == second != third
 
 
-@pytest.mark.parametrize("method", ["full", "lora_peft"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora_peft", marks=pytest.mark.slow)])
 def test_fp32_copies_of_zero_go_over_to_an_engine_without_any(
     pool: Pool, alone: Pool, method: str, tmp_path: Path
 ) -> None:
@@ -170,9 +170,7 @@ def test_a_batch_norm_sees_the_same_on_one_rank_and_two(pool: Pool, alone: Pool,
 @pytest.mark.parametrize(
     ("engine", "method"),
     [
-        pytest.param(
-            engine, method, marks=[] if method == "lora_peft" or engine in ("zero3", "tp") else pytest.mark.slow
-        )
+        pytest.param(engine, method, marks=[] if method == "lora_peft" or engine == "zero3" else pytest.mark.slow)
         for engine in ("ddp", "zero2", "zero3", "fsdp2", "tp")
         for method in ("lora_peft", "lorafa_peft")
     ],
@@ -200,7 +198,7 @@ def test_bf16_runs_and_goes_on(pool: Pool, engine: str, tmp_path: Path) -> None:
     assert again["losses"] == whole["losses"]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2", "tp"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "zero2", "zero3", "fsdp2", "tp"])
 def test_autocast_is_the_same_on_every_engine(pool: Pool, alone: Pool, engine: str, tmp_path: Path) -> None:
     """fp32 weights, bf16 products: the order of sums differs by the rounding of bf16 only."""
     one = of(alone, tmp_path / "1", "train.precision=bf16")
