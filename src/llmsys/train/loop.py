@@ -150,12 +150,12 @@ class Loop:
                 self.peak.pause()
                 self.save(step)
                 self.peak.resume()
-            if last and self.saver.keeps_last:
-                self.peak.pause()
-                self.saver.save_last(step, self.model)  # after an evaluation: statistics are averaged
-                self.peak.resume()
             if stop and not last:
                 raise Interrupted(f"stopped after step {step}; the same command goes on from there")
+        if self.saver.keeps_last:
+            self.peak.pause()
+            self.saver.save_last(train.steps, self.model)  # after an evaluation: statistics are averaged
+            self.peak.resume()
         self.context.stoppable = False
         outcome.tokens_per_step = tokens / max(train.steps - start, 1)
         return outcome
