@@ -271,6 +271,7 @@ def test_what_is_ours_is_predicted_from_a_fit(pool: Pool, tmp_path: Path) -> Non
     assert fitted == {key: value for key, value in second["summary"].items() if key.startswith("fit/")}
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_measured_too(alone: Pool, tmp_path: Path) -> None:
     overrides = ["+exp=compress_iteration", "network=none", "train.global_batch=8", "model=llama_tiny"]
     overrides += ["task.subject=model", "task.batch=[2]", "task.rounds=1", "task.steps=2", "train.length=16"]
