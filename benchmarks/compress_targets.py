@@ -2,10 +2,11 @@
 
     python benchmarks/compress_targets.py [FOLDER]      of all records below FOLDER, or below `records/`
 
-The measurements are experiments, whose variants take turns within one run:
+The measurements are experiments, whose variants take turns within one run, and a count of bytes:
 
     python -m llmsys -m +exp=compress_iteration network=eth100m,eth1g,eth10g [train.world=2 train.global_batch=2]
     python -m llmsys -m +exp=compress_replay network=eth100m,eth1g
+    python benchmarks/compress_memory.py
 
 A cell is one method with its settings on one link. Where a method was measured with several sizes of buckets, what
 stands here is its best. Ratios are between medians within one round of a run, and the median over its rounds is quoted
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import compress_memory
 import side_by_side
 from llmsys import results
 from llmsys.compress.measure import figures, tables
@@ -109,6 +111,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
         *_recovered(stack),
         *_errors("paced replay against the simulator", [c for c in ours if c.record.task == "compress_replay"]),
         *_errors("cost model against iterations", [c for c in ours if c.record.task == "compress_iteration"]),
+        *_memory(records),
     ]
 
 
@@ -184,6 +187,15 @@ def _errors(what: str, found: Sequence[Cell]) -> Iterator[Line]:
             text = f"{inside} of {len(group)} cells; mean {statistics.fmean(size.values()):.1f} %, "
             text += f"worst {worst.row['error_percent']:+.1f} % ({worst})"
             yield Line(f"{what}, bound by the {kind}", asked, text, inside == len(group) if asked else None)
+
+
+def _memory(records: Sequence[Record]) -> Iterator[Line]:
+    for record in records:
+        if record.name == compress_memory.NAME and record.status == "ok":
+            for subject, copies in compress_memory.by_subject(record).items():
+                what = f"extra memory over DDP, {record.world} ranks: {subject}"
+                most = compress_memory.MOST
+                yield Line(what, f"{most:g} copies of the gradients or less", f"{copies:.2f} copies", copies <= most)
 
 
 def show(found: Sequence[Line]) -> str:

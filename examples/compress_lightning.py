@@ -1,4 +1,4 @@
-"""ACP-SGD under Lightning, on two processes: python compress_lightning.py."""
+"""ACP-SGD under Lightning (pip install lightning), on two processes: python compress_lightning.py."""
 
 import lightning as L
 import torch

@@ -1,5 +1,8 @@
-"""Runs code in a process that finds torch, numpy, safetensors and what they require, and nothing else: what a user has
-who takes one subsystem into a project of his own.
+"""Runs code in a virtual environment of its own that has torch, numpy, safetensors and what they require, and nothing
+else: what a user has who takes one subsystem into a project of his own.
+
+Nothing is installed: the environment's packages are links to those that are there, and this package is found by a path
+file, as an editable installation has it.
 """
 
 from __future__ import annotations
@@ -7,39 +10,61 @@ from __future__ import annotations
 import pkgutil
 import re
 import subprocess
-import sys
+import venv
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ONLY = """
-import sys
-from importlib.machinery import PathFinder
-class Bare:
-    allowed = {*sys.argv[1].split(), *sys.stdlib_module_names}
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.allowed or name.startswith("_sysconfigdata"):
-            return PathFinder.find_spec(name, path, target)
-sys.meta_path[:] = [*(finder for finder in sys.meta_path if "frozen" in finder.__module__), Bare()]
-sys.meta_path.remove(PathFinder)
-"""
+import llmsys
+
 LOADED = """
+import sys
 print(*sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)))
+"""
+THERE = """
+from importlib import metadata
+print(*(each.name for each in metadata.distributions()))
 """
 
 
 def run(code: str, cwd: Path) -> list[str]:
     """Which packages the code has loaded. AssertionError where it fails."""
-    wanted = requirements("torch", "numpy", "safetensors")
-    modules = {top for top, owners in metadata.packages_distributions().items() if wanted & set(map(normal, owners))}
-    modules |= {"llmsys", "torch", "torchgen", "functorch"}
-    assert not {"transformers", "peft", "accelerate", "hydra", "omegaconf", "bitsandbytes"} & modules
-    command = [sys.executable, "-c", ONLY + code + LOADED, " ".join(modules)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    wanted = {name for name in requirements("torch", "numpy", "safetensors") if _there(name)}
+    python = _environment(cwd / "bare", wanted)
+    assert {normal(name) for name in _said(python, THERE, cwd)} == wanted
+    assert not {"transformers", "peft", "accelerate", "hydra-core", "omegaconf", "bitsandbytes"} & wanted
+    return _said(python, "import sys\n" + code + LOADED, cwd)
+
+
+def _said(python: Path, code: str, cwd: Path) -> list[str]:
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def _environment(folder: Path, wanted: set[str]) -> Path:
+    """The interpreter of a new environment with these distributions."""
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    for name in wanted:
+        found = metadata.distribution(name)
+        tops = {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}
+        for top in tops:
+            if not (site / top).exists():  # several may share a folder
+                (site / top).symlink_to(Path(str(found.locate_file(top))).resolve())
+    assert llmsys.__file__ is not None
+    (site / "llmsys.pth").write_text(f"{Path(llmsys.__file__).parents[1]}\n")
+    return folder / "bin" / "python"
+
+
+def _there(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def normal(distribution: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,45 @@ from llmsys import compose, schema
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 EXPERIMENTS = sorted(compose.choices("exp"))
 HEADER = ("# Paper:", "# Expected:", "# Hardware:", "# Command:")
+
+
+FORKS = """
+import gc, json, os, sys, tempfile
+import hydra, omegaconf, yaml
+from llmsys import compose, main, messages
+main.make_jobs([compose.compose(["train.steps=1"])])
+gc.freeze()
+for line in sys.stdin:
+    sys.argv = ["llmsys", *json.loads(line)]
+    texts = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    child = os.fork()
+    if not child:
+        for number, text in enumerate(texts, 1):
+            os.dup2(text.fileno(), number)
+        main.main()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for text in texts:
+        text.seek(0)
+    print(json.dumps([code, *(text.read() for text in texts)]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`llmsys` of conftest.py, in forks of a process that has imported and registered what every run does."""
+    environment = {**os.environ, "LLMSYS_RESULTS": str(tmp_path_factory.mktemp("forked") / "results")}
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+
+        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+            assert process.stdin
+            assert process.stdout
+            print(json.dumps(arguments), file=process.stdin, flush=True)
+            code, out, err = json.loads(process.stdout.readline())
+            return subprocess.CompletedProcess(arguments, code, out, err)
+
+        yield run
 
 
 @pytest.mark.parametrize("exp", EXPERIMENTS)
@@ -34,16 +76,48 @@ def test_every_experiment_opens_with_its_header(exp: str) -> None:
     assert "EXPECTED" not in "".join(comments), "a placeholder"
 
 
+def test_smoke_stands_for_the_experiment_s_own_list_and_what_else_is_said_wins() -> None:
+    words = [
+        "-m",
+        "+exp=compress_resnet18_cifar10",
+        "smoke=true",
+        "train.steps=3",
+        "model=vgg_tiny",
+        "compress=none,sign",
+    ]
+    found = compose.smoked(words)
+    assert "smoke=true" not in found
+    assert [word for word in found if word.startswith(("train.steps", "model="))] == ["train.steps=3", "model=vgg_tiny"]
+    assert {"train.world=1", "data=digits", "data.max_train=64"} <= set(found)
+    smoke = compose.compose(["+exp=compress_resnet18_cifar10"])["smoke"]
+    assert set(found) <= {*words, *smoke}
+    assert compose.smoked(["+exp=x", "train.steps=3"]) == ["+exp=x", "train.steps=3"]
+    for wrong in (["smoke=true"], ["-m", "+exp=a,b", "smoke=true"]):
+        with pytest.raises(ValueError, match=r"^smoke=true: .*\+exp=NAME"):
+            compose.smoked(wrong)
+
+
+def test_smoke_of_an_experiment_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "exp").mkdir()
+    for name, smoke in (("mine", "smoke: [train.steps=2]"), ("bare", "")):
+        (tmp_path / "exp" / f"{name}.yaml").write_text(f"# @package _global_\nname: {name}\n{smoke}\n")
+    for flag in ([f"--config-dir={tmp_path}"], ["--config-dir", str(tmp_path)]):
+        assert compose.smoked([*flag, "+exp=mine", "smoke=true"]) == [*flag, "+exp=mine", "train.steps=2"]
+        with pytest.raises(ValueError, match=r"smoke=true: \+exp=bare has no list `smoke`"):
+            compose.smoked([*flag, "+exp=bare", "smoke=true"])
+
+
 def test_every_choice_of_every_group_composes() -> None:
-    for group in compose.groups():
-        if group == "exp":
-            continue
-        for name in compose.choices(group):
-            columns = ["+data.columns={text:a}"] if name == "hub" else []
-            values = compose.compose([f"{group}={name}", "data.path=x.jsonl", "data.labels=[a,b]", *columns])[group]
+    """The first choices of all groups at once, then the second ones, ...: each group is looked at by itself."""
+    names = {group: list(compose.choices(group)) for group in compose.groups() if group != "exp"}
+    for turn in range(max(map(len, names.values()))):
+        chosen = {group: those[turn % len(those)] for group, those in names.items()}
+        words = [*(f"{group}={name}" for group, name in chosen.items()), "data.path=x.jsonl", "data.labels=[a,b]"]
+        config = compose.compose([*words, *(["+data.columns={text:a}"] if chosen["data"] == "hub" else [])])
+        for group in names:
             kinds = schema.SCHEMAS[group]
-            cls = kinds.get("*") or kinds[values["kind"]]
-            cls(**values)
+            cls = kinds.get("*") or kinds[config[group]["kind"]]
+            cls(**config[group])
 
 
 def test_the_command_line_beats_the_experiment() -> None:
@@ -106,8 +180,8 @@ def test_the_command_line_beats_the_experiment() -> None:
         ("data=digits", ["data.kind=digits", "llama_tiny"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_key(llmsys: Run, argument: str, words: list[str]) -> None:
-    done = llmsys(*argument.split())
+def test_a_mistake_is_one_line_that_names_the_key(forked: Run, argument: str, words: list[str]) -> None:
+    done = forked(*argument.split())
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import compress_memory
 import compress_targets
 from compress_targets import Line
 from llmsys.job import Record
@@ -103,3 +104,35 @@ def test_links_that_could_not_be_shaped_tell_nothing() -> None:
     unshaped = record("compress_iteration", "eth1g", NOOP, plain(4, 220.0), acp(4, 45.0))
     unshaped.env["network"] = {"shaped": False}
     assert compress_targets.lines([unshaped]) == []
+
+
+def test_extra_memory_is_judged_subject_by_subject() -> None:
+    copies = {"sign": 0.2, "acpsgd": 1.1, "acpsgd, refreshed": 2.0}
+    made = Record(name="compress_memory", run_id="0", task="benchmark", status="ok", world=4)
+    made.summary = {f"{name}/extra_copies": x for name, x in copies.items()}
+    made.config = {"subjects": {name: {} for name in copies}}
+    found = {line.what.split(": ")[1]: line for line in compress_targets.lines([made])}
+    assert {name: line.met for name, line in found.items()} == {
+        "sign": True,
+        "acpsgd": True,
+        "acpsgd, refreshed": False,
+    }
+    assert found["acpsgd"].asked == "1.1 copies of the gradients or less"
+
+
+@pytest.mark.slow
+def test_extra_memory_is_what_real_ranks_have_counted(tmp_path: Path) -> None:
+    """Two ranks, a small stack: what keeps errors holds a copy, what has bits less, a step that refreshes two."""
+    wanted = ["none", "sign", "acpsgd", "acpsgd, refreshed"]
+    words = ["--world", "2", "--layers", "4", "--width", "512", "--subjects", *wanted, "--out", str(tmp_path)]
+    made = compress_memory.main(words)
+    assert Record.read(tmp_path / "compress_memory" / made.run_id) == made
+    found = compress_memory.by_subject(made)
+    assert found["none"] < 0.01
+    assert found["sign"] < 0.5
+    assert 0.9 < found["acpsgd"] <= 1.1
+    assert 1.9 < found["acpsgd, refreshed"] <= 2.1
+    shown = {line.what: line for line in compress_targets.lines([made])}
+    line = shown["extra memory over DDP, 2 ranks: acpsgd, refreshed"]
+    assert (line.asked, line.met) == ("1.1 copies of the gradients or less", False)
+    assert shown["extra memory over DDP, 2 ranks: sign"].met

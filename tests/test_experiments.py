@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from llmsys.results import SHARED_KEYS
 from llmsys.schema.task import SIMULATED
 from llmsys.train import checks
 
+Run = Callable[[str], tuple[job.Job, job.Record]]
 EXPERIMENTS = sorted(compose.choices("exp"))
 REPEATS = (
     *("full_llama7b", "lora_llama7b", "lorafa_minilm_lr", "lorafa_minilm_seeds", "pretrain_t5_4m"),
@@ -39,11 +42,23 @@ BY_OBJECTIVE = {
 MAY_BE_ZERO = ("bleu", "rouge1", "rouge2", "rougeL", "comm_bytes", "linear_weights_trained", "accuracy", "accuracy_se")
 
 
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Each is made once: experiments build on each other, and the demo has one of them for a method."""
+    results = tmp_path_factory.mktemp("results")
+
+    @cache
+    def run(exp: str) -> tuple[job.Job, job.Record]:
+        smoke = compose.compose([f"+exp={exp}"])["smoke"]
+        made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
+        return made, runner.run(made)
+
+    return run
+
+
 @pytest.mark.parametrize("exp", TRAINED)
-def test_its_smoke_run_is_ok(exp: str, results: Path) -> None:
-    smoke = compose.compose([f"+exp={exp}"])["smoke"]
-    made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
-    record = runner.run(made)
+def test_its_smoke_run_is_ok(exp: str, smoke_run: Run) -> None:
+    made, record = smoke_run(exp)
     assert record.status == "ok", record.error
     other = {key for keys in BY_OBJECTIVE.values() for key in keys}
     model = schema.build(made.config).model
@@ -120,10 +135,11 @@ def test_the_simulation_leaves_tables_and_advice(results: Path) -> None:
 @pytest.mark.parametrize(
     "method", ["full", pytest.param("lora_peft", marks=pytest.mark.slow), "lorafa_peft", "probe", "majority"]
 )
-def test_every_method_of_the_demo_runs(method: str, results: Path) -> None:
+def test_every_method_of_the_demo_runs(method: str, results: Path, smoke_run: Run) -> None:
     smoke = compose.compose(["+exp=lorafa_minilm"])["smoke"]
     made = job.make(compose.compose(["+exp=lorafa_minilm", *smoke, f"method={method}", f"results={results}"]))
-    record = runner.run(made)
+    record = smoke_run("lorafa_minilm")[1] if method == "lorafa_peft" else runner.run(made)
+    assert record.config["method"]["kind"] == method
     assert record.status == "ok", record.error
     assert 0 <= record.summary["macro_f1"] <= 1
     n = 24
@@ -131,11 +147,10 @@ def test_every_method_of_the_demo_runs(method: str, results: Path) -> None:
     assert record.summary["accuracy_se"] == pytest.approx((p * (1 - p) / n) ** 0.5)
 
 
-def test_one_run_builds_on_the_weights_of_another(results: Path) -> None:
+def test_one_run_builds_on_the_weights_of_another(results: Path, smoke_run: Run) -> None:
     """`run:<exp>` finds the other run's weights by its recomputed id: here at smoke size, by its real folder."""
-    smoke = compose.compose(["+exp=pretrain_llama_6m"])["smoke"]
-    base = job.make(compose.compose(["+exp=pretrain_llama_6m", *smoke, f"results={results}"]))
-    assert runner.run(base).status == "ok"
+    base, record = smoke_run("pretrain_llama_6m")
+    assert record.status == "ok"
     tuned_smoke = [o for o in compose.compose(["+exp=lorafa_llama_6m"])["smoke"] if not o.startswith("model.weights")]
     config = compose.compose(["+exp=lorafa_llama_6m", *tuned_smoke, f"results={results}"])
     made = job.make(config, {"run:pretrain_llama_6m": base.out})

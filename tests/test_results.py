@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,67 @@ def test_a_resumed_run_says_from_where_it_was_timed() -> None:
     resumed = record("full", **accuracy(0.6))
     resumed.resumed_from_step = 100
     assert "ok, timed from step 100" in results.markdown([results.row(resumed)])
+
+
+def measured(network: str = "eth1g", **more: object) -> Record:
+    """Of a task whose numbers are no columns of a common table."""
+    name = "none/bucket=4,overlap,r=4,batch=32"
+    summary = {f"{name}/{key}": 285.0 for key in ("iteration_ms", "iteration_ms_p25", "iteration_ms_p75")}
+    made = dataclasses.replace(record("full"), name="compress_iteration", task="compress_iteration", summary=summary)
+    made.config = compose.compose(["+exp=compress_iteration", f"network={network}"])
+    made.env = {"network": {"shaped": True}}
+    return dataclasses.replace(made, run_id=network, world=4, **more)
+
+
+def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:
+    """What `python -m llmsys.results` writes to both outputs."""
+    monkeypatch.setattr("sys.argv", ["llmsys.results", *arguments])
+    results.main()
+    return capsys.readouterr()
+
+
+def test_runs_with_tables_of_their_own_show_those(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a row of the common table there was no number of theirs, and a method that means nothing there."""
+    for made in (measured("eth1g"), measured("eth100m")):
+        (tmp_path / made.run_id).mkdir()
+        made.write(tmp_path / made.run_id)
+    for options in ([], ["--markdown"]):
+        out, _ = printed(capsys, monkeypatch, str(tmp_path), *options)
+        assert out.count("| none | 4 |") == out.count("285.0 (285.0 to 285.0)") == 2
+        assert "# compress_iteration, ddp x 4, eth100m" in out
+        assert "full" not in out
+    (tmp_path / "failed").mkdir()
+    measured(status="crashed", reason="signal").write(tmp_path / "failed")
+    out, _ = printed(capsys, monkeypatch, str(tmp_path), "--markdown")
+    assert out.splitlines()[2] == "| crashed (signal) |"
+    assert out.count("| none | 4 |") == 2
+    (tmp_path / "trained").mkdir()
+    record("lorafa_peft", **accuracy(0.6)).write(tmp_path / "trained")
+    out, err = printed(capsys, monkeypatch, str(tmp_path), "--markdown")
+    assert len(out.splitlines()) == 4, "the failed one keeps its row"
+    assert "lorafa_peft" in out
+    assert "full" not in out
+    assert f"compress_iteration: 2 records: python -m llmsys.compress.measure {tmp_path}" in err
+
+
+def test_a_finished_measurement_prints_no_row_of_one_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    results.show([measured()])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_wide_table_is_whole_where_the_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a pipe's: it has no width. A setting that a run's groups do not have is a dash."""
+    made = [record("full", **accuracy(0.5)), record("probe", **accuracy(0.6))]
+    for i in range(25):
+        made[0].config["task"][f"a_setting_with_a_long_name_{i}"] = "and a value as long"
+    made[1].config["method"]["kind"] = "full"
+    results.show(made)
+    out = capsys.readouterr().out
+    assert "a_setting_with_a_long_name_24" in out
+    assert "…" not in out
+    assert "None" not in out
 
 
 @pytest.mark.parametrize(

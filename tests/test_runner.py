@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,23 @@ def test_a_full_disk_is_recorded_and_what_was_written_stays(results: Path) -> No
     command = ["unshare", "-rm", "sh", "-c", script, code, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.stdout.splitlines() == ["failed disk", "True True"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("bytes_left", [100_000, 10])
+def test_a_disk_that_is_full_from_the_beginning_is_named(results: Path, bytes_left: int) -> None:
+    """The file that does not fit: the reserve, in a record; or the record and the log, where not even these do. What
+    the operating system says of a write has no name in it."""
+    made = job.make(compose.compose([f"results={results}", "train.threads=1"]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        if bytes_left > 1000:
+            assert str(Path(made.out) / ".reserve") in runner.run(made).error
+        else:
+            with pytest.raises(OSError, match=rf"{made.out}/(record\.json|log\.txt)"):
+                runner.run(made)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_example_record_is_one_that_the_runner_made() -> None:

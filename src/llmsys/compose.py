@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +22,10 @@ PACKAGED = Path(__file__).parent / "conf"
 CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / "conf"
 
 
+@cache
 def register() -> None:
     """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`, and teaches OmegaConf
-    `${product:a,b}`: a global batch is so many micro-batches."""
+    `${product:a,b}`: a global batch is so many micro-batches. Once in a process."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
@@ -75,6 +78,34 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         made = plain(hydra.compose("config", wiring.techniques().expanded(overrides)), overrides)
     wiring.techniques().check(made)
     return made
+
+
+def smoked(words: Sequence[str]) -> list[str]:
+    """`words` of a command line with what `smoke=true` stands for: the list `smoke` of the experiment, under which it
+    runs in seconds on a CPU. What else is said wins over the list. ValueError where there is no one such list."""
+    rest = [word for word in words if word.lower() != "smoke=true"]
+    if len(rest) == len(words):
+        return rest
+    names = [word.partition("=")[2] for word in rest if word.startswith("+exp=")]
+    if len(names) != 1 or "," in names[0]:
+        raise ValueError("smoke=true: is the list `smoke` of an experiment; say which one, +exp=NAME")
+    own = [f"hydra.searchpath=[file://{folder}]" for folder in _own_folders(rest)]
+    found = compose([f"+exp={names[0]}", *own])["smoke"]
+    if not found:
+        raise ValueError(f"smoke=true: +exp={names[0]} has no list `smoke`")
+    said = {_key(word) for word in rest}
+    return [*rest, *(word for word in found if _key(word) not in said)]
+
+
+def _own_folders(words: Sequence[str]) -> list[Path]:
+    """The user's folder of experiments, as Hydra's flag names it: `--config-dir=F`, `--config-dir F` or `-cd F`."""
+    joined = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
+    apart = [after for word, after in pairwise(words) if word in ("--config-dir", "-cd")]
+    return [Path(folder).resolve() for folder in (*joined, *apart)]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
 
 
 def choices(group: str) -> dict[str, str]:

@@ -13,16 +13,29 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 MACHINE = re.sub(r"\W", "-", platform.node())
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Gives an OSError of this block, which has no file's name where a write fails (a full disk), that of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """Replaces `path` by `text` (UTF-8): a temporary file beside it, flushed to disk, then renamed over it."""
+    """Replaces `path` by `text` (UTF-8): a temporary file beside it, flushed to disk, then renamed over it. OSError
+    with the path where it cannot be written."""
     temporary = beside(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with named(path), open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

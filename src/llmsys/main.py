@@ -39,6 +39,7 @@ def help_text() -> str:
         if group not in ("exp", "sweep"):
             lines.append(f"  {group}={' | '.join(compose.choices(group))}")
     lines += ["", "Every key of a group can be set: train.steps=20 model.num_layers=2. --cfg job shows them all."]
+    lines += ["smoke=true: the experiment in seconds on a CPU, by its own list; other settings win over the list."]
     lines += ["A finished run is not run again; reuse=never does. --hydra-help for Hydra's own flags."]
     return "\n".join(lines)
 
@@ -141,7 +142,7 @@ def main() -> None:
         configs.append(compose.plain(config, compose.typed()))
 
     try:
-        sys.argv[1:] = wiring.techniques().expanded(sys.argv[1:])
+        sys.argv[1:] = wiring.techniques().expanded(compose.smoked(sys.argv[1:]))
         hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()
         code = submit(configs) if configs else 0
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:

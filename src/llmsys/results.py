@@ -2,7 +2,8 @@
 
     python -m llmsys.results [FOLDER] [--over-repeats | --over-seeds] [--best KEY] [--markdown | --csv] [--plot x:y]
 
-Runs that failed or ran out of memory keep their row. Records of one data set whose content differs are marked.
+Runs that failed or ran out of memory keep their row. Records of one data set whose content differs are marked. Tasks
+whose numbers have tables of their own (`tasks.TABLES`) are named below, or, where there is nothing else, shown.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmsys import tasks
 from llmsys.job import Record
 from llmsys.rows import SHARED_KEYS, Row, best, numbers, over_repeats, over_seeds, row
 from llmsys.table import markdown, table, to_csv
@@ -74,9 +77,10 @@ def _prefixed(config: Row) -> Row:
 
 
 def show(records: Sequence[Record]) -> None:
-    """Prints the table of `records` to standard output."""
-    if records:
-        _print([row(record) for record in records])
+    """Prints the table of `records` to standard output, but for those that have tables of their own."""
+    rows = [row(record) for record in records if not tasks.has_tables(record)]
+    if rows:
+        _print(rows)
 
 
 def _print(rows: Sequence[Row]) -> None:
@@ -110,20 +114,33 @@ def plot(rows: Sequence[Row], x: str, y: str, path: Path) -> None:
     scatter(there, x, y, path)
 
 
-def print_tables(task: str, package: str, table: Callable[[Record], str]) -> None:
-    """The command line of a package whose `task` has tables of its own: `table` of each record under a folder."""
+def print_tables(task: str, package: str, table: Callable[[Record], str], *, also: Sequence[str] = ()) -> None:
+    """The command line of a package whose `task`, and those `also` named, have tables of their own: `table` of each
+    record under a folder."""
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"Tables of all records of {task}.")
     root = os.environ.get("LLMSYS_RESULTS", "results")
     parser.add_argument("root", nargs="?", default=root, help="a folder with runs below it (default: %(default)s)")
     try:
         folder = parser.parse_args().root
-        found = [record for record in read(folder) if record.task == task and record.summary]
+        found = [record for record in read(folder) if record.task in (task, *also) and record.summary]
         if not found:
             raise ValueError(f"{folder}: no record of the task {task}; python -m llmsys +exp={task}")
     except (ValueError, OSError) as error:
         sys.exit(f"{package}: {error}")
     for record in found:
         print(table(record))
+
+
+def _apart(records: Sequence[Record], root: str) -> None:
+    """Prints tables that records have of their own, or, where there are records of other tasks, the commands that do:
+    such tables are long."""
+    found = [record for record in records if tasks.has_tables(record)]
+    if all(record.task in tasks.TABLES for record in records):
+        for record in found:
+            print(tasks.table(record))
+    else:
+        for task, number in Counter(record.task for record in found).items():
+            print(f"{task}: {number} records: python -m {tasks.TABLES[task]} {root}", file=sys.stderr)
 
 
 def main() -> None:
@@ -144,7 +161,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the picture goes (default: <root>/<X>-<Y>.png)")
     arguments = parser.parse_args()
     try:
-        rows = [row(record) for record in read(arguments.root)]
+        records = read(arguments.root)
+        whole = arguments.over_seeds or arguments.best or arguments.csv or arguments.plot
+        rows = [row(record) for record in records if whole or not tasks.has_tables(record)]
         rows = over_seeds(rows) if arguments.over_seeds else rows
         rows = over_repeats(rows) if arguments.over_repeats else rows
         rows = best(rows, arguments.best) if arguments.best else rows
@@ -155,10 +174,12 @@ def main() -> None:
             path = arguments.out or Path(arguments.root) / f"{x}-{y}.png"
             plot(rows, x, y, path)
             print(path)
-        elif arguments.markdown or arguments.csv:
+        elif rows and (arguments.markdown or arguments.csv):
             print(markdown(rows) if arguments.markdown else to_csv(rows), end="\n" if arguments.markdown else "")
-        else:
+        elif rows:
             _print(rows)
+        if not whole:
+            _apart(records, arguments.root)
     except (ValueError, OSError) as error:
         sys.exit(f"llmsys.results: {error}")
 

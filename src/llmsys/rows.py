@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llmsys import tasks
 from llmsys.job import Record
 from llmsys.schema.compress import LOW_RANK, SPARSE, as_before
 from llmsys.spread import LIMITS, spread
@@ -42,13 +43,14 @@ IDENTITY = (
 
 
 def row(record: Record) -> Row:
-    """One record as a line of a table. `lr` is the rate that this run's method was trained at, None where none was."""
+    """One record as a line of a table. `lr` is the rate that this run's method was trained at, None where none was; the
+    method is empty where a run compares many."""
     group = record.config.get("compress")
     config = _flat({**record.config, **({"compress": as_before(group)} if group else {})})
     compressed = compress(config)
     if compressed == "none":  # whatever else the group says, and as in records that do not know it
         config = {key: value for key, value in config.items() if not key.startswith("compress.")}
-    method = config.get("method.kind")
+    method = "" if record.task in tasks.TABLES else config.get("method.kind")
     rate = config.get(f"train.lr_by_method.{method}")
     return {
         "run_id": record.run_id,
@@ -63,7 +65,7 @@ def row(record: Record) -> Row:
         "techniques": config.get("techniques"),
         "recompute": config.get("train.recompute"),
         "method": method,
-        "r": config.get("method.r"),
+        "r": config.get("method.r") if method else None,
         "lr": None if rate is None else rate * config.get("train.lr_scale", 1.0),
         "seed": config.get("train.seed"),
         "repeat": config.get("repeat", 0),

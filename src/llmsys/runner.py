@@ -25,7 +25,7 @@ from llmsys import schema, tasks, track, wiring
 from llmsys.comm.place import Place, log_name
 from llmsys.context import Context, LightContext
 from llmsys.errors import Contradiction, Interrupted, MissingPackage, NotANumber, Refused
-from llmsys.files import write_atomic
+from llmsys.files import named, write_atomic
 from llmsys.job import Job, Record
 from llmsys.profile import environment
 from llmsys.track.jsonl import JsonLines
@@ -96,7 +96,7 @@ def run(
             if first:
                 record.write(out)  # so that an earlier record never stands beside this attempt's files
                 write_atomic(out / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
-                with open(reserve, "wb") as file:
+                with named(reserve), open(reserve, "wb") as file:
                     file.write(b"\0" * _RESERVE_BYTES)
             config = schema.build(job.config)
             record.env = environment.describe(config.hardware.device, config.train.threads)
@@ -209,4 +209,5 @@ def _logger(out: Path, place: Place) -> Iterator[logging.Logger]:
         yield log
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with named(Path(handler.baseFilename)):
+            handler.close()

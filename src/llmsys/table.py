@@ -31,7 +31,7 @@ def _plain(key: str) -> Column:
 
 
 def _setting(key: str) -> Column:
-    return Column(key, lambda row: str(row["config"].get(key)))
+    return Column(key, lambda row: str(row["config"][key]) if key in row["config"] else None)
 
 
 def _accuracy(row: Row) -> str | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmsys.job import Record
 
 TASKS = {
     "train": "llmsys.train.task:train",
@@ -32,6 +35,16 @@ MONOTONE = {
 each is compared. A task that is not here has none."""
 
 
+TABLES = {
+    "lorafa_ledger": "llmsys.lorafa.ledger",
+    "compress_simulate": "llmsys.compress.simulate",
+    "compress_iteration": "llmsys.compress.measure",
+    "compress_replay": "llmsys.compress.measure",
+}
+"""`task.kind` -> package that makes tables of such a task's record: as a program, and by `table` of its `__main__`. No
+common table has columns for these numbers; they are of many methods, so the run has none."""
+
+
 def check(kind: str) -> None:
     """ValueError, listing the tasks there are, if `kind` is none; imports nothing."""
     if kind not in TASKS:
@@ -44,3 +57,14 @@ def find(kind: str) -> Callable[..., dict[str, Any]]:
     module, _, name = TASKS[kind].partition(":")
     function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), name)
     return function
+
+
+def has_tables(record: Record) -> bool:
+    """Whether a record is of numbers with tables of their own."""
+    return record.task in TABLES and record.status == "ok"
+
+
+def table(record: Record) -> str:
+    """These tables."""
+    made: str = importlib.import_module(f"{TABLES[record.task]}.__main__").table(record)
+    return made

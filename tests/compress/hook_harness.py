@@ -224,6 +224,33 @@ def scaled(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     return {"scales": scales, "left_out": far[0], "never": far[1]}
 
 
+def scale_read(place: Place, parts: int) -> list[list[str]]:
+    """What happens in each of four steps of `parts` micro-batches, in order: the scale is read, a pass begins."""
+    model, happened = Net(), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def read() -> float:
+        happened[-1].append("read")
+        return float(scaler.get_scale())
+
+    ddp = wrapped(model)
+    register(ddp, config_of({}), loss_scale=read)
+    for step in range(4):
+        happened.append([])
+        for part in range(parts):
+            with contextlib.nullcontext() if part == parts - 1 else ddp.no_sync():
+                value = scaler.scale(loss(ddp(batch(place.rank, step, part))))
+                happened[-1].append("backward")
+                value.backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            ddp(batch(place.rank, step))
+    return happened
+
+
 def resumed(place: Place, settings: dict[str, Any], folder: str, cap: float) -> float:
     """How far a run that was saved after 3 steps and went on with buckets of `cap` MiB is from one that was not."""
     model = Net()

@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from llmsys.compress.config import CompressConfig
-from llmsys.compress.methods.method import WAIT, Entry, Exchange, Part, Request
+from llmsys.compress.methods.method import (
+    WAIT,
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Entry,
+    Exchange,
+    Part,
+    Request,
+    Sent,
+)
 from llmsys.compress.state import CompressionState
-from llmsys.compress.transfer import simulate
+from llmsys.compress.transfer import simulate, without_graph
+from llmsys.profile.live import Live
 from llmsys.schema.compress import METHODS
 
 SHAPES = {"a": (12, 10), "b": (7,), "c": (6, 4, 3), "d": (40, 8), "e": (1,)}
@@ -99,3 +110,41 @@ def random_grads(
 def distance(found: Sequence[Grads], wanted: Grads) -> float:
     """The largest difference of any element on any rank."""
     return max(float((rank[name] - wanted[name]).abs().max()) for rank in found for name in wanted)
+
+
+def extra_copies(
+    config: CompressConfig, world: int, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
+) -> float:
+    """The most bytes that a rank among `world` equal ones has alive beside its gradients, in three steps of one bucket,
+    in copies of the gradients."""
+    ranks = Ranks(config, 1, shapes)
+    (state,) = ranks.states
+    state.world = world
+    live = Live()
+    for step in range(3):
+        (grads,) = random_grads(1, step, shapes, dtype)
+        part = ranks.part(state, grads, list(grads))
+        with live:
+            state.begin()
+            state.note(_among_equals(state.method.exchange(part), world))
+            state.advance()
+    return live.peak / part.flat.nbytes
+
+
+def _among_equals(exchange: Exchange, world: int) -> Sent:
+    """Carries an exchange of one rank, whose peers have the same."""
+    with without_graph():
+        while True:
+            try:
+                request = next(exchange)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            match request:
+                case AllReduce(buffer):
+                    buffer.mul_(world)
+                case AllGather(buffer, output):
+                    output.copy_(buffer.expand_as(output))
+                case AllToAll(buffer, output):
+                    output.copy_(buffer)
+            del request
+            assert next(exchange) is WAIT

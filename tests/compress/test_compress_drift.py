@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,16 +20,17 @@ from rank_pool import Pool
 def trained(place: Place, settings: dict[str, Any], unequal: bool, aggregate: bool = False) -> dict[str, Any]:
     """Eight steps in fp32 from equal weights, where, if machines are `unequal`, rank 1 has a QR that rounds otherwise:
     how far it came, how far weights are apart, what it was told, and its collectives."""
-    model, plain = Net().float(), lowrank.orthonormal_
+    model, plain = Net().float(), lowrank.all_orthonormal_
     config = config_of(settings)
     ddp = model if aggregate else wrapped(model)
     state = Aggregator(model.named_parameters(), config) if aggregate else register(ddp, config)  # type: ignore[arg-type]
 
-    def otherwise(rows: Tensor) -> None:
-        rows.copy_(torch.linalg.qr(rows.double().t()).Q.t())
+    def otherwise(factors: Sequence[Tensor]) -> None:
+        for rows in factors:
+            rows.copy_(torch.linalg.qr(rows.double().t()).Q.t())
 
     if unequal and place.rank == 1:
-        lowrank.orthonormal_ = otherwise  # type: ignore[assignment]
+        lowrank.all_orthonormal_ = otherwise  # type: ignore[assignment]
     told, traffic = "", Traffic()
     try:
         with traffic:
@@ -40,7 +42,7 @@ def trained(place: Place, settings: dict[str, Any], unequal: bool, aggregate: bo
     except ValueError as error:
         told = str(error)
     finally:
-        lowrank.orthonormal_ = plain
+        lowrank.all_orthonormal_ = plain
     return {"step": state.step, "apart": apart(model), "told": told, "calls": traffic.calls["all_reduce"]}
 
 

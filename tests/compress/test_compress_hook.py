@@ -137,6 +137,13 @@ def test_a_grad_scaler_skips_and_goes_on(pool: Pool) -> None:
         assert found["never"] < 1e-7
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_loss_scale_is_read_before_the_pass_whose_gradients_travel(pool: Pool, parts: int) -> None:
+    """On a GPU to read it waits for all that was asked for: amid the backward pass, that is half a step."""
+    step = ["backward"] * (parts - 1) + ["read", "backward"]
+    assert pool.call("hook_harness:scale_read", parts) == [[step] * 4] * 2
+
+
 @pytest.mark.parametrize("cap", [0.002, 25.0])
 @pytest.mark.parametrize("method", ["acpsgd", *(pytest.param(x, marks=pytest.mark.slow) for x in ("powersgd", "topk"))])
 def test_a_saved_state_goes_on_with_the_same_bits(pool: Pool, method: str, cap: float, tmp_path: Path) -> None:

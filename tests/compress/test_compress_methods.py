@@ -258,10 +258,11 @@ def test_a_threshold_finds_the_largest_too(case: str, k: int) -> None:
         assert torch.equal(x[places].abs().sort(descending=True).values, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_over_plain_ddp_is_one_copy_of_the_gradients(method: str) -> None:
     """At most 1.1, of a bucket of 48 MiB and one rank; without error feedback hardly anything but what is sent. The
-    signs of a rank are 0.03 of a copy: what was sent, and what was gathered."""
+    signs of a rank are 0.03 of a copy: what was sent, and what was gathered. `test_compress_memory` has four ranks."""
     shape = {"a": (2048, 2048), "b": (4096, 1024), "c": (1024,), "d": (1024, 4096)}
     (grads,) = random_grads(1, 0, shape, torch.float32)
     ranks, size = Ranks(CompressConfig(method=method), 1, shape), 48 * 2**20

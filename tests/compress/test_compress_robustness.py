@@ -74,6 +74,17 @@ def test_a_cell_can_fail(pool: Pool, name: str, how: str, tmp_path: Path) -> Non
     assert pool.call(f"{HERE}:check", name, "alone", str(tmp_path), 0)[0].startswith(how)
 
 
+def test_the_kept_grid_is_of_these_claims_and_ours_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A claim that has become another since is not what the table says was tried."""
+    import compress_robustness
+
+    record = compress_robustness.main(["--kept"])
+    assert record.config["claims"] == {name: cell.claim for name, cell in cells.CELLS.items()}
+    assert {record.summary[f"{subject}_passes"] for subject in subjects.OURS} == {len(cells.CELLS)}
+    assert "| inf on one rank | passes | passes |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_grid_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In processes of its own; the package of the authors may be there or not."""
     import compress_robustness

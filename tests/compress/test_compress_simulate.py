@@ -220,7 +220,8 @@ def test_every_name_of_the_settings_is_known_here() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"worlds": [8, 10]}, "task.worlds=10"),
+        ({"worlds": [8, 10]}, "task.worlds=10: must be a multiple"),
+        ({"worlds": [0]}, "task.worlds=0: must be at least 1"),
         ({"models": ["resnet18"]}, "task.models=resnet18"),
         ({"efficiency": 0.0}, "task.efficiency=0.0"),
         ({"beta_bytes_per_s": 1e9}, "task.alpha_s"),

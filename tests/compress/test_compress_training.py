@@ -88,7 +88,7 @@ def stepped(place: Place, overrides: list[str], poison: int | None = None) -> di
     return found
 
 
-@pytest.mark.parametrize("method", slowly(METHODS, "none", "bf16", "efsign", "randomk"))
+@pytest.mark.parametrize("method", slowly(METHODS, "none", "bf16", "efsign", "randomk", "powersgd"))
 def test_gradients_travel_once_as_predicted_and_alike_on_every_engine(pool: Pool, method: str) -> None:
     """Bytes of each step to the byte, by torch's own dispatcher: none are left of the engine's own exchange. Weights
     and norms of the engines agree, after accumulation and clipping; what is kept is what is estimated."""

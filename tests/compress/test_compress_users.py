@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import alone
 import llmsys.compress
@@ -43,23 +46,47 @@ def test_torch_and_safetensors_are_enough(tmp_path: Path) -> None:
     assert "safetensors" in alone.run(CODE, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("example", "ranks"), [("trainer", 2), ("accelerate", 2), ("lightning", 2), ("fsdp2", 4)])
-def test_the_examples_learn(example: str, ranks: int, tmp_path: Path) -> None:
-    """Lightning starts its ranks itself; the others are started by torchrun."""
-    launcher = [] if example == "lightning" else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *launcher, str(EXAMPLES / f"compress_{example}.py")]
+def example(name: str, ranks: int, folder: Path) -> list[float]:
+    """Runs an example, and gives the losses that it says. Lightning starts its ranks itself; the others are started by
+    torchrun."""
+    launcher = [] if name == "lightning" else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *launcher, str(EXAMPLES / f"compress_{name}.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
-    losses = [float(x) for x in re.findall(r"'?loss'?:? '?(\d+\.\d+)", done.stdout)]
+    return [float(x) for x in re.findall(r"(?<!train_)loss'?:? '?(\d+\.\d+)", done.stdout)]
+
+
+FOLDERS = {
+    "trainer": ["out/checkpoint-10", "out/checkpoint-20"],
+    "accelerate": ["out"],
+    "fsdp2": ["out/shard-0", "out/shard-1"],
+}
+RANKS = {"compress-rank-0.safetensors", "compress-rank-1.safetensors"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("trainer", 2), ("accelerate", 2), ("lightning", 2), ("fsdp2", 4)])
+def test_the_examples_learn(name: str, ranks: int, tmp_path: Path) -> None:
+    losses = example(name, ranks, tmp_path)
     assert losses[-1] < 0.98 * losses[0]
-    folders = {"accelerate": ["out"], "fsdp2": ["out/shard-0", "out/shard-1"]}.get(example, [])
-    for folder in folders:
-        assert {path.name for path in (tmp_path / folder).iterdir()} == {
-            "compress-rank-0.safetensors",
-            "compress-rank-1.safetensors",
-        }
+    for folder in FOLDERS.get(name, []):
+        assert {path.name for path in (tmp_path / folder).glob("compress-*")} == RANKS
+
+
+@pytest.mark.slow
+def test_the_trainers_example_goes_on_where_it_was(tmp_path: Path) -> None:
+    """From its first checkpoint, with the errors that were saved beside it, to the same errors in the second, to the
+    bit: without them a resumed run had lost what was not sent yet, and said nothing."""
+    straight = example("trainer", 2, tmp_path)
+    last = tmp_path / "out" / "checkpoint-20"
+    kept = {name: load_file(last / name) for name in RANKS}
+    shutil.rmtree(last)
+    assert example("trainer", 2, tmp_path) == straight[2:] != []
+    for name, tensors in kept.items():
+        again = load_file(last / name)
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[key], tensors[key]) for key in tensors)
 
 
 def test_every_public_name_is_found_and_none_is_hidden_by_a_module() -> None:

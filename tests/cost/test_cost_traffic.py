@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from llmsys import compose
+from llmsys.comm.group import group
 from llmsys.comm.place import Place
+from llmsys.comm.traffic import Traffic
 from rank_pool import ENGINES, Pool
 
 TINY = [
@@ -29,8 +32,6 @@ SLACK = 4096
 def measured(place: Place, overrides: list[str]) -> dict[str, int]:
     """Payload by kind of the third step, when every engine knows the order of the layers."""
     from llmsys import schema, wiring
-    from llmsys.comm.group import group
-    from llmsys.comm.traffic import Traffic
     from llmsys.models import load, recompute_blocks
     from llmsys.train import optimizer
 
@@ -67,3 +68,11 @@ def test_two_ranks_say_what_is_predicted(pool: Pool, name: str) -> None:
     for said in found:
         for kind in {*predicted, *said}:
             assert 0 <= said.get(kind, 0) - predicted.get(kind, 0) < SLACK, (kind, said, predicted)
+
+
+def test_one_rank_has_told_nobody_anything() -> None:
+    """Though DDP makes its calls there too: a column of what is exchanged would have a number for nothing."""
+    with group(Place(), torch.device("cpu")), Traffic() as traffic:
+        dist.all_reduce(torch.ones(8))
+        assert traffic.calls == {"all_reduce": 1}
+        assert traffic.summary == {}

@@ -31,7 +31,8 @@ METHODS = ["full", "lora_peft", "lorafa_peft"]
 SMALL = ["train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.length=64", "train.threads=1"]
 SMALL += ["train.generate_max=2", "profile.warmup=1", "train.save_final=false"]
 QUICK = ("ddp", "zero3", "fsdp2", "tp")
-"""Engines that the short suite tries with two families; with the others only DDP. The rest is `slow`."""
+"""Engines that the short suite tries with two families, of which one has adapters under DDP and ZeRO-3 too; with the
+others only DDP. The rest is `slow`."""
 
 
 def combinations() -> Iterator[Any]:
@@ -41,8 +42,10 @@ def combinations() -> Iterator[Any]:
             for engine in (name for name in ENGINES if name != "fsdp2-whole"):
                 if engine == "tp" and family not in ("llama", "bert", "roberta"):
                     continue
-                all_engines = family in ("llama", "t5") and engine in QUICK
-                quick = (all_engines or engine == "ddp") and method != "lora_peft"
+                if method == "full":
+                    quick = engine == "ddp" or (family in ("llama", "t5") and engine in QUICK)
+                else:
+                    quick = method == "lorafa_peft" and (engine == "ddp" or (family, engine) == ("llama", "zero3"))
                 yield pytest.param(family, method, engine, marks=[] if quick else pytest.mark.slow)
 
 

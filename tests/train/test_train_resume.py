@@ -44,7 +44,9 @@ def killed(out: Path, moment: str) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
-@pytest.mark.parametrize(("moment", "resumes_at"), [("beat:5", 4), ("rename:4", 3), ("beat:1", None)])
+@pytest.mark.parametrize(
+    ("moment", "resumes_at"), [("beat:5", 4), ("rename:4", 3), pytest.param("beat:1", None, marks=pytest.mark.slow)]
+)
 def test_killed_and_started_again(tmp_path: Path, undisturbed: Path, moment: str, resumes_at: int | None) -> None:
     """Between checkpoints; while one is written but not yet renamed (the one before serves: step 3's, whose evaluation
     was the best so far); before the first."""

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmsys.comm import collectives
+
 KINDS = {
     "allreduce_": "all_reduce",
     "allreduce_coalesced_": "all_reduce",
@@ -66,7 +68,10 @@ class Traffic(TorchDispatchMode):
 
     @property
     def summary(self) -> dict[str, float]:
-        """`comm_<kind>_calls` and `comm_<kind>_bytes`, and `comm_bytes`, their sum."""
+        """`comm_<kind>_calls` and `comm_<kind>_bytes`, and `comm_bytes`, their sum. Nothing where there is one rank:
+        what it tells itself (DDP does) is on no link."""
+        if collectives.world() == 1:
+            return {}
         calls = {f"comm_{kind}_calls": count for kind, count in self.calls.items()}
         sizes = {f"comm_{kind}_bytes": size for kind, size in self.bytes.items()}
         return {**calls, **sizes, "comm_bytes": sum(self.bytes.values())} if calls else {}

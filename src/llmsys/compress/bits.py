@@ -31,19 +31,22 @@ def pack(x: Tensor, *, zero: bool = True) -> Tensor:
 
 def unpack(packed: Tensor, numel: int) -> Tensor:
     """bool [numel] of what `pack` made."""
-    return (_table(packed.device)[packed.long()] > 0).view(-1)[:numel]
+    return (table(packed.device)[packed.long()] > 0).view(-1)[:numel]
 
 
 def add_signs(target: Tensor, packed: Tensor, scale: Tensor | float) -> None:
     """target [N], in place, += scale for every bit that is set, -= scale for every other; a piece at a time."""
-    table = _table(target.device).to(target.dtype) * scale
+    signs = table(target.device).to(target.dtype) * scale
     for start in range(0, len(packed), AT_ONCE):
         piece = target[start * 8 : (start + AT_ONCE) * 8]
-        piece += table[packed[start : start + AT_ONCE].long()].view(-1)[: len(piece)].to(piece.dtype)
+        piece += signs[packed[start : start + AT_ONCE].long()].view(-1)[: len(piece)].to(piece.dtype)
 
 
 @functools.cache
-def _table(device: torch.device) -> Tensor:
+def table(device: torch.device) -> Tensor:
     """[256, 8]: +1 or -1 for each bit of a byte, in the order in which `pack` sets them."""
     ones = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
-    return (2.0 * ones - 1.0).to(device)
+    found = (2.0 * ones - 1.0).to(device)
+    if found.is_cuda:
+        torch.cuda.current_stream(device).synchronize()  # once: callbacks use it on streams of their own
+    return found

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmsys.compress.agreement import check_equal
 from llmsys.compress.config import CompressConfig
+from llmsys.compress.scale import ReadAhead
 from llmsys.compress.state import CompressionState, uncompiled
 from llmsys.compress.transfer import Transfer
 
@@ -98,6 +99,8 @@ def register(
     state = HookState(config, module, group=model.process_group, loss_scale=loss_scale)
     state.check(trained[0][1].device, wrong)
     model.register_comm_hook(state, compress_hook)
+    if loss_scale is not None:
+        state.loss_scale = ReadAhead(loss_scale, model)
     return state
 
 

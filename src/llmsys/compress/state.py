@@ -129,6 +129,8 @@ class CompressionState:
         """A transfer is over."""
         assert transfer.sent is not None, "it is not over"
         self.note(transfer.sent)
+        for taken in transfer.sent.taken:  # DDP makes new buckets after the first step: the old ones are not kept
+            taken.entry.grad = taken.entry.grad.new_empty(0)
 
     def note(self, sent: Sent) -> None:
         """Keeps how an exchange of this step has ended until it is known whether the step was left out."""

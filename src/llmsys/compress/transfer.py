@@ -58,7 +58,7 @@ def start(request: Request, group: Group, world: int) -> Future[Any]:
     if world == 1:
         if isinstance(request, AllGather | AllToAll):
             request.output.copy_(request.buffer.view_as(request.output))
-        return _done()
+        return _done(request.buffer.device)
     match request:
         case AllReduce(buffer):
             work = dist.all_reduce(buffer, group=group, async_op=True)
@@ -70,8 +70,9 @@ def start(request: Request, group: Group, world: int) -> Future[Any]:
     return future
 
 
-def _done() -> Future[Any]:
-    done: Future[Any] = Future()
+def _done(device: torch.device | None = None) -> Future[Any]:
+    """It has the GPU whose tensors a callback of it may return."""
+    done: Future[Any] = Future(devices=[device] if device is not None and device.type == "cuda" else [])
     done.set_result(None)
     return done
 

@@ -108,7 +108,8 @@ class Simulate(Task):
         if not self.worlds:
             raise ValueError("task.worlds=[]: empty; it is a list of numbers of GPUs, e.g. task.worlds=[8,32]")
         for world in self.worlds:
-            if world < 1 or (world > self.per_machine and world % self.per_machine):
+            at_least("task.worlds", world, 1)
+            if world > self.per_machine and world % self.per_machine:
                 raise ValueError(f"task.worlds={world}: must be a multiple of task.per_machine={self.per_machine}")
         for key in ("efficiency", "memory_efficiency", "density"):
             if not 0 < getattr(self, key) <= 1:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmsys.files import write_atomic
+from llmsys.files import named, write_atomic
 
 
 class JsonLines:
@@ -17,7 +17,7 @@ class JsonLines:
 
     def row(self, row: dict[str, Any]) -> None:
         """Appends `row`. OSError where the disk is full."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with named(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def trim(self, step: int) -> None:

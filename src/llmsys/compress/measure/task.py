@@ -26,6 +26,7 @@ from llmsys.compress.measure.variants import Variant, variants
 from llmsys.compress.paper_models import MODELS, PaperModel
 from llmsys.cost import compressed, links, pace
 from llmsys.errors import Refused
+from llmsys.files import write_atomic
 from llmsys.schema.measured import NOOP, TORCH
 from llmsys.train import checks
 
@@ -132,7 +133,7 @@ def _measure(
         samples |= {before + key: values for key, values in figures.samples_ms(found).items()}
     summary["measured_in_attempts"] = rounds.attempts
     if context.place.rank == 0:
-        (context.out / "measured.md").write_text(tables.markdown(summary, world), encoding="utf-8")
+        write_atomic(context.out / "measured.md", tables.markdown(summary, world))
     rounds.remove()
     return {"summary": summary, "samples": samples, "files": {"tables": "measured.md"}}
 

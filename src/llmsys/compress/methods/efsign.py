@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -45,11 +45,8 @@ class EFSign:
         theirs = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
         arrived = torch.isfinite(theirs.sum())
         part.undo(arrived, taken)
-        part.flat.zero_()
-        pieces = gathered[:, length:].split(sizes, 1)
-        for rank in range(part.world):
-            shares = list((theirs[rank, : len(signed)] / part.world).unbind())
-            self._add([e.grad.view(-1) for e in signed], [piece[rank] for piece in pieces], shares)
+        shares = (theirs[:, : len(signed)] / part.world).to(part.flat.dtype)
+        _write_signs([entry.grad.view(-1) for entry in signed], gathered[:, length:], shares)
         self._write_whole(whole, theirs[:, len(signed) :].mean(0))
         where(~arrived, part.flat, math.nan)
         return part.sent(arrived, taken)
@@ -73,3 +70,44 @@ class EFSign:
 
 def _give_back(what: Tensor, signs: Tensor, scale: Tensor, share: Tensor | float) -> None:
     bits.add_signs(what, signs, scale * share)
+
+
+def _write_signs(targets: Sequence[Tensor], packed: Tensor, shares: Tensor) -> None:
+    """Each of `targets`, in place, becomes the sum, in the order of the ranks, of its signs (uint8 [world, bytes], one
+    target after another) times each rank's `shares` [world, targets] of it.
+
+    So many bytes of all ranks at a time, whichever targets they are of: one after another these would be world x
+    targets calls, of which a GPU does each in less time than it takes to ask for it.
+    """
+    table = bits.table(packed.device).to(shares.dtype)
+    start = 0
+    for group in _spans([math.ceil(target.numel() / 8) for target in targets]):
+        stop = start + sum(count for _, _, count in group)
+        scales = torch.cat([shares[:, i : i + 1].expand(-1, count) for i, _, count in group], 1).unsqueeze(2)
+        total = shares.new_zeros(stop - start, 8)
+        for rank in range(len(packed)):
+            total.addcmul_(table[packed[rank, start:stop].long()], scales[rank])
+        signs = total.view(-1).split([8 * count for _, _, count in group])
+        for (i, first, count), piece in zip(group, signs, strict=True):
+            target = targets[i][8 * first : 8 * (first + count)]
+            target.copy_(piece[: len(target)])
+        del total, signs, piece, scales  # before the next ones are made
+        start = stop
+
+
+def _spans(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Bytes of tensors that follow one another, `bits.AT_ONCE` at a time: (tensor, its first byte, how many) of each
+    that has some among them."""
+    group: list[tuple[int, int, int]] = []
+    room = bits.AT_ONCE
+    for i, size in enumerate(sizes):
+        first = 0
+        while first < size:
+            count = min(room, size - first)
+            group.append((i, first, count))
+            first, room = first + count, room - count
+            if not room:
+                yield group
+                group, room = [], bits.AT_ONCE
+    if group:
+        yield group

@@ -13,7 +13,8 @@ E becomes C - p^T q with the rank's *own* p or q, before the mean of all is know
 same as with the mean's, as C - p^T q is linear in C, p and q once the other factor is shared.
 
 All that is done to a matrix before its factor travels is done at once, one matrix after another: then C comes from a
-CPU's cache the second and third time, which saves it a quarter of the whole on matrices of 768 x 768.
+CPU's cache the second and third time, which saves it a quarter of the whole on matrices of 768 x 768. Factors are small
+and made orthonormal all together before.
 
 Everything that is not compressed travels in the same buffer.
 """
@@ -30,7 +31,7 @@ from llmsys.compress.config import CompressConfig
 from llmsys.compress.feedback import corrected, spend
 from llmsys.compress.memory import generator
 from llmsys.compress.methods.method import WAIT, AllReduce, Entry, Exchange, Part, Taken
-from llmsys.compress.orthogonal import orthonormal_
+from llmsys.compress.orthogonal import all_orthonormal_
 from llmsys.compress.wire import Wire, copy, dtype_of, rounded
 from llmsys.cost import compressed as shapes
 
@@ -43,12 +44,15 @@ class Matrix:
 
     entry: Entry
     config: CompressConfig
-    grad: Tensor
-    """[N, M], a view."""
     p: Tensor
     q: Tensor
     what: Tensor
     """E [N, M], from `correct` until `take` C; without error feedback the gradient itself."""
+
+    @property
+    def grad(self) -> Tensor:
+        """[N, M], a view."""
+        return self.entry.grad.view(self.entry.grad.shape[0], -1)
 
     def correct(self) -> None:
         self.what = corrected(self.entry, self.config).view(self.grad.shape)
@@ -111,7 +115,7 @@ class LowRank:
     def _matrix(self, entry: Entry, r: int) -> Matrix:
         grad = entry.grad.view(entry.grad.shape[0], -1)
         p, q = _factors(entry, self.config)
-        return Matrix(entry, self.config, grad, p[:r], q[:r], grad)
+        return Matrix(entry, self.config, p[:r], q[:r], grad)
 
     def dense(self, part: Part) -> Exchange:
         """A step on which everything travels whole, with all that error feedback has kept, and gives the subspace:
@@ -130,11 +134,11 @@ class LowRank:
         part.undo(arrived, taken)
         copy([*(x.grad for x in matrices), *(entry.grad for entry in rest)], wire.views)
         for x in matrices:
-            whole = torch.where(arrived, x.grad, 0.0).to(x.p.dtype)
             x.q.copy_(_random(x, part.step, self.config))
-            x.p.copy_(x.project(P, whole))
-            orthonormal_(x.p)
-            x.q.copy_(x.project(Q, whole))
+            x.p.copy_(torch.where(arrived, x.project(P, x.grad), 0.0))
+        all_orthonormal_([x.p for x in matrices])
+        for x in matrices:
+            x.q.copy_(torch.where(arrived, x.project(Q, x.grad), 0.0))
         return part.sent(arrived, taken)
 
 
@@ -148,11 +152,12 @@ class ACPSGD(LowRank):
         matrices, rest, taken = self.split(part)
         side = P if part.step % 2 == 0 else Q
         own: list[Tensor] = []
+        given = [x.q if side == P else x.p for x in matrices]
+        if not self.config.reuse:
+            for x, factor in zip(matrices, given, strict=True):
+                factor.copy_(_random(x, part.step, self.config, factor))
+        all_orthonormal_(given)
         for x in matrices:
-            given = x.q if side == P else x.p
-            if not self.config.reuse:
-                given.copy_(_random(x, part.step, self.config, given))
-            orthonormal_(given)
             x.correct()
             mine = rounded(x.project(side, x.what), self.config)
             own.append(mine)
@@ -197,7 +202,8 @@ class PowerSGD(LowRank):
         own: list[Tensor] = []
         for x, view in zip(matrices, first.views, strict=False):
             x.p.copy_(torch.where(arrived, view, 0.0))
-            orthonormal_(x.p)
+        all_orthonormal_([x.p for x in matrices])
+        for x in matrices:
             own.append(rounded(x.project(Q, x.what), self.config))
             taken.append(x.take(x.p, own[-1]))
         second = Wire(own, self.config, True)

@@ -27,6 +27,9 @@ SPARE = 1.5
 """How many more elements than are needed should be above the threshold."""
 PIECE = 1 << 18
 """Elements whose magnitudes are there at a time."""
+ROOM = 1 << 19
+"""Candidates that are kept, beside the best so far, before the best are chosen among them; or as many as are chosen,
+where these are more."""
 
 
 @dataclass
@@ -81,79 +84,138 @@ class TopK:
     def exchange(self, part: Part) -> Exchange:
         finite = part.guard()
         sparse, whole = part.split(self.config)
+        if sparse and part.flat.numel() >= 2**31:
+            there = f"{sparse[0].name}: in a bucket of {part.flat.numel()} elements"
+            raise ValueError(f"{there}; places are 31 bits, so name it in skip")
         taken = spend(whole if self.config.feedback else part.entries)
         kept = [self._select(entry, part.step) for entry in sparse]
         dtype = dtype_of(part.flat)
         values = torch.cat([*(x.values for x in kept), *(entry.grad.reshape(-1).to(dtype) for entry in whole)])
         where(~finite, values, math.nan)
         payload = torch.cat([values.view(torch.int32), *(x.places.int() for x in kept)])
+        length = len(values) * dtype.itemsize // 4
+        _to_bucket(payload[length:], kept, part)
+        del values
         gathered = payload.new_empty(part.world, len(payload))
         yield AllGather(payload, gathered)
         taken += take(kept, self.config)
         yield WAIT
-        length = len(values) * dtype.itemsize // 4
-        values = gathered[:, :length].clone(memory_format=torch.contiguous_format).view(dtype)
-        places = gathered[:, length:]
+        del payload
+        values, places = gathered[:, :length], gathered[:, length:]
+        if dtype.itemsize > 4:  # which may begin anywhere in them
+            values = values.clone(memory_format=torch.contiguous_format)
+        values = values.view(dtype)
         arrived = torch.isfinite(values.sum())
         part.undo(arrived, taken)
-        self._add(part, kept, whole, values, places, arrived)
+        self._add(part, whole, values, places, arrived)
         return part.sent(arrived, taken)
 
     def _select(self, entry: Entry, step: int) -> Kept:
         what = corrected(entry, self.config).view(-1)
         k = shapes.kept(what.numel(), self.config.density)
-        if what.numel() >= 2**31:
-            raise ValueError(f"{entry.name}: {what.numel()} elements; places are 31 bits, so name it in skip")
         if self.config.select == "exact":
             places = largest(what, k)
         else:
             places = above(what, k, generator(entry.name, self.config.seed, step))
         return Kept.chosen(entry, what, places, self.config)
 
-    def _add(
-        self, part: Part, kept: list[Kept], whole: list[Entry], values: Tensor, places: Tensor, finite: Tensor
-    ) -> None:
+    def _add(self, part: Part, whole: list[Entry], values: Tensor, places: Tensor, finite: Tensor) -> None:
         """Every gradient becomes, in place, the mean of what the ranks have sent of it, in the order of the ranks."""
-        sizes = [*(len(x.values) for x in kept), *(entry.grad.numel() for entry in whole)]
-        pieces = (values / part.world).split(sizes, 1)
+        sparse = places.shape[1]
         part.flat.zero_()
-        start = 0
-        for x, piece in zip(kept, pieces, strict=False):
-            flat = x.entry.grad.view(-1)
-            for rank in range(part.world):  # one rank's places are all different: the order of sums is certain
-                flat.index_add_(0, places[rank, start : start + piece.shape[1]], piece[rank].to(flat.dtype))
-            start += piece.shape[1]
-        for entry, piece in zip(whole, pieces[len(kept) :], strict=True):
+        for rank in range(part.world):  # one rank's places are all different: the order of sums is certain
+            shares = values[rank, :sparse] / part.world
+            part.flat.index_add_(0, places[rank], shares.to(part.flat.dtype))
+        pieces = (values[:, sparse:] / part.world).split([entry.grad.numel() for entry in whole], 1)
+        for entry, piece in zip(whole, pieces, strict=True):
             entry.grad.copy_(piece.sum(0).view(entry.grad.shape))
         where(~finite, part.flat, math.nan)
 
 
+def _to_bucket(places: Tensor, kept: list[Kept], part: Part) -> None:
+    """Makes places in each of the tensors `kept`, one after another, in place, those in the bucket: then all that a
+    rank has sent is added at once."""
+    for x, piece in zip(kept, places.split([len(x.places) for x in kept]), strict=True):
+        piece += x.entry.grad.storage_offset() - part.flat.storage_offset()
+
+
+class Best:
+    """The k largest of magnitudes that come in pieces, with their places. No more than k and `ROOM`, or 2 k, are there
+    at a time: with every piece's k largest there would be more than gradients, if these are many and k is."""
+
+    def __init__(self, like: Tensor, k: int, most: int) -> None:
+        """Magnitudes of the type of `like`; `most`: how many may come."""
+        size = min(most, k + max(k, ROOM, PIECE))
+        self._k, self._count = k, 0
+        self._magnitudes = torch.empty(size, dtype=like.dtype, device=like.device)
+        self._places = torch.empty(size, dtype=torch.int32, device=like.device)
+
+    def add(self, magnitudes: Tensor, places: Tensor) -> None:
+        """At most `PIECE` of them."""
+        if self._count + len(places) > len(self._places):
+            self._choose()
+        new = slice(self._count, self._count + len(places))
+        self._magnitudes[new], self._places[new] = magnitudes, places
+        self._count += len(places)
+
+    def places(self) -> Tensor:
+        """Of the k largest, int32 [K]."""
+        return self._places[torch.topk(self._magnitudes[: self._count], self._k, sorted=False).indices]
+
+    def _choose(self) -> None:
+        found = torch.topk(self._magnitudes[: self._count], self._k, sorted=False)
+        self._magnitudes[: self._k], self._places[: self._k] = found.values, self._places[found.indices]
+        self._count = self._k
+
+
 def largest(x: Tensor, k: int) -> Tensor:
-    """Places of the k elements of x [N] that are largest by magnitude: the largest of the largest of its pieces, since
-    magnitudes of all of it would be another copy of the gradient."""
-    found = []
-    for start in range(0, x.numel(), PIECE):
+    """Places (int32) of the k elements of x [N] that are largest by magnitude: the largest of its pieces' largest, as
+    the magnitudes of all of it would be another copy of the gradient.
+
+    Where `Best` has room for all candidates it is one choice among them; beyond that, of elements equal to the last
+    which is chosen, others may be.
+    """
+    if x.numel() <= PIECE:
+        return torch.topk(x.abs(), k, sorted=False).indices.int()
+    starts = range(0, x.numel(), PIECE)
+    best = Best(x, k, sum(min(k, PIECE, x.numel() - start) for start in starts))
+    for start in starts:
         piece = x[start : start + PIECE].abs()
-        found.append(torch.topk(piece, min(k, len(piece)), sorted=False).indices + start)
-    places = torch.cat(found)
-    if len(found) == 1:
-        return places
-    return places[torch.topk(x[places].abs(), k, sorted=False).indices]
+        found = torch.topk(piece, min(k, len(piece)), sorted=False)
+        best.add(found.values, found.indices + start)
+        del piece, found  # before the next ones are made
+    return best.places()
 
 
 def above(x: Tensor, k: int, source: torch.Generator) -> Tensor:
     """The same, of those elements alone that are above a threshold. It is estimated on a sample, and low enough that
-    more than k are above it; where they are fewer, it is lowered."""
+    more than k are above it; where they are fewer, it is lowered.
+
+    They are counted piece by piece and the counts read at once, so that a GPU is waited for once, not at every piece.
+    """
     number = min(x.numel(), max(1024, round(SAMPLED * x.numel())))
     sample = x[torch.randint(x.numel(), (number,), generator=source).to(x.device)].abs()
     share = min(1.0, SPARE * k / x.numel())
-    least = float(torch.topk(sample, math.ceil(number * share)).values.min())
+    least = torch.topk(sample, math.ceil(number * share)).values.min()
+    starts = range(0, x.numel(), PIECE)
     while True:
-        pieces = range(0, x.numel(), PIECE)
-        places = torch.cat([torch.nonzero(~(x[i : i + PIECE].abs() < least)).view(-1) + i for i in pieces])  # and NaN
-        if len(places) >= k:
-            return places[torch.topk(x[places].abs(), k, sorted=False).indices]
-        least = least / 2 if least > 1e-30 else 0.0
+        counts = torch.stack([_above(x, start, least)[1].sum() for start in starts]).tolist()
+        if sum(counts) >= k:
+            break
+        least = torch.where((least > 1e-30) & least.isfinite(), least / 2, 0.0)  # half of inf would be found for ever
+    best = Best(x, k, sum(counts))
+    for start, count in zip(starts, counts, strict=True):
+        magnitudes, mask = _above(x, start, least)
+        places = torch.nonzero_static(mask, size=count).view(-1)
+        best.add(magnitudes[places], places + start)
+        del magnitudes, mask, places
+    return best.places()
+
+
+def _above(x: Tensor, start: int, least: Tensor) -> tuple[Tensor, Tensor]:
+    """The magnitudes of a piece, and which are not below `least`: NaN is not, and is to be noticed."""
+    magnitudes = x[start : start + PIECE].abs()
+    return magnitudes, (magnitudes < least).logical_not_()
 
 
 class RandomK:

@@ -27,6 +27,7 @@ from llmsys.compress.simulate.clusters import INNER_LATENCY_US, NETWORKS, Cluste
 from llmsys.cost import hardware
 from llmsys.cost.hardware import Device
 from llmsys.cost.links import Line
+from llmsys.files import write_atomic
 
 if TYPE_CHECKING:
     from llmsys.context import Context
@@ -74,7 +75,7 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
         summary |= {f"average/{key}": value for key, value in averages.items()}
         context.beat()
         summary |= _sensitivity(task, device)
-    (context.out / "simulate.md").write_text(tables.markdown(summary, notes(config)), encoding="utf-8")
+    write_atomic(context.out / "simulate.md", tables.markdown(summary, notes(config)))
     return {"summary": summary, "samples": samples, "files": {"tables": "simulate.md"}}
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
+from llmsys.files import write_atomic
 from llmsys.lorafa.ledger import closed, predict, shapes, tables
 from llmsys.lorafa.ledger.columns import Column, columns
 
@@ -55,7 +56,7 @@ def ledger(config: schema.Config, context: Context) -> dict[str, Any]:
     summary |= _whole(config, task, predictable, notes)
     summary |= _freezing(config, task, predictable)
     text = tables.markdown(summary, model.name, notes)
-    (context.out / "ledger.md").write_text(text, encoding="utf-8")
+    write_atomic(context.out / "ledger.md", text)
     return {"summary": summary, "files": {"tables": "ledger.md"}}
 
 

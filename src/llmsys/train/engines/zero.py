@@ -56,6 +56,11 @@ class DeepSpeed(Local):
         deepspeed = _import(self.device)
         self.model, self.trained = model, [p for p in model.parameters() if p.requires_grad]
         optimizer = self._cpu_adam(make(model)) if self.settings.optimizer == "cpu_adam" else make(model)
+        if self.device.type == "cpu":
+            logging.getLogger("llmsys").info(
+                "DeepSpeed: on its first use it compiles deepspeed_shm_comm, minutes on a busy machine, or waits for "
+                "whoever does; if nobody does, one was killed: remove `lock` there, below ~/.cache/torch_extensions"
+            )
         self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._settings())
         self.optimizer = self._zero.optimizer if self.settings.zero else optimizer
         if self.settings.zero == 3:
