@@ -38,10 +38,11 @@ SLACK = 0.03
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """`device`: `cuda` or `cpu`, by whose rules memory and kernels go. `mem_gib` of each of `devices`; on a CPU of the
-    host, which they share. `lines`: a collective's, by kind, with `all` for those that are not named. `copy_bytes_per_s`
-    between device and host; `host_bytes_per_s`: the host's in AdamW. `overlaps`: whether devices talk while they
-    compute. `peak`: FLOP/s by precision, for shares of it. `data_s`: what a step takes to bring its batch. `notes`: how
-    these were come by. `scales`: of whole steps against the sum of their operators, `(work, start)` by pass.
+    host, which they share. `lines`: a collective's, by kind, with `all` for those that are not named.
+    `copy_bytes_per_s` between device and host; `host_bytes_per_s`: the host's in AdamW. `overlaps`: whether devices
+    talk while they compute. `peak`: FLOP/s by precision, for shares of it. `data_s`: what a step takes to bring its
+    batch. `notes`: how these were come by. `scales`: of whole steps against the sum of their operators, `(work, start)`
+    by pass.
     """
 
     title: str
@@ -86,8 +87,10 @@ def of(config: schema.Config) -> Machine:
         )
     device.peak(config.train.precision)  # a precision that it has not is said here
     kind, line = _line(config, device)
-    notes = [f"speeds: {device.title} by its datasheet ({device.source}), of which large products reach "
-             f"{100 * device.sustained:.0f} %; the rest are round assumptions (llmsys.bench.predict.speeds)"]  # fmt: skip
+    notes = [
+        f"speeds: {device.title} by its datasheet ({device.source}), of which large products reach "
+        f"{100 * device.sustained:.0f} %; the rest are round assumptions (llmsys.bench.predict.speeds)"
+    ]
     if config.train.world > 1:
         notes.append(f"links: {kind}")
     if config.hardware.host_gib is None:

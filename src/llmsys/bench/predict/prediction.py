@@ -29,11 +29,11 @@ BINDS = ("memory", "compute", "bandwidth", "network", "host")
 class Prediction:
     """Of one config on one machine.
 
-    `phases`: memory of a rank, and `peak_bytes` its most on the device; `host_bytes` of all ranks of a machine together,
-    and `host_capacity_bytes` None where it is not known. `step_ms` is the sum of `by_phase_ms`: data, forward, backward,
-    comm (what shows of it), optimizer, offload. `tokens_per_s` of all devices; 0 of images. `binds`: what takes the most
-    of a step, `host` with what its AdamW, its copies and its starting of operators take; or `memory`, where it does not
-    fit. `note`: how all this was come by.
+    `phases`: memory of a rank, and `peak_bytes` its most on the device; `host_bytes` of all ranks of a machine
+    together, and `host_capacity_bytes` None where it is not known. `step_ms` is the sum of `by_phase_ms`: data,
+    forward, backward, comm (what shows of it), optimizer, offload. `tokens_per_s` of all devices; 0 of images. `binds`:
+    what takes the most of a step (`spent_ms`: `host` is its AdamW, its copies and its starting of operators); or
+    `memory`, where it does not fit. `note`: how all this was come by.
     """
 
     phases: tuple[Phase, ...]
