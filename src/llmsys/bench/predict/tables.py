@@ -49,9 +49,8 @@ def answer(config: schema.Config, machine: Machine, found: Prediction) -> str:
         memory += f"; {_gib(found.host_bytes)} GiB{room} of host memory"
         memory += " (not known how much there is)" * (found.host_capacity_bytes is None)
     speed = f"A step takes {_ms(found.step_ms)} ms"
-    speed += (
-        f": {found.tokens_per_s:,.0f} tokens/s" if tokens_each(config) else f": {found.samples_per_s:,.1f} images/s"
-    )
+    rate = f"{found.tokens_per_s:,.0f} tokens/s" if tokens_each(config) else f"{found.samples_per_s:,.1f} images/s"
+    speed += f": {rate}"
     speed += f", {100 * found.mfu:.1f} % MFU"
     if found.usd_per_million_tokens is not None:
         speed += f", {found.usd_per_million_tokens:.3g} USD per million tokens"
@@ -66,7 +65,8 @@ def _shares(found: Prediction) -> str:
 
 
 def _memory(found: Prediction) -> str:
-    kinds = [kind for kind in KINDS if any(phase.device.get(kind) for phase in found.phases)]
+    most = found.peak_bytes / 1e4  # less does not show
+    kinds = [kind for kind in KINDS if any(phase.device.get(kind, 0) > most for phase in found.phases)]
     rows = [["phase", *kinds, "device", "host"]]
     for phase in found.phases:
         sizes = [phase.device.get(kind, 0) for kind in kinds]

@@ -2,8 +2,8 @@
 
 The summary's keys: `predicted_peak_gib`, `predicted_step_ms`, `predicted_tokens_per_s`, `predicted_samples_per_s`,
 `predicted_mfu`, `predicted_host_gib` (all ranks of a machine), `fits` (0 or 1), `capacity_gib`, of memory
-`<phase>/device_gib` and `<phase>/<kind>_gib`, of time `<phase>_ms`, and `spent/<on what>_ms`. `notes` say what binds and
-how the numbers were made.
+`<phase>/device_gib` and `<phase>/<kind>_gib`, of time `<phase>_ms`, and `spent/<on what>_ms`. `notes` say what binds
+and how the numbers were made.
 """
 
 from __future__ import annotations
