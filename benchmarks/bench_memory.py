@@ -57,10 +57,10 @@ def predicted(config: dict[str, Any], device: str) -> Row:
     return {"peak": peak, "accounted": accounted, "static": static, "seconds": time.perf_counter() - start}
 
 
-def attempt(what: Callable[[], Row]) -> Row:
-    """What `what` returns, or its `error`: a cell that cannot be measured must not end the others."""
+def attempt(what: Callable[..., Row], *arguments: Any) -> Row:
+    """What `what` returns of `arguments`, or its `error`: a cell that cannot be measured must not end the others."""
     try:
-        return what()
+        return what(*arguments)
     except Exception as error:  # noqa: BLE001
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     finally:
@@ -183,12 +183,12 @@ def main(words: Sequence[str]) -> Record:
         config, _ = job.resolved(composed)
         alone = config["train"]["world"] == 1
         row: Row = {"name": name, "predicted": predicted(config, asked.device)}
-        measured = attempt(lambda: live_steps.measured(Place(), config) if alone else two(config))
+        measured = attempt(live_steps.measured, Place(), config) if alone else attempt(two, config)
         if "held" in measured:
             measured |= {"static": measured["held"], "accounted": measured["held"] + measured["saved"]}
         row["measured"] = measured
         if alone and not asked.no_peer:
-            row["peer"] = attempt(lambda: mem_tracker.tracked(config))
+            row["peer"] = attempt(mem_tracker.tracked, config)
         rows.append(row)
         said = measured.get("error") or f"{100 * (row['predicted']['peak'] / measured['peak'] - 1):+.2f} %"
         print(f"{name}: {said} {row.get('peer', {}).get('error', '')}", file=sys.stderr, flush=True)

@@ -77,10 +77,8 @@ def one_rank() -> list[Cell]:
 def two_ranks() -> list[Cell]:
     """Every engine, plain, with recomputation, and with two micro-batches a step."""
     found: list[Cell] = []
-    for (name, engine), (letters, how) in itertools.product(
-        ENGINES.items(),
-        {"F": [], "F+R": ["train.recompute=block"], "accumulation 2": ["train.global_batch=16"]}.items(),
-    ):
+    ways = {"F": [], "F+R": ["train.recompute=block"], "accumulation 2": ["train.global_batch=16"]}
+    for (name, engine), (letters, how) in itertools.product(ENGINES.items(), ways.items()):
         batch = ["train.micro_batch=4", "train.global_batch=8"]
         if name == "TP2":  # whose ranks see the same examples
             batch, how = ["train.micro_batch=4", "train.global_batch=4"], [w.replace("=16", "=8") for w in how]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llmsys.cost.hardware import Device
 from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
@@ -38,13 +38,11 @@ skips half and the whole is counted; memory in streaming operators and in those 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
     """`curves`: `<kind>/<precision>` of `ARITHMETIC`, and `<kind>` of those that are paid by bytes. `start_s`: by pass,
-    of an operator. `behind`: the device works behind the host. `scale`: by pass, what whole steps take of the sum of
-    their operators."""
+    of an operator. `behind`: the device works behind the host."""
 
     curves: Mapping[str, Curve]
     start_s: Mapping[str, float]
     behind: bool
-    scale: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, kind: str, size: float, width: int = 4) -> float:
         """FLOP/s or bytes/s. A kind that was not measured is as fast as the one that it is most like."""

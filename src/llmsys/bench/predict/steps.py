@@ -16,6 +16,7 @@ What hides behind what, on devices that talk while they compute (`Machine.overla
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,6 +70,12 @@ def step(case: Case, known: Facts, tape: Tape, held: Holding, machine: Machine) 
         "host": host_s + offload + sum(times * each.idle for times, each in both) + machine.data_s,
     }
     return Step(phases, spent)
+
+
+def alone(case: Case, tape: Tape, machine: Machine) -> dict[str, Passed]:
+    """A micro-batch's passes and the device's update, as their operators add up: no factor of whole steps in them."""
+    bare = dataclasses.replace(machine, scales={})
+    return {**_passes(case, tape, bare), "optimizer": _update(case, engines.hold(case), bare)[0]}
 
 
 def _passes(case: Case, tape: Tape, machine: Machine) -> dict[str, Passed]:
