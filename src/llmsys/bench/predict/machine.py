@@ -87,9 +87,10 @@ def of(config: schema.Config) -> Machine:
         )
     device.peak(config.train.precision)  # a precision that it has not is said here
     kind, line = _line(config, device)
+    whose = "as given" if config.hardware.name == "auto" else f"by its datasheet ({device.source})"
     notes = [
-        f"speeds: {device.title} by its datasheet ({device.source}), of which large products reach "
-        f"{100 * device.sustained:.0f} %; the rest are round assumptions (llmsys.bench.predict.speeds)"
+        f"speeds: {device.title}, {whose}, of which large products reach {100 * device.sustained:.0f} %; the rest are "
+        "round assumptions (llmsys.bench.predict.speeds)"
     ]
     if config.train.world > 1:
         notes.append(f"links: {kind}")
@@ -153,7 +154,8 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
     device = given["hardware"]["device"]
     measured = {key: value for key, value in summary.items() if "/" in key}
     curves, starts = _curves(measured), {key.partition("/")[2]: v for key, v in measured.items() if key[:6] == "start/"}
-    notes = [f"speeds: measured on {record['env'].get('device', device)}, run {record['run_id']}"]
+    title = str(record["env"].get("device_name") or device)
+    notes = [f"speeds: measured on {_ranks(record)} of {title}, run {record['run_id']}"]
     lines = {
         key.split("/")[1]: Line(value, measured[f"beta_s/{key.split('/')[1]}"])
         for key, value in measured.items()
@@ -174,7 +176,7 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
     }
     peak = {key.split("/")[1]: value * 1e12 for key, value in measured.items() if key.startswith("peak_tflops/")}
     return Machine(
-        title=str(record["env"].get("device", device)),
+        title=title,
         device=device,
         mem_gib=config.hardware.mem_gib or summary["mem_gib"],
         host_gib=config.hardware.host_gib or summary["host_gib"],
@@ -190,6 +192,12 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
         scales=scales,
         notes=tuple(notes),
     )
+
+
+def _ranks(record: Mapping[str, Any]) -> str:
+    world, threads = int(record["world"]), record["config"].get("train", {}).get("threads")
+    each = f" of {threads} threads" if record["config"]["hardware"]["device"] == "cpu" and threads else ""
+    return f"{world} rank{'s' * (world > 1)}{each}"
 
 
 def _curves(measured: Mapping[str, float]) -> dict[str, Curve]:
