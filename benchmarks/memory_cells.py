@@ -28,7 +28,7 @@ METHODS = {
 FAMILIES = {
     "gpt2": ["model=gpt2_tiny"],
     "bert": ["model=bert_tiny", "data=code_packages", "data.max_train=16", "data.max_val=4"],
-    "t5": ["model=t5_tiny", "data=synthetic_pairs", "train.target_length=40"],
+    "t5": ["model=t5_tiny", "data=code_docstrings", "data.max_train=16", "data.max_val=4"],
     "resnet": ["model=resnet_tiny", "data=digits", "data.max_train=16", "data.max_val=4"],
 }
 ENGINES = {
