@@ -97,8 +97,10 @@ class Walk:
             if self.model.quant != "none":  # made wide for the product, and again for its derivative
                 packed = self.widened(n_in * n_out)
                 tape.streams(packed, packed, launches=(2, 2 * x.grad), kind="dequant")
-            rows, width = x.numel // n_in, 0 if ours else self.width
+            rows, width, before = x.numel // n_in, 0 if ours else self.width, len(tape.ops[tape.part])
             y = tape.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, self.trained_layers)
+            if fp8:
+                self._eighths(before, x.numel, n_in * n_out, y.numel)
         if layer.name not in self.owners:
             return y
         assert adapter is not None
@@ -112,6 +114,14 @@ class Walk:
         tape.passes(3 * y.nbytes, 2 * grown.nbytes * (grown.width > y.width))
         tape.passes(tape.coming(y.nbytes), own.nbytes * x.grad, x.nbytes * x.grad)
         return tape.new(y.numel, y.width, True)
+
+    def _eighths(self, before: int, n_x: int, n_w: int, n_y: int) -> None:
+        """The part's products from `before` on in 8-bit floats, with what makes their operands narrow: the largest
+        element is looked for, then all are cast."""
+        own = self.tape.ops[self.tape.part]
+        own[before:] = [op._replace(width=1) if op.kind == "product" else op for op in own[before:]]
+        each = 2 * self.case.product_width + 1.0
+        self.tape.streams(each * (n_x + n_w), each * (n_y + n_x + n_w), launches=(4, 6))
 
     def head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
         """Logits of a language model. Under tensor parallelism each rank multiplies its share of the vocabulary, unless

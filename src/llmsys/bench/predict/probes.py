@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from llmsys import schema
 from llmsys.bench.ops import transfers
 from llmsys.bench.ops.clock import Clock
-from llmsys.bench.predict.speeds import PRECISIONS
 from llmsys.cost import links
 from llmsys.models.build import DTYPES
 
@@ -176,6 +175,3 @@ class Probes:
             line = links.fit([size for size, _ in points], [s for _, s in points], kind=kind, world=world)
             yield f"alpha_s/{kind}", line.alpha_s
             yield f"beta_s/{kind}", line.beta_s
-
-
-assert set(PRECISIONS.values()) <= set(DTYPES)

@@ -18,7 +18,7 @@ from llmsys.cost.hardware import Device
 from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
 
 ARITHMETIC = ("product", "batched", "attention", "attention_backward")
-PRECISIONS = {2: "bf16", 4: "fp32"}
+PRECISIONS = {1: "fp8", 2: "bf16", 4: "fp32"}
 """By bytes an element."""
 Curve = tuple[tuple[float, float], ...]
 SIZES = tuple(10.0**exponent for exponent in range(4, 15))
@@ -46,12 +46,12 @@ class Speeds:
 
     def rate(self, kind: str, size: float, width: int = 4) -> float:
         """FLOP/s or bytes/s. A kind that was not measured is as fast as the one that it is most like."""
-        key = f"{kind}/{PRECISIONS[width]}" if kind in ARITHMETIC else kind
-        for known in (key, *LIKE.get(kind, ())):
-            curve = self.curves.get(f"{known}/{PRECISIONS[width]}" if known in ARITHMETIC else known)
-            if curve:
-                return at(curve, size)
-        raise KeyError(f"no speed is known for {key}")
+        for each in (width, 2) if width == 1 else (width,):  # without 8-bit floats it is a product in bf16
+            for known in (kind, *LIKE.get(kind, ())):
+                curve = self.curves.get(f"{known}/{PRECISIONS[each]}" if known in ARITHMETIC else known)
+                if curve:
+                    return at(curve, size)
+        raise KeyError(f"no speed is known for {kind} of {width} bytes an element")
 
     def seconds(self, op: Op) -> float:
         """Of all of its launches, without what it takes to start them."""
@@ -122,10 +122,12 @@ def at(curve: Curve, size: float) -> float:
     return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
 
 
-def listed(device: Device) -> Speeds:
-    """Of a GPU by its datasheet, and the assumptions of this file."""
+def listed(device: Device, *, fp8: bool = False) -> Speeds:
+    """Of a GPU by its datasheet, and the assumptions of this file. `fp8`: it multiplies 8-bit floats, as fast as 8-bit
+    integers."""
     curves: dict[str, Curve] = {}
-    for precision, peak in ((name, device.tflops.get(name)) for name in PRECISIONS.values()):
+    peaks = {**device.tflops, **({"fp8": device.tflops["int8"]} if fp8 else {})}
+    for precision, peak in ((name, peaks.get(name)) for name in PRECISIONS.values()):
         if peak is None:
             continue
         shares = {"product": 1.0, "batched": BATCHED, "attention": FUSED, "attention_backward": FUSED_BACKWARD}

@@ -94,8 +94,6 @@ def made(config: schema.Config, machine: Machine) -> list[str]:
         found.append("what can be used: the device's memory less 0.6 GiB for its context and 3 % that blocks leave")
     found.append("time: operators by size, collectives, copies and the update (llmsys.bench.predict.steps)")
     found += machine.notes
-    if config.train.fp8:
-        found.append("train.fp8: products are predicted in bf16, so a step is faster than this")
     if not machine.calibrated:
         found.append("not calibrated: on the machine itself, +exp=bench_calibrate and task.speeds=<its folder>")
     return found
