@@ -29,12 +29,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import live_steps
-import mem_tracker
 import memory_cells
 from llmsys import compose, job, schema
 from llmsys.bench.predict.machine import SLACK
-from llmsys.comm.place import Place
 from llmsys.cost import case, memory
 from llmsys.job import Record, code_hash
 from llmsys.profile import environment
@@ -169,6 +166,10 @@ def main(words: Sequence[str]) -> Record:
     parser.add_argument("--only", default="", help="cells whose name has this")
     parser.add_argument("--out", type=Path, default=RECORDS)
     asked = parser.parse_args(words)
+    import live_steps
+    import mem_tracker
+    from llmsys.comm.place import Place
+
     cells = memory_cells.small() if asked.small else memory_cells.one_rank()
     ranks = [] if asked.small or asked.no_ranks or asked.device == "cuda" else memory_cells.two_ranks()
     if asked.device == "cuda" and not asked.small:

@@ -79,7 +79,7 @@ def test_the_task_writes_what_was_predicted(tmp_path: Path) -> None:
         (),
         ("techniques=R",),
         ("techniques=F+R", "train.global_batch=16"),
-        ("techniques=F+LFA", "train.recompute=mlp", "model.dtype=fp32", "train.precision=fp32"),
+        ("method=lorafa", "train.recompute=mlp", "model.dtype=fp32", "train.precision=fp32"),
         ("techniques=QL",),
         ("techniques=F", "train.loss=chunked"),
         ("model=t5_base", "techniques=L", "data=code_docstrings"),
@@ -178,7 +178,8 @@ def test_a_card_by_its_numbers_and_a_model_by_its_config(tmp_path: Path) -> None
     assert by_file.peak_bytes == predicted(A800).peak_bytes, "the same model"
     assert by_file.fits
     assert 0 < by_file.mfu < 1
-    assert by_file.by_phase_ms["comm"] == pytest.approx(predicted(A800).by_phase_ms["comm"], rel=0.01), "160 of 200"
+    listed = predicted(A800).by_phase_ms["comm"]
+    assert listed < by_file.by_phase_ms["comm"] < 1.5 * listed, "160 of NVLink's 200 GB/s count, later messages more"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_passes_without_factors_are_what_factors_are_fitted_to() -> None:
 
 
 def test_auto_recomputation_is_chosen_for_the_machine_at_hand() -> None:
-    words = ("model=llama2_13b", "techniques=F+LFA", "engine=local", "train.micro_batch=8", "train.length=1024")
+    words = ("model=llama2_13b", "method=lorafa", "engine=local", "train.micro_batch=8", "train.length=1024")
     roomy, tight = (predicted(f"hardware={name}", *words, "train.recompute=auto") for name in ("h200", "a100_sxm_40gb"))
     plain = predicted("hardware=h200", *words, "train.recompute=none")
     assert roomy.peak_bytes == plain.peak_bytes, "all of it fits"

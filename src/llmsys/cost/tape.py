@@ -271,11 +271,11 @@ class Tape:
         x = self.operand(x)
         if trained:
             self.save(x)
-        self._matmul(x, weights, numel, flops, width, trained)
         if x.grad:
             self.touch()
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
+        self._matmul(x, weights, numel, flops, width, trained)
         self.count(flops, trained, x.grad)
         y = self._made(numel, x, trained)
         self.read[self.part] += weights * width * trained
@@ -302,11 +302,11 @@ class Tape:
     def convolution(self, x: Tensor, weights: int, numel: int, flops: float, width: int, trained: bool) -> Tensor:
         """As `product`, but it keeps both operands wherever it keeps one."""
         x = self.operand(x)
-        self._matmul(x, weights, numel, flops, width, trained)
         if trained or x.grad:
             self.save(x)
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
+        self._matmul(x, weights, numel, flops, width, trained)
         self.count(flops, trained, x.grad)
         y = self._made(numel, x, trained)
         self.read[self.part] += weights * width * trained

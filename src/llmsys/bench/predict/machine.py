@@ -23,7 +23,7 @@ GIB = 2**30
 LINK = {"nvlink": 0.8, "pcie": 0.65, "host": 0.35, "given": 1.0}
 """Round shares of a link's rate that collectives reach: NCCL's over NVLink, over PCIe, and over PCIe where cards cannot
 read each other, so that each byte goes through the host's memory. Rates that are given are taken as they are."""
-LATENCY_S = {"nvlink": 8e-6, "pcie": 15e-6, "host": 25e-6, "given": 15e-6}
+LATENCY_S = {"nvlink": 3e-6, "pcie": 6e-6, "host": 12e-6, "given": 6e-6}
 COPY = 0.8
 """Share of PCIe's rate that copies from and to pinned memory reach."""
 HOST_BYTES_PER_S = 1.2e11

@@ -94,6 +94,8 @@ def made(config: schema.Config, machine: Machine) -> list[str]:
         found.append("what can be used: the device's memory less 0.6 GiB for its context and 3 % that blocks leave")
     found.append("time: operators by size, collectives, copies and the update (llmsys.bench.predict.steps)")
     found += machine.notes
+    if config.compress.kind != "none":
+        found.append(f"compress={config.compress.kind}: what is sent counts, what compressing it takes does not")
     if not machine.calibrated:
         found.append("not calibrated: on the machine itself, +exp=bench_calibrate and task.speeds=<its folder>")
     return found
