@@ -1,8 +1,8 @@
 """One rank's real training steps under a counter of live bytes: the most that is alive in each span of a step.
 
 The model is built, prepared, wrapped and trained by the shared trainer, with every storage counted from the first
-(`llmsys.profile.live`), so weights, gradients and the optimizer's state are in it. The second step is looked at: the
-first one makes AdamW's state, and ZeRO-3 learns in it in which order weights are used.
+(`llmsys.profile.live`; on a GPU by torch's allocator), so weights, gradients and the optimizer's state are in it. The
+second step is looked at: the first one makes AdamW's state, and ZeRO-3 learns in it in which order weights are used.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from llmsys import data, job, models, schema, wiring
 from llmsys.comm.group import group
 from llmsys.comm.place import Place
 from llmsys.context import Context
+from llmsys.profile import memory
 from llmsys.profile.live import Live
 from llmsys.profile.spans import Spans
 from llmsys.schema import recompute
@@ -33,10 +34,36 @@ from llmsys.train.task import load_tokenizer
 STEPS = 2
 
 
+class Allocator(contextlib.AbstractContextManager["Allocator"]):
+    """What `Live` says of a GPU: the bytes that torch's allocator has given out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> Allocator:
+        torch.cuda.empty_cache()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.empty_cache()
+
+    @property
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def mark(self) -> int:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return self.now
+
+
 class Marks(Spans):
     """Spans that note the most bytes alive within each, of the last step."""
 
-    def __init__(self, device: torch.device, live: Live) -> None:
+    def __init__(self, device: torch.device, live: Live | Allocator) -> None:
         super().__init__(device)
         self.live = live
         self.peaks: dict[str, int] = {}
@@ -55,8 +82,11 @@ class Marks(Spans):
 
 
 def measured(place: Place, config: dict[str, Any]) -> dict[str, Any]:
-    """`peaks` by span of the step, `peak` of all, `between`: bytes alive between two steps. `config` is a plain one."""
-    typed, device = schema.build(config), torch.device("cpu")
+    """`peaks` by span of the step, `peak` of all, `between`: bytes alive between two steps; `held`: the bytes of what
+    the engine says it holds, and `saved`: those that autograd keeps of a micro-batch. `config` is a plain one, resolved
+    to a device (`auto` is the CPU)."""
+    typed = schema.build(config)
+    device = torch.device("cuda" if typed.hardware.device == "cuda" else "cpu")
     alone = contextlib.nullcontext() if typed.engine.kind == "local" else group(place, device)
     linear = torch.nn.functional.linear
     try:
@@ -64,9 +94,9 @@ def measured(place: Place, config: dict[str, Any]) -> dict[str, Any]:
             tempfile.TemporaryDirectory() as folder,
             alone,
             reproducible(typed.train.seed, typed.train.threads, typed.train.deterministic),
-            Live() as live,
+            Live() if device.type == "cpu" else Allocator(device) as live,
         ):
-            loop = _loop(typed, place, device, Path(folder))
+            loop = made(typed, place, device, Path(folder))
             marks = loop.spans = Marks(device, live)
             loop.wrapped.train()
             before = 0
@@ -75,12 +105,19 @@ def measured(place: Place, config: dict[str, Any]) -> dict[str, Any]:
                 with marks.step():
                     loop.step(step)
             peaks = {name: peak for name, peak in marks.peaks.items() if name != "step"}
+            batch = {key: value.to(device) for key, value in loop.micro_batches(0)[0].items()}
+            saved = memory.saved_tensors(loop.model, lambda: loop.forward(batch, 1))
+            loop.engine.settle()
+            kept = loop.context.grad_sync.held()
+            held = memory.accounted({**loop.engine.held(), **({"compress": kept} if kept else {})}, 0)
     finally:
         torch.nn.functional.linear = linear  # which ZeRO-3 replaces for good
-    return {"peaks": peaks, "peak": max(peaks.values()), "between": before}
+    static = int(held["accounted_bytes"])
+    return {"peaks": peaks, "peak": max(peaks.values()), "between": before, "held": static, "saved": saved}
 
 
-def _loop(config: schema.Config, place: Place, device: torch.device, out: Path) -> Loop:
+def made(config: schema.Config, place: Place, device: torch.device, out: Path) -> Loop:
+    """The trainer's loop of a config, as `train.task` makes it."""
     source = data.open(config.data, config.model.objective)
     tokenizer = load_tokenizer(config.model, None)
     dataset = data.encode(source, tokenizer, config.train, config.model)

@@ -18,6 +18,7 @@ TASKS = {
     "bench_modules": "llmsys.bench.modules.task:modules",
     "bench_ops": "llmsys.bench.ops.task:ops",
     "bench_predict": "llmsys.bench.predict.task:predict",
+    "bench_calibrate": "llmsys.bench.predict.calibrate:calibrate",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 LIGHT = ("bench_predict",)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from llmsys import schema
 from llmsys.cost.case import Case
 from llmsys.cost.tape import Tape, Tensor
+from llmsys.cost.work import BACKWARD, FORWARD, Op
 
 
 class Attention:
@@ -50,7 +51,12 @@ class Attention:
             if bias is not None:
                 tape.save(bias)
             tape.passes(2 * out.nbytes, q.nbytes, k.nbytes, v.nbytes)
-        product = self.flops(q)
+        product, nbytes = self.flops(q), q.nbytes + k.nbytes + v.nbytes + out.nbytes
+        tape.uses(q, k, v)
+        own = tape.ops[tape.part]
+        own.append(Op(FORWARD, "attention", 2 * product, nbytes, 1, 1, q.width))
+        if grad:
+            own.append(Op(BACKWARD, "attention_backward", 5 * product, 2 * nbytes, 1, 1, q.width))
         tape.work(2 * product, 5 * product * grad)  # dq, dk, dv, dP and the scores once more
         return out
 
@@ -60,9 +66,13 @@ class Attention:
         llama = self.model.family == "llama"
         with tape.within("@scores"):
             scores = self.scores(q, self.repeat(k))
+        tape.streams(2 * scores.nbytes, 2 * scores.nbytes, launches=(1, int(scores.grad)))  # scaled
+        if mask is not None or bias is not None:
+            tape.streams(3 * scores.nbytes, 0, launches=(1, 0))
         # llama's softmax is told fp32; the others' run in their input's width, to which an fp32 mask or bias may add
         wide = llama or (tape.autocast and (tape.cuda or any(x is not None and x.width == 4 for x in (mask, bias))))
         p = tape.new(scores.numel, 4 if wide else scores.width, scores.grad or (bias is not None and bias.grad))
+        self._softmax(p)
         if p.grad:
             tape.save(p)
             tape.passes(2 * p.nbytes)
@@ -77,12 +87,16 @@ class Attention:
         tape, width = self.tape, q.width
         q, k, v = (tape.cast(x, 4) for x in (q, self.repeat(k), self.repeat(v)))
         scores = self.scores(q, k, cast=False)
-        p = tape.like(scores)
+        p = tape.new(scores.numel, 4, scores.grad)
+        self._softmax(p)
         if p.grad:
             tape.save(p)
             tape.passes(2 * p.nbytes)
         out = self.mix(tape.dropout(p, self.model.dropout), v, cast=False)
         return tape.cast(out, width)
+
+    def _softmax(self, p: Tensor) -> None:
+        self.tape.streams(2 * p.nbytes, 3 * p.nbytes, launches=(1, int(p.grad)), kind="exp")
 
     def scores(self, q: Tensor, k: Tensor, *, cast: bool = True) -> Tensor:
         """q k^T, [B, H, queries, keys]."""
@@ -103,6 +117,9 @@ class Attention:
         if x.grad:
             tape.save(y)
         tape.count(flops, x.grad, y.grad)
+        tape.uses(x, y)
+        nbytes = (x.numel + y.numel + numel) * x.width
+        tape.multiplies("batched", flops, nbytes, x.width, x.grad, y.grad, matrices=self.batch * self.heads)
         return tape.new(numel, x.width, x.grad or y.grad)
 
     def flops(self, q: Tensor) -> float:
@@ -113,4 +130,5 @@ class Attention:
         """Grouped heads, each copied for the query heads that share it; as they are when there are as many."""
         if self.groups == 1:
             return x
+        self.tape.streams((1 + self.groups) * x.nbytes, (1 + self.groups) * x.nbytes, launches=(1, int(x.grad)))
         return self.tape.new(x.numel * self.groups, x.width, x.grad)

@@ -6,18 +6,21 @@ from collections.abc import Iterator
 
 from llmsys.cost.pieces import Core, Piece
 from llmsys.cost.tape import Tape, Tensor
+from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
 
 
 def run(tape: Tape, piece: Piece, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Plays `piece` as one node of autograd's graph."""
     outputs, extras = piece.play(*inputs)
     wanted = any(x.grad for x in inputs)
+    tape.uses(*inputs)
     _work(tape, piece, wanted)
     if not wanted and not piece.trained:
         return outputs
     kept = [*(inputs if piece.reads_inputs(wanted) else ()), *extras]
     if kept:
         tape.save(*kept)
+    tape.read[tape.part] += piece.read
     tape.passes(tape.coming(sum(x.nbytes for x in outputs)), piece.passing(wanted))
     return tuple(x._replace(grad=True) for x in outputs)
 
@@ -25,6 +28,8 @@ def run(tape: Tape, piece: Piece, *inputs: Tensor) -> tuple[Tensor, ...]:
 def _work(tape: Tape, piece: Piece, wanted: bool) -> None:
     """Notes the FLOPs of `piece`, those of attention in a chain apart from the rest."""
     derived = wanted or piece.trained
+    for passed in (FORWARD, *((BACKWARD, AGAIN) if derived else ())):
+        tape.ops[tape.part] += _again(piece, wanted) if passed == AGAIN else piece.ops(passed, wanted)
     forward, backward, again = piece.forward(), 0.0, 0.0
     if derived:
         backward, again = piece.backward(wanted), piece.recomputed(wanted)
@@ -34,6 +39,13 @@ def _work(tape: Tape, piece: Piece, wanted: bool) -> None:
         forward -= core.forward()
         backward, again = backward - core.backward(needed), again - core.recomputed(needed)
     tape.work(forward, backward, again)
+
+
+def _again(piece: Piece, wanted: bool) -> list[Op]:
+    """What `recomputed` counts, as operators."""
+    if isinstance(piece, Core):
+        return piece.ops(AGAIN, wanted)
+    return piece.recomputed_ops(wanted) if isinstance(piece, (Chain, _Around, Beside)) else []
 
 
 def _cores(piece: Piece, wanted: bool) -> Iterator[tuple[Core, bool]]:
@@ -58,6 +70,7 @@ class Chain:
     def __init__(self, *pieces: Piece) -> None:
         self.pieces = pieces
         self.trained = any(piece.trained for piece in pieces)
+        self.read = sum(piece.read for piece in pieces)
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         extras: list[Tensor] = []
@@ -94,6 +107,14 @@ class Chain:
         own = sum(piece.recomputed(self._wanted(i, wanted)) for i, piece in enumerate(self.pieces))
         return sum(piece.again() for piece in self.pieces[:last] if not isinstance(piece, Core)) + own
 
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        return [op for i, each in enumerate(self.pieces) for op in each.ops(passed, self._wanted(i, wanted))]
+
+    def recomputed_ops(self, wanted: bool) -> list[Op]:
+        last = max(self._readers(wanted), default=0)
+        again = [op for each in self.pieces[:last] if not isinstance(each, Core) for op in each.ops(AGAIN, wanted)]
+        return again + [op for i, each in enumerate(self.pieces) for op in _again(each, self._wanted(i, wanted))]
+
     def passing(self, wanted: bool) -> int:
         """The worst moment: what was computed again and is still to be read, the gradient that comes in, and what the
         piece in hand makes of it."""
@@ -112,6 +133,7 @@ class _Around:
     def __init__(self, tape: Tape, piece: Piece) -> None:
         self.tape, self.piece = tape, piece
         self.trained = piece.trained
+        self.read = piece.read
         self.nbytes = 0  # of the input, once it was played
 
     def reads_inputs(self, wanted: bool) -> bool:
@@ -128,6 +150,13 @@ class _Around:
 
     def backward(self, wanted: bool) -> float:
         return self.piece.backward(wanted)
+
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        """With the sum, of values or of gradients."""
+        return [*self.piece.ops(passed, wanted), Op(passed, "stream", 0.0, 3.0 * self.nbytes)]
+
+    def recomputed_ops(self, wanted: bool) -> list[Op]:
+        return _again(self.piece, wanted)
 
     def passing(self, wanted: bool) -> int:
         """What the piece makes; at the end the gradient by it, and the sum with the one that came past."""
@@ -158,6 +187,7 @@ class Beside:
     def __init__(self, *pieces: Piece) -> None:
         self.pieces = pieces
         self.trained = any(piece.trained for piece in pieces)
+        self.read = sum(piece.read for piece in pieces)
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         played = [piece.play(x) for piece, x in zip(self.pieces, inputs, strict=True)]
@@ -183,3 +213,9 @@ class Beside:
         """What a piece makes, beside the gradients of the inputs before it."""
         before = [sum(x.nbytes for x in self.inputs[:i]) * wanted for i in range(len(self.pieces))]
         return max(had + piece.passing(wanted) for had, piece in zip(before, self.pieces, strict=True))
+
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        return [op for piece in self.pieces for op in piece.ops(passed, wanted)]
+
+    def recomputed_ops(self, wanted: bool) -> list[Op]:
+        return [op for piece in self.pieces for op in _again(piece, wanted)]

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from llmsys.cost import work
 from llmsys.cost.tape import Tensor
+from llmsys.cost.work import BACKWARD, FORWARD, Both, Op
 
 if TYPE_CHECKING:
     from llmsys.cost.walk import Walk
@@ -22,6 +24,11 @@ class Piece(Protocol):
     @property
     def trained(self) -> bool:
         """Whether it has parameters that are trained."""
+        ...
+
+    @property
+    def read(self) -> int:
+        """Bytes of these parameters."""
         ...
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -52,11 +59,16 @@ class Piece(Protocol):
         """The most bytes that the backward pass makes at once, the gradients that it returns among them."""
         ...
 
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        """The operators of a pass; `AGAIN`: of what `again` counts."""
+        ...
+
 
 class Free:
     """What pieces without parameters and products have in common."""
 
     trained = False
+    read = 0
 
     def reads_inputs(self, wanted: bool) -> bool:
         return wanted
@@ -73,6 +85,9 @@ class Free:
     def backward(self, wanted: bool) -> float:
         return 0.0
 
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        return []
+
 
 class Norm(Free):
     """RMSNorm or LayerNorm, its weights frozen: keeps x, and one or two fp32 numbers a row."""
@@ -85,14 +100,21 @@ class Norm(Free):
         rows = x.numel // self.walk.transformer.hidden_size
         if self.kind == "rms":
             self.nbytes = 3 * x.numel * 4
+            self.sizes = work.rms_norm(x.numel, x.width, False)
             return (tape.new(x.numel, max(x.width, self.walk.width), False),), [tape.new(rows, 4, True)]
         y = tape.new(x.numel, 4 if tape.autocast else x.width, False)
         width = 4 if tape.cuda else y.width
         self.nbytes = x.numel * (2 * y.width if tape.autocast else x.width)
+        self.sizes = Both(2 * x.nbytes + y.nbytes, 1, 3 * y.nbytes + 2 * x.nbytes, 1)
         return (y,), [tape.new(rows, width, True), tape.new(rows, width, True)]
 
     def passing(self, wanted: bool) -> int:
         return self.nbytes * wanted
+
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        if passed == BACKWARD:
+            return [Op(passed, "stream", 0.0, self.sizes.backward, self.sizes.backward_launches)] * wanted
+        return [Op(passed, "stream", 0.0, self.sizes.forward, self.sizes.forward_launches)]
 
 
 class Linears:
@@ -108,6 +130,9 @@ class Linears:
         self.r, self.train_a = method.r, method.train_a and bool(self.own)
         self.correction, self.dropout = method.correction != "none", method.dropout > 0
         self.trained = bool(self.own)
+        width = walk.case.adapter_width
+        self.read = sum(self.r * layer.n_out * width for layer in self.own)
+        self.read += self.train_a * len(self.shrinks) * self.r * self.layers[0].n_in * width
 
     def play(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         tape, (x,) = self.walk.tape, inputs
@@ -156,6 +181,26 @@ class Linears:
         masked = x * (2 * self.width + 1) * (self.dropout and bool(self.own))
         return wanted * x * self.width + masked
 
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        base = [(layer.n_in, layer.n_out) for layer in self.layers]
+        grow = [(self.r, layer.n_out) for layer in self.own]
+        shrink = [(self.layers[0].n_in, self.r)] * len(self.shrinks)
+        found = [self._dequant(passed)] * (self.walk.model.quant != "none" and (wanted or passed != BACKWARD))
+        if passed == BACKWARD:  # dx by W and by A, dz by B; dB, and dA
+            narrow = grow * (wanted or self.train_a)
+            products = (base + shrink) * wanted + narrow + grow + shrink * self.train_a
+        else:
+            products = base + grow + shrink * (passed == FORWARD)
+        return found + [self._product(passed, *sizes) for sizes in products]
+
+    def _product(self, passed: str, n_in: int, n_out: int) -> Op:
+        nbytes = float(self.width * (self.rows * (n_in + n_out) + n_in * n_out))
+        return Op(passed, "product", 2.0 * self.rows * n_in * n_out, nbytes, width=self.width)
+
+    def _dequant(self, passed: str) -> Op:
+        numels = [layer.n_in * layer.n_out for layer in self.layers]
+        return Op(passed, "dequant", 0.0, sum(map(self.walk.widened, numels)), 2 * len(numels))
+
 
 class Activation(Free):
     """f(g), or f(g) u: keeps g and u."""
@@ -170,6 +215,12 @@ class Activation(Free):
     def passing(self, wanted: bool) -> int:
         """dg; of a gated one also du, and f(g) beside them."""
         return wanted * self.inputs[0].numel * self.inputs[0].width * (1 if len(self.inputs) == 1 else 3)
+
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        n, gated = self.inputs[0].nbytes, len(self.inputs) > 1
+        if passed == BACKWARD:
+            return [Op(passed, "exp", 0.0, 3.0 * n + 10 * n * gated, 1 + 4 * gated)] * wanted
+        return [Op(passed, "exp", 0.0, 2.0 * n + 3 * n * gated, 1 + gated)]
 
 
 class ReLU(Free):
@@ -238,6 +289,12 @@ class Core(Free):
     def backward(self, wanted: bool) -> float:
         return wanted * self.played.backward
 
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        if passed != FORWARD and not wanted:
+            return []
+        own = BACKWARD if passed == BACKWARD else FORWARD
+        return [op._replace(passed=passed) for op in self.played.ops if op.passed == own]
+
     def passing(self, wanted: bool) -> int:
         return wanted * self.nbytes
 
@@ -272,3 +329,15 @@ class Scores(Free):
 
     def passing(self, wanted: bool) -> int:
         return wanted * self.nbytes
+
+    def ops(self, passed: str, wanted: bool) -> list[Op]:
+        if passed == BACKWARD and not wanted:
+            return []
+        number, streams = (5, 14.0) if passed == BACKWARD else (2, 5.0)
+        case, model = self.walk.case, self.walk.transformer
+        scores = self.product / (2 * model.head_width)
+        matrices = case.train.micro_batch * model.num_heads // case.cut
+        return [
+            Op(passed, "batched", number * self.product, 4.0 * number * scores, number, matrices),
+            Op(passed, "exp", 0.0, 4 * streams * scores, number),
+        ]

@@ -40,6 +40,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from llmsys.cost import work
+from llmsys.cost.work import BACKWARD, FORWARD, Both, Op
+
 
 class Tensor(NamedTuple):
     """What the accounting needs of a tensor; `width` is bytes an element."""
@@ -64,7 +67,8 @@ class Product(NamedTuple):
 
 
 class Aside(NamedTuple):
-    """What was played aside: its result, the storages that it saves, its FLOPs forward and backward, and by module."""
+    """What was played aside: its result, the storages that it saves, its FLOPs forward and backward, by module, and as
+    operators."""
 
     out: Tensor
     saved: dict[int, str]
@@ -72,6 +76,7 @@ class Aside(NamedTuple):
     forward: float
     backward: float
     products: list[Product]
+    ops: list[Op]
 
 
 class Tape:
@@ -80,7 +85,8 @@ class Tape:
     `part` is where the walk is, `origin` what it is there for, by which saved storages are told apart. `block` begins a
     part that can be recomputed, `elsewhere` one that cannot. `again` are the FLOPs of what pieces compute again by
     themselves. `products` are all FLOPs once more, in their order and by module (`within`); where no module is named,
-    by part. `last_save` is how many of them come before the part's last save. `own` are the bytes that a part saves and
+    by part. `last_save` is how many of them come before the part's last save. `ops` and `last_op` are the same of all
+    operators, which time is made of. `own` are the bytes that a part saves and
     no part before it, `passing` the most bytes at a moment of its backward pass: what of `own` was saved before that,
     gradients on their way, copies, what pieces compute again.
     `moments` are all of these, each with the bytes of trained weights that the part has read until there (`read`): the
@@ -101,6 +107,9 @@ class Tape:
         self.again: dict[str, float] = defaultdict(float)
         self.products: dict[str, list[Product]] = defaultdict(list)
         self.last_save: dict[str, int] = defaultdict(int)
+        self.ops: dict[str, list[Op]] = defaultdict(list)
+        self.last_op: dict[str, int] = defaultdict(int)
+        self._uses: set[int] = set()  # storages that an operator has read whose gradient is wanted
         self._module = ""
         self.past: dict[str, int] = defaultdict(int)  # by block, of the gradient past a residual's branches
         self.waiting: dict[str, int] = defaultdict(int)  # by block, of the gradients that all blocks add to
@@ -132,18 +141,19 @@ class Tape:
         """Plays something without noting any of it here: what it would have noted."""
         mine, seen = [notes.pop(self.part, None) for notes in self._notes], set(self._seen)
         out = play()
-        saved, passing, forward, backward, *_, products = (notes[self.part] for notes in self._notes)
+        saved, passing, forward, backward, *_, products, ops = (notes[self.part] for notes in self._notes)
         for notes, own in zip(self._notes, mine, strict=True):
             del notes[self.part]
             if own is not None:
                 notes[self.part] = own
         self._seen = seen
-        return Aside(out, saved, passing, forward, backward, products)
+        return Aside(out, saved, passing, forward, backward, products, ops)
 
     @property
     def _notes(self) -> tuple[Any, ...]:
         passes = self.saved, self.passing, self.forward, self.backward
-        return *passes, self.until_last_save, self.own, self.last_save, self.moments, self.read, self.products
+        rest = self.until_last_save, self.own, self.last_save, self.last_op, self.moments, self.read
+        return *passes, *rest, self.products, self.ops
 
     def bytes_of(self, storages: set[int]) -> int:
         return sum(self._bytes[storage] for storage in storages)
@@ -159,7 +169,13 @@ class Tape:
         return Tensor(numel, x.width, x.grad, x.storage)
 
     def like(self, x: Tensor, *others: Tensor) -> Tensor:
-        """An elementwise result: as wide as its widest operand."""
+        """A sum, or a copy: as wide as its widest operand."""
+        self.uses(x, *others)
+        y = self._like(x, *others)
+        self.streams(sum(t.width for t in (x, *others, y)) * x.numel, 0, launches=(1, 0))
+        return y
+
+    def _like(self, x: Tensor, *others: Tensor) -> Tensor:
         return self.new(x.numel, max(t.width for t in (x, *others)), any(t.grad for t in (x, *others)))
 
     def save(self, *tensors: Tensor, origin: str = "") -> None:
@@ -181,10 +197,41 @@ class Tape:
         """Notes that something is saved here: a checkpointed block is computed again only up to its last save."""
         self.until_last_save[self.part] = self.forward[self.part]
         self.last_save[self.part] = len(self.products[self.part])
+        self.last_op[self.part] = len(self.ops[self.part])
+
+    def uses(self, *tensors: Tensor) -> None:
+        """Notes that an operator reads `tensors`: a gradient that is not the first one of its tensor is added."""
+        for x in tensors:
+            if x.grad and x.storage in self._uses:
+                self.ops[self.part].append(Op(BACKWARD, "stream", 0.0, 3.0 * x.nbytes, width=x.width))
+            self._uses.add(x.storage)
+
+    def streams(
+        self, forward: float, backward: float, *, launches: tuple[int, int] = (1, 1), kind: str = "stream"
+    ) -> None:
+        """Notes bytes that the passes read and write."""
+        for passed, nbytes, number in ((FORWARD, forward, launches[0]), (BACKWARD, backward, launches[1])):
+            if number:
+                self.ops[self.part].append(Op(passed, kind, 0.0, nbytes, number))
+
+    def both(self, sizes: Both, grad: bool) -> None:
+        """`streams` of something whose gradient may be wanted."""
+        self.streams(sizes.forward, sizes.backward, launches=(sizes.forward_launches, sizes.backward_launches * grad))
+
+    def multiplies(self, kind: str, flops: float, nbytes: float, width: int, *grads: bool, matrices: int = 1) -> None:
+        """Notes a product and its derivatives."""
+        own = self.ops[self.part]
+        own.append(Op(FORWARD, kind, flops, nbytes, 1, matrices, width))
+        if number := sum(grads):
+            own.append(Op(BACKWARD, kind, flops * number, nbytes * number, number, matrices, width))
 
     def cast(self, x: Tensor, width: int) -> Tensor:
         """`x` at another width: a copy, or x itself where it has that width."""
-        return x if x.width == width else self.new(x.numel, width, x.grad)
+        if x.width == width:
+            return x
+        self.uses(x)
+        self.streams((x.width + width) * x.numel, (x.width + width) * x.numel, launches=(1, int(x.grad)))
+        return self.new(x.numel, width, x.grad)
 
     def operand(self, x: Tensor) -> Tensor:
         """`x` as a matrix product reads it: under autocast in bf16."""
@@ -213,6 +260,7 @@ class Tape:
         rows = x.numel // n_in
         if self.zero_3 and (trained or x.grad):
             self.save(x)
+            self._matmul(self.operand(x), n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, trained)
             self.count(2.0 * rows * n_in * n_out, trained, x.grad)
             self.read[self.part] += n_in * n_out * width * trained
             return self.new(rows * n_out, 2 if self.autocast else x.width, True)
@@ -227,10 +275,18 @@ class Tape:
             self.touch()
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
+        self._matmul(x, weights, numel, flops, width, trained)
         self.count(flops, trained, x.grad)
         y = self._made(numel, x, trained)
         self.read[self.part] += weights * width * trained
         return y
+
+    def _matmul(self, x: Tensor, weights: int, numel: int, flops: float, width: int, trained: bool) -> None:
+        """As operators; under autocast with the casts of the weight and of its gradient."""
+        self.uses(x)
+        if self.autocast and width == 4:
+            self.streams(6.0 * weights, 6.0 * weights, launches=(1, int(trained)))
+        self.multiplies("product", flops, (x.numel + weights + numel) * x.width, x.width, trained, x.grad)
 
     def _made(self, numel: int, x: Tensor, trained: bool) -> Tensor:
         """A product: in the backward pass its gradient, and that of `x`."""
@@ -250,6 +306,7 @@ class Tape:
             self.save(x)
             if self.autocast and width == 4:
                 self.save(self.new(weights, 2, False))
+        self._matmul(x, weights, numel, flops, width, trained)
         self.count(flops, trained, x.grad)
         y = self._made(numel, x, trained)
         self.read[self.part] += weights * width * trained
@@ -261,7 +318,10 @@ class Tape:
             self.save(x)
         if x.grad:
             self.save(y)
-        product = self.like(x, y)
+        self.uses(x, y)
+        product = self._like(x, y)
+        each = x.nbytes + y.nbytes + product.nbytes
+        self.streams(each, each * (x.grad + y.grad), launches=(1, x.grad + y.grad))
         self.passes(product.nbytes * product.grad, x.nbytes * x.grad, y.nbytes * y.grad)
         return product
 
@@ -270,11 +330,16 @@ class Tape:
         if x.grad:
             self.save(x)
             self.passes(2 * x.nbytes)
-        return self.like(x)
+        return self._exponential(x)
+
+    def _exponential(self, x: Tensor) -> Tensor:
+        self.uses(x)
+        self.streams(2 * x.nbytes, 3 * x.nbytes, launches=(1, int(x.grad)), kind="exp")
+        return self._like(x)
 
     def from_output(self, x: Tensor) -> Tensor:
         """An activation whose derivative reads its output (relu, tanh)."""
-        y = self.like(x)
+        y = self._exponential(x)
         if x.grad:
             self.save(y)
             self.passes(2 * x.nbytes)
@@ -287,15 +352,17 @@ class Tape:
         if x.grad:
             self.save(self.new(x.numel, 1 if self.cuda else x.width, False), origin="dropout")
             self.passes(2 * x.nbytes)
-        return self.like(x)
+        return self._exponential(x)
 
     def rms_norm(self, x: Tensor, rows: int, trained: bool) -> Tensor:
         """transformers' LlamaRMSNorm: x in fp32 times 1/rms, cast back, times the weight."""
-        wide = self.cast(x, 4)
+        wide = x if x.width == 4 else self.new(x.numel, 4, x.grad)
+        self.uses(x)
+        self.both(work.rms_norm(x.numel, x.width, trained), x.grad or trained)
         if x.grad:
             self.save(wide, self.new(rows, 4, True), origin="norm")
             self.passes(5 * 4 * x.numel)
-        normed = self.cast(self.new(x.numel, 4, x.grad), x.width)
+        normed = self.new(x.numel, x.width, x.grad)
         if trained:
             self.save(normed, origin="norm")
         return self.new(x.numel, x.width, x.grad or trained)
@@ -303,6 +370,7 @@ class Tape:
     def layer_norm(self, x: Tensor, rows: int, trained: bool) -> Tensor:
         """torch's layer_norm, which autocast runs in fp32."""
         x = self.cast(x, 4) if self.autocast else x
+        self._normed(x, trained)
         if x.grad or trained:
             width = 4 if self.cuda else x.width
             self.save(x, self.new(rows, width, True), self.new(rows, width, True), origin="norm")
@@ -311,6 +379,18 @@ class Tape:
 
     def batch_norm(self, x: Tensor, channels: int, trained: bool) -> Tensor:
         """torch's batch_norm in training, with fp32 statistics."""
+        self._normed(x, trained)
         if x.grad or trained:
             self.save(x, self.new(channels, 4, True), self.new(channels, 4, True))
         return self.new(x.numel, x.width, x.grad or trained)
+
+    def _normed(self, x: Tensor, trained: bool) -> None:
+        """A norm that is one operator: it reads its input twice."""
+        self.uses(x)
+        self.both(Both(3 * x.nbytes, 1, 5 * x.nbytes, 1), x.grad or trained)
+
+    def rotate(self, x: Tensor, cos: Tensor) -> Tensor:
+        """x cos + rotated(x) sin, written in Python."""
+        self.uses(x)
+        self.both(work.rotation(x.numel, x.width), x.grad)
+        return self._like(x, cos)

@@ -16,6 +16,7 @@ from llmsys.cost.case import Case
 from llmsys.cost.chains import Chain
 from llmsys.cost.families import FAMILIES, Linear
 from llmsys.cost.tape import Tape, Tensor
+from llmsys.cost.work import FORWARD, Op
 
 
 def run(case: Case) -> Tape:
@@ -59,10 +60,18 @@ class Walk:
         """A linear layer of the current block."""
         return self._layers[f"{self.tape.part}.{name}"]
 
+    def widened(self, numel: int) -> float:
+        """Bytes that are read and written to make a quantised weight wide."""
+        return shapes.packed_bytes(numel, self.model.quant) + float(numel * (2 if self.tape.autocast else self.width))
+
     def embed(self, numel: int, *indices: Tensor) -> Tensor:
         """The sum of rows of tables, `numel` elements: dW reads the int64 indices."""
         if self.trained:
             self.tape.save(*indices)
+        table = self.model.vocab_size * self.model.hidden_size if isinstance(self.model, schema.Transformer) else 0
+        self.tape.streams(
+            2.0 * numel * self.width * len(indices), (table + 3.0 * numel) * self.width, launches=(2, 2 * self.trained)
+        )
         return self.tape.new(numel, self.width, self.trained)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -85,8 +94,13 @@ class Walk:
         if not ours and self.model.family != "gpt2":
             y = tape.linear(x, n_in, n_out, self.width, self.trained_layers)
         else:  # those, or GPT-2's own `Conv1D`
-            rows, width = x.numel // n_in, 0 if ours else self.width
+            if self.model.quant != "none":  # made wide for the product, and again for its derivative
+                packed = self.widened(n_in * n_out)
+                tape.streams(packed, packed, launches=(2, 2 * x.grad), kind="dequant")
+            rows, width, before = x.numel // n_in, 0 if ours else self.width, len(tape.ops[tape.part])
             y = tape.product(x, n_in * n_out, rows * n_out, 2.0 * rows * n_in * n_out, width, self.trained_layers)
+            if fp8:
+                self._eighths(before, x.numel, n_in * n_out, y.numel)
         if layer.name not in self.owners:
             return y
         assert adapter is not None
@@ -94,10 +108,20 @@ class Walk:
         own = tape.dropout(tape.cast(x, width), adapter.dropout)
         z = tape.linear(own, n_in, adapter.r, width, adapter.kind == "lora_peft")
         grown = tape.linear(z, adapter.r, n_out, width, True)
+        # scaled and added; B's way back scaled too
+        tape.streams(3 * grown.nbytes + 2 * y.nbytes, 2 * grown.nbytes, launches=(2, 1))
         # the gradient scaled and cast for B's way, while a gate's waits; then x's from both ways, summed in place
         tape.passes(3 * y.nbytes, 2 * grown.nbytes * (grown.width > y.width))
         tape.passes(tape.coming(y.nbytes), own.nbytes * x.grad, x.nbytes * x.grad)
         return tape.new(y.numel, y.width, True)
+
+    def _eighths(self, before: int, n_x: int, n_w: int, n_y: int) -> None:
+        """The part's products from `before` on in 8-bit floats, with what makes their operands narrow: the largest
+        element is looked for, then all are cast."""
+        own = self.tape.ops[self.tape.part]
+        own[before:] = [op._replace(width=1) if op.kind == "product" else op for op in own[before:]]
+        each = 2 * self.case.product_width + 1.0
+        self.tape.streams(each * (n_x + n_w), each * (n_y + n_x + n_w), launches=(4, 6))
 
     def head(self, x: Tensor, n_in: int, n_out: int) -> Tensor:
         """Logits of a language model. Under tensor parallelism each rank multiplies its share of the vocabulary, unless
@@ -164,6 +188,10 @@ class Walk:
             return
         if logits.grad:
             self.tape.head = logits.nbytes
+            if logits.width < 4:
+                self.tape.streams(6 * logits.numel, 6 * logits.numel)
+            self.tape.streams(8 * logits.numel, 12 * logits.numel, launches=(3, 3), kind="exp")
+            self.tape.streams(0, 4 * logits.numel, launches=(0, 1))
             self.tape.save(self.tape.new(logits.numel, 4, True), self.tape.new(rows, 8, False))
 
     def _chunked(self, x: Tensor, d: int, v: int) -> Tensor:
@@ -193,5 +221,15 @@ class Walk:
             during = max(summed + max(during, chunk * narrow + product), v * d * 4 if self.width < 4 else 0)
         tape.fleeting = max(forward + during, backward)
         flops = 2.0 * rows * d * v
+        self._chunked_ops(rows, d, v, chunk // v, narrow, x.grad)
         tape.count(flops * (1 + x.grad + self.trained))  # all in the forward pass
         return tape.new(1, 4, x.grad or self.trained)
+
+    def _chunked_ops(self, rows: int, d: int, v: int, chunk: int, narrow: int, grad: bool) -> None:
+        """Of a chunk of rows at a time: logits, their softmax, and the products with their gradient."""
+        tape, number, products = self.tape, -(-rows // chunk), 1 + grad + self.trained
+        nbytes = float(products * narrow * (rows * (d + v) + number * d * v))
+        tape.ops[tape.part].append(
+            Op(FORWARD, "product", 2.0 * rows * d * v * products, nbytes, number * products, 1, narrow)
+        )
+        tape.streams((24.0 + 2 * narrow) * rows * v, 2.0 * narrow * rows * d, launches=(5 * number, 1), kind="exp")

@@ -6,12 +6,13 @@ over its input. `tape` notes the operators of both passes by part of the model. 
 several operators in truth. n is a tensor's elements, w its bytes an element; bytes are read and written together.
 
     RMSNorm       forward    pow 8 n, mean 4 n, times 1/rms 8 n, times the weight 2 w n; casts (4 + w) n each way
-                  backward   80 n and 2 w n, 4 w n more for the weight's gradient; casts
+                  backward   72 n and 2 w n, 4 w n more for the weight's gradient; casts
     rotation      forward    x cos 2 w n, minus w n, cat 2 w n, times sin 2 w n, sum 3 w n
                   backward   14 w n
     silu, gelu    2 w n and 3 w n, at the speed of exponentials
     softmax       the same
     loss          log-softmax 8 n and 12 n; the gradient's zeros 4 n; casts
+    AdamW         fused: weight, gradient and two moments read, all but the gradient written
 
 Each further use of a tensor adds its gradient to another one: 3 w n.
 """
@@ -20,21 +21,32 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-KINDS = ("product", "batched", "attention", "attention_backward", "stream", "exp")
+KINDS = ("product", "batched", "attention", "attention_backward", "stream", "exp", "dequant")
 """`product`: of two matrices; `batched`: many small ones at once, eager attention's; `attention`: a fused kernel;
-`stream`: paid by bytes; `exp`: exponentials and random numbers, by bytes too."""
+`stream`: paid by bytes; `exp`: exponentials and random numbers, by bytes too; `dequant`: 4-bit and 8-bit weights made
+wide again, by bytes."""
+FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"
 
 
 class Op(NamedTuple):
-    """One operator, or several alike: `launches` of them. `size`: FLOPs of one product (`batched`: of one of its
-    matrices); `width`: bytes an element, which says the precision."""
+    """Operators that are alike, `launches` of them, in a pass; `AGAIN`: forward, within the backward pass.
 
+    `flops` and `nbytes` of all of them; `matrices`: products in each, which `batched` has several of; `width`: bytes an
+    element, which says the precision.
+    """
+
+    passed: str
     kind: str
     flops: float
     nbytes: float
     launches: int = 1
-    size: float = 0.0
+    matrices: int = 1
     width: int = 4
+
+    @property
+    def size(self) -> float:
+        """By which its speed goes: FLOPs of one product or kernel, bytes of one pass over memory."""
+        return (self.flops if self.flops else self.nbytes) / (self.launches * self.matrices)
 
 
 class Both(NamedTuple):
@@ -49,7 +61,7 @@ class Both(NamedTuple):
 def rms_norm(n: int, width: int, trained: bool) -> Both:
     cast = (4 + width) * n * (width != 4)
     forward = 2 * cast + 20 * n + 2 * width * n
-    backward = 2 * cast + 80 * n * 0.9 + 2 * width * n + 4 * width * n * trained
+    backward = 2 * cast + 72 * n + 2 * width * n + 4 * width * n * trained
     return Both(forward, 6 + 2 * (width != 4), backward, 14 + 2 * trained + 2 * (width != 4))
 
 

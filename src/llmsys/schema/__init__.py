@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.schema import coherence
-from llmsys.schema.bench import Predict, Predicting
+from llmsys.schema.bench import Calibrate, Predict, Predicting
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
 from llmsys.schema.fields import at_least, one_of
@@ -45,6 +45,7 @@ __all__ = [
     "FSDP2",
     "SCHEMAS",
     "Adapter",
+    "Calibrate",
     "Compress",
     "Config",
     "ConvNet",
@@ -133,6 +134,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "bench_modules": Modules,
         "bench_ops": Ops,
         "bench_predict": Predict,
+        "bench_calibrate": Calibrate,
     },
     "model": {"transformer": Transformer, "convnet": ConvNet},
     "data": {"*": Data},

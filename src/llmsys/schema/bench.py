@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmsys.schema.fields import at_least
 from llmsys.schema.task import Task
 
 
@@ -28,3 +29,21 @@ class Predict(Predicting):
     """Memory by phase and time of a step."""
 
     kind: str = "bench_predict"
+
+
+@dataclass(kw_only=True)
+class Calibrate(Task):
+    """How fast this machine is: each operator for at most `most_s` seconds, and `cells` whole training steps (at most
+    two), `steps` times each."""
+
+    kind: str = "bench_calibrate"
+    most_s: float = 0.12
+    cells: int = 2
+    steps: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.most_s > 0:
+            raise ValueError(f"task.most_s={self.most_s}: must be positive")
+        at_least("task.steps", self.steps, 1)
+        if self.cells not in (0, 1, 2):
+            raise ValueError(f"task.cells={self.cells}: must be 0, 1 or 2")

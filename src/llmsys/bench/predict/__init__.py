@@ -1,6 +1,7 @@
 """`bench_predict`: memory by phase and the time of a step, by arithmetic on a config, without torch.
 
-    python -m llmsys +exp=bench_predict model=llama2_70b hardware=a800x8 engine=zero3_offload train.recompute=block
+    python -m llmsys +exp=bench_predict model=llama2_70b hardware=a800x8 techniques=Z3+O+R
 
-`machine` says what a machine has, `prediction` what a config needs of it, `tables` prints both.
+`machine` says what a machine has, `speeds` how fast it runs operators, `steps` what a step takes of both, `prediction`
+what a config needs, `tables` prints it. `calibrate` measures the speeds of the machine at hand.
 """

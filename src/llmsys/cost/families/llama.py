@@ -135,4 +135,4 @@ def _rotate(walk: Walk, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + rotate(x) sin: the derivative by x reads cos and sin, one row a position, shared by all layers."""
     if x.grad:
         walk.tape.save(cos, sin)
-    return walk.tape.like(x, cos)
+    return walk.tape.rotate(x, cos)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmsys import schema
+from llmsys.cost import work
 from llmsys.cost.chains import Beside, Chain, run
 from llmsys.cost.families.base import Linear, Shape, weights
 from llmsys.cost.pieces import Activation, Dropout, Linears, Norm, Piece, ReLU
@@ -105,9 +106,12 @@ class _Stack:
 
     def _norm(self, x: Tensor) -> Tensor:
         tape, rows = self.tape, x.numel // self.walk.transformer.hidden_size
+        wide = x if x.width == 4 else tape.new(x.numel, 4, x.grad)
+        tape.uses(x)
+        tape.both(work.rms_norm(x.numel, x.width, self.walk.trained), x.grad or self.walk.trained)
         if x.grad:
-            tape.save(tape.cast(x, 4), x, tape.new(rows, 4, True))
-        normed = tape.cast(tape.new(x.numel, 4, x.grad), self.walk.width)
+            tape.save(wide, x, tape.new(rows, 4, True))
+        normed = tape.new(x.numel, self.walk.width, x.grad)
         if self.walk.trained:
             tape.save(normed)
         return tape.new(x.numel, self.walk.width, x.grad or self.walk.trained)

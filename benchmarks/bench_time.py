@@ -1,0 +1,221 @@
+"""The predicted time of a step against the measured one, after a calibration on the spot, on cells it has not seen.
+
+    python benchmarks/bench_time.py [--small] [--ranks 1,2] [--out DIR] [KEY=VALUE]
+
+For each number of ranks: `+exp=bench_calibrate` (operators, collectives, two whole cells; under a minute), then every
+cell as a training run in a fresh process (`+exp=bench_pretrain`), in a shuffled order, and its prediction from the
+calibration's record. The cells are combinations of techniques, lengths, micro-batches and shapes; the two that were
+calibrated with are not among them. On one rank they are eager and fused attention, recomputation, LoRA and LoRA-FA; on
+two ranks also the engines.
+
+    error   the mean of |predicted / measured - 1| over the cells
+    tau     Kendall's tau-b of the two orders of cells; equal times count for neither
+
+With `--repeats N` each cell is run N times and its median counts. It leaves records/bench_time/<id>/record.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from subprocess import DEVNULL, run
+from typing import Any
+
+from llmsys import results, schema
+from llmsys.bench.predict import machine as machines
+from llmsys.bench.predict.prediction import predict
+from llmsys.job import Record, code_hash
+
+RECORDS = Path(__file__).parent / "records"
+Cell = tuple[str, list[str]]
+SHORT = ["train.steps=10", "profile.warmup=3", "profile.probe=false", "data.num_examples=512"]
+ENGINES = {1: ["engine=local", "train.world=1"], 2: ["engine=ddp", "train.world=2"]}
+
+
+def cells(world: int) -> list[Cell]:
+    """What is predicted and run: names and overrides."""
+    found: list[Cell] = []
+
+    def add(name: str, *words: str, length: int = 256, batch: int = 2) -> None:
+        sizes = [f"train.length={length}", f"train.micro_batch={batch}", f"train.global_batch={batch * world}"]
+        found.append((f"{name}, {batch} x {length}", [*ENGINES[world], *words, *sizes]))
+
+    for letters in ("Naive", "R", "F", "F+R"):
+        add(letters, f"techniques={letters}")
+        add(letters, f"techniques={letters}", length=512, batch=1)
+    if world == 1:
+        for letters in ("L", "F+L", "F+R+L", "F+LFA"):
+            add(letters, f"techniques={letters}", batch=4)
+        add("F, 3 layers", "techniques=F", "model.num_layers=3", length=128, batch=8)
+        add("F, 12 layers", "techniques=F", "model.num_layers=12", length=128, batch=1)
+        add("F, width 512", "techniques=F", "model.hidden_size=512", "model.intermediate_size=1376", length=128)
+        add("R, width 512", "techniques=R", "model.hidden_size=512", "model.intermediate_size=1376", length=128)
+        add("F, vocabulary 8000", "techniques=F", "model.vocab_size=8000")
+        add("F, length 1024", "techniques=F", length=1024, batch=1)
+        add("Naive, length 1024", "techniques=Naive", length=1024, batch=1)
+        found.append(("F, accumulated", [*ENGINES[1], "techniques=F", "train.micro_batch=1", "train.global_batch=4",
+                                         "train.length=256"]))  # fmt: skip
+        return found
+    for letters in ("F+Z1", "F+Z2", "F+Z3", "F+R+Z3", "F+Z2+O", "F+Z3+O"):
+        add(letters, f"techniques={letters}")
+    add("fsdp2", "techniques=F+Z3", "engine=fsdp2")
+    return found
+
+
+def small(world: int) -> list[Cell]:
+    """Three of them, tiny, to try the script."""
+    tiny = ["model.num_layers=1", "train.length=32", "train.steps=3", "profile.warmup=1", "data.num_examples=24"]
+    return [(name, [*words, *tiny]) for name, words in cells(world)[:6:2]]
+
+
+def command(*words: str, results_in: str) -> None:
+    """One `python -m llmsys`. RuntimeError where it ends badly."""
+    line = [sys.executable, "-m", "llmsys", *words, f"results={results_in}"]
+    made = run(line, check=False, stdout=DEVNULL)
+    if made.returncode:
+        raise RuntimeError(f"{' '.join(words)}: ended with {made.returncode}")
+
+
+def kendall(one: Sequence[float], other: Sequence[float]) -> float:
+    """Tau-b of two lists; 0 where one of them is constant."""
+    agree = ties_one = ties_other = pairs = 0
+    for i in range(len(one)):
+        for j in range(i):
+            a, b = one[i] - one[j], other[i] - other[j]
+            pairs += 1
+            ties_one += a == 0
+            ties_other += b == 0
+            agree += (a * b > 0) - (a * b < 0)
+    scale = math.sqrt((pairs - ties_one) * (pairs - ties_other))
+    return agree / scale if scale else 0.0
+
+
+def calibrated(world: int, folder: str, words: Sequence[str]) -> dict[str, Any]:
+    """The record of a calibration with so many ranks."""
+    engine = [*ENGINES[world], f"train.global_batch={4 * world}"]
+    command("+exp=bench_calibrate", *engine, *words, results_in=folder)
+    found = [record for record in results.read(folder) if record.task == "bench_calibrate"]
+    return dict(json.loads(found[-1].to_json()))
+
+
+def predicted(record: Record, calibration: dict[str, Any]) -> dict[str, float]:
+    """`step_ms` and ms by phase of the run that left `record`."""
+    config = schema.build(record.config)
+    found = predict(config, machines.calibrated(calibration, config))
+    return {"step_ms": found.step_ms, **{f"{name}_ms": ms for name, ms in found.by_phase_ms.items()}}
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """`error_percent`, `worst_percent`, `bias_percent` and `tau` of rows that have `measured` and `predicted` ms."""
+    errors = [100 * (row["predicted"] / row["measured"] - 1) for row in rows]
+    return {
+        "cells": len(rows),
+        "error_percent": statistics.mean(map(abs, errors)),
+        "worst_percent": max(map(abs, errors)),
+        "bias_percent": statistics.mean(errors),
+        "tau": kendall([row["predicted"] for row in rows], [row["measured"] for row in rows]),
+    }
+
+
+def group(world: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Calibrates, runs and predicts all cells of so many ranks."""
+    chosen = small(world) if asked.small else cells(world)
+    quick = ["task.most_s=0.005", "task.steps=2", "model=llama_tiny", "train.length=32"] if asked.small else []
+    taken: dict[str, list[Record]] = {name: [] for name, _ in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.monotonic()
+        calibration = calibrated(world, folder, [*quick, *asked.overrides])
+        calibrated_s = time.monotonic() - begun
+        for repeat in range(asked.repeats):
+            random.Random(repeat).shuffle(chosen)
+            for name, words in chosen:
+                with tempfile.TemporaryDirectory() as own:
+                    command("+exp=bench_pretrain", *SHORT, *words, *asked.overrides, results_in=own)
+                    taken[name] += results.read(own)
+    rows = []
+    for name, records in taken.items():
+        wanted = predicted(records[0], calibration)
+        seen = [record.summary["step_ms_p50"] for record in records]
+        rows.append({"name": name, "world": world, "measured": statistics.median(seen), "predicted": wanted["step_ms"],
+                     "phases": wanted, "record": records[0], "calibrated_s": calibrated_s})  # fmt: skip
+        last = rows[-1]
+        print(f"{name}: {last['predicted']:.1f} for {last['measured']:.1f} ms", file=sys.stderr, flush=True)
+    return rows
+
+
+def show(record: Record) -> str:
+    """One record as Markdown."""
+    lines = ["| ranks | cells | mean error | worst | bias | Kendall's tau |", "|---:|---:|---:|---:|---:|---:|"]
+    for world in record.config["ranks"]:
+        s = {key.partition("/")[2]: v for key, v in record.summary.items() if key.startswith(f"ranks_{world}/")}
+        lines.append(
+            f"| {world} | {s['cells']:.0f} | {s['error_percent']:.1f} % | {s['worst_percent']:.1f} % | "
+            f"{s['bias_percent']:+.1f} % | {s['tau']:.2f} |"
+        )
+    lines += ["", "| cell | ranks | measured ms | predicted | error |", "|---|---:|---:|---:|---:|"]
+    samples = record.samples
+    for (name, world), measured, wanted in zip(
+        record.config["cells"], samples["measured_ms"], samples["predicted_ms"], strict=True
+    ):
+        lines.append(f"| {name} | {world} | {measured:.1f} | {wanted:.1f} | {100 * (wanted / measured - 1):+.1f} % |")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str]) -> Record:
+    """Runs everything, writes the record, prints its tables, and returns it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="three tiny cells, to try the script")
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    parser.add_argument("overrides", nargs="*")
+    asked = parser.parse_args(words)
+    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    ranks = [int(each) for each in asked.ranks.split(",")]
+    rows = [row for world in ranks for row in group(world, asked)]
+    summary: dict[str, float] = {}
+    for world in ranks:
+        own = [row for row in rows if row["world"] == world]
+        summary |= {f"ranks_{world}/{key}": value for key, value in scores(own).items()}
+        summary[f"ranks_{world}/calibration_s"] = own[0]["calibrated_s"]
+    summary |= scores(rows)
+    example = rows[0]["record"]
+    settings = {"cells": [[row["name"], row["world"]] for row in rows], "ranks": ranks, "overrides": asked.overrides}
+    text = json.dumps([settings, asked.repeats, example.env.get("device_name")])
+    phases = ("forward", "backward", "optimizer")
+    record = Record(
+        name="bench_time",
+        run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
+        task="benchmark",
+        status="ok",
+        config={**settings, "command": list(words), "train": {"threads": example.config["train"]["threads"]}},
+        env=example.env,
+        code_hash=code_hash(),
+        started=started,
+        seconds=round(time.monotonic() - begin, 1),
+        summary=summary,
+        samples={
+            "measured_ms": [row["measured"] for row in rows],
+            "predicted_ms": [row["predicted"] for row in rows],
+            **{f"measured_{p}_ms": [row["record"].summary.get(f"{p}_ms_p50", 0.0) for row in rows] for p in phases},
+            **{f"predicted_{p}_ms": [row["phases"][f"{p}_ms"] for row in rows] for p in phases},
+        },
+    )
+    folder = asked.out / record.name / record.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder)
+    print(show(record))
+    return record
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,215 @@
+"""What a prediction knows of a machine: its devices and links by `cost.hardware`, or by a calibration on the spot.
+
+Devices are equal, each a rank's; `host_gib` is one host's memory, which all of its devices offload to. Links inside a
+machine are NVLink where it joins so many, else PCIe, and between machines what `network` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmsys import schema
+from llmsys.bench.predict import speeds
+from llmsys.bench.predict.speeds import Curve, Speeds
+from llmsys.cost import hardware
+from llmsys.cost.hardware import Device
+from llmsys.cost.links import Line
+
+GIB = 2**30
+LINK = {"nvlink": 0.8, "pcie": 0.65, "host": 0.35, "given": 1.0}
+"""Round shares of a link's rate that collectives reach: NCCL's over NVLink, over PCIe, and over PCIe where cards cannot
+read each other, so that each byte goes through the host's memory. Rates that are given are taken as they are."""
+LATENCY_S = {"nvlink": 3e-6, "pcie": 6e-6, "host": 12e-6, "given": 6e-6}
+COPY = 0.8
+"""Share of PCIe's rate that copies from and to pinned memory reach."""
+HOST_BYTES_PER_S = 1.2e11
+"""What AdamW on a host moves, on all cores of two sockets: DeepSpeed's CPU Adam updates 10**9 parameters, 28 bytes
+each, in 0.22 s (ZeRO-Offload, arXiv 2101.06840, table 4)."""
+FP8 = ("rtx4090", "h100_pcie", "h100", "h200")
+"""Rows of `cost.hardware` that multiply 8-bit floats: Ada's and Hopper's."""
+CONTEXT_GIB = 0.6
+"""What a GPU's context and libraries take of its memory before there is a tensor; NCCL's buffers are half of it."""
+SLACK = 0.03
+"""What the allocator cannot use: blocks of other sizes than are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """`device`: `cuda` or `cpu`, by whose rules memory and kernels go. `mem_gib` of each of `devices`; on a CPU of the
+    host, which they share. `lines`: a collective's, by kind, with `all` for those that are not named.
+    `copy_bytes_per_s` between device and host; `host_bytes_per_s`: the host's in AdamW. `overlaps`: whether devices
+    talk while they compute. `peak`: FLOP/s by precision, for shares of it. `data_s`: what a step takes to bring its
+    batch. `notes`: how these were come by. `scales`: of whole steps against the sum of their operators, `(work, start)`
+    by pass.
+    """
+
+    title: str
+    device: str
+    mem_gib: float
+    host_gib: float | None
+    devices: int
+    speeds: Speeds
+    lines: Mapping[str, Line]
+    peak: Mapping[str, float]
+    copy_bytes_per_s: float
+    host_bytes_per_s: float = HOST_BYTES_PER_S
+    overlaps: bool = True
+    data_s: float = 0.0
+    usd_per_hour: float | None = None
+    calibrated: bool = False
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def line(self, kind: str) -> Line:
+        return self.lines.get(kind) or self.lines["all"]
+
+    def capacity_bytes(self, ranks: int) -> float:
+        """Of a rank, where `ranks` are on the machine."""
+        if self.device == "cpu":
+            return self.mem_gib * GIB / ranks
+        return (self.mem_gib - CONTEXT_GIB) * GIB * (1 - SLACK)
+
+
+def of(config: schema.Config) -> Machine:
+    """The machine that a config describes, or that `task.speeds` was measured on. ValueError, which names the keys,
+    where it does neither, where its card has not the precision, or where a link between machines is missing."""
+    found = getattr(config.task, "speeds", None)
+    if found is not None:
+        return calibrated(read(found), config)
+    device = hardware.described(config.hardware)
+    if device is None:
+        raise ValueError(
+            "hardware.name=auto: a prediction is about a machine: hardware=a800x8, or hardware.mem_gib=24 "
+            "hardware.tflops=100 hardware.gbps=25 of a card that is not listed, or task.speeds=<a run of "
+            "bench_calibrate>"
+        )
+    device.peak(config.train.precision)  # a precision that it has not is said here
+    kind, line = _line(config, device)
+    whose = "as given" if config.hardware.name == "auto" else f"by its datasheet ({device.source})"
+    notes = [
+        f"speeds: {device.title}, {whose}, of which large products reach {100 * device.sustained:.0f} %; the rest are "
+        "round assumptions (llmsys.bench.predict.speeds)"
+    ]
+    if config.train.world > 1:
+        notes.append(f"links: {kind}")
+    if config.train.fp8 and config.hardware.name not in FP8:
+        notes.append("train.fp8: not known to be on this card, so predicted in bf16; a run there may be refused")
+    if config.hardware.host_gib is None:
+        notes.append("host memory: not known (hardware.host_gib), so it is not compared")
+    return Machine(
+        title=f"{config.hardware.devices} x {device.title}" if config.hardware.devices > 1 else device.title,
+        device="cuda",
+        mem_gib=device.mem_gib,
+        host_gib=config.hardware.host_gib,
+        devices=config.hardware.devices,
+        speeds=speeds.listed(device, fp8=config.hardware.name in FP8),
+        lines={"all": line},
+        peak={name: tflops * 1e12 for name, tflops in device.tflops.items()},
+        copy_bytes_per_s=COPY * device.pcie_gbps * 1e9,
+        usd_per_hour=device.usd_per_hour,
+        notes=tuple(notes),
+    )
+
+
+def _line(config: schema.Config, device: Device) -> tuple[str, Line]:
+    """(in words, the slowest link of a ring through all ranks)."""
+    world, here = config.train.world, config.hardware.devices
+    if world > here and here > 1 and config.network.up_mbit is None:
+        raise ValueError(
+            f"train.world={world}: {here} devices are in a machine (hardware.devices); for several machines say what "
+            "joins them, e.g. network=eth10g"
+        )
+    if config.network.up_mbit is not None:
+        return f"between machines {config.network.name}", Line.of_network(config.network, LATENCY_S["given"])
+    rate, kind = device.gbps(world), "nvlink"
+    if config.hardware.gbps is not None:
+        kind = "given"
+    elif world > device.nvlink_ranks:
+        kind = "pcie" if device.p2p else "host"
+    share = LINK[kind]
+    words = {"nvlink": "NVLink", "pcie": "PCIe", "host": "PCIe, through the host's memory", "given": "as given"}[kind]
+    return f"{words}, {rate:g} GB/s each way, of which {100 * share:.0f} %", Line.of_rate(rate * share, LATENCY_S[kind])
+
+
+def read(name: str) -> dict[str, Any]:
+    """The record of a run of `bench_calibrate`: its file, or its folder. ValueError for anything else."""
+    path = Path(name).expanduser()
+    path = path / "record.json" if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"task.speeds={name}: no record.json there; it is a run of bench_calibrate") from None
+    except ValueError as error:
+        raise ValueError(f"task.speeds={name}: not JSON: {error}") from None
+    task = record.get("task") if isinstance(record, dict) else None
+    if task != "bench_calibrate" or record.get("status") != "ok":
+        raise ValueError(f"task.speeds={name}: not a finished run of bench_calibrate, but of {task}")
+    return dict(record)
+
+
+def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
+    """The machine of a calibration's record. What was not measured there (a link, where it ran on one rank) is taken
+    from `config`, or assumed, and `notes` says so."""
+    summary, given = record["summary"], record["config"]
+    device = given["hardware"]["device"]
+    measured = {key: value for key, value in summary.items() if "/" in key}
+    curves, starts = _curves(measured), {key.partition("/")[2]: v for key, v in measured.items() if key[:6] == "start/"}
+    title = str(record["env"].get("device_name") or device)
+    notes = [f"speeds: measured on {_ranks(record)} of {title}, run {record['run_id']}"]
+    lines = {
+        key.split("/")[1]: Line(value, measured[f"beta_s/{key.split('/')[1]}"])
+        for key, value in measured.items()
+        if key.startswith("alpha_s/")
+    }
+    world = int(record["world"])
+    if config.train.world > 1 and config.train.world != world:
+        notes.append(f"calibrated with {world} ranks, predicted for {config.train.world}")
+    if not lines:
+        rate = config.hardware.gbps or summary["copy_gb_per_s"] / 4
+        notes.append(f"links: not measured; {rate:.3g} GB/s, " + ("as given" if config.hardware.gbps else "assumed"))
+        lines = {"all": Line.of_rate(rate, 1e-4)}
+    lines.setdefault("all", lines.get("all_reduce") or next(iter(lines.values())))
+    scales = {
+        each: (measured[f"scale/{each}/work"], measured[f"scale/{each}/start"])
+        for each in ("forward", "backward", "optimizer")
+        if f"scale/{each}/work" in measured
+    }
+    peak = {key.split("/")[1]: value * 1e12 for key, value in measured.items() if key.startswith("peak_tflops/")}
+    return Machine(
+        title=title,
+        device=device,
+        mem_gib=config.hardware.mem_gib or summary["mem_gib"],
+        host_gib=config.hardware.host_gib or summary["host_gib"],
+        devices=max(config.hardware.devices, world),
+        speeds=Speeds(curves=curves, start_s={**starts, "again": starts["forward"]}, behind=device == "cuda"),
+        lines=lines,
+        peak=peak,
+        copy_bytes_per_s=summary["copy_gb_per_s"] * 1e9,
+        host_bytes_per_s=summary["host_adam_gb_per_s"] * 1e9,
+        overlaps=device == "cuda",
+        data_s=summary.get("data_ms", 0.0) * 1e-3,
+        calibrated=True,
+        scales=scales,
+        notes=tuple(notes),
+    )
+
+
+def _ranks(record: Mapping[str, Any]) -> str:
+    world, threads = int(record["world"]), record["config"].get("train", {}).get("threads")
+    each = f" of {threads} threads" if record["config"]["hardware"]["device"] == "cpu" and threads else ""
+    return f"{world} rank{'s' * (world > 1)}{each}"
+
+
+def _curves(measured: Mapping[str, float]) -> dict[str, Curve]:
+    """`rate/<kind>[/<precision>]/<size>` -> points, in order."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for key, value in measured.items():
+        head, _, rest = key.partition("/")
+        if head == "rate":
+            name, _, size = rest.rpartition("/")
+            found.setdefault(name, []).append((float(size), value))
+    return {name: tuple(sorted(points)) for name, points in found.items()}

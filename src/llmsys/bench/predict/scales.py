@@ -1,0 +1,61 @@
+"""What whole steps take of the sum of their operators: two factors for each pass, from one or two cells.
+
+    measured = a work + b start
+
+A small cell is mostly the starting of operators, a large one mostly their work, so two cells tell the factors apart. On
+a device that works behind its host a pass is the longer one of both, and each factor is that of the cells where its
+side is the longer one. Factors out of `SANE` are noise, or two cells that are too alike: then both are one, the ratio
+of all that was measured to all that was predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SANE = (0.2, 5.0)
+
+
+class Seen(NamedTuple):
+    """A pass of one cell: predicted seconds of work and of starting operators, and seconds measured."""
+
+    work: float
+    start: float
+    measured: float
+
+
+def factors(cells: Sequence[Seen], *, behind: bool) -> tuple[float, float]:
+    """(a, b). ValueError without cells, or with one that took no time."""
+    if not cells or min(cell.measured for cell in cells) <= 0:
+        raise ValueError(f"{len(cells)} cells: factors need at least one, each of some time")
+    found = _behind(cells) if behind else _both(cells)
+    if found and all(SANE[0] <= value <= SANE[1] for value in found):
+        return found
+    total = sum(max(cell.work, cell.start) if behind else cell.work + cell.start for cell in cells)
+    same = sum(cell.measured for cell in cells) / total
+    return same, same
+
+
+def _behind(cells: Sequence[Seen]) -> tuple[float, float]:
+    sides = ([cell for cell in cells if cell.work >= cell.start], [cell for cell in cells if cell.work < cell.start])
+    work, start = (
+        sum(cell.measured for cell in side) / sum(max(cell.work, cell.start) for cell in side) if side else None
+        for side in sides
+    )
+    return work or start or 1.0, start or work or 1.0
+
+
+def _both(cells: Sequence[Seen]) -> tuple[float, float] | None:
+    """Least squares of the relative error; None where cells are proportional to each other."""
+    ww = sum((cell.work / cell.measured) ** 2 for cell in cells)
+    ss = sum((cell.start / cell.measured) ** 2 for cell in cells)
+    ws = sum(cell.work * cell.start / cell.measured**2 for cell in cells)
+    w, s = (sum(side / cell.measured for side, cell in pairs) for pairs in _sides(cells))
+    determinant = ww * ss - ws * ws
+    if determinant <= 1e-6 * ww * ss:
+        return None
+    return (w * ss - s * ws) / determinant, (s * ww - w * ws) / determinant
+
+
+def _sides(cells: Sequence[Seen]) -> tuple[list[tuple[float, Seen]], list[tuple[float, Seen]]]:
+    return [(cell.work, cell) for cell in cells], [(cell.start, cell) for cell in cells]

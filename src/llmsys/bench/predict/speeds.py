@@ -1,0 +1,144 @@
+"""How long operators take on a device: a rate for each kind, by size and precision; listed, or measured on the spot.
+
+A product of 10**7 FLOPs does not reach the rate of one of 10**11, nor a pass over 64 KiB that of one over 64 MiB, so
+a rate is a curve: points (size, FLOP/s or bytes/s), between which it goes straight in logarithms, and beyond which it
+stays. `cost.work` says what the kinds are and what a size is. An operator takes the longer one of its arithmetic and
+its bytes; a device that works behind its host (CUDA) is idle where the host cannot start operators so fast, and one
+that is the host itself (a CPU) pays for each start.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from llmsys.cost.hardware import Device
+from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
+
+ARITHMETIC = ("product", "batched", "attention", "attention_backward")
+PRECISIONS = {1: "fp8", 2: "bf16", 4: "fp32"}
+"""By bytes an element."""
+Curve = tuple[tuple[float, float], ...]
+SIZES = tuple(10.0**exponent for exponent in range(4, 15))
+
+TAIL_S = 10e-6
+"""What a kernel of matrix products takes beside its arithmetic: its start, and its last wave."""
+KERNEL_S = 2e-6
+"""The least of any other kernel."""
+START_S = {FORWARD: 15e-6, AGAIN: 15e-6, BACKWARD: 8e-6}
+"""What the host takes to start an operator: in Python, and in autograd's own thread. A LLaMA block of transformers is
+about 35 operators forward, and 32 of them take some 20 ms on servers' CPUs."""
+BATCHED, FUSED, FUSED_BACKWARD, MEMORY, WIDENING = 0.5, 1.1, 0.8, 0.85, 0.5
+"""Round shares: eager attention's products, of the rate of large products; fused attention, of which a causal kernel
+skips half and the whole is counted; memory in streaming operators and in those that widen 4 bits, of its bandwidth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """`curves`: `<kind>/<precision>` of `ARITHMETIC`, and `<kind>` of those that are paid by bytes. `start_s`: by pass,
+    of an operator. `behind`: the device works behind the host."""
+
+    curves: Mapping[str, Curve]
+    start_s: Mapping[str, float]
+    behind: bool
+
+    def rate(self, kind: str, size: float, width: int = 4) -> float:
+        """FLOP/s or bytes/s. A kind that was not measured is as fast as the one that it is most like."""
+        for each in (width, 2) if width == 1 else (width,):  # without 8-bit floats it is a product in bf16
+            for known in (kind, *LIKE.get(kind, ())):
+                curve = self.curves.get(f"{known}/{PRECISIONS[each]}" if known in ARITHMETIC else known)
+                if curve:
+                    return at(curve, size)
+        raise KeyError(f"no speed is known for {kind} of {width} bytes an element")
+
+    def seconds(self, op: Op) -> float:
+        """Of all of its launches, without what it takes to start them."""
+        streamed = op.nbytes / self.rate("stream" if op.flops else op.kind, op.nbytes / op.launches)
+        if not op.flops:
+            return streamed
+        return max(op.flops / self.rate(op.kind, op.size, op.width), streamed)
+
+    def passed(self, ops: Iterable[Op]) -> Passed:
+        """How long operators take one after another."""
+        compute = memory = start = 0.0
+        for op in ops:
+            seconds = self.seconds(op)
+            if op.flops:
+                compute += seconds
+            else:
+                memory += seconds
+            start += op.launches * self.start_s[op.passed]
+        return Passed(compute=compute, memory=memory, start=start, behind=self.behind)
+
+
+LIKE = {
+    "batched": ("product",),
+    "attention": ("batched", "product"),
+    "attention_backward": ("attention", "batched", "product"),
+    "exp": ("stream",),
+    "dequant": ("stream",),
+    "adam": ("stream",),
+    "host_adam": ("adam", "stream"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """Seconds of a pass: arithmetic, memory, and what it takes to start the operators."""
+
+    compute: float = 0.0
+    memory: float = 0.0
+    start: float = 0.0
+    behind: bool = False
+
+    @property
+    def work(self) -> float:
+        return self.compute + self.memory
+
+    @property
+    def idle(self) -> float:
+        """While a device waits for its host."""
+        return max(0.0, self.start - self.work) if self.behind else 0.0
+
+    @property
+    def total(self) -> float:
+        return self.work + (self.idle if self.behind else self.start)
+
+    def scaled(self, work: float, start: float) -> Passed:
+        return Passed(
+            compute=work * self.compute, memory=work * self.memory, start=start * self.start, behind=self.behind
+        )
+
+
+def at(curve: Curve, size: float) -> float:
+    """The rate at a size."""
+    place = bisect_right(curve, (size, math.inf))
+    if place in (0, len(curve)):
+        return curve[max(0, place - 1)][1]
+    (low, slow), (high, fast) = curve[place - 1], curve[place]
+    share = math.log(size / low) / math.log(high / low)
+    return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
+
+
+def listed(device: Device, *, fp8: bool = False) -> Speeds:
+    """Of a GPU by its datasheet, and the assumptions of this file. `fp8`: it multiplies 8-bit floats, as fast as 8-bit
+    integers."""
+    curves: dict[str, Curve] = {}
+    peaks = {**device.tflops, **({"fp8": device.tflops["int8"]} if fp8 else {})}
+    for precision, peak in ((name, peaks.get(name)) for name in PRECISIONS.values()):
+        if peak is None:
+            continue
+        shares = {"product": 1.0, "batched": BATCHED, "attention": FUSED, "attention_backward": FUSED_BACKWARD}
+        for kind, share in shares.items():
+            rate = peak * 1e12 * device.sustained * share
+            curves[f"{kind}/{precision}"] = _saturating(rate, TAIL_S)
+    memory = device.gb_per_s * 1e9
+    curves["stream"] = _saturating(MEMORY * memory, KERNEL_S)
+    curves["dequant"] = _saturating(WIDENING * memory, KERNEL_S)
+    return Speeds(curves=curves, start_s=START_S, behind=True)
+
+
+def _saturating(rate: float, tail_s: float) -> Curve:
+    return tuple((size, size / (size / rate + tail_s)) for size in SIZES)

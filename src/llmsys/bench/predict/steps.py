@@ -1,0 +1,230 @@
+"""The time of an optimizer step of one rank, by phase: operators, collectives, the update, what goes to the host.
+
+    forward, backward   every micro-batch's operators (`cost.walk`); what is computed again belongs to the backward pass
+    comm                what of the collectives no computation hides
+    optimizer           clipping and AdamW, on the device or, offloaded, on the host's cores, which all ranks share
+    offload             copies between device and host that nothing hides
+    data                bringing the batch
+
+What hides behind what, on devices that talk while they compute (`Machine.overlaps`; on a CPU nothing does):
+
+    ddp, deepspeed 0    the all-reduce behind the last micro-batch's backward pass, but for its last bucket
+    deepspeed 1, 2      nothing: DeepSpeed exchanges gradients in the stream that computes, unless `overlap_comm` is set
+    deepspeed 3, fsdp2  gathering behind either pass, but for the first block's, and the reduce-scatter behind backward
+    tp                  nothing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llmsys import schema
+from llmsys.bench.predict.machine import Machine
+from llmsys.bench.predict.speeds import Passed
+from llmsys.cost import engines, shapes, traffic
+from llmsys.cost.case import Case, Facts
+from llmsys.cost.engines import Holding
+from llmsys.cost.tape import Tape
+from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
+
+PHASES = ("data", "forward", "backward", "comm", "optimizer", "offload")
+MIB = 2**20
+
+
+class Step(NamedTuple):
+    """Seconds by phase, and by what they are spent on: `compute`, `bandwidth`, `network`, `host`."""
+
+    phases: dict[str, float]
+    spent: dict[str, float]
+
+
+def step(case: Case, known: Facts, tape: Tape, held: Holding, machine: Machine) -> Step:
+    """Of a rank of `case`, which must train something; `known`: its facts once more."""
+    micro = schema.accumulation(case.train, case.engine)
+    forward, backward = (_scaled(machine, name, passed) for name, passed in _passes(case, tape, machine).items())
+    update, host_s = _update(case, held, machine)
+    talk = _Talk(case, known, machine)
+    copies = _copies(case, held, micro, machine)
+    if micro > 1 and held.trained:  # gradients of later micro-batches are added
+        adding = Op(BACKWARD, "stream", 0.0, 3.0 * held.trained * (micro - 1), micro - 1)
+        extra = machine.speeds.passed([adding])
+        update = _sum(update, extra)
+    exposed, offload = talk.exposed(micro * forward.total, micro * backward.total, backward.total, copies)
+    phases = {
+        "data": machine.data_s,
+        "forward": micro * forward.total,
+        "backward": micro * backward.total,
+        "comm": exposed,
+        "optimizer": update.total + host_s,
+        "offload": offload,
+    }
+    both = [(micro, forward), (micro, backward), (1, update)]
+    starts = sum(times * each.start for times, each in both) if not machine.speeds.behind else 0.0
+    spent = {
+        "compute": sum(times * each.compute for times, each in both) + starts,
+        "bandwidth": sum(times * each.memory for times, each in both),
+        "network": exposed,
+        "host": host_s + offload + sum(times * each.idle for times, each in both) + machine.data_s,
+    }
+    return Step(phases, spent)
+
+
+def alone(case: Case, tape: Tape, machine: Machine) -> dict[str, Passed]:
+    """A micro-batch's passes and the device's update, as their operators add up: no factor of whole steps in them."""
+    bare = dataclasses.replace(machine, scales={})
+    return {**_passes(case, tape, bare), "optimizer": _update(case, engines.hold(case), bare)[0]}
+
+
+def _passes(case: Case, tape: Tape, machine: Machine) -> dict[str, Passed]:
+    """A micro-batch's passes."""
+    found: dict[str, Counter[Op]] = {FORWARD: Counter(), BACKWARD: Counter()}
+    policies = dict(zip(tape.blocks, case.policies, strict=False))
+    for part, ops in tape.ops.items():
+        whole = policies.get(part) == "block"
+        for i, op in enumerate(ops):
+            found[FORWARD if op.passed == FORWARD else BACKWARD][op] += 1
+            if whole and op.passed == FORWARD and i < tape.last_op[part]:
+                found[BACKWARD][op._replace(passed=AGAIN)] += 1
+    return {name: _added(machine, ops) for name, ops in found.items()}
+
+
+def _added(machine: Machine, ops: Counter[Op]) -> Passed:
+    """Equal operators once: a model has the same block many times."""
+    total = Passed(behind=machine.speeds.behind)
+    for op, times in ops.items():
+        each = machine.speeds.passed([op])
+        total = _sum(total, each.scaled(times, times))
+    return total
+
+
+def _sum(one: Passed, other: Passed) -> Passed:
+    return Passed(
+        compute=one.compute + other.compute,
+        memory=one.memory + other.memory,
+        start=one.start + other.start,
+        behind=one.behind,
+    )
+
+
+def _scaled(machine: Machine, name: str, passed: Passed) -> Passed:
+    return passed.scaled(*machine.scales.get(name, (1.0, 1.0)))
+
+
+def _update(case: Case, held: Holding, machine: Machine) -> tuple[Passed, float]:
+    """(what the device does of clipping and AdamW, seconds of the host's). ZeRO reads the gradients into fp32 and
+    writes the weights back from it; AdamW reads and writes its moments and the weights, and reads the gradients."""
+    parameters = [p for p in shapes.held(case) if p.trained]
+    own = held.gradients if case.zero < 2 else case.width * _slice(case)
+    if case.zero:
+        elements = _slice(case)
+        adam, around = 2.0 * held.optimizer + 12.0 * elements, (16.0 + 2 * (4 + case.width)) * elements
+    else:
+        adam, around = 2.0 * held.optimizer + 3.0 * own, 0.0
+    clip = 3.0 * (4.0 * _slice(case) if case.zero else own) * (case.train.clip > 0)
+    away = isinstance(case.engine, schema.DeepSpeed) and case.engine.offload != "none"
+    if away and machine.device != "cpu":
+        ranks = min(case.train.world, machine.devices)
+        return Passed(behind=machine.speeds.behind), (adam + around + clip) * ranks / machine.host_bytes_per_s
+    tensors = 2 if case.zero else len(parameters)
+    launches = 8 if machine.speeds.behind else tensors
+    ops = [Op(FORWARD, "adam", 0.0, adam, launches)]
+    if around + clip:
+        ops.append(Op(FORWARD, "stream", 0.0, around + clip, 3 * launches))
+    return _scaled(machine, "optimizer", machine.speeds.passed(ops)), 0.0
+
+
+def _slice(case: Case) -> int:
+    """Elements that a rank updates under ZeRO."""
+    return sum(p.numel for p in shapes.held(case) if p.trained) // case.train.world
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Seconds between device and host: within the passes, and around the update."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    update: float = 0.0
+
+
+def _copies(case: Case, held: Holding, micro: int, machine: Machine) -> _Copies:
+    engine = case.engine
+    if not isinstance(engine, schema.DeepSpeed) or engine.offload == "none" or machine.device == "cpu":
+        return _Copies()
+    own, rate = case.width * _slice(case), machine.copy_bytes_per_s
+    if engine.zero < 3:  # gradients there, updated weights back
+        return _Copies(update=(micro * own + own) / rate)
+    if engine.offload == "optimizer":
+        return _Copies(backward=micro * own / rate, update=own / rate)
+    return _Copies(forward=micro * held.weights / rate, backward=micro * (held.weights + own) / rate)
+
+
+class _Talk:
+    """A step's collectives."""
+
+    def __init__(self, case: Case, known: Facts, machine: Machine) -> None:
+        self.case, self.machine = case, machine
+        payload = traffic.step_payload(case.model, case.train, case.method, case.engine, **known)
+        self.seconds = {kind: self._seconds(kind, nbytes) for kind, nbytes in payload.items()}
+
+    def _seconds(self, kind: str, nbytes: int) -> float:
+        """In messages of a bucket each."""
+        line, world = self.machine.line(kind), self.case.train.world
+        messages = max(1, round(nbytes / self._bucket()))
+        return messages * line.seconds(kind, nbytes / messages, world)
+
+    def _bucket(self) -> float:
+        engine = self.case.engine
+        if isinstance(engine, schema.DDP):
+            return engine.bucket_mib * MIB
+        if isinstance(engine, schema.DeepSpeed):
+            return float(engines.BUCKET * self.case.width)
+        if isinstance(self.case.model, schema.Transformer):
+            parameters = sum(p.nbytes for p in shapes.held(self.case))
+            blocks = max(1, len(self.case.policies))
+            if engine.kind == "fsdp2":
+                return parameters / blocks
+            return float(self.case.train.micro_batch * self.case.train.length * self.case.model.hidden_size * 2)
+        return 25.0 * MIB
+
+    def exposed(self, forward: float, backward: float, last: float, copies: _Copies) -> tuple[float, float]:
+        """(seconds of collectives, seconds of copies) that nothing hides, for passes of `forward` and `backward`
+        seconds, of which the last micro-batch's backward pass takes `last`."""
+        said, engine = self.seconds, self.case.engine
+        total, copied = sum(said.values()), copies.forward + copies.backward
+        around = copies.update
+        if not self.machine.overlaps:
+            return total, copied + around
+        if isinstance(engine, schema.FSDP2) or self.case.zero == 3:
+            gather = said.get("all_gather", 0.0)
+            early = gather / 2 if self._twice() else gather
+            late = gather - early + said.get("reduce_scatter", 0.0)
+            blocks = max(1, len(self.case.policies))
+            shown = [
+                _behind(talk, copy, hiding, blocks)
+                for talk, copy, hiding in ((early, copies.forward, forward), (late, copies.backward, backward))
+            ]
+            return sum(talk for talk, _ in shown), sum(copy for _, copy in shown) + around
+        if engine.kind == "ddp" or (isinstance(engine, schema.DeepSpeed) and engine.zero == 0):
+            messages = max(1.0, sum(p.nbytes for p in shapes.held(self.case) if p.trained) / self._bucket())
+            return max(total / messages, total - last * (1 - 1 / messages)) if total else 0.0, copied + around
+        return total, copied + around
+
+    def _twice(self) -> bool:
+        """Whether weights are gathered for the backward pass too."""
+        if isinstance(self.case.engine, schema.FSDP2):
+            return self.case.engine.reshard
+        return sum(p.numel for p in shapes.held(self.case)) > traffic.REUSE
+
+
+def _behind(talk: float, copy: float, hiding: float, blocks: int) -> tuple[float, float]:
+    """(what shows of collectives, what of copies), one after the other, behind a pass of `blocks` blocks: at least the
+    first block's."""
+    both = talk + copy
+    if not both:
+        return 0.0, 0.0
+    shown = max(both / blocks, both - hiding)
+    return shown * talk / both, shown * copy / both

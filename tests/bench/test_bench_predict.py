@@ -1,0 +1,323 @@
+"""Claims about predictions: identities between their parts, what saves and costs what, and what is said of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmsys import compose, main, runner, schema
+from llmsys.bench.predict import machine as machines
+from llmsys.bench.predict import scales, speeds, steps, tables
+from llmsys.bench.predict.machine import GIB, Machine
+from llmsys.bench.predict.prediction import Prediction, predict
+from llmsys.bench.predict.speeds import Speeds
+from llmsys.cost import case as cases
+from llmsys.cost import flops, walk
+from llmsys.cost.case import Case
+from llmsys.cost.links import Line
+from llmsys.cost.work import AGAIN, FORWARD
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+A800 = "hardware=a800x8"
+
+
+def config(*words: str) -> schema.Config:
+    return schema.build(compose.compose(["+exp=bench_predict", *words]))
+
+
+def predicted(*words: str, machine: Machine | None = None) -> Prediction:
+    return predict(config(*words), machine)
+
+
+def ideal(rate: float = 1e12, **changes: Any) -> Machine:
+    """Arithmetic at one rate, everything else for nothing."""
+    kinds = [f"{kind}/{precision}" for kind in speeds.ARITHMETIC for precision in ("bf16", "fp32")]
+    curves = {**dict.fromkeys(kinds, ((1.0, rate),)), "stream": ((1.0, 1e30),)}
+    values: dict[str, Any] = {
+        "title": "ideal", "device": "cuda", "mem_gib": 80.0, "host_gib": None, "devices": 8,
+        "speeds": Speeds(curves=curves, start_s={"forward": 0.0, "again": 0.0, "backward": 0.0}, behind=True),
+        "lines": {"all": Line(0.0, 1e-30)}, "peak": {"bf16": rate, "fp32": rate},
+        "copy_bytes_per_s": 1e30, "host_bytes_per_s": 1e30,
+    }  # fmt: skip
+    return Machine(**{**values, **changes})
+
+
+def test_the_question_of_the_readme_is_answered_without_torch() -> None:
+    code = (
+        "import sys; from llmsys import compose, schema; from llmsys.bench.predict.prediction import predict; "
+        f"words = ['+exp=bench_predict', 'model=llama2_70b', '{A800}', 'techniques=Z3+O+R']; "
+        "c = schema.build(compose.compose(words)); "
+        "p = predict(c); print(p.fits, p.binds, c.train.world, 'torch' in sys.modules)"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.split() == ["True", "host", "8", "False"]
+
+
+def test_the_task_writes_what_was_predicted(tmp_path: Path) -> None:
+    made = main.make_jobs([compose.compose(["+exp=bench_predict", A800, "techniques=F+Z3", f"results={tmp_path}"])])
+    record = runner.run(made[0])
+    found = predicted(A800, "techniques=F+Z3")
+    assert record.status == "ok", record.error
+    assert record.summary["predicted_step_ms"] == pytest.approx(found.step_ms)
+    assert record.summary["predicted_peak_gib"] == pytest.approx(found.peak_bytes / GIB)
+    assert record.notes["binds"] == found.binds
+    text = (Path(made[0].out) / "prediction.md").read_text(encoding="utf-8")
+    assert "8 ranks" in text
+    assert "Fits" in text
+    assert "not calibrated" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("techniques=R",),
+        ("techniques=F+R", "train.global_batch=16"),
+        ("method=lorafa", "train.recompute=mlp", "model.dtype=fp32", "train.precision=fp32"),
+        ("techniques=QL",),
+        ("techniques=F", "train.loss=chunked"),
+        ("model=t5_base", "techniques=L", "data=code_docstrings"),
+        ("model=gpt2", "techniques=R", "model.dtype=fp32"),
+        ("model=resnet50", "data=digits"),
+    ],
+)
+def test_operators_are_all_of_the_arithmetic(words: tuple[str, ...]) -> None:
+    """And so a machine that does nothing else takes FLOPs over rate."""
+    given = config(A800, *words)
+    parts = (given.model, given.train, given.method, given.engine)
+    known = cases.facts(given, "cuda")
+    tape = walk.run(Case(*parts, **known))
+    own = sum(op.flops for ops in tape.ops.values() for op in ops if op.passed == FORWARD)
+    assert own == pytest.approx(sum(tape.forward.values()), rel=1e-9)
+    again = sum(op.flops for ops in tape.ops.values() for op in ops if op.passed == AGAIN)
+    assert again == pytest.approx(sum(tape.again.values()), rel=1e-9)
+    found = predict(given, ideal())
+    assert found.step_ms == pytest.approx(1e3 * flops.step_flops(*parts, **known) / 1e12, rel=1e-6)
+    assert found.binds == ("compute" if found.fits else "memory")
+
+
+@pytest.mark.parametrize("techniques", ["Naive", "F+R+Z3+O", "Z2", "Z2+O", "F+QL", "TP8", "F+R+LFA+Z3"])
+def test_parts_add_up(techniques: str) -> None:
+    found = predicted(A800, f"techniques={techniques}")
+    assert sum(found.by_phase_ms.values()) == pytest.approx(found.step_ms)
+    assert sum(found.spent_ms.values()) == pytest.approx(found.step_ms)
+    assert found.peak_bytes == max(phase.device_bytes for phase in found.phases)
+    assert all(phase.device_bytes == sum(phase.device.values()) for phase in found.phases)
+    assert min(found.by_phase_ms.values()) >= 0
+
+
+def test_each_letter_saves_what_it_is_for() -> None:
+    plain = predicted(A800, "techniques=Naive")
+    again, fused = predicted(A800, "techniques=R"), predicted(A800, "techniques=F")
+    assert again.peak_bytes < plain.peak_bytes
+    assert again.by_phase_ms["backward"] > plain.by_phase_ms["backward"]
+    assert again.by_phase_ms["forward"] == plain.by_phase_ms["forward"]
+    assert fused.peak_bytes < plain.peak_bytes
+    assert fused.step_ms < plain.step_ms
+    two, three = predicted(A800, "techniques=Z2"), predicted(A800, "techniques=Z3")
+    away = predicted(A800, "techniques=Z3+O")
+    assert plain.peak_bytes > two.peak_bytes > three.peak_bytes > away.peak_bytes
+    assert away.host_bytes > 0 == three.host_bytes
+    assert away.step_ms > three.step_ms
+    assert away.binds == "host"
+    assert predicted(A800, "techniques=O8").peak_bytes < plain.peak_bytes
+
+
+def test_faster_parts_never_make_a_step_slower() -> None:
+    given = config(A800, "techniques=F+Z3")
+    machine = machines.of(given)
+    before = predict(given, machine).step_ms
+    double = {name: tuple((size, 2 * rate) for size, rate in curve) for name, curve in machine.speeds.curves.items()}
+    fast = dataclasses.replace(machine.speeds, curves=double)
+    assert predict(given, dataclasses.replace(machine, speeds=fast)).step_ms < before
+    wide = {"all": Line(machine.lines["all"].alpha_s / 2, machine.lines["all"].beta_s / 2)}
+    assert predict(given, dataclasses.replace(machine, lines=wide)).step_ms < before
+    assert predict(given, dataclasses.replace(machine, overlaps=False)).step_ms >= before
+
+
+def test_ddp_hides_all_but_the_last_bucket_behind_its_backward_pass() -> None:
+    given = config(A800)
+    machine = machines.of(given)
+    slow = {"all": Line(0.0, 1e-12)}  # a terabyte a second: less than the backward pass
+    shown = predict(given, dataclasses.replace(machine, lines=slow)).by_phase_ms["comm"]
+    whole = predict(given, dataclasses.replace(machine, lines=slow, overlaps=False)).by_phase_ms["comm"]
+    assert 0 < shown < whole / 100, "of about 500 buckets"
+
+
+def test_what_does_not_fit_says_so() -> None:
+    found = predicted("hardware=rtx4090x8", "techniques=Naive")
+    assert not found.fits
+    assert found.binds == "memory"
+    given = config("hardware=rtx4090x8")
+    assert "Does not fit" in tables.answer(given, machines.of(given), found)
+    short = predicted(A800, "model=llama2_70b", "techniques=Z3+O+R", "hardware.host_gib=512")
+    assert not short.fits
+    assert short.host_capacity_bytes == 512 * GIB
+    assert predicted(A800, "model=llama2_70b", "techniques=Z3+O+R", "hardware.host_gib=2048").fits
+
+
+def test_money_is_rent_over_tokens() -> None:
+    found = predicted("hardware=rtx4090x8", "techniques=F+R+Z3")
+    assert found.usd_per_million_tokens == pytest.approx(8 * 0.34 / 3600 / found.tokens_per_s * 1e6)
+    assert predicted("hardware=a800x8").usd_per_million_tokens is None, "no price is known"
+
+
+def test_a_card_by_its_numbers_and_a_model_by_its_config(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+             "max_position_embeddings": 4096}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    card = ("hardware=auto", "hardware.mem_gib=79.25", "hardware.tflops=312", "hardware.gbps=160", "hardware.devices=8")
+    by_file = predicted(*card, f"model.config={tmp_path}")
+    assert by_file.peak_bytes == predicted(A800).peak_bytes, "the same model"
+    assert by_file.fits
+    assert 0 < by_file.mfu < 1
+    listed = predicted(A800).by_phase_ms["comm"]
+    assert listed < by_file.by_phase_ms["comm"] < 1.5 * listed, "160 of NVLink's 200 GB/s count, later messages more"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("hardware=auto",), "hardware.name=auto.*hardware.mem_gib=24"),
+        ((A800, "engine=ddp", "train.world=16"), "train.world=16: 8 devices.*network=eth10g"),
+        (("hardware=rtx2080ti", "engine=local"), "train.precision=bf16"),
+        ((A800, "task.speeds=/nowhere"), "task.speeds=/nowhere: no record.json"),
+    ],
+)
+def test_what_is_missing_is_named(words: tuple[str, ...], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        predicted(*words)
+
+
+def test_several_machines_talk_over_the_network() -> None:
+    near = predicted(A800, "engine=zero3")
+    far = predicted(A800, "engine=zero3", "train.world=16", "network=eth10g")
+    assert far.by_phase_ms["comm"] > 10 * near.by_phase_ms["comm"]
+    assert far.binds == "network"
+
+
+def test_a_rate_goes_through_its_points_straight_in_logarithms() -> None:
+    curve = ((1e4, 1.0), (1e6, 100.0))
+    assert [speeds.at(curve, size) for size in (1e4, 1e6)] == pytest.approx([1.0, 100.0])
+    assert speeds.at(curve, 1e5) == pytest.approx(10.0)
+    assert (speeds.at(curve, 1.0), speeds.at(curve, 1e9)) == pytest.approx((1.0, 100.0)), "and stays beyond them"
+
+
+def test_two_cells_tell_work_and_starts_apart() -> None:
+    planted = [scales.Seen(work, start, 1.5 * work + 3 * start) for work, start in ((1.0, 0.2), (0.05, 0.1))]
+    assert scales.factors(planted, behind=False) == pytest.approx((1.5, 3.0))
+    alike = [scales.Seen(1.0, 0.2, 2.4), scales.Seen(2.0, 0.4, 4.8)]
+    assert scales.factors(alike, behind=False) == pytest.approx((2.0, 2.0)), "proportional cells: one factor"
+    hidden = [scales.Seen(1.0, 0.2, 1.3), scales.Seen(0.05, 0.1, 0.2)]
+    assert scales.factors(hidden, behind=True) == pytest.approx((1.3, 2.0)), "each side by the cells where it is longer"
+    with pytest.raises(ValueError, match="0 cells"):
+        scales.factors([], behind=True)
+
+
+def measured(world: int = 1, **more: float) -> dict[str, Any]:
+    """A calibration's record in which all arithmetic goes at 10 GFLOP/s, and memory at 5 GB/s."""
+    rates = {f"rate/product/fp32/{size:.6g}": 1e10 for size in (1e5, 1e9)}
+    summary = {**rates, "rate/stream/1000": 5e9, "start/forward": 1e-6, "start/backward": 1e-6, "mem_gib": 16.0,
+               "host_gib": 16.0, "peak_tflops/fp32": 0.02, "copy_gb_per_s": 8.0, "host_adam_gb_per_s": 4.0,
+               "data_ms": 2.0, **more}  # fmt: skip
+    settings = {"hardware": {"device": "cpu"}, "train": {"threads": 2}}
+    return {"task": "bench_calibrate", "status": "ok", "run_id": "abc", "world": world, "summary": summary,
+            "env": {"device_name": "a CPU"}, "config": settings}  # fmt: skip
+
+
+SMALL = ("model=llama_6m", "model.dtype=fp32", "train.precision=fp32", "engine=local", "hardware=auto")
+
+
+def test_a_calibration_is_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps(measured()), encoding="utf-8")
+    given = config(*SMALL, f"task.speeds={tmp_path}")
+    found = predict(given)
+    parts = (given.model, given.train, given.method, given.engine)
+    assert found.step_ms > 1e3 * flops.step_flops(*parts, **cases.facts(given, "cpu")) / 1e10
+    assert found.by_phase_ms["data"] == 2.0
+    assert found.capacity_bytes == 16 * GIB
+    twice = machines.calibrated(measured(**{"scale/forward/work": 2.0, "scale/forward/start": 2.0}), given)
+    assert predict(given, twice).by_phase_ms["forward"] == pytest.approx(2 * found.by_phase_ms["forward"])
+    assert "1 rank of 2 threads of a CPU" in found.note
+    (tmp_path / "record.json").write_text(json.dumps({**measured(), "task": "train"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="not a finished run of bench_calibrate, but of train"):
+        predict(given)
+
+
+def test_ranks_of_a_cpu_share_its_memory_and_hide_nothing() -> None:
+    line = {"alpha_s/all_reduce": 1e-4, "beta_s/all_reduce": 1e-9}
+    given = config(*SMALL[:3], "engine=ddp", "hardware=auto", "train.world=2", "train.global_batch=2")
+    machine = machines.calibrated(measured(2, **line), given)
+    found = predict(given, machine)
+    assert found.capacity_bytes == 8 * GIB
+    assert found.host_bytes == 0
+    nbytes = 4 * 5_701_376
+    assert found.by_phase_ms["comm"] == pytest.approx(1e3 * Line(1e-4, 1e-9).seconds("all_reduce", nbytes, 2), rel=0.01)
+
+
+def test_passes_without_factors_are_what_factors_are_fitted_to() -> None:
+    given = config(*SMALL)
+    machine = machines.calibrated(measured(**{"scale/forward/work": 3.0, "scale/forward/start": 3.0}), given)
+    case = Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cpu"))
+    bare = steps.alone(case, walk.run(case), machine)
+    assert predict(given, machine).by_phase_ms["forward"] == pytest.approx(3e3 * bare["forward"].total)
+
+
+def test_auto_recomputation_is_chosen_for_the_machine_at_hand() -> None:
+    words = ("model=llama2_13b", "method=lorafa", "engine=local", "train.micro_batch=8", "train.length=1024")
+    roomy, tight = (predicted(f"hardware={name}", *words, "train.recompute=auto") for name in ("h200", "a100_sxm_40gb"))
+    plain = predicted("hardware=h200", *words, "train.recompute=none")
+    assert roomy.peak_bytes == plain.peak_bytes, "all of it fits"
+    assert tight.peak_bytes < roomy.peak_bytes
+    assert tight.fits
+
+
+def test_the_orders_of_cells_are_compared_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_time
+
+    assert bench_time.kendall([1, 2, 3], [10, 20, 30]) == 1
+    assert bench_time.kendall([1, 2, 3], [30, 20, 10]) == -1
+    assert bench_time.kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
+    assert bench_time.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / (2 * 3) ** 0.5), "a tie is no pair"
+    rows = [{"predicted": 110.0, "measured": 100.0}, {"predicted": 45.0, "measured": 50.0}]
+    assert bench_time.scores(rows)["error_percent"] == pytest.approx(10)
+    assert bench_time.scores(rows)["bias_percent"] == pytest.approx(0)
+
+
+def test_a_false_fit_is_one_that_was_predicted_and_did_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_memory
+
+    def row(wanted: int, measured: int) -> dict[str, Any]:
+        return {"predicted": {"peak": wanted}, "measured": {"peak": measured}}
+
+    exact = [row(100, 100), row(1000, 1000), row(10_000, 10_000)]
+    wrong, fit = bench_memory.false_fits(exact)
+    assert wrong == 0 < fit
+    wrong, _ = bench_memory.false_fits([*exact, row(200, 2000)])
+    assert wrong > 0, "fits 1000 by its prediction, and would have needed 2000"
+    assert bench_memory.false_fits([*exact, row(2000, 200)])[0] == 0, "too careful is not wrong"
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_on_a_few_tiny_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_memory
+    import bench_time
+
+    memory = bench_memory.main(["--small", "--out", str(tmp_path)])
+    assert memory.summary["measured"] == memory.summary["predicted_cells"] == 2
+    assert memory.summary["peak_error_percent"] < 5
+    assert memory.summary["static_error_percent"] < 2
+    assert memory.summary["peer_cells"] >= 1
+    times = bench_time.main(["--small", "--ranks", "1", "--out", str(tmp_path)])
+    assert times.summary["cells"] == 3
+    assert all(value > 0 for key in ("measured_ms", "predicted_ms") for value in times.samples[key])
