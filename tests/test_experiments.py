@@ -26,7 +26,7 @@ LOOKED_INTO = {
 TRAINED = [
     pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
     for exp in EXPERIMENTS
-    if exp not in ("lorafa_ledger", "compress_simulate", *MEASURED, *LOOKED_INTO)
+    if exp not in ("lorafa_ledger", "compress_simulate", "bench_advise", "bench_opportunities", *MEASURED, *LOOKED_INTO)
 ]
 ON_CUDA = ("peak_gib", "reserved_gib")
 CLASSES = ("accuracy", "accuracy_se", "macro_f1")

@@ -15,11 +15,13 @@ TASKS = {
     "bench_modules": "llmsys.bench.modules.task:modules",
     "bench_ops": "llmsys.bench.ops.task:ops",
     "bench_predict": "llmsys.bench.predict.task:predict",
+    "bench_advise": "llmsys.bench.advise.task:advise",
+    "bench_opportunities": "llmsys.bench.opportunities.task:opportunities",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
-LIGHT = ("bench_predict",)
+LIGHT = ("bench_predict", "bench_advise")
 """Tasks that need neither torch nor ranks: they are run in the process that has composed them, with a `LightContext`,
-and are done in about a second."""
+and are done in seconds. Their tables are the answer, and printed first."""
 
 MONOTONE = {
     "train": (

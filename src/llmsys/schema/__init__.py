@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.schema import coherence
+from llmsys.schema.advise import Advise, Opportunities
 from llmsys.schema.bench import Predict, Predicting
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
@@ -45,6 +46,7 @@ __all__ = [
     "FSDP2",
     "SCHEMAS",
     "Adapter",
+    "Advise",
     "Compress",
     "Config",
     "ConvNet",
@@ -61,6 +63,7 @@ __all__ = [
     "Model",
     "Modules",
     "Network",
+    "Opportunities",
     "Ops",
     "Predict",
     "Predicting",
@@ -133,6 +136,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "bench_modules": Modules,
         "bench_ops": Ops,
         "bench_predict": Predict,
+        "bench_advise": Advise,
+        "bench_opportunities": Opportunities,
     },
     "model": {"transformer": Transformer, "convnet": ConvNet},
     "data": {"*": Data},

@@ -1,0 +1,177 @@
+"""The answer to "which configuration": all combinations ranked by a goal, and what the first one's letters are worth.
+
+    throughput  most tokens a second of all devices together, each combination at its fastest micro-batch
+    fit         least memory of a device, each at the smallest micro-batch
+    batch       most examples in a step without accumulating any; of equal ones the faster
+    cost        least for a token, on the machine or on fewer of its devices
+
+Of two that are equal the one with fewer letters comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from llmsys import schema
+from llmsys.bench.advise import measured, space
+from llmsys.bench.advise.cells import Cell, Predict, predicted
+from llmsys.bench.advise.search import Search
+from llmsys.bench.advise.space import Candidate, Space
+from llmsys.job import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """The choice without one of its letters: `cell` is the best that is then left, None where nothing is to choose, for
+    the reason `why`. A cell that does not fit is the nearest to it."""
+
+    letter: str
+    techniques: str
+    cell: Cell | None
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """`ranking` of what fits, the best first; `short`: of what does not, each at its smallest micro-batch, the nearest
+    first. `next_size`: the choice at the next micro-batch, which does not fit (None: it is not limited by that)."""
+
+    goal: str
+    stage: str
+    ranking: tuple[Cell, ...]
+    short: tuple[Cell, ...]
+    drops: tuple[Drop, ...]
+    left_out: tuple[str, ...]
+    next_size: Cell | None = None
+
+    @property
+    def choice(self) -> Cell:
+        """The best; where nothing fits the nearest to it."""
+        return (self.ranking or self.short)[0]
+
+    @property
+    def runner_up(self) -> Cell | None:
+        return self.ranking[1] if len(self.ranking) > 1 else None
+
+    @property
+    def margin_percent(self) -> float | None:
+        """By how much the runner-up is worse; None where there is none."""
+        return None if self.runner_up is None else worse_percent(self.goal, self.choice, self.runner_up)
+
+    @property
+    def simplest(self) -> Cell | None:
+        """Of what fits the combination of fewest letters, the best of several."""
+        return min(self.ranking, key=lambda cell: len(cell.techniques.letters), default=None)
+
+
+def value(goal: str, cell: Cell) -> float:
+    """What the goal asks for; more is better."""
+    if goal == "fit":
+        return -float(cell.peak_bytes)
+    if goal == "batch":
+        return float(cell.examples)
+    return cell.tokens_per_s / (cell.world if goal == "cost" else 1)
+
+
+def order(goal: str) -> Callable[[Cell], tuple[float, ...]]:
+    """A sorting key, the best first."""
+    return lambda cell: (-value(goal, cell), -cell.tokens_per_s, len(cell.techniques.letters), cell.world)
+
+
+def worse_percent(goal: str, best: Cell, other: Cell) -> float:
+    """How much less it has of what is wanted, or how much more it takes: bytes of a device, or of what is paid."""
+    ours, theirs = value(goal, best), value(goal, other)
+    if goal == "fit":
+        return 100 * (theirs / ours - 1)
+    if goal == "cost":
+        return 100 * (ours / theirs - 1)
+    return 100 * (1 - theirs / ours)
+
+
+def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = ()) -> Answer:
+    """The answer for `config` on its hardware, by predictions and by `records` (of `measured.read`).
+
+    ValueError where no combination is to choose among, or one cannot be predicted.
+    """
+    task = space.advise(config)
+    found: Space = space.space(config)
+    runs = measured.by_cell(config, found.candidates, records)
+    best: dict[Candidate, Cell] = {}
+    searches: dict[Candidate, Search] = {}
+    for candidate in found.candidates:
+        own = measured.cells(config, candidate, runs.get(candidate, {}), predict)
+        search = searches[candidate] = _search(config, candidate, own, predict)
+        best[candidate] = _best(task.goal, search, own)
+    fitting = sorted((cell for cell in best.values() if cell.fits), key=order(task.goal))
+    short = sorted((cell for cell in best.values() if not cell.fits), key=lambda c: (_over(c), c.peak_bytes))
+    made = Answer(
+        goal=task.goal,
+        stage=task.stage,
+        ranking=tuple(fitting),
+        short=tuple(short),
+        drops=_drops((fitting or short)[0], best, found),
+        left_out=found.left_out,
+    )
+    limit = _next(searches, made.choice) if fitting and not made.choice.measured else None
+    return replace(made, next_size=limit)
+
+
+def _over(cell: Cell) -> float:
+    """How far it is from fitting, on the device or on the host."""
+    host = cell.host_bytes / cell.host_capacity_bytes if cell.host_capacity_bytes else 0.0
+    return max(cell.peak_bytes / cell.capacity_bytes, host)
+
+
+def _search(config: schema.Config, candidate: Candidate, own: Sequence[Cell], predict: Predict) -> Search:
+    """Among the micro-batches that no run has shown not to fit."""
+
+    def probe(size: int) -> Cell:
+        made = space.configured(
+            config,
+            candidate.techniques,
+            world=candidate.world,
+            micro_batch=size,
+            global_batch=space.advise(config).global_batch,
+        )
+        return predicted(made, candidate.techniques, predict(made))
+
+    sizes = space.micro_batches(config, candidate)
+    failed = min((cell.micro_batch for cell in own if not cell.fits), default=None)
+    if failed is not None and any(size < failed for size in sizes):
+        sizes = [size for size in sizes if size < failed]
+    return Search(sizes, probe)
+
+
+def _best(goal: str, search: Search, own: Sequence[Cell]) -> Cell:
+    """Of one candidate; one that does not fit where none does."""
+    ran = [cell for cell in own if cell.fits]
+    if ran:
+        return min(ran, key=order(goal))
+    failed = [cell for cell in own if not cell.fits]
+    if failed and min(cell.micro_batch for cell in failed) <= search.sizes[0]:
+        return min(failed, key=lambda cell: cell.micro_batch)
+    if goal == "fit":
+        return search.smallest()
+    found = search.largest() if goal == "batch" else search.fastest()
+    return found or search.smallest()
+
+
+def _next(searches: dict[Candidate, Search], choice: Cell) -> Cell | None:
+    """The choice at the next size up, where that does not fit."""
+    search = searches[Candidate(techniques=choice.techniques, world=choice.world)]
+    larger = [i for i, size in enumerate(search.sizes) if size > choice.micro_batch][:1]
+    cell = search.at(larger[0]) if larger else None
+    return None if cell is None or cell.fits else cell
+
+
+def _drops(choice: Cell, best: dict[Candidate, Cell], found: Space) -> tuple[Drop, ...]:
+    """For each letter of the choice what is left without it."""
+    reasons = dict(line.removeprefix("techniques=").split(": ", 1) for line in found.left_out)
+    drops = []
+    for letter in choice.techniques.letters:
+        less = choice.techniques.without(letter)
+        cell = best.get(Candidate(techniques=less, world=choice.world))
+        why = "" if cell else reasons.get(str(less), "is none of task.letters")
+        drops.append(Drop(letter=letter, techniques=str(less), cell=cell, why=why))
+    return tuple(drops)
