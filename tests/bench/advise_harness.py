@@ -43,7 +43,7 @@ def predict(config: schema.Config) -> Made:
     assert card is not None
     phases = memory.by_phase(*parts, **known)
     host = config.train.world * max(phase.host_bytes for phase in phases)
-    line = links.Line.of_rate(card.gbps(config.train.world), 2e-5)
+    line = links.Line.of_rate(card.gbps(max(2, config.train.world)), 2e-5)
     ms = {
         "compute": flops.step_flops(*parts, **known) / card.peak(config.train.precision) / card.sustained * 1e3,
         "comm": traffic.step_seconds(line, *parts, **known) * 1e3,

@@ -110,7 +110,7 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
         stage=task.stage,
         ranking=tuple(fitting),
         short=tuple(short),
-        drops=_drops((fitting or short)[0], best, found),
+        drops=_drops(config, (fitting or short)[0], best, found, predict),
         left_out=found.left_out,
     )
     limit = _next(searches, made.choice) if fitting and not made.choice.measured else None
@@ -165,13 +165,17 @@ def _next(searches: dict[Candidate, Search], choice: Cell) -> Cell | None:
     return None if cell is None or cell.fits else cell
 
 
-def _drops(choice: Cell, best: dict[Candidate, Cell], found: Space) -> tuple[Drop, ...]:
-    """For each letter of the choice what is left without it."""
+def _drops(
+    config: schema.Config, choice: Cell, best: dict[Candidate, Cell], found: Space, predict: Predict
+) -> tuple[Drop, ...]:
+    """For each letter of the choice what is left without it, also where that is none of `task.letters`."""
     reasons = dict(line.removeprefix("techniques=").split(": ", 1) for line in found.left_out)
     drops = []
     for letter in choice.techniques.letters:
-        less = choice.techniques.without(letter)
-        cell = best.get(Candidate(techniques=less, world=choice.world))
-        why = "" if cell else reasons.get(str(less), "is none of task.letters")
-        drops.append(Drop(letter=letter, techniques=str(less), cell=cell, why=why))
+        less = Candidate(techniques=choice.techniques.without(letter), world=choice.world)
+        name, cell = str(less.techniques), best.get(less)
+        why = "" if cell else reasons.get(name) or space.why_not(config, less)
+        if not cell and not why:
+            cell = _best(space.advise(config).goal, _search(config, less, (), predict), ())
+        drops.append(Drop(letter=letter, techniques=name, cell=cell, why=why))
     return tuple(drops)

@@ -113,9 +113,10 @@ def predicted(config: schema.Config, techniques: Techniques, made: Predicted) ->
     )
 
 
-def measured(cell: Cell, runs: Sequence[Record]) -> Cell:
+def measured(cell: Cell, runs: Sequence[Record], *, capped: bool) -> Cell:
     """`cell` with what its `runs`, repeats of one another, have measured: means, and the largest peak. One that ran out
-    of memory makes it not fit; its other numbers are then still predicted ones."""
+    of memory makes it not fit; its other numbers are then still predicted ones. What ran does fit, unless the question
+    is about less memory than the machine has (`capped`)."""
     ids = tuple(run.run_id for run in runs)
     if any(run.status != "ok" for run in runs):
         return dataclasses.replace(cell, fits=False, binds="memory", runs=ids)
@@ -123,7 +124,7 @@ def measured(cell: Cell, runs: Sequence[Record]) -> Cell:
     peak = max(peak_bytes(run) for run in runs)
     return dataclasses.replace(
         cell,
-        fits=peak <= cell.capacity_bytes,
+        fits=not capped or peak <= cell.capacity_bytes,
         tokens_per_s=speed,
         step_ms=statistics.fmean(run.summary["step_ms_p50"] for run in runs),
         peak_bytes=peak,

@@ -23,15 +23,16 @@ from llmsys.cost.case import Case, facts
 from llmsys.files import write_atomic
 from llmsys.train import zero_settings
 
-EXPERIMENTS = {"pretrain": "bench_pretrain", "finetune": "bench_finetune"}
+ALPACA = "data=alpaca_lengths"
+"""What `bench_finetune` trains on."""
 GROUPS = ("model", "data", "method", "network")
 """Groups of which what was typed is told on; techniques choose the others."""
 OURS = ("model.attention", "model.quant", "model.dtype")
 TRAINER_LETTERS = {"F", "R", "Z1", "Z2", "Z3", "O", "Q", "L", "O8"}
 
 
-def files(config: schema.Config, cell: Cell) -> dict[str, str]:
-    """Name -> text. `config`: what advice was asked about."""
+def files(config: schema.Config, cell: Cell, *, cuda: bool) -> dict[str, str]:
+    """Name -> text. `config`: what advice was asked about; `cuda`: its devices are GPUs."""
     made = space.configured(
         config,
         cell.techniques,
@@ -42,7 +43,7 @@ def files(config: schema.Config, cell: Cell) -> dict[str, str]:
     found = {"run.sh": _script(_command(made, cell))}
     if set(cell.techniques.letters) <= TRAINER_LETTERS:
         if isinstance(made.engine, schema.DeepSpeed):
-            found["ds_config.json"] = json.dumps(deepspeed(made), indent=2) + "\n"
+            found["ds_config.json"] = json.dumps(deepspeed(made, cuda=cuda), indent=2) + "\n"
         found["torchrun.sh"] = _script(_torchrun(made, cell), _to_load(made))
     return found
 
@@ -57,12 +58,11 @@ def write(found: dict[str, str], folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def deepspeed(config: schema.Config) -> dict[str, object]:
+def deepspeed(config: schema.Config, *, cuda: bool) -> dict[str, object]:
     """DeepSpeed's JSON of a config under ZeRO. An fp32 model under autocast stays one."""
     assert isinstance(config.engine, schema.DeepSpeed)
-    case = Case(config.model, config.train, config.method, config.engine, **facts(config, "cuda"))
+    case = Case(config.model, config.train, config.method, config.engine, **facts(config, "cuda" if cuda else "cpu"))
     trained = sum(p.numel for p in shapes.held(case) if p.trained)
-    cuda = config.hardware.device != "cpu" or config.hardware.name != "auto"
     return zero_settings.settings(config.model, config.train, config.engine, trained=trained, cuda=cuda)
 
 
@@ -84,8 +84,13 @@ def _command(config: schema.Config, cell: Cell) -> list[str]:
         words += [f"method.r={config.method.r}", f"method.alpha={config.method.alpha}"]
     else:
         words = [word for word in words if _key(word).split(".")[0] != "method"]
+    experiment = "bench_pretrain"
+    if task.stage == "finetune" and cell.techniques.adapter:
+        experiment = "bench_finetune"
+    elif task.stage == "finetune":  # whose settings are an adapter's
+        words.insert(0, ALPACA)
     unique = {_key(word): word for word in words}  # the last one of a key
-    return ["python", "-m", "llmsys", f"+exp={EXPERIMENTS[task.stage]}", *unique.values()]
+    return ["python", "-m", "llmsys", f"+exp={experiment}", *unique.values()]
 
 
 def _torchrun(config: schema.Config, cell: Cell) -> list[str]:

@@ -40,6 +40,8 @@ def read(config: schema.Config, root: Path | None) -> list[Record]:
     if root is None:
         return []
     name = named(config)
+    if not name:
+        return []
     return [record for record in results.read(root) if record.task == "train" and fits(config, record, name)]
 
 
@@ -48,6 +50,10 @@ def named(config: schema.Config) -> str:
     given = config.hardware
     if given.name != "auto":
         return rf"(NVIDIA )?{REPORTED[given.name]}"
+    if space.advise(config).speeds is not None:
+        from llmsys.bench.predict.machine import read as calibration
+
+        return re.escape(str(calibration(space.advise(config).speeds or "")["env"]["device_name"]))
     if given.mem_gib is not None and given.tflops is not None:
         return ""  # a card by its numbers
     return re.escape(device.resolve("cpu" if given.device == "cpu" else "auto")[1])
@@ -126,5 +132,6 @@ def cells(
         made = space.configured(
             config, candidate.techniques, world=candidate.world, micro_batch=size, global_batch=asked
         )
-        found.append(measured(predicted(made, candidate.techniques, predict(made)), records))
+        cell = predicted(made, candidate.techniques, predict(made))
+        found.append(measured(cell, records, capped=config.hardware.mem_gib is not None))
     return found

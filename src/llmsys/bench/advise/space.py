@@ -38,18 +38,17 @@ class Space:
 def space(config: schema.Config) -> Space:
     """All combinations of `task.letters`. ValueError for a letter that is not known, and where none is left."""
     task = advise(config)
-    required = set().union(*(_parts(letter) for letter in task.require))
     candidates: list[Candidate] = []
     left_out: dict[str, None] = {}
     for world in worlds(config):
         valid, refused = Techniques.sorted_out(letters(task, world))
         left_out |= dict.fromkeys(refused)
         for each in valid:
-            why = _why_not(config, each, world, required)
-            if why:
+            candidate = Candidate(techniques=each, world=world)
+            if why := why_not(config, candidate):
                 left_out[f"techniques={each}: {why}"] = None
             else:
-                candidates.append(Candidate(techniques=each, world=world))
+                candidates.append(candidate)
     if not candidates:
         why = next(reversed(left_out)).partition(": ")[2]
         raise ValueError(f"task.letters={task.letters}: no combination of them is left; the last one: {why}")
@@ -83,9 +82,10 @@ def _parts(letter: str) -> set[str]:
     return {"Q", token[1:]} if token in ("QL", "QLFA") else {token}
 
 
-def _why_not(config: schema.Config, each: Techniques, world: int, required: set[str]) -> str:
+def why_not(config: schema.Config, candidate: Candidate) -> str:
     """Why a combination that is valid in itself is none to choose; "" where it is one."""
-    task = advise(config)
+    task, each, world = advise(config), candidate.techniques, candidate.world
+    required = set().union(*(_parts(letter) for letter in task.require))
     if required - set(each.letters):
         return f"is without {', '.join(sorted(required - set(each.letters)))}, which task.require asks for"
     if each.quantised and not each.adapter:

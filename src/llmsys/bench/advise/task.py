@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmsys import schema
 from llmsys.bench.advise import emit, measured, space, tables
 from llmsys.bench.advise.answer import Answer, answer
-from llmsys.bench.advise.cells import GIB, Cell, Predict
+from llmsys.bench.advise.cells import GIB, Cell, Predict, Predicted
 from llmsys.files import write_atomic
 
 if TYPE_CHECKING:
@@ -20,22 +20,34 @@ if TYPE_CHECKING:
 def advise(config: schema.Config, context: LightContext) -> dict[str, Any]:
     """The record of the answer, with `advice.md`, `advice.json` (every cell that was looked at) and, in `task.emit`,
     what to run. ValueError where nothing can be chosen among or predicted."""
+    from llmsys.bench.predict import machine as machines
     from llmsys.bench.predict.prediction import predict
 
-    return advised(config, context, predict)
+    known = {config.train.world: machines.of(config)}
+
+    def predicted(wanted: schema.Config) -> Predicted:
+        world = wanted.train.world
+        if world not in known:
+            known[world] = machines.of(wanted)
+        return predict(wanted, known[world])
+
+    here = known[config.train.world]
+    return advised(config, context, predicted, machine=here.title, cuda=here.device == "cuda")
 
 
-def advised(config: schema.Config, context: LightContext, predict: Predict) -> dict[str, Any]:
-    """As `advise`, by any prediction."""
+def advised(
+    config: schema.Config, context: LightContext, predict: Predict, *, machine: str, cuda: bool
+) -> dict[str, Any]:
+    """As `advise`, by any prediction. `machine` in words; `cuda`: its devices are GPUs."""
     task = space.advise(config)
     root = context.inputs.get("records")
     made = answer(config, predict, measured.read(config, Path(root) if root else None))
     written = []
     if task.emit and made.ranking:
-        files = emit.files(config, made.choice)
+        files = emit.files(config, made.choice, cuda=cuda)
         emit.write(files, Path(task.emit).expanduser())
         written = [f"to run: {', '.join(files)} in {task.emit}"]
-    text = tables.markdown(made, config, machine(config), written)
+    text = tables.markdown(made, config, machine, written)
     (context.out / "advice.md").write_text(text, encoding="utf-8")
     write_atomic(context.out / "advice.json", json.dumps(plain(made), indent=1) + "\n")
     return {
@@ -43,15 +55,6 @@ def advised(config: schema.Config, context: LightContext, predict: Predict) -> d
         "notes": notes(made),
         "files": {"tables": "advice.md", "cells": "advice.json"},
     }
-
-
-def machine(config: schema.Config) -> str:
-    """In words."""
-    from llmsys.cost import hardware
-
-    card = hardware.described(config.hardware)
-    name = card.title if card else "this machine's device"
-    return f"{config.hardware.devices} x {name}" if config.hardware.devices > 1 else name
 
 
 def summary(made: Answer) -> dict[str, float]:
