@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import random
@@ -14,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import advise_harness
 import pytest
 
-import advise_harness
 from llmsys import compose, job, schema
 from llmsys.bench.advise import answer, emit, measured, space, tables, task
 from llmsys.bench.advise.cells import Cell
@@ -45,7 +46,7 @@ def base() -> schema.Config:
     return config(FEW)
 
 
-@pytest.mark.parametrize("text", ["Naive", "F+R+Z3+O", "Z1+O8", "TP2+L", "F+Q8+Z2+LFA"])
+@pytest.mark.parametrize("text", ["Naive", "F+R+Z3+O", "Z1+O8", "TP2+L", "F+Q8+Z2"])
 def test_a_combination_is_configured_as_its_letters_compose(text: str) -> None:
     """Without Hydra, whose 0.1 s for each of some hundreds would be a minute."""
     shared = [*CARD, "train.world=2", "train.micro_batch=2", "train.global_batch=8", "hardware.devices=2"]
@@ -86,7 +87,7 @@ def test_what_a_device_or_a_question_does_not_allow_has_its_reason(base: schema.
     assert {str(each.techniques) for each in found.candidates} == {
         *("Z3+QL", "F+Z3+QL", "R+Z3+QL", "F+R+Z3+QL", "Z3+O+QL", "F+Z3+O+QL", "R+Z3+O+QL", "F+R+Z3+O+QL")
     }
-    with pytest.raises(ValueError, match="no combination of them is left; the last one: .*task.stage=finetune"):
+    with pytest.raises(ValueError, match=r"no combination of them is left; the last one: .*task\.stage=finetune"):
         space.space(asked(base, require=["QL"]))
     with pytest.raises(ValueError, match="X is no technique"):
         space.space(asked(base, letters=["F", "X"]))
@@ -158,9 +159,8 @@ def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, base: schema.Confi
     assert best is not None
     assert GOALS[goal](made.choice) == pytest.approx(GOALS[goal](best))
     assert made.short, "so little memory that not all fits"
-    assert all(
-        a >= b or a == pytest.approx(b) for a, b in zip(*[[*map(GOALS[goal], made.ranking)][i:] for i in (0, 1)])
-    )
+    values = [GOALS[goal](each) for each in made.ranking]
+    assert all(a >= b or a == pytest.approx(b) for a, b in itertools.pairwise(values))
     assert made.margin_percent is not None
     assert made.margin_percent >= 0
     assert (len({each.world for each in made.ranking}) == 2) == (goal == "cost"), "one device may be cheaper"
@@ -220,7 +220,7 @@ def test_what_is_typed_of_the_batch_and_the_goal_is_what_is_asked() -> None:
     assert (typed.goal, typed.micro_batches, typed.global_batch, typed.emit) == ("batch", [4], 16, "there")
     untyped = space.advise(config())
     assert (untyped.goal, untyped.micro_batches, untyped.global_batch) == ("throughput", [], 0)
-    with pytest.raises(ValueError, match="task.goal=speed: must be one of throughput, fit, batch, cost"):
+    with pytest.raises(ValueError, match=r"task\.goal=speed: must be one of throughput, fit, batch, cost"):
         config("goal=speed")
 
 
@@ -248,7 +248,8 @@ def test_runs_of_the_same_cell_take_the_place_of_its_prediction(base: schema.Con
     ]
     records[4].config["model"]["hidden_size"] = 512
     for index, record in enumerate(records):
-        record.write(made := tmp_path / str(index)) if (tmp_path / str(index)).mkdir() is None else None  # noqa: F841
+        (tmp_path / str(index)).mkdir()
+        record.write(tmp_path / str(index))
     found = measured.read(base, tmp_path)
     assert {record.run_id for record in found} == {"F+Z2 2", "again", "Z3 5"}
     made_answer = answer.answer(base, advise_harness.predict, found)
@@ -326,5 +327,5 @@ def test_where_it_writes_is_no_part_of_what_a_run_is_and_what_it_reads_is(base: 
     read = job.make(compose.compose([*words, f"task.records={tmp_path / 'runs'}"]))
     assert read.run_id != plain.run_id
     assert read.inputs["records"] == str(tmp_path / "runs")
-    with pytest.raises(ValueError, match="task.records=nowhere: no such folder"):
+    with pytest.raises(ValueError, match=r"task\.records=nowhere: no such folder"):
         job.make(compose.compose([*words, "task.records=nowhere"]))
