@@ -94,18 +94,19 @@ def by_phase(
     return phases.of(case, ledger(case), engines.hold(case))
 
 
-def ledger(case: Case) -> Ledger:
-    """The saved tensors of one micro-batch."""
+def ledger(case: Case, tape: Tape | None = None) -> Ledger:
+    """The saved tensors of one micro-batch. `tape`: of `case`, where it was played already."""
     if not case.trains:
         return Ledger()
-    tape = walk.run(case)
-    logits = tape.saved.pop("logits")
+    tape = tape or walk.run(case)
+    logits = tape.saved["logits"]
+    saved = {part: storages for part, storages in tape.saved.items() if part != "logits"}
     blocks, seen = [], set[int]()
-    for part, storages in tape.saved.items():
+    for part, storages in saved.items():
         if part in tape.blocks:
             blocks.append(tape.bytes_of(storages.keys() - seen))
         seen |= storages.keys()
-    moments, kept, returns = _backward(case, tape)
+    moments, kept, returns = _backward(case, tape, saved)
     return Ledger(
         kept=tape.bytes_of(kept),
         returns=returns,
@@ -117,14 +118,14 @@ def ledger(case: Case) -> Ledger:
     )
 
 
-def _backward(case: Case, tape: Tape) -> tuple[list[tuple[int, int]], set[int], int]:
+def _backward(case: Case, tape: Tape, saved: dict[str, dict[int, str]]) -> tuple[list[tuple[int, int]], set[int], int]:
     """(moments of the backward pass, what is kept for it, the most that a part of it brings back)."""
     policies = dict(zip(tape.blocks, case.policies, strict=False))
     all_read = sum(tape.read.values())
     kept: set[int] = set()
     moments: list[tuple[int, int]] = []
     returns = before = 0
-    for part, storages in tape.saved.items():
+    for part, storages in saved.items():
         own = tape.inputs[part] if policies.get(part) == "block" else storages.keys()
         # what the part saves itself is in its moments; what is kept anyway must not count twice
         base = tape.bytes_of(kept | own) - tape.bytes_of((own - kept) & storages.keys())
