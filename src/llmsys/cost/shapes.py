@@ -65,7 +65,11 @@ def linears(model: schema.Model) -> list[Linear]:
     return list(_linears(model))
 
 
-_linears = Kept(lambda model: FAMILIES[model.family].linears(model), repr, 32)
+def _all_linears(model: schema.Model) -> list[Linear]:
+    return FAMILIES[model.family].linears(model)
+
+
+_linears = Kept(_all_linears, repr, 32)
 
 
 def blocks(model: schema.Model) -> list[str]:
@@ -126,11 +130,11 @@ def _read(case: Case) -> tuple[Hashable, ...]:
     return repr(case.model), repr(case.method), case.num_labels, min(case.zero, 1)
 
 
-_held = Kept(
-    lambda case: [] if case.method.kind == "majority" else [*_base(case), *_adapters(case)],
-    _read,
-    128,
-)
+def _whole(case: Case) -> list[Parameter]:
+    return [] if case.method.kind == "majority" else [*_base(case), *_adapters(case)]
+
+
+_held = Kept(_whole, _read, 128)
 
 
 def _base(case: Case) -> Iterator[Parameter]:

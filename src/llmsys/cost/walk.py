@@ -20,8 +20,8 @@ from llmsys.cost.tape import Tape, Tensor
 
 
 def run(case: Case) -> Tape:
-    """Plays the forward pass of a micro-batch, with its loss. Parts: `embedding`, each block, `head`, `logits`. The tape
-    is kept for the next case of which it is too: nobody may change it."""
+    """Plays the forward pass of a micro-batch, with its loss. Parts: `embedding`, each block, `head`, `logits`. The
+    tape is kept for the next case of which it is too: nobody may change it."""
     return _kept(case)
 
 
