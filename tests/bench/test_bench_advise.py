@@ -157,12 +157,15 @@ def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, base: schema.Confi
             one = cells_of(found, each.techniques)
             best = max(filter(None, (best, one if one.fits else None)), key=GOALS[goal], default=None)
     assert best is not None
-    assert GOALS[goal](made.choice) == pytest.approx(GOALS[goal](best))
+    assert GOALS[goal](made.choice) == pytest.approx(GOALS[goal](best), rel=answer.EVEN)
+    least = GOALS[goal](best) - answer.EVEN * abs(GOALS[goal](best))
+    alike = [each for each in made.ranking if GOALS[goal](each) >= least]
+    assert len(made.choice.techniques.letters) == min(len(each.techniques.letters) for each in alike)
     assert made.short, "so little memory that not all fits"
     values = [GOALS[goal](each) for each in made.ranking]
-    assert all(a >= b or a == pytest.approx(b) for a, b in itertools.pairwise(values))
+    assert all(a >= b or a == pytest.approx(b) for a, b in itertools.pairwise(values[1:]))
     assert made.margin_percent is not None
-    assert made.margin_percent >= 0
+    assert made.margin_percent >= -100 * answer.EVEN * 1.01
     assert (len({each.world for each in made.ranking}) == 2) == (goal == "cost"), "one device may be cheaper"
 
 

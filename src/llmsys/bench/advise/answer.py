@@ -5,7 +5,8 @@
     batch       most examples in a step without accumulating any; of equal ones the faster
     cost        least for a token, on the machine or on fewer of its devices
 
-Of two that are equal the one with fewer letters comes first.
+What differs by less than `EVEN` no prediction tells apart, and hardly a measurement: of those the one with the fewest
+letters is chosen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from llmsys.bench.advise.space import Candidate, Space
 from llmsys.job import Record
 
 
+EVEN = 0.005
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drop:
     """The choice without one of its letters: `cell` is the best that is then left, None where nothing is to choose, for
@@ -34,7 +38,7 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """`ranking` of what fits, the best first; `short`: of what does not, each at its smallest micro-batch, the nearest
+    """`ranking` of what fits, the choice first and then the best; `short`: of what does not, each at its smallest micro-batch, the nearest
     first. `next_size`: the choice at the next micro-batch, which does not fit (None: it is not limited by that)."""
 
     goal: str
@@ -99,11 +103,11 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
     runs = measured.by_cell(config, found.candidates, records)
     best: dict[Candidate, Cell] = {}
     searches: dict[Candidate, Search] = {}
-    for candidate in found.candidates:
+    for candidate in sorted(found.candidates, key=_alike):
         own = measured.cells(config, candidate, runs.get(candidate, {}), predict)
         search = searches[candidate] = _search(config, candidate, own, predict)
         best[candidate] = _best(task.goal, search, own)
-    fitting = sorted((cell for cell in best.values() if cell.fits), key=order(task.goal))
+    fitting = _chosen(task.goal, sorted((cell for cell in best.values() if cell.fits), key=order(task.goal)))
     short = sorted((cell for cell in best.values() if not cell.fits), key=lambda c: (_over(c), c.peak_bytes))
     made = Answer(
         goal=task.goal,
@@ -115,6 +119,20 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
     )
     limit = _next(searches, made.choice) if fitting and not made.choice.measured else None
     return replace(made, next_size=limit)
+
+
+def _alike(candidate: Candidate) -> tuple[object, ...]:
+    """Of which what differs in little that a forward pass depends on stands together: such a pass is kept
+    (`cost.kept`)."""
+    t = candidate.techniques
+    return t.adapter, t.quantised, t.fp8, t.flash, t.recompute, t.tensor, t.zero == 3, bool(t.zero), candidate.world
+
+
+def _chosen(goal: str, ranked: list[Cell]) -> list[Cell]:
+    """`ranked` with the simplest of the best in front."""
+    even = [cell for cell in ranked if worse_percent(goal, ranked[0], cell) <= 100 * EVEN]
+    choice = min(even, key=lambda cell: (len(cell.techniques.letters), order(goal)(cell)), default=None)
+    return ranked if choice is None else [choice, *(cell for cell in ranked if cell is not choice)]
 
 
 def _over(cell: Cell) -> float:

@@ -14,6 +14,8 @@ from llmsys.bench.advise.cells import Cell
 
 Probe = Callable[[int], Cell]
 """Of a micro-batch."""
+FEW = 16
+"""So many sizes are each tried."""
 
 
 class Search:
@@ -48,18 +50,15 @@ class Search:
         return self.at(low) if low >= 0 else None
 
     def fastest(self) -> Cell | None:
-        """Of those that fit, the most tokens a second: the largest, half of it, a power of two, or what was seen on the
-        way. All of few sizes."""
+        """Of those that fit, the most tokens a second: of many sizes the largest, for what a step costs once is then
+        shared by most, or one that was seen on the way; of few all are tried."""
         top = self.largest()
         if top is None:
             return None
         last = bisect_right(self.sizes, top.micro_batch) - 1
-        if last < 8:
+        if len(self.sizes) <= FEW:
             for index in range(last):
                 self.at(index)
-        else:
-            for size in (top.micro_batch // 2, 2 ** (top.micro_batch.bit_length() - 1)):
-                self.at(bisect_right(self.sizes, size) - 1)
         fitting = [cell for cell in self.seen.values() if cell.fits]
         return max(fitting, key=lambda cell: (cell.tokens_per_s, -cell.micro_batch))
 
