@@ -21,7 +21,6 @@ from llmsys.bench.advise.search import Search
 from llmsys.bench.advise.space import Candidate, Space
 from llmsys.job import Record
 
-
 EVEN = 0.005
 
 
@@ -38,8 +37,9 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """`ranking` of what fits, the choice first and then the best; `short`: of what does not, each at its smallest micro-batch, the nearest
-    first. `next_size`: the choice at the next micro-batch, which does not fit (None: it is not limited by that)."""
+    """`ranking` of what fits, the choice first and then the best; `short`: of what does not, each at its smallest
+    micro-batch, the nearest first. `next_size`: the choice at the next micro-batch, which does not fit (None: it is not
+    limited by that)."""
 
     goal: str
     stage: str
