@@ -60,12 +60,14 @@ class Opportunities(Modules):
 
     `modules`: a folder or `record.json` of a run of `bench_modules`, of which the model, the settings and the device
     are then taken; null: the modules are measured here and now, with this run's `rounds` and `warmup`. `changes`:
-    measure also what the changes that are known would take instead.
+    measure also what the changes that are known would take instead. `verify`: and make each of them, to see what it
+    really saves.
     """
 
     kind: str = "bench_opportunities"
     modules: str | None = None
     changes: bool = True
+    verify: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
