@@ -1,5 +1,5 @@
-"""Claims about opportunities: a roofline is never slower than what its work takes at the peaks, headroom adds up to what
-lies above it, a change computes what was computed before, and a record says as much as the run that left it.
+"""Claims about opportunities: a roofline is what the work takes at the peaks, headroom is what lies above it, a change
+computes what was computed before, and a record says as much as the run that left it.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ def test_the_least_bytes_are_of_every_operand_once() -> None:
 def built() -> torch.nn.Module:
     from llmsys import models
 
-    return models.load(
-        case().model, objective="causal_lm", num_labels=0, device=torch.device("meta"), seed=0, folder=None
-    )
+    made: torch.nn.Module = models.skeleton(case().model)
+    return made
 
 
 def test_what_is_frozen_fused_or_computed_again_has_other_bytes() -> None:
@@ -141,8 +140,6 @@ def test_of_an_unknown_machine_s_record_the_memory_s_speed_is_asked_for(tmp_path
         words = [*TINY, f"task.modules={tmp_path / name}", f"results={tmp_path / 'results'}", "dispatch=inline"]
         told[name] = runner.run(job.make(compose.compose(words)))
     assert told["known"].summary["memory_gb_per_s"] == 3350
-    assert (
-        told["unknown"].error == "ValueError: hardware.mem_gbps: missing; of Some Card the memory's GB/s are not listed"
-    )
+    assert "hardware.mem_gbps: missing; of Some Card the memory's GB/s are not listed" in told["unknown"].error
     with pytest.raises(ValueError, match=r"task\.modules=nowhere: no record\.json there"):
         job.make(compose.compose([*TINY, "task.modules=nowhere"]))

@@ -85,9 +85,8 @@ def _seconds(config: schema.Config, clock: Clock, make: Callable[[], Act], held:
 def _in_blocks(config: schema.Config, seconds: list[float]) -> float:
     """A step's, of what each block has once; forward once more where blocks are computed again."""
     again = config.train.recompute == "block"
-    return (
-        _model(config).num_layers * schema.accumulation(config.train, config.engine) * (seconds[1] + again * seconds[0])
-    )
+    times = _model(config).num_layers * schema.accumulation(config.train, config.engine)
+    return times * (seconds[1] + again * seconds[0])
 
 
 def _random(config: schema.Config, clock: Clock, *shape: int, narrow: bool = False) -> Tensor:
@@ -144,7 +143,7 @@ def _patch_norms(model: nn.Module) -> None:
     """Has every RMSNorm of `model`, in place, computed by torch's own function."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module)
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What each module of a step has to read and write at least: every operand once, every result once.
 
 An implementation in several passes over memory moves more, which is what the roofline is to show: transformers' RMSNorm
-reads its input four times. By row of `profile.taxonomy`, of all blocks and micro-batches of an optimizer step of a rank.
-T rows (tokens), D model width, M MLP width, V vocabulary, H and K heads of queries and of keys, W width of a head, w
-bytes of an activation, p of a weight:
+reads its input four times. By row of `profile.taxonomy`, of all blocks and micro-batches of an optimizer step of a
+rank. T rows (tokens), D model width, M MLP width, V vocabulary, H and K heads of queries and of keys, W width of a
+head, w bytes of an activation, p of a weight:
 
     linear layer      forward w T (in + out) + p in out       backward the same, and once more for the weight's gradient
     norm              2 w T D                                  3 w T D
