@@ -11,6 +11,8 @@ import itertools
 import json
 import logging
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,3 +334,29 @@ def test_where_it_writes_is_no_part_of_what_a_run_is_and_what_it_reads_is(base: 
     assert read.inputs["records"] == str(tmp_path / "runs")
     with pytest.raises(ValueError, match=r"task\.records=nowhere: no such folder"):
         job.make(compose.compose([*words, "task.records=nowhere"]))
+
+
+COMMAND = """
+import sys
+from llmsys import main
+sys.argv[1:] = {words!r}
+try:
+    main.main()
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_the_command_says_the_answer_first_and_needs_no_torch(tmp_path: Path) -> None:
+    """By the real prediction; what it writes is written again, though the run is finished."""
+    there = tmp_path / "there"
+    words = ["+exp=bench_advise", "model=llama_tiny", "hardware=rtx4090x8", "goal=batch", "task.letters=[F,R,Z3]"]
+    words += ["task.most_micro_batch=4", "train.length=32", f"emit={there}", f"results={tmp_path / 'results'}"]
+    for _ in range(2):
+        program = [sys.executable, "-c", COMMAND.format(words=words)]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == "False"
+        (first, *_) = filter(None, done.stdout.splitlines())
+        assert first.startswith("**Naive, micro-batch 4**: llama_tiny on 8 x GeForce RTX 4090, pre-training, largest")
+        (there / "run.sh").unlink()
