@@ -6,6 +6,7 @@ space.py      which combinations there are to choose among, and why not the othe
 cells.py      one combination at one micro-batch: what it takes, predicted or measured
 search.py     the micro-batch of a combination
 measured.py   which records are of the model and the machine that are asked about
+trials.py     all of these together: the cells of a combination
 answer.py     the ranking by a goal, its margin, and what dropping a letter would cost
 tables.py     that as text
 emit.py       the choice as something to run

@@ -12,13 +12,13 @@ letters is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llmsys import schema
-from llmsys.bench.advise import measured, space
-from llmsys.bench.advise.cells import Cell, Predict, predicted
-from llmsys.bench.advise.search import Search
+from llmsys.bench.advise import space
+from llmsys.bench.advise.cells import Cell, Predict
 from llmsys.bench.advise.space import Candidate, Space
+from llmsys.bench.advise.trials import Trials, alike
 from llmsys.job import Record
 
 EVEN = 0.005
@@ -100,32 +100,20 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
     """
     task = space.advise(config)
     found: Space = space.space(config)
-    runs = measured.by_cell(config, found.candidates, records)
-    best: dict[Candidate, Cell] = {}
-    searches: dict[Candidate, Search] = {}
-    for candidate in sorted(found.candidates, key=_alike):
-        own = measured.cells(config, candidate, runs.get(candidate, {}), predict)
-        search = searches[candidate] = _search(config, candidate, own, predict)
-        best[candidate] = _best(task.goal, search, own)
-    fitting = _chosen(task.goal, sorted((cell for cell in best.values() if cell.fits), key=order(task.goal)))
+    trials, by = Trials(config, found.candidates, predict, records), order(task.goal)
+    best = {each: trials.best(each, task.goal, by) for each in sorted(found.candidates, key=alike)}
+    fitting = _chosen(task.goal, sorted((cell for cell in best.values() if cell.fits), key=by))
     short = sorted((cell for cell in best.values() if not cell.fits), key=lambda c: (_over(c), c.peak_bytes))
-    made = Answer(
+    choice = (fitting or short)[0]
+    return Answer(
         goal=task.goal,
         stage=task.stage,
         ranking=tuple(fitting),
         short=tuple(short),
-        drops=_drops(config, (fitting or short)[0], best, found, predict),
+        drops=_drops(config, choice, best, found, trials),
         left_out=found.left_out,
+        next_size=trials.too_large(choice) if fitting else None,
     )
-    limit = _next(searches, made.choice) if fitting and not made.choice.measured else None
-    return replace(made, next_size=limit)
-
-
-def _alike(candidate: Candidate) -> tuple[object, ...]:
-    """Of which what differs in little that a forward pass depends on stands together: such a pass is kept
-    (`cost.kept`)."""
-    t = candidate.techniques
-    return t.adapter, t.quantised, t.fp8, t.flash, t.recompute, t.tensor, t.zero == 3, bool(t.zero), candidate.world
 
 
 def _chosen(goal: str, ranked: list[Cell]) -> list[Cell]:
@@ -141,50 +129,8 @@ def _over(cell: Cell) -> float:
     return max(cell.peak_bytes / cell.capacity_bytes, host)
 
 
-def _search(config: schema.Config, candidate: Candidate, own: Sequence[Cell], predict: Predict) -> Search:
-    """Among the micro-batches that no run has shown not to fit."""
-
-    def probe(size: int) -> Cell:
-        made = space.configured(
-            config,
-            candidate.techniques,
-            world=candidate.world,
-            micro_batch=size,
-            global_batch=space.advise(config).global_batch,
-        )
-        return predicted(made, candidate.techniques, predict(made))
-
-    sizes = space.micro_batches(config, candidate)
-    failed = min((cell.micro_batch for cell in own if not cell.fits), default=None)
-    if failed is not None and any(size < failed for size in sizes):
-        sizes = [size for size in sizes if size < failed]
-    return Search(sizes, probe)
-
-
-def _best(goal: str, search: Search, own: Sequence[Cell]) -> Cell:
-    """Of one candidate; one that does not fit where none does."""
-    ran = [cell for cell in own if cell.fits]
-    if ran:
-        return min(ran, key=order(goal))
-    failed = [cell for cell in own if not cell.fits]
-    if failed and min(cell.micro_batch for cell in failed) <= search.sizes[0]:
-        return min(failed, key=lambda cell: cell.micro_batch)
-    if goal == "fit":
-        return search.smallest()
-    found = search.largest() if goal == "batch" else search.fastest()
-    return found or search.smallest()
-
-
-def _next(searches: dict[Candidate, Search], choice: Cell) -> Cell | None:
-    """The choice at the next size up, where that does not fit."""
-    search = searches[Candidate(techniques=choice.techniques, world=choice.world)]
-    larger = [i for i, size in enumerate(search.sizes) if size > choice.micro_batch][:1]
-    cell = search.at(larger[0]) if larger else None
-    return None if cell is None or cell.fits else cell
-
-
 def _drops(
-    config: schema.Config, choice: Cell, best: dict[Candidate, Cell], found: Space, predict: Predict
+    config: schema.Config, choice: Cell, best: dict[Candidate, Cell], found: Space, trials: Trials
 ) -> tuple[Drop, ...]:
     """For each letter of the choice what is left without it, also where that is none of `task.letters`."""
     reasons = dict(line.removeprefix("techniques=").split(": ", 1) for line in found.left_out)
@@ -194,6 +140,7 @@ def _drops(
         name, cell = str(less.techniques), best.get(less)
         why = "" if cell else reasons.get(name) or space.why_not(config, less)
         if not cell and not why:
-            cell = _best(space.advise(config).goal, _search(config, less, (), predict), ())
+            goal = space.advise(config).goal
+            cell = trials.best(less, goal, order(goal))
         drops.append(Drop(letter=letter, techniques=name, cell=cell, why=why))
     return tuple(drops)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from llmsys import schema
 from llmsys.bench.techniques import Techniques
-from llmsys.job import Record
 
 GIB = 2**30
 
@@ -49,8 +47,9 @@ Predict = Callable[[schema.Config], Predicted]
 class Cell:
     """`tokens_per_s` of all ranks; `peak_bytes` of a device, `host_bytes` of all ranks in the host's memory; `binds`:
     what takes the largest share of the step, or `memory` where it does not fit; `examples` of a step before anything is
-    accumulated. `runs`: of which runs the numbers are, none of a prediction; then `binds` and `usd` are still predicted
-    ones (`usd` for a million tokens, at what was measured; None where no price is known)."""
+    accumulated; `usd` for a million tokens, None where no price is known. `runs`: of which runs the numbers are, none
+    of a prediction; `binds` is always a predicted one. `correction`: how many times its predicted speed it is given, as
+    runs of other cells suggest."""
 
     techniques: Techniques
     world: int
@@ -69,6 +68,7 @@ class Cell:
     usd: float | None = None
     note: str = ""
     runs: tuple[str, ...] = ()
+    correction: float = 1.0
 
     @property
     def measured(self) -> bool:
@@ -113,39 +113,12 @@ def predicted(config: schema.Config, techniques: Techniques, made: Predicted) ->
     )
 
 
-def measured(cell: Cell, runs: Sequence[Record], *, capped: bool) -> Cell:
-    """`cell` with what its `runs`, repeats of one another, have measured: means, and the largest peak. One that ran out
-    of memory makes it not fit; its other numbers are then still predicted ones. What ran does fit, unless the question
-    is about less memory than the machine has (`capped`)."""
-    ids = tuple(run.run_id for run in runs)
-    if any(run.status != "ok" for run in runs):
-        return dataclasses.replace(cell, fits=False, binds="memory", runs=ids)
-    speed = statistics.fmean(run.summary["tokens_per_s"] for run in runs)
-    peak = max(peak_bytes(run) for run in runs)
+def corrected(cell: Cell, ratio: float) -> Cell:
+    """`cell` at so many times its speed."""
     return dataclasses.replace(
         cell,
-        fits=not capped or peak <= cell.capacity_bytes,
-        tokens_per_s=speed,
-        step_ms=statistics.fmean(run.summary["step_ms_p50"] for run in runs),
-        peak_bytes=peak,
-        usd=None if cell.usd is None else cell.usd * cell.tokens_per_s / speed,
-        by_phase_ms=_phases(runs),
-        runs=ids,
+        tokens_per_s=cell.tokens_per_s * ratio,
+        step_ms=cell.step_ms / ratio,
+        usd=None if cell.usd is None else cell.usd / ratio,
+        correction=cell.correction * ratio,
     )
-
-
-def peak_bytes(run: Record) -> int:
-    """The device's peak of a run; on a CPU, where that is mostly libraries, what it can account for."""
-    if "peak_gib" in run.summary:
-        return round(run.summary["peak_gib"] * GIB)
-    return round(run.summary["accounted_bytes"])
-
-
-def _phases(runs: Sequence[Record]) -> dict[str, float]:
-    """ms of the phases that a run has clocks for; what is exchanged and copied is within them."""
-    keys = ("data", "forward", "backward", "communication", "optimizer")
-    return {
-        key: statistics.fmean(run.summary[f"{key}_ms"] for run in runs)
-        for key in keys
-        if all(f"{key}_ms" in run.summary for run in runs)
-    }

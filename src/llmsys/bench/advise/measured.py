@@ -2,20 +2,20 @@
 
 A record counts for a combination at a micro-batch if its settings are those that the combination stands for: shape and
 precision, length, ranks, batches, engine, method. The device must call itself what `hardware` names. Repeats of one
-cell are taken together. Of a combination with runs that went well only these count: a prediction would beat them
-unfairly by being optimistic. One that ran out of memory says that no larger micro-batch fits.
+cell are taken together. What they say of other cells is for `trials`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmsys import device, results, schema
 from llmsys.bench.advise import space
-from llmsys.bench.advise.cells import Cell, Predict, measured, predicted
+from llmsys.bench.advise.cells import GIB, Cell, corrected
 from llmsys.bench.advise.space import Candidate
 from llmsys.bench.techniques import Techniques
 from llmsys.cost.cards import REPORTED
@@ -83,8 +83,6 @@ def by_cell(config: schema.Config, candidates: Sequence[Candidate], records: Seq
             continue
         if candidate is None or not _same(config, candidate, typed):
             continue
-        if record.status == "ok" and not ("peak_gib" in record.summary or "accounted_bytes" in record.summary):
-            continue
         found.setdefault(candidate, {}).setdefault(typed.train.micro_batch, []).append(record)
     return found
 
@@ -122,16 +120,35 @@ def _same(config: schema.Config, candidate: Candidate, typed: schema.Config) -> 
     )
 
 
-def cells(
-    config: schema.Config, candidate: Candidate, runs: Mapping[int, Sequence[Record]], predict: Predict
-) -> list[Cell]:
-    """The measured cells of one candidate."""
-    found = []
-    for size, records in sorted(runs.items()):
-        asked = space.advise(config).global_batch
-        made = space.configured(
-            config, candidate.techniques, world=candidate.world, micro_batch=size, global_batch=asked
-        )
-        cell = predicted(made, candidate.techniques, predict(made))
-        found.append(measured(cell, records, capped=config.hardware.mem_gib is not None))
-    return found
+def measured(cell: Cell, runs: Sequence[Record], *, capped: bool) -> Cell:
+    """`cell`, a prediction, with what its `runs`, repeats of one another, have measured: means, and the largest peak.
+
+    One that ran out of memory makes it not fit; its other numbers are then still predicted ones. What ran does fit,
+    unless the question is about less memory than the machine has (`capped`). On a CPU, whose peak is mostly libraries,
+    the bytes of the device are predicted ones too.
+    """
+    ids = tuple(run.run_id for run in runs)
+    if any(run.status != "ok" for run in runs):
+        return dataclasses.replace(cell, fits=False, binds="memory", runs=ids)
+    speed = statistics.fmean(run.summary["tokens_per_s"] for run in runs)
+    peaks = [round(run.summary["peak_gib"] * GIB) for run in runs if "peak_gib" in run.summary]
+    peak = max(peaks, default=cell.peak_bytes)
+    return dataclasses.replace(
+        corrected(cell, speed / cell.tokens_per_s),
+        correction=1.0,
+        fits=not capped or peak <= cell.capacity_bytes,
+        step_ms=statistics.fmean(run.summary["step_ms_p50"] for run in runs),
+        peak_bytes=peak,
+        by_phase_ms=_phases(runs),
+        runs=ids,
+    )
+
+
+def _phases(runs: Sequence[Record]) -> dict[str, float]:
+    """ms of the phases that a run has clocks for; what is exchanged and copied is within them."""
+    keys = ("data", "forward", "backward", "communication", "optimizer")
+    return {
+        key: statistics.fmean(run.summary[f"{key}_ms"] for run in runs)
+        for key in keys
+        if all(f"{key}_ms" in run.summary for run in runs)
+    }

@@ -55,6 +55,8 @@ def headline(answer: Answer, config: schema.Config, machine: str) -> str:
 
 def _numbers(cell: Cell, goal: str) -> str:
     source = "measured" if cell.measured else "predicted"
+    if cell.correction != 1:
+        source += f", corrected by runs to {cell.correction:.2f} times the speed"
     parts = [f"{cell.tokens_per_s:,.0f} tokens/s on {_devices(cell)}", f"{cell.step_ms:,.1f} ms a step"]
     parts += [f"{_memory(cell)} GiB of each", *([f"{_host(cell)} of the host's"] if cell.host_bytes else [])]
     if goal == "cost":
@@ -148,11 +150,17 @@ def _ranking(answer: Answer) -> list[str]:
         host = f"{cell.host_bytes / GIB:,.1f}" if cell.host_bytes else ""
         numbers = [f"{cell.tokens_per_s:,.0f}", f"{cell.step_ms:,.1f}", f"{cell.peak_bytes / GIB:.2f}", host]
         price = f"{cell.device_hours:.4g} h" if cell.usd is None else f"${cell.usd:.4g}"
-        last = [price if answer.goal == "cost" else worse, "runs" if cell.measured else "prediction"]
+        last = [price if answer.goal == "cost" else worse, _source(cell)]
         rows.append([str(cell.techniques), str(cell.world), str(cell.micro_batch), *numbers, cell.binds, *last])
     more = len(answer.ranking) - len(rows)
     title = f"## All that fit, the best first ({len(answer.ranking)})"
     return [title, "", *_table(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
+
+
+def _source(cell: Cell) -> str:
+    if cell.measured:
+        return "runs"
+    return "prediction" if cell.correction == 1 else f"prediction x {cell.correction:.2f}"
 
 
 def _short(answer: Answer) -> list[str]:

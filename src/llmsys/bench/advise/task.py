@@ -93,6 +93,10 @@ def notes(made: Answer) -> dict[str, str]:
         found["margin_percent"] = f"to {made.runner_up}"
     if made.choice.measured:
         found["tokens_per_s"] = f"measured in {', '.join(made.choice.runs)}"
+    if made.choice.correction != 1:
+        found["predicted_tokens_per_s"] = (
+            f"{made.choice.correction:.2f} times the prediction, as runs of others suggest"
+        )
     return found
 
 
