@@ -43,10 +43,10 @@ def advised(
     root = context.inputs.get("records")
     made = answer(config, predict, measured.read(config, Path(root) if root else None))
     written = []
-    if task.emit and made.ranking:
-        files = emit.files(config, made.choice, cuda=cuda)
+    if task.emit:
+        files = emit.files(config, made.choice, cuda=cuda) if made.ranking else {}
         emit.write(files, Path(task.emit).expanduser())
-        written = [f"to run: {', '.join(files)} in {task.emit}"]
+        written = [f"to run: {', '.join(files)} in {task.emit}" if files else f"nothing to run stands in {task.emit}"]
     text = tables.markdown(made, config, machine, written)
     (context.out / "advice.md").write_text(text, encoding="utf-8")
     write_atomic(context.out / "advice.json", json.dumps(plain(made), indent=1) + "\n")
