@@ -323,9 +323,13 @@ def test_what_no_trainer_script_can_do_is_our_own_command_alone(base: schema.Con
 
 
 def test_our_own_command_composes_to_what_was_chosen(base: schema.Config) -> None:
-    for text in ("F+R+Z3+O", "Z2+QLFA", "F+TP2+L"):
+    for text in ("F+R+Z3+O", "Z2+QLFA", "F+TP2+L", "F+L"):
         chosen = dataclasses.replace(cell(3, 1, 2), techniques=Techniques.parse(text), world=2)
         want = space.configured(base, chosen.techniques, world=2, micro_batch=3, global_batch=0)
+        if text == "F+L":  # our own functions, and another kernel
+            ours = schema.LoRA(kind="lora", r=4, alpha=8.0)
+            other = dataclasses.replace(want.model, attention="flash_attention_2")  # type: ignore[call-arg]
+            want = dataclasses.replace(want, model=other, method=ours)
         words = emit._command(dataclasses.replace(want, task=asked(base, stage="finetune").task), chosen)
         found = schema.build(compose.compose(words[3:]))
         assert found.model == want.model

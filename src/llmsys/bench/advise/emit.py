@@ -18,6 +18,7 @@ from pathlib import Path
 from llmsys import schema
 from llmsys.bench.advise import space
 from llmsys.bench.advise.cells import Cell
+from llmsys.bench.techniques import FUSED, METHODS
 from llmsys.cost import shapes
 from llmsys.cost.case import Case, facts
 from llmsys.files import write_atomic
@@ -73,6 +74,8 @@ def _command(config: schema.Config, cell: Cell) -> list[str]:
     if not any(_key(word) in ("model", "model.config") for word in words):
         words.insert(0, f"model={model.name}")
     words += [f"model.dtype={model.dtype}", f"techniques={cell.techniques}"]
+    if isinstance(model, schema.Transformer) and model.attention not in ("eager", FUSED[0]):
+        words.append(f"model.attention={model.attention}")
     for key in ("precision", "length", "world", "micro_batch", "global_batch", "loss"):
         words.append(f"train.{key}={getattr(train, key)}")
     if cell.world == 1 and not isinstance(config.engine, schema.DeepSpeed):
@@ -82,6 +85,8 @@ def _command(config: schema.Config, cell: Cell) -> list[str]:
     if isinstance(config.method, schema.Adapter):
         words = [word for word in words if _key(word) not in ("method", "method.r", "method.alpha")]
         words += [f"method.r={config.method.r}", f"method.alpha={config.method.alpha}"]
+        if config.method.kind != METHODS[cell.techniques.adapter]:
+            words.append(f"method={config.method.kind}")
     else:
         words = [word for word in words if _key(word).split(".")[0] != "method"]
     experiment = "bench_pretrain"
