@@ -25,11 +25,12 @@ MEASURED = ("compress_iteration", "compress_ablation", "compress_replay")
 LOOKED_INTO = {
     "bench_modules": ("modules/qkv/forward_ms", "| qkv |"),
     "bench_ops": ("gemm/32x64x64/fp32/ms", "| gemm/32x64x64/fp32 |"),
+    "bench_opportunities": ("opportunities/qkv/roofline_ms", "| qkv |"),
 }
 TRAINED = [
     pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
     for exp in EXPERIMENTS
-    if exp not in ("lorafa_ledger", "compress_simulate", *MEASURED, *LOOKED_INTO)
+    if exp not in ("lorafa_ledger", "compress_simulate", "bench_advise", *MEASURED, *LOOKED_INTO)
 ]
 ON_CUDA = ("peak_gib", "reserved_gib")
 CLASSES = ("accuracy", "accuracy_se", "macro_f1")

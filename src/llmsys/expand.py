@@ -1,4 +1,5 @@
-"""What some settings stand for, filled in before a config is checked: `model.config`, and the ranks of a prediction."""
+"""What some settings stand for, filled in before a config is checked: `model.config`, the ranks of a prediction, the
+batch that advice is asked for."""
 
 from __future__ import annotations
 
@@ -15,10 +16,14 @@ def expand(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """
     if not all(isinstance(values.get(group), dict) for group in ("task", "model", "train", "engine", "hardware")):
         return values  # what is missing is for `schema.build` to say
-    predicts = issubclass(schema.SCHEMAS["task"].get(values["task"].get("kind"), schema.Task), schema.Predicting)
+    task = schema.SCHEMAS["task"].get(values["task"].get("kind"), schema.Task)
+    predicts = issubclass(task, schema.Predicting)
     shape_file.apply(values, words, build=not predicts)
+    typed = {word.partition("=")[0].lstrip("+") for word in words}
     if predicts:
-        _ranks(values, {word.partition("=")[0].lstrip("+") for word in words})
+        _ranks(values, typed)
+    if issubclass(task, schema.Advise):
+        _batch(values, typed)
     return values
 
 
@@ -30,3 +35,12 @@ def _ranks(values: dict[str, Any], typed: set[str]) -> None:
     shares = 1 if engine == "tp" else train["world"]
     if "train.global_batch" not in typed and train["global_batch"] % (train["micro_batch"] * shares):
         train["global_batch"] = train["micro_batch"] * shares
+
+
+def _batch(values: dict[str, Any], typed: set[str]) -> None:
+    """A micro-batch and a global batch that were typed are what is asked for; others are an experiment's defaults."""
+    train, task = values["train"], values["task"]
+    if "train.micro_batch" in typed and not task["micro_batches"]:
+        task["micro_batches"] = [train["micro_batch"]]
+    if "train.global_batch" in typed and not task["global_batch"]:
+        task["global_batch"] = train["global_batch"]

@@ -31,6 +31,8 @@ HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
 _NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques", "sweep")
+_READ = ("speeds", "records", "modules", "emit")
+"""Settings of a task that name what it reads, whose content counts instead, or where it writes."""
 _PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
 _LATER: dict[str, dict[str, Any]] = {
     "train": {"optimizer": "adamw", "fp8": False},
@@ -174,7 +176,7 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
         identity.pop("repeat", None)  # the first run of settings is the one that was made before there were repeats
     identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
     identity["model"] = {key: value for key, value in config["model"].items() if key != "config"}  # its shape counts
-    identity["task"] = {key: value for key, value in config["task"].items() if key != "speeds"}  # so does its content
+    identity["task"] = {key: value for key, value in config["task"].items() if key not in _READ}
     for group, plain in _LATER.items():
         identity[group] = {k: v for k, v in identity[group].items() if k not in plain or v != plain[k]}
     text = json.dumps([identity, device_name, content], sort_keys=True)
@@ -225,6 +227,8 @@ def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     config["hardware"]["device"] = kind
     if light:
         config["dispatch"]["kind"] = "inline"
+    if config["task"].get("emit"):
+        config["reuse"] = "never"  # what it writes there no record has
     share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
     config["train"]["threads"] = config["train"]["threads"] or (1 if elsewhere else share)
     _only_its_own_rate(config)
@@ -242,14 +246,10 @@ def _read(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]) 
     """Hashes of the local files and folders that a run reads, by what they are to it; `inputs` gets those that it is to
     be told the place of."""
     if isinstance(typed.task, schema.Predicting):
-        if typed.task.speeds is None:
-            return {}
-        path = Path(typed.task.speeds).expanduser()
-        path = path / "record.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"task.speeds={typed.task.speeds}: no record.json there; it is a run of bench_calibrate")
-        inputs["speeds"] = str(path.resolve())
-        return {"speeds": hashlib.sha256(path.read_bytes()).hexdigest()}
+        found = {} if typed.task.speeds is None else _of_run("speeds", typed.task.speeds, "bench_calibrate", inputs)
+        return {**found, **_runs(typed, inputs)} if isinstance(typed.task, schema.Advise) else found
+    if isinstance(typed.task, schema.Opportunities) and typed.task.modules is not None:
+        return _of_run("modules", typed.task.modules, "bench_modules", inputs)
     from llmsys import data
     from llmsys.models import fingerprint
 
@@ -257,6 +257,30 @@ def _read(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]) 
     if continued := resume.source(config):
         inputs["resume"], content["resume"] = str(continued[0]), continued[1]
     return content
+
+
+def _of_run(key: str, name: str, task: str, inputs: dict[str, str]) -> dict[str, str]:
+    """The hash of the record that `task.<key>` names, a run of `task`; its place goes into `inputs`."""
+    path = Path(name).expanduser()
+    path = path / "record.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"task.{key}={name}: no record.json there; it is a run of {task}")
+    inputs[key] = str(path.resolve())
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _runs(typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
+    """The hash of all records of training below the folder that advice may read; {} where there are none."""
+    assert isinstance(typed.task, schema.Advise)
+    root = Path(typed.task.records or typed.results).expanduser()
+    if typed.task.records is not None and not root.is_dir():
+        raise ValueError(f"task.records={typed.task.records}: no such folder; it has runs of the task train below it")
+    texts = (path.read_bytes() for path in sorted(root.rglob("record.json")))
+    trained = [hashlib.sha256(text).hexdigest() for text in texts if b'"task": "train"' in text]
+    if not trained:
+        return {}
+    inputs["records"] = str(root.resolve())
+    return {"records": hashlib.sha256("".join(trained).encode()).hexdigest()}
 
 
 def _only_its_own_rate(config: dict[str, Any]) -> None:

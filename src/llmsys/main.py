@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmsys import compose, schema, wiring
+from llmsys import compose, schema, tasks, wiring
 from llmsys.job import HARMLESS, Job, Record
 
 USAGE = """\
@@ -98,6 +98,9 @@ def submit(configs: Sequence[dict[str, Any]]) -> int:
     except KeyboardInterrupt:
         interrupted = True
     finally:
+        answers = [made for made in course.records.values() if made[1].task in tasks.LIGHT]
+        for job, record in answers:
+            _show_tables(job, record)
         results.show(records)
         for title, headers, lines in report.tables(course):
             print(f"\n{title}")
@@ -105,7 +108,8 @@ def submit(configs: Sequence[dict[str, Any]]) -> int:
         for line in report.lines(course):
             print(line)
         for job, record in course.records.values():
-            _show_tables(job, record)
+            if record.task not in tasks.LIGHT:
+                _show_tables(job, record)
     if interrupted:
         return 130
     return 0 if all(record.status in HARMLESS for record in records) else 1

@@ -15,15 +15,17 @@ TASKS = {
     "compress_simulate": "llmsys.compress.simulate.task:simulate",
     "compress_iteration": "llmsys.compress.measure.task:iteration",
     "compress_replay": "llmsys.compress.measure.task:replay",
+    "bench_advise": "llmsys.bench.advise.task:advise",
+    "bench_opportunities": "llmsys.bench.opportunities.task:opportunities",
     "bench_modules": "llmsys.bench.modules.task:modules",
     "bench_ops": "llmsys.bench.ops.task:ops",
     "bench_predict": "llmsys.bench.predict.task:predict",
     "bench_calibrate": "llmsys.bench.predict.calibrate:calibrate",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
-LIGHT = ("bench_predict",)
+LIGHT = ("bench_predict", "bench_advise")
 """Tasks that need neither torch nor ranks: they are run in the process that has composed them, with a `LightContext`,
-and are done in about a second."""
+and are done in seconds. Their tables are the answer, and printed first."""
 
 MONOTONE = {
     "train": (

@@ -3,6 +3,8 @@
 Among words, not among settings, because only there can a group be chosen and its settings given at once:
 `techniques=QL method.r=64` sets `r` of the method that QL has chosen. A word of ours is left out where its key was
 given too (`techniques=Z3 engine=fsdp2`); what is composed in the end must still be the combination that was asked for.
+
+`goal=` and `emit=` are `task.goal=` and `task.emit=`: what a person asks comes without the name of a group.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from llmsys import schema
 from llmsys.bench.techniques import METHODS, Techniques
 
 KEY = "techniques"
+SHORT = {"goal": "task.goal", "emit": "task.emit"}
+"""Settings of `bench_advise` that are typed without their group."""
 SWEEPING = (",", "(", "[")
 """Marks of Hydra's sweeps: each job's own value comes later, by the launcher."""
 
@@ -21,6 +25,7 @@ SWEEPING = (",", "(", "[")
 def expanded(words: Sequence[str]) -> list[str]:
     """`words` with what `techniques=...` stands for behind it, and its text in the order that it is printed in; as they
     are where there is none, or it is swept over. ValueError for a text that stands for nothing."""
+    words = [_whole(word) for word in words]
     given = {_key(word) for word in words}
     found = []
     for word in words:
@@ -88,6 +93,12 @@ def _text(word: str) -> str | None:
     if key.lstrip("+") != KEY or value in ("null", "") or any(mark in value for mark in SWEEPING):
         return None
     return value
+
+
+def _whole(word: str) -> str:
+    """A word of `SHORT` with its group; any other as it is."""
+    key, equals, value = word.partition("=")
+    return f"{SHORT.get(key, key)}{equals}{value}"
 
 
 def _key(word: str) -> str:

@@ -22,7 +22,6 @@ to know letters; putting one in the place of the other is `llmsys.bench.expand`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -139,6 +138,12 @@ class Techniques:
     def combinations(cls, letters: Iterable[str]) -> list[Techniques]:
         """Every valid combination of `letters` (`["F", "R", "Z2", "Z3", "O", "QL", "TP2"]`), those of few letters
         first; `Naive` among them. ValueError for an unknown letter."""
+        return cls.sorted_out(letters)[0]
+
+    @classmethod
+    def sorted_out(cls, letters: Iterable[str]) -> tuple[list[Techniques], list[str]]:
+        """(`combinations`, one line for each of `letters`' other combinations: `techniques=<it>: <why it cannot be>`).
+        ValueError for an unknown letter."""
         off = {field.name: field.default for field in dataclasses.fields(cls)}
         choices: dict[tuple[str, ...], dict[tuple[Any, ...], None]] = {}  # fields that go together -> their values
         for letter in letters:
@@ -146,12 +151,14 @@ class Techniques:
             names = BASE if set(values) <= set(BASE) else tuple(values)
             options = choices.setdefault(names, {tuple(off[name] for name in names): None})
             options[tuple(values.get(name, off[name]) for name in names)] = None
-        found = []
+        found, refused = [], []
         for chosen in itertools.product(*choices.values()):
             pairs = (zip(names, values, strict=True) for names, values in zip(choices, chosen, strict=True))
-            with contextlib.suppress(ValueError):  # contradicts itself
+            try:
                 found.append(cls(**dict(itertools.chain(*pairs))))
-        return sorted(found, key=lambda each: len(each.letters))
+            except ValueError as error:
+                refused.append(str(error))
+        return sorted(found, key=lambda each: len(each.letters)), refused
 
     @property
     def letters(self) -> tuple[str, ...]:

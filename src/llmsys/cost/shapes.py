@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 from llmsys import schema
 from llmsys.cost.case import Case
 from llmsys.cost.families import FAMILIES, Linear, Shape
+from llmsys.cost.kept import Kept
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|block)\.\d+(?=\.|$)")
 """Up to the end of a block's name; its leftmost match, since T5 and ResNet have a `layer.0` inside their blocks."""
@@ -61,7 +62,14 @@ def num_params(model: schema.Model, num_labels: int = 0) -> int:
 
 def linears(model: schema.Model) -> list[Linear]:
     """The linear layers of all blocks, in the model's order."""
+    return list(_linears(model))
+
+
+def _all_linears(model: schema.Model) -> list[Linear]:
     return FAMILIES[model.family].linears(model)
+
+
+_linears = Kept(_all_linears, repr, 32)
 
 
 def blocks(model: schema.Model) -> list[str]:
@@ -114,9 +122,19 @@ def is_head(name: str) -> bool:
 
 def held(case: Case) -> list[Parameter]:
     """Every parameter of the model as `method` and `model.quant` leave it, adapters included."""
-    if case.method.kind == "majority":
-        return []
-    return [*_base(case), *_adapters(case)]
+    return list(_held(case))
+
+
+def _read(case: Case) -> tuple[Hashable, ...]:
+    """What parameters depend on; ZeRO casts adapters."""
+    return repr(case.model), repr(case.method), case.num_labels, min(case.zero, 1)
+
+
+def _whole(case: Case) -> list[Parameter]:
+    return [] if case.method.kind == "majority" else [*_base(case), *_adapters(case)]
+
+
+_held = Kept(_whole, _read, 128)
 
 
 def _base(case: Case) -> Iterator[Parameter]:

@@ -7,7 +7,7 @@ D model width, H heads, V vocabulary, C classes, r low-rank width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from llmsys import schema
 from llmsys.cost import chains, pieces, shapes
@@ -15,15 +15,33 @@ from llmsys.cost.attention import Attention
 from llmsys.cost.case import Case
 from llmsys.cost.chains import Chain
 from llmsys.cost.families import FAMILIES, Linear
+from llmsys.cost.kept import Kept
 from llmsys.cost.tape import Tape, Tensor
 from llmsys.cost.work import FORWARD, Op
 
 
 def run(case: Case) -> Tape:
-    """Plays the forward pass of a micro-batch, with its loss. Parts: `embedding`, each block, `head`, `logits`."""
+    """Plays the forward pass of a micro-batch, with its loss. Parts: `embedding`, each block, `head`, `logits`. The
+    tape is kept for the next case of which it is too: nobody may change it."""
+    return _kept(case)
+
+
+def _play(case: Case) -> Tape:
     walk = Walk(case)
     FAMILIES[case.model.family].play(walk)
     return walk.tape
+
+
+def _read(case: Case) -> tuple[Hashable, ...]:
+    """What a pass depends on: nothing of how ranks share the work but what ZeRO does to a layer, and cut matrices."""
+    train = case.train
+    batch = (train.micro_batch, train.length, train.target_length, train.precision)
+    ways = (train.recompute, train.loss, train.fp8, min(case.zero, 1), case.zero == 3, case.cut)
+    facts = (case.num_labels, case.padded, case.device)
+    return repr(case.model), repr(case.method), *batch, *ways, *facts
+
+
+_kept = Kept(_play, _read, 128)
 
 
 class Walk:

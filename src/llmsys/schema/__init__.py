@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.schema import coherence
+from llmsys.schema.advise import Advise, Opportunities
 from llmsys.schema.bench import Calibrate, Predict, Predicting
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
@@ -45,6 +46,7 @@ __all__ = [
     "FSDP2",
     "SCHEMAS",
     "Adapter",
+    "Advise",
     "Calibrate",
     "Compress",
     "Config",
@@ -62,6 +64,7 @@ __all__ = [
     "Model",
     "Modules",
     "Network",
+    "Opportunities",
     "Ops",
     "Predict",
     "Predicting",
@@ -131,6 +134,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "compress_simulate": Simulate,
         "compress_iteration": Iteration,
         "compress_replay": Replay,
+        "bench_advise": Advise,
+        "bench_opportunities": Opportunities,
         "bench_modules": Modules,
         "bench_ops": Ops,
         "bench_predict": Predict,

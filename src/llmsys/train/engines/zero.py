@@ -25,6 +25,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.errors import MissingPackage
+from llmsys.train import zero_settings
 from llmsys.train.engines.local import Local
 from llmsys.train.optimizer import keep, piece_of
 
@@ -69,35 +70,9 @@ class DeepSpeed(Local):
         return engine
 
     def _settings(self) -> dict[str, Any]:
-        """DeepSpeed's own config. Buckets hold the model at most: at the default size they are 2 GB each."""
-        train, model = self.config.train, self.config.model
+        train, cuda = self.config.train, self.device.type == "cuda"
         trained = sum(p.numel() for p in self.trained)
-        bucket = min(trained + trained % 2, 50_000_000)  # DeepSpeed wants an even number
-        zero: dict[str, Any] = {"stage": self.settings.zero, "reduce_bucket_size": bucket}
-        zero["allgather_bucket_size" if self.settings.zero < 3 else "stage3_prefetch_bucket_size"] = bucket
-        if self.settings.zero == 3:
-            zero["stage3_param_persistence_threshold"] = 0  # small weights are cut too: what a rank holds is then exact
-        pinned = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        if self.settings.offload != "none":
-            zero["offload_optimizer"] = pinned
-        if self.settings.offload == "optimizer+params":
-            zero["offload_param"] = pinned
-        found: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": train.micro_batch,
-            "gradient_accumulation_steps": schema.accumulation(train, self.settings),
-            "gradient_clipping": train.clip if self.settings.zero else 0.0,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": None,
-        }
-        # Stage 0 shares nothing: told of bf16, DeepSpeed would keep fp32 copies that our optimizer does not know
-        if model.dtype == "bf16" and self.settings.zero:
-            found["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        elif model.dtype == "fp32" and train.precision == "bf16":
-            # no module's weights travel in bf16: the numbers are those of autocast on every other engine
-            found["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        return found
+        return zero_settings.settings(self.config.model, train, self.settings, trained=trained, cuda=cuda)
 
     def _cpu_adam(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """DeepSpeed's vectorised AdamW over the same groups; compiled on first use."""

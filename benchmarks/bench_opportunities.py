@@ -1,0 +1,136 @@
+"""What changes to a step are predicted to save, before they are made, against what they save.
+
+    python benchmarks/bench_opportunities.py [--rounds 20] [--out DIR] [KEY=VALUE]
+
+Each case is a run of `+exp=bench_opportunities task.verify=true` in a fresh process. It takes a step apart into
+modules, times what would come in the place of some of them alone, at the model's own shapes
+(`bench.opportunities.changes`): the predicted saving is the difference. Then it makes the change: steps with it and
+without it take turns, and the median difference is the real saving. The changes are fused attention in place of eager,
+a loss over some rows of the logits at a time, and RMSNorm as one call of torch's.
+
+A change counts where it really saves or costs `LEAST` percent of the step or more: of a smaller difference nothing
+could be told. It leaves records/bench_opportunities_check/<id>/record.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmsys import compose, dispatch, job, runner
+from llmsys.dispatch.show import Show
+from llmsys.job import Record, code_hash
+
+RECORDS = Path(__file__).parent / "records"
+BOUND = 15.0
+"""Percent that a predicted saving may be off."""
+LEAST = 3.0
+CASES = {
+    "8 x 256": ["train.length=256", "train.micro_batch=8", "train.global_batch=8"],
+    "4 x 512": ["train.length=512", "train.micro_batch=4", "train.global_batch=4"],
+    "8 x 256, R": ["train.length=256", "train.micro_batch=8", "train.global_batch=8", "train.recompute=block"],
+    "8 x 256, vocabulary 8000": ["train.micro_batch=8", "train.global_batch=8", "model.vocab_size=8000"],
+}
+"""Of `llama_6m`, eager, in fp32 on a CPU; overrides given beside them win."""
+
+
+def measured(name: str, asked: argparse.Namespace) -> Record:
+    """The record of a case. RuntimeError where it did not end well."""
+    words = ["+exp=bench_opportunities", "task.verify=true", f"task.rounds={asked.rounds}", *CASES[name]]
+    with tempfile.TemporaryDirectory() as folder:
+        inline = ["dispatch=inline"] if asked.inline else []
+        made = job.make(compose.compose([*words, *asked.overrides, *inline, f"results={folder}"]))
+        record = runner.run(made) if asked.inline else next(iter(dispatch.submit([made], Show())))
+    if record.status != "ok":
+        raise RuntimeError(f"{name}: ended as {record.status} ({record.reason}): {record.error}")
+    return record
+
+
+def changes(record: Record) -> dict[str, dict[str, float]]:
+    """Change -> `gone_ms`, `comes_ms`, `saves_ms` (predicted), `saved_ms` (measured), `saved_percent` of the step."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in record.summary.items():
+        if key.startswith("changes/"):
+            _, name, what = key.split("/")
+            found.setdefault(name, {})[what] = value
+    for name, own in found.items():
+        step = statistics.median(record.samples[f"changes/{name}/without_step_ms"])
+        own["saved_percent"] = 100 * own["saved_ms"] / step
+    return found
+
+
+def scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of changes that count: how far off the predictions are. Of none only how many there are."""
+    telling = [row for row in rows if abs(row["saved_percent"]) >= LEAST]
+    found = {"changes": float(len(rows)), "changes_that_count": float(len(telling))}
+    if telling:
+        off = [abs(row["off_percent"]) for row in telling]
+        found |= {"mean_off_percent": statistics.fmean(off), "worst_off_percent": max(off)}
+        found["within_bound"] = float(sum(each <= BOUND for each in off))
+    return found
+
+
+def show(record: Record) -> str:
+    """One record as Markdown."""
+    lines = ["| case | change | predicted ms | saved ms | % of the step | off by % |", "|---|---|---:|---:|---:|---:|"]
+    for at, (case, change) in enumerate(record.config["changes"]):
+        own = {key: values[at] for key, values in record.samples.items()}
+        off = f"{own['off_percent']:+.1f}" if abs(own["saved_percent"]) >= LEAST else "too small to tell"
+        cells = [f"{own['saves_ms']:.2f}", f"{own['saved_ms']:.2f}", f"{own['saved_percent']:.1f}", off]
+        lines.append(f"| {case} | {change} | {' | '.join(cells)} |")
+    s = record.summary
+    if "worst_off_percent" in s:
+        within = f"{s['within_bound']:.0f} of {s['changes_that_count']:.0f} changes within {BOUND:g} %"
+        off = f"{s['mean_off_percent']:.1f} % off on average, {s['worst_off_percent']:.1f} % at most"
+        lines += ["", f"{within}, {off}."]
+    return "\n".join(lines)
+
+
+def main(given: Sequence[str]) -> Record:
+    """Runs all cases, writes the record, prints its table, and returns it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--cases", type=lambda text: text.split(";"), default=list(CASES))
+    parser.add_argument("--inline", action="store_true", help="in this process, to try the script")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    parser.add_argument("overrides", nargs="*")
+    asked = parser.parse_args(given)
+    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    records = {name: measured(name, asked) for name in asked.cases}
+    rows = [((case, name), own) for case, record in records.items() for name, own in changes(record).items()]
+    example = next(iter(records.values()))
+    text = json.dumps([asked.cases, asked.overrides, asked.rounds, example.env.get("device_name")])
+    keys = sorted(set.intersection(*({*own} for _, own in rows)))
+    record = Record(
+        name="bench_opportunities_check",
+        run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
+        task="benchmark",
+        status="ok",
+        config={
+            "changes": [[*name] for name, _ in rows],
+            "command": list(given),
+            "train": {"threads": example.config["train"]["threads"]},
+        },
+        env=example.env,
+        code_hash=code_hash(),
+        started=started,
+        seconds=round(time.monotonic() - begin, 1),
+        summary=scores([own for _, own in rows]),
+        samples={key: [own[key] for _, own in rows] for key in keys},
+    )
+    folder = asked.out / record.name / record.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder)
+    print(show(record))
+    return record
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,380 @@
+"""Claims about advice: every combination is ranked or left out with a reason, the micro-batch found is the largest that
+fits, records take the place of predictions only where they are of the same thing, and a letter's worth is what is left
+without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import logging
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import advise_harness
+import pytest
+
+from llmsys import compose, job, schema
+from llmsys.bench.advise import answer, emit, measured, space, tables, task
+from llmsys.bench.advise.cells import Cell
+from llmsys.bench.advise.search import Search
+from llmsys.bench.techniques import Techniques
+from llmsys.context import LightContext
+from llmsys.cost.hardware import DEVICES
+from llmsys.job import Record
+from llmsys.track.jsonl import JsonLines
+
+CARD = ["+exp=bench_advise", "hardware=rtx4090", "hardware.devices=2", "model.num_layers=2", "model.vocab_size=1000"]
+FEW = "task.letters=[F,R,Z2,Z3,O,QL]"
+
+
+def config(*words: str) -> schema.Config:
+    return schema.build(compose.compose([*CARD, *words]))
+
+
+def asked(base: schema.Config, **settings: Any) -> schema.Config:
+    """Another question about the same machine."""
+    return dataclasses.replace(base, task=dataclasses.replace(space.advise(base), **settings))
+
+
+@pytest.fixture(scope="module")
+def base() -> schema.Config:
+    return config(FEW)
+
+
+@pytest.mark.parametrize("text", ["Naive", "F+R+Z3+O", "Z1+O8", "TP2+L", "F+Q8+Z2"])
+def test_a_combination_is_configured_as_its_letters_compose(text: str) -> None:
+    """Without Hydra, whose 0.1 s for each of some hundreds would be a minute."""
+    shared = [*CARD, "train.world=2", "train.micro_batch=2", "train.global_batch=8", "hardware.devices=2"]
+    whole = schema.build(compose.compose(["+exp=bench_predict", *shared[1:], f"techniques={text}"]))
+    made = space.configured(config(), Techniques.parse(text), world=2, micro_batch=2, global_batch=8)
+    for group in ("model", "train", "engine"):
+        assert getattr(made, group) == getattr(whole, group)
+    assert type(made.method) is type(whole.method)
+    assert made.method.kind == whole.method.kind
+    assert Techniques.of(made) == Techniques.parse(text)
+
+
+def test_pre_training_trains_every_weight_and_fine_tuning_some_linear_ones(base: schema.Config) -> None:
+    every = asked(base, letters=[])
+    for stage in ("pretrain", "finetune"):
+        found = space.space(asked(every, stage=stage))
+        names = [str(each.techniques) for each in found.candidates]
+        assert len(names) == len(set(names))
+        assert not any(each.techniques.quantised and not each.techniques.adapter for each in found.candidates)
+        assert any(each.techniques.adapter for each in found.candidates) == (stage == "finetune")
+        whys = dict(line.removeprefix("techniques=").split(": ", 1) for line in found.left_out)
+        assert not set(whys) & set(names)
+        assert "without an adapter none of them is trained" in whys["Q"]
+        assert "needs a Z" in whys["F+O"]
+        letters = 2 * 2 * 4 * 2 * 6 * 2 * 2 * 2  # F, R, Z, O, the base and its adapter, O8, Q8, TP2
+        assert len(names) + len(whys) == letters
+    assert (
+        "task.stage=finetune"
+        in dict(line.removeprefix("techniques=").split(": ", 1) for line in space.space(every).left_out)["F+L"]
+    )
+
+
+def test_what_a_device_or_a_question_does_not_allow_has_its_reason(base: schema.Config) -> None:
+    older = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, name="rtx3090"))
+    whys = "\n".join(space.space(asked(older, letters=["F", "Q8"])).left_out)
+    assert "techniques=Q8: of rtx3090 no 8-bit floats are known; rtx4090" in whys
+    found = space.space(asked(base, stage="finetune", require=["QL", "Z3"]))
+    assert {str(each.techniques) for each in found.candidates} == {
+        *("Z3+QL", "F+Z3+QL", "R+Z3+QL", "F+R+Z3+QL", "Z3+O+QL", "F+Z3+O+QL", "R+Z3+O+QL", "F+R+Z3+O+QL")
+    }
+    with pytest.raises(ValueError, match=r"no combination of them is left; the last one: .*task\.stage=finetune"):
+        space.space(asked(base, require=["QL"]))
+    with pytest.raises(ValueError, match="X is no technique"):
+        space.space(asked(base, letters=["F", "X"]))
+
+
+def cell(size: int, peak: float, capacity: float, speed: float = 1.0) -> Cell:
+    return Cell(
+        techniques=Techniques(),
+        world=1,
+        micro_batch=size,
+        examples=size,
+        accumulation=1,
+        fits=peak <= capacity,
+        tokens_per_s=speed,
+        step_ms=1.0,
+        peak_bytes=round(peak),
+        capacity_bytes=capacity,
+        host_bytes=0,
+        host_capacity_bytes=None,
+        binds="compute",
+    )
+
+
+def test_the_largest_that_fits_is_found_in_few_predictions() -> None:
+    """Of memory that is the largest of several straight lines, as a step's phases make it."""
+    draw, probes = random.Random(0), []
+    for _ in range(300):
+        lines = [(draw.uniform(0, 900), draw.uniform(0, 30)) for _ in range(3)]
+
+        def peak(size: int, lines: list[tuple[float, float]] = lines) -> int:
+            return round(1000 * max(a + b * size for a, b in lines))
+
+        search = Search(range(1, 513), lambda size, peak=peak: cell(size, peak(size), 1e6))  # type: ignore[misc]
+        want = max((size for size in range(1, 513) if peak(size) <= 1e6), default=None)
+        found = search.largest()
+        assert (found.micro_batch if found else None) == want
+        probes.append(len(search.seen))
+    assert sorted(probes)[len(probes) // 2] <= 4
+    assert max(probes) <= 14
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 4, 8], [3], [2, 512]])
+def test_of_few_sizes_the_fastest_is_the_fastest_of_all(sizes: list[int]) -> None:
+    search = Search(sizes, lambda size: cell(size, 10 * size, 45, speed=-abs(size - 2.2)))
+    fitting = [size for size in sizes if 10 * size <= 45]
+    assert search.fastest().micro_batch == min(fitting, key=lambda size: abs(size - 2.2))  # type: ignore[union-attr]
+
+
+GOALS: dict[str, Callable[[Cell], float]] = {
+    "throughput": lambda each: each.tokens_per_s,
+    "fit": lambda each: -each.peak_bytes,
+    "batch": lambda each: each.examples,
+    "cost": lambda each: -(each.usd or 0),
+}
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, base: schema.Config) -> None:
+    """Tried one by one, over the micro-batches that are asked about."""
+    sizes = [1, 3, 8]
+    base = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=4.0))
+    made = answer.answer(asked(base, goal=goal, micro_batches=sizes), advise_harness.predict)
+    best = None
+    for each in space.space(asked(base, goal=goal)).candidates:
+        for size in sizes[:1] if goal == "fit" else sizes:
+            found = space.configured(base, each.techniques, world=each.world, micro_batch=size, global_batch=0)
+            one = cells_of(found, each.techniques)
+            best = max(filter(None, (best, one if one.fits else None)), key=GOALS[goal], default=None)
+    assert best is not None
+    assert GOALS[goal](made.choice) == pytest.approx(GOALS[goal](best), rel=answer.EVEN)
+    least = GOALS[goal](best) - answer.EVEN * abs(GOALS[goal](best))
+    alike = [each for each in made.ranking if GOALS[goal](each) >= least]
+    assert len(made.choice.techniques.letters) == min(len(each.techniques.letters) for each in alike)
+    assert made.short, "so little memory that not all fits"
+    values = [GOALS[goal](each) for each in made.ranking]
+    assert all(a >= b or a == pytest.approx(b) for a, b in itertools.pairwise(values[1:]))
+    assert made.margin_percent is not None
+    assert made.margin_percent >= -100 * answer.EVEN * 1.01
+    assert (len({each.world for each in made.ranking}) == 2) == (goal == "cost"), "one device may be cheaper"
+
+
+def cells_of(found: schema.Config, techniques: Techniques) -> Cell:
+    from llmsys.bench.advise import cells
+
+    return cells.predicted(found, techniques, advise_harness.predict(found))
+
+
+def test_a_letter_is_worth_what_is_left_without_it(base: schema.Config) -> None:
+    small = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=3.6))
+    made = answer.answer(small, advise_harness.predict)
+    assert made.choice.techniques.zero
+    assert {drop.letter for drop in made.drops} == set(made.choice.techniques.letters)
+    ranked = {str(each.techniques): each for each in (*made.ranking, *made.short)}
+    for drop in made.drops:
+        less = made.choice.techniques.without(drop.letter)
+        assert drop.cell == ranked[str(less)]
+    text = tables.markdown(made, small, "a machine")
+    assert text.startswith(
+        f"**{made.choice.techniques}, micro-batch {made.choice.micro_batch}**: llama2_7b on a machine"
+    )
+    assert "does not fit: needs" in text
+    assert f"runner-up: {made.runner_up}" in text
+
+
+def test_a_letter_that_the_stage_asks_for_cannot_be_dropped(base: schema.Config) -> None:
+    made = answer.answer(asked(base, stage="finetune", require=["QL"], goal="fit"), advise_harness.predict)
+    dropped = {drop.letter: drop for drop in made.drops}
+    assert dropped["L"].cell is None
+    assert "without an adapter" in dropped["L"].why or "task.require" in dropped["L"].why
+    assert "not allowed: " in tables.markdown(made, base, "a machine")
+
+
+def test_where_nothing_fits_the_nearest_is_named(base: schema.Config) -> None:
+    tiny = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=0.5))
+    made = answer.answer(tiny, advise_harness.predict)
+    assert not made.ranking
+    assert made.choice.peak_bytes == min(each.peak_bytes for each in made.short)
+    assert tables.markdown(made, tiny, "a card").startswith("**Nothing fits.** ")
+    assert task.summary(made)["fits"] == 0
+
+
+def test_a_global_batch_is_kept_by_every_combination(base: schema.Config) -> None:
+    made = answer.answer(asked(base, global_batch=12, letters=["F", "Z2", "TP2"]), advise_harness.predict)
+    for each in (*made.ranking, *made.short):
+        assert each.examples * each.accumulation == 12
+    assert {each.examples for each in made.ranking if each.techniques.tensor == 2} <= {1, 2, 3, 4, 6, 12}
+    with pytest.raises(ValueError, match="no micro-batch on 2 ranks makes it"):
+        answer.answer(asked(base, global_batch=13, letters=["F"]), advise_harness.predict)
+
+
+def test_what_is_typed_of_the_batch_and_the_goal_is_what_is_asked() -> None:
+    typed = space.advise(config("goal=batch", "train.micro_batch=4", "train.global_batch=16", "emit=there"))
+    assert (typed.goal, typed.micro_batches, typed.global_batch, typed.emit) == ("batch", [4], 16, "there")
+    untyped = space.advise(config())
+    assert (untyped.goal, untyped.micro_batches, untyped.global_batch) == ("throughput", [], 0)
+    with pytest.raises(ValueError, match=r"task\.goal=speed: must be one of throughput, fit, batch, cost"):
+        config("goal=speed")
+
+
+def run_of(base: schema.Config, text: str, size: int, **changes: Any) -> Record:
+    """A record of training as that combination stands for it, on two of the card."""
+    made = space.configured(base, Techniques.parse(text), world=2, micro_batch=size, global_batch=0)
+    plain = copy.deepcopy(dataclasses.asdict(made))
+    plain["task"] = {"kind": "train"}
+    plain["dispatch"]["kind"] = "process"
+    summary = {"tokens_per_s": 100.0, "step_ms_p50": 7.0, "peak_gib": 2.0, "accounted_bytes": 1.0}
+    env = {"device_name": f"NVIDIA {DEVICES['rtx4090'].title}"}
+    known: dict[str, Any] = {"status": "ok", "summary": summary, "env": env, "run_id": f"{text} {size}", **changes}
+    return Record(name="n", task="train", config=plain, **known)
+
+
+def test_runs_of_the_same_cell_take_the_place_of_its_prediction(base: schema.Config, tmp_path: Path) -> None:
+    """And tell of other cells by how much predictions are off, so that what was never run does not win by that."""
+    plain = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2, 3]))}
+    slow = {"tokens_per_s": 0.2 * plain["F+Z2"].tokens_per_s, "step_ms_p50": 3.0, "peak_gib": 2.0}
+    records = [
+        run_of(base, "F+Z2", 2, summary=slow),
+        run_of(base, "F+Z2", 2, summary={**slow, "tokens_per_s": 2 * slow["tokens_per_s"]}, run_id="again"),
+        run_of(base, "F", 3, env={"device_name": "NVIDIA GeForce RTX 4090 Laptop GPU"}),
+        run_of(base, "Z3", 3, status="oom", summary={}),
+        run_of(base, "R", 2, summary={**slow, "tokens_per_s": 1e9}),
+    ]
+    records[4].config["model"]["hidden_size"] = 512
+    for index, record in enumerate(records):
+        (tmp_path / str(index)).mkdir()
+        record.write(tmp_path / str(index))
+    found = measured.read(base, tmp_path)
+    assert {record.run_id for record in found} == {"F+Z2 2", "again", "Z3 3"}
+    one = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2]), found)}
+    own, speed = one["F+Z2"], 1.5 * slow["tokens_per_s"]
+    assert own.measured
+    assert own.runs == ("F+Z2 2", "again")
+    assert own.tokens_per_s == pytest.approx(speed), "the mean of repeats"
+    assert own.peak_bytes == 2 * 2**30
+    size_2 = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2]))}
+    ratio = speed / size_2["F+Z2"].tokens_per_s
+    for name, each in one.items():
+        if name != "F+Z2":
+            assert not each.measured
+            assert each.correction == pytest.approx(ratio)
+            assert each.tokens_per_s == pytest.approx(ratio * size_2[name].tokens_per_s)
+    both = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2, 3]), found)}
+    assert both["F+Z2"].micro_batch == 3
+    assert both["F+Z2"].tokens_per_s == pytest.approx(ratio * plain["F+Z2"].tokens_per_s)
+    assert both["Z3"].micro_batch == 2, "3 was seen to run out of memory"
+    made = answer.answer(asked(base, micro_batches=[2], require=["Z2"]), advise_harness.predict, found)
+    assert "runs" in tables.markdown(made, base, "a card")
+    assert f"prediction x {ratio:.2f}" in tables.markdown(made, base, "a card")
+
+
+def ranked(question: schema.Config, records: Sequence[Record] = ()) -> tuple[Cell, ...]:
+    return answer.answer(question, advise_harness.predict, records).ranking
+
+
+def light(out: Path) -> LightContext:
+    out.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger("llmsys")
+    return LightContext(out=out, threads=1, code_hash="", log=log, metrics=JsonLines(out / "metrics.jsonl"))
+
+
+def test_the_task_leaves_the_answer_every_cell_and_what_to_run(base: schema.Config, tmp_path: Path) -> None:
+    wanted = asked(base, emit=str(tmp_path / "there"), letters=["R", "Z3", "O"], require=["Z3"])
+    made = task.advised(wanted, light(tmp_path / "run"), advise_harness.predict, machine="two cards", cuda=True)
+    choice = Techniques.parse(made["notes"]["choice"])
+    assert choice.zero == 3
+    cells = json.loads((tmp_path / "run" / "advice.json").read_text())
+    assert len(cells["ranking"]) + len(cells["short"]) == made["summary"]["combinations"] == 4
+    assert len(cells["left_out"]) == made["summary"]["combinations_left_out"]
+    assert (tmp_path / "run" / "advice.md").read_text().startswith(f"**{choice}, micro-batch ")
+    settings = json.loads((tmp_path / "there" / "ds_config.json").read_text())
+    assert settings["zero_optimization"]["stage"] == 3
+    assert settings["train_micro_batch_size_per_gpu"] == made["summary"]["micro_batch"]
+    line = (tmp_path / "there" / "torchrun.sh").read_text()
+    assert f"--per_device_train_batch_size={settings['train_micro_batch_size_per_gpu']} " in line
+    assert f"techniques={choice} " in (tmp_path / "there" / "run.sh").read_text()
+
+
+def test_what_no_trainer_script_can_do_is_our_own_command_alone(base: schema.Config, tmp_path: Path) -> None:
+    every = asked(base, letters=[], stage="finetune")
+    for text, names in (
+        ("F+LFA", {"run.sh"}),
+        ("TP2", {"run.sh"}),
+        ("F+R", {"run.sh", "torchrun.sh"}),
+        ("F+Z2+QL", {"run.sh", "torchrun.sh", "ds_config.json"}),
+    ):
+        chosen = dataclasses.replace(cell(2, 1, 2), techniques=Techniques.parse(text), world=2)
+        found = emit.files(every, chosen, cuda=True)
+        assert set(found) == names
+        emit.write(found, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == names, "nothing is left of an earlier choice"
+
+
+def test_our_own_command_composes_to_what_was_chosen(base: schema.Config) -> None:
+    for text in ("F+R+Z3+O", "Z2+QLFA", "F+TP2+L", "F+L"):
+        chosen = dataclasses.replace(cell(3, 1, 2), techniques=Techniques.parse(text), world=2)
+        want = space.configured(base, chosen.techniques, world=2, micro_batch=3, global_batch=0)
+        if text == "F+L":  # our own functions, and another kernel
+            ours = schema.LoRA(kind="lora", r=4, alpha=8.0)
+            other = dataclasses.replace(want.model, attention="flash_attention_2")  # type: ignore[call-arg]
+            want = dataclasses.replace(want, model=other, method=ours)
+        words = emit._command(dataclasses.replace(want, task=asked(base, stage="finetune").task), chosen)
+        found = schema.build(compose.compose(words[3:]))
+        assert found.model == want.model
+        assert found.method == want.method
+        assert found.engine == want.engine
+        for key in measured.STEP:
+            assert getattr(found.train, key) == getattr(want.train, key), key
+
+
+def test_where_it_writes_is_no_part_of_what_a_run_is_and_what_it_reads_is(base: schema.Config, tmp_path: Path) -> None:
+    words = [*CARD, FEW, f"results={tmp_path / 'results'}"]
+    plain = job.make(compose.compose(words))
+    emitted = job.make(compose.compose([*words, f"emit={tmp_path / 'there'}"]))
+    assert emitted.run_id == plain.run_id
+    assert emitted.config["reuse"] == "never", "a finished record would write nothing"
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    run_of(base, "F+Z2", 2).write(tmp_path / "runs" / "one")
+    read = job.make(compose.compose([*words, f"task.records={tmp_path / 'runs'}"]))
+    assert read.run_id != plain.run_id
+    assert read.inputs["records"] == str(tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"task\.records=nowhere: no such folder"):
+        job.make(compose.compose([*words, "task.records=nowhere"]))
+
+
+COMMAND = """
+import sys
+from llmsys import main
+sys.argv[1:] = {words!r}
+try:
+    main.main()
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_the_command_says_the_answer_first_and_needs_no_torch(tmp_path: Path) -> None:
+    """By the real prediction; what it writes is written again, though the run is finished."""
+    there = tmp_path / "there"
+    words = ["+exp=bench_advise", "model=llama_tiny", "hardware=rtx4090x8", "goal=batch", "task.letters=[F,R,Z3]"]
+    words += ["task.most_micro_batch=4", "train.length=32", f"emit={there}", f"results={tmp_path / 'results'}"]
+    for _ in range(2):
+        program = [sys.executable, "-c", COMMAND.format(words=words)]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == "False"
+        (first, *_) = filter(None, done.stdout.splitlines())
+        assert first.startswith("**Naive, micro-batch 4**: llama_tiny on 8 x GeForce RTX 4090, pre-training, largest")
+        (there / "run.sh").unlink()
