@@ -120,7 +120,7 @@ def overheads(workloads: Sequence[Workload], modules: Sequence[Record]) -> list[
             key = f"overhead/{arm}_percent"
             if key in record.summary:
                 ends = (record.summary[f"{key}_p25"], record.summary[f"{key}_p75"])
-                of = f"clocks of {arm}, steps with and without in turns, {record.config['model']['name']} ({record.run_id})"
+                of = f"clocks of {arm}, in turns with steps without, {record.config['model']['name']} {record.run_id}"
                 found.append(Overhead(of=of, percent=record.summary[key], between=ends, bound=bound))
     return found
 

@@ -3,6 +3,7 @@ so that a chart is readable on dark and on light; every mark has a <title>, whic
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def log_axis(name: str, values: Sequence[float]) -> Axis:
 def scatter(
     points: Sequence[Point], x: Axis, y: Axis, *, line: Sequence[tuple[float, float]] = (), diagonal: bool = False
 ) -> Markup:
-    """Points, and a line of steps through `line`: the best that can be had of y up to each x. `diagonal`: where x is y."""
+    """Points, and steps through `line`: the best that can be had of y up to each x. `diagonal`: where x is y."""
     left, right, top, bottom, height = 74, 20, 18, 50, 400
     wide, high = WIDTH - left - right, height - top - bottom
 
@@ -82,7 +83,7 @@ def scatter(
         marks.append(_path([at(low, low), at(top_value, top_value)], "diagonal"))
     if line:
         steps = [at(*line[0])]
-        for (_, before), (a, b) in zip(line, line[1:], strict=False):
+        for (_, before), (a, b) in itertools.pairwise(line):
             steps += [at(a, before), at(a, b)]
         marks.append(_path([*steps, (left + wide, steps[-1][1])], "front"))
     boxes: list[tuple[float, float, float]] = []
