@@ -286,16 +286,20 @@ def _titles(cells: Sequence[Cell]) -> list[str]:
 
 
 def _told_apart(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells of one workload; those of one name, size and status with what they differ in."""
+    """Cells of one workload; those of one name, size and status with what they differ in: first the limit that they
+    ran under, and where that does not do it, everything."""
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.name, cell.world, cell.batch, cell.record.status), []).append(cell)
-    leave = tuple(key for key in NO_WORK if key not in ("dispatch.", "train.seed", "train.steps"))
-    made = []
+        under = cell.settings.get(LIMIT) if len({each.settings.get(LIMIT) for each in cells}) > 1 else None
+        beside = f"under {under:g} GiB" if under else ""
+        made = dataclasses.replace(cell, beside=beside)
+        groups.setdefault((made.label, cell.world, cell.batch, cell.record.status), []).append(made)
+    leave = tuple(key for key in NO_WORK if key not in ("train.seed", "train.steps"))
+    found = []
     for group in groups.values():
-        for cell, beside in zip(group, _differences(group, (*leave, *SIZE[:1], "train.world")), strict=True):
-            made.append(dataclasses.replace(cell, beside=beside) if beside else cell)
-    return made
+        for cell, more in zip(group, _differences(group, (*leave, "train.micro_batch", "train.world")), strict=True):
+            found.append(dataclasses.replace(cell, beside=", ".join(part for part in (cell.beside, more) if part)))
+    return found
 
 
 def _differences(cells: Sequence[Cell], leave: tuple[str, ...]) -> list[str]:
@@ -303,9 +307,8 @@ def _differences(cells: Sequence[Cell], leave: tuple[str, ...]) -> list[str]:
     experiment's name first."""
     if len(cells) < 2:
         return [""] * len(cells)
-    every = dict.fromkeys(key for cell in cells for key in cell.settings)
-    keys = [key for key in every if key == LIMIT or not key.startswith((*leave, "dispatch.", "name"))]
-    differ = [key for key in keys if len({str(cell.settings.get(key)) for cell in cells}) > 1]
+    every = dict.fromkeys(key for cell in cells for key in cell.settings if not key.startswith((*leave, "name")))
+    differ = [key for key in every if len({str(cell.settings.get(key)) for cell in cells}) > 1]
     names = {cell.record.name for cell in cells}
     return [
         ", ".join(

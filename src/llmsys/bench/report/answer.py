@@ -23,7 +23,7 @@ def answer(workload: Workload) -> Markup:
     found = choice.choices(workload)
     cards = [_card(one, workload) for one in found]
     notes = []
-    if any(cell.frozen for cell in workload.measured) and not found[0].best.frozen if found else False:
+    if found and any(cell.frozen for cell in workload.measured) and not found[0].best.frozen:
         notes.append("Cells with Q and no adapter train no linear weight, and are chosen for nothing.")
     if any(one.goal.name == "cost" for one in found):
         notes.append(f"Cost: {RENT}.")
@@ -60,15 +60,15 @@ def _others(best: Cell, goal: str, workload: Workload) -> list[str]:
 
 
 def _margin(one: Choice) -> list[object]:
+    """The runner-up, and by how much."""
     if one.second is None or one.margin is None:
         return ["Nothing else was measured."]
-    better = {"fit": "needs {} more", "cost": "costs {} more"}.get(one.goal.name, "{} below")
-    percent = one.margin.percent if one.goal.name in ("fit", "cost") else 100 - 100 / (1 + one.margin.percent / 100)
-    text = better.format(f"{abs(percent):.1f} %")
-    ends = interval(one.margin.low, one.margin.high)
-    known = "" if one.goal.name == "batch" else "; each was run once, so nobody knows whether it would stay so"
-    if ends:
-        known = f"; the choice is ahead by {ends} (95 %)" + (
-            "" if one.margin.certain else ", so it may be the other way"
-        )
-    return ["Runner-up: ", tag("b", one.second.label), f" ({size(one.second)}), {text}{known}."]
+    second = ["Runner-up: ", tag("b", one.second.label), f" ({size(one.second)})"]
+    if one.goal.name == "batch":
+        return [*second, "."]
+    more = {"fit": "needs {:.1f} % more", "cost": "costs {:.1f} % more"}.get(one.goal.name)
+    text = more.format(one.margin.percent) if more else f"{100 - 100 / (1 + one.margin.percent / 100):.1f} % below"
+    known = "each was run once, so nobody knows how sure that is"
+    if ends := interval(one.margin.low, one.margin.high):
+        known = f"the choice is ahead by {ends} (95 %)" + ("" if one.margin.certain else ", so it may be the other way")
+    return [*second, f", {text}; {known}."]

@@ -5,6 +5,7 @@ Each takes a workload and returns HTML, "" where there is nothing to draw.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from llmsys.bench.cells import GIB, Workload
@@ -39,7 +40,8 @@ def pareto(workload: Workload) -> Markup:
         svg.Point(
             x=cell.memory.mean / GIB,
             y=cell.tokens.mean,
-            series=family(cell),
+            series=family(cell)[0],
+            colour=family(cell)[1],
             title=f"{cell.label}, {size(cell)}: {number(cell.tokens.mean)} tokens/s, "
             f"{number(cell.memory.mean / GIB)} GiB",
             label=cell.label if cell in best else "",
@@ -139,16 +141,17 @@ def phases(workload: Workload) -> Markup:
     if not found:
         return Markup("")
     found.sort(key=lambda each: -(each[0].tokens.mean if each[0].tokens else 0.0))
-    several = len({size(cell) for cell, _ in found}) > 1
+    names = [name for name in (*paper.PHASES, "other") if any(name in parts for _, parts in found)]
+    usual = Counter(size(cell) for cell, _ in found).most_common(1)[0][0]
+    alike = [(cell, parts) for cell, parts in found if size(cell) == usual]
     rows = [
         svg.Bar(
-            name=f"{cell.label}, bs {cell.batch}" if several else cell.label,
-            parts={name: ms for name, ms in parts.items() if ms},
+            name=cell.label,
+            parts={name: parts.get(name, 0.0) for name in names},
             end=f"{number(sum(parts.values()))} ms",
         )
-        for cell, parts in found[:BARS]
+        for cell, parts in alike[:BARS]
     ]
-    names = [name for name in (*paper.PHASES, "other") if any(name in parts for _, parts in found)]
     body = [
         [cell.label, size(cell), *(_phase(parts, name) for name in names), number(sum(parts.values()))]
         for cell, parts in sorted(found, key=lambda each: paper.paper_order(each[0].techniques))
@@ -159,11 +162,12 @@ def phases(workload: Workload) -> Markup:
         if "communication_ms" in cell.record.notes
     }
     notes = [tag("li", tag("b", label), f": {text}") for label, text in hidden.items()]
-    more = f"The {BARS} fastest of {len(found)}. " if len(found) > BARS else ""
+    some = f"Cells of {usual}" + (f", the {BARS} fastest of {len(alike)}. " if len(alike) > BARS else ". ")
+    some = some if len(rows) < len(found) else ""
     return join(
         [
             svg.bars(rows, "ms"),
-            paragraph(f"{more}Medians over steps; `other` is what of a step is in no phase.", class_="note"),
+            paragraph(f"{some}Medians over steps; `other` is what of a step is in no phase.", class_="note"),
             details("All cells, ms and % of the step", table(["", "", *names, "step"], body, left=2)),
             details("Where communication is hidden", tag("ul", *notes)) if notes else "",
         ]
@@ -179,9 +183,10 @@ def _phase(parts: dict[str, float], name: str) -> str:
 def predicted(workload: Workload) -> Markup:
     """Predicted against measured, memory and time."""
     parts = []
-    for guesses, unit, scale, name in (
-        (quality.memory_guesses(workload), "GiB", 1 / GIB, f"{workload.memory_name} of a rank"),
-        (quality.time_guesses(workload), "ms", 1.0, "time of a step"),
+    memory, time = quality.memory_guesses(workload), quality.time_guesses(workload)
+    for guesses, unit, scale, name, other in (
+        (memory, "GiB", 1 / GIB, f"{workload.memory_name} of a rank", "peak memory of a rank"),
+        (time, "ms", 1.0, "time of a step", "time of a step"),
     ):
         found = quality.score(guesses)
         if found is None:
@@ -190,14 +195,15 @@ def predicted(workload: Workload) -> Markup:
             svg.Point(
                 x=one.measured * scale,
                 y=one.predicted * scale,
-                series=family(one.cell),
+                series=family(one.cell)[0],
+                colour=family(one.cell)[1],
                 title=f"{one.cell.label}, {size(one.cell)}: predicted {number(one.predicted * scale)}, "
                 f"measured {number(one.measured * scale)} {unit} ({signed(one.error)})",
             )
             for one in guesses
         ]
         ends = [value for point in points for value in (point.x, point.y)]
-        x, y = (svg.log_axis(f"{word} {name}, {unit}", ends) for word in ("measured", "predicted"))
+        x, y = svg.log_axis(f"measured {name}, {unit}", ends), svg.log_axis(f"predicted {other}, {unit}", ends)
         order = "" if found.tau is None else f", Kendall's tau {found.tau:.2f}"
         parts += [
             tag("h4", name.capitalize()),

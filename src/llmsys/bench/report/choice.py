@@ -164,12 +164,15 @@ def sibling(cell: Cell, letter: str, cells: Sequence[Cell]) -> Cell | None:
     if len(wanted.letters) != len(cell.techniques.letters) - 1:
         return None
     keys = ("train.global_batch", "train.seed", "method.r" if "L" not in letter else "")
-    for each in cells:
-        same = (each.world, each.batch) == (cell.world, cell.batch) and each.techniques == wanted
-        same = same and all(each.settings.get(key) == cell.settings.get(key) for key in keys)
-        if same and _marks(each, letter) == _marks(cell, letter):
-            return each
-    return None
+    alike = [
+        each
+        for each in cells
+        if (each.world, each.batch) == (cell.world, cell.batch)
+        and each.techniques == wanted
+        and all(each.settings.get(key) == cell.settings.get(key) for key in keys)
+        and _marks(each, letter) == _marks(cell, letter)
+    ]
+    return min(alike, key=lambda each: each.beside != cell.beside, default=None)
 
 
 def _marks(cell: Cell, letter: str) -> dict[str, str]:

@@ -39,11 +39,14 @@ def size(cell: Cell) -> str:
     )
 
 
-def family(cell: Cell) -> str:
-    """The series of a cell in a chart."""
+FAMILIES = ("no ZeRO", "Z1", "Z2", "Z2+O", "Z3", "Z3+O", "other")
+
+
+def family(cell: Cell) -> tuple[str, int]:
+    """The series of a cell in a chart and its colour, the same on the whole page."""
     found = cell.techniques
-    if found is None:
-        return "other"
-    if found.tensor > 1:
-        return f"TP{found.tensor}"
-    return f"Z{found.zero}" + "+O" * found.offload if found.zero else "no ZeRO"
+    name = "other"
+    if found and found.tensor == 1:
+        name = f"Z{found.zero}" + "+O" * found.offload if found.zero else "no ZeRO"
+    colour = FAMILIES.index(name) if name in FAMILIES else FAMILIES.index("Z1")  # Z1+O
+    return (f"TP{found.tensor}" if found and found.tensor > 1 else name), colour

@@ -8,7 +8,7 @@ from llmsys.bench import cells
 from llmsys.bench.cells import Workload
 from llmsys.bench.report import answer, charts, layout, trust
 from llmsys.bench.report.common import each
-from llmsys.bench.report.html import Markup, count, escaped, join, paragraph, tag
+from llmsys.bench.report.html import Markup, count, join, paragraph, tag
 from llmsys.bench.report.style import STYLE
 from llmsys.job import Record
 
@@ -91,8 +91,3 @@ def _answer(found: Sequence[Workload], records: Sequence[Record]) -> Markup:
     nothing = f"No workload has two cells to choose between; {GRIDS}: {GRID}"
     said = each(found, answer.answer, nothing)
     return join([said, trust.advice(records)])
-
-
-def escaped_title(text: str) -> Markup:
-    """For tests: as a title is written."""
-    return escaped(text)

@@ -19,7 +19,8 @@ from llmsys.rows import over_repeats, row
 from llmsys.sweep.scaling import efficiency
 
 MOST = 8
-"""Columns of a grid; a search tries more batches than anybody wants to see beside each other."""
+"""Columns of a grid at most, of those that have half as many cells as the fullest one: a search tries more batches than
+anybody wants to see beside each other."""
 PHASES = ("data", "forward", "backward", "agreement", "communication", "offload", "optimizer")
 
 
@@ -81,7 +82,7 @@ def _grid(
     order: dict[str, tuple[Any, ...]],
 ) -> Grid:
     fullest = Counter({column: len(cells) for column, cells in columns.items()}).most_common(MOST)
-    shown = tuple(sorted(column for column, _ in fullest))
+    shown = tuple(sorted(column for column, cells in fullest if 2 * cells >= fullest[0][1]))
     labels = sorted({label for column in shown for label in columns[column]}, key=lambda each: (order[each], each))
     tuned, device, ranks, data, length, precision = place
     return Grid(
@@ -112,7 +113,7 @@ def limits(workload: Workload) -> list[Limit]:
     """Of combinations of which several batches were tried."""
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in workload.cells:
-        groups.setdefault((cell.name, cell.world), []).append(cell)
+        groups.setdefault((cell.label, cell.world), []).append(cell)
     found = []
     for (name, world), cells in groups.items():
         if len({cell.batch for cell in cells}) < 2:

@@ -59,7 +59,7 @@ section { scroll-margin-top: 3.5rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th.w, td.w { text-align: left; white-space: normal; min-width: 5.5rem; }
+th.w, td.w { text-align: left; white-space: normal; min-width: 7rem; }
 th.group { text-align: center; border-left: 1px solid var(--line); }
 tbody tr:nth-child(even) { background: var(--stripe); }
 .card table { font-size: .82rem; margin-top: .4rem; }
@@ -67,8 +67,8 @@ tbody tr:nth-child(even) { background: var(--stripe); }
 .card tbody tr:nth-child(even) { background: none; }
 .good { color: var(--good); }
 .bad, .failed { color: var(--bad); }
-.pill { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 0 .6rem; margin: .1rem .2rem;
-  font-size: .8rem; }
+.pill { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 0 .6rem;
+  margin: .1rem .2rem; font-size: .8rem; }
 .pill.good { border-color: var(--good); }
 .pill.bad { border-color: var(--bad); }
 details { margin: .7rem 0; }
@@ -77,6 +77,7 @@ pre, code { font: .84em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monos
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
 svg { display: block; width: 100%; height: auto; margin: .4rem 0; }
 svg text { fill: var(--ink); font-size: 12px; }
+svg .label { paint-order: stroke; stroke: var(--page); stroke-width: 4px; stroke-linejoin: round; font-weight: 600; }
 svg .tick { fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .name { fill: var(--soft); font-size: 13px; }
 svg .grid { stroke: var(--line); stroke-width: 1; }

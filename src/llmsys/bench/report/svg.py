@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 
 from llmsys.bench.report.html import Markup, join, number, tag
 
-WIDTH = 860
+WIDTH = 1000
 COLOURS = 7
 """How many the page has: `--c0` and on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """`series`: its colour, by name; `title`: what is said under the pointer; `label`: what is written beside it."""
+    """`series`: what the legend calls its `colour`; `title`: what is said under the pointer; `label`: what is written
+    beside it."""
 
     x: float
     y: float
     series: str
+    colour: int
     title: str
     label: str = ""
 
@@ -59,11 +61,14 @@ def axis(name: str, values: Sequence[float], *, zero: bool = False) -> Axis:
 
 
 def log_axis(name: str, values: Sequence[float]) -> Axis:
-    """For positive `values`, with ticks at 1, 2 and 5 times powers of ten."""
-    low, high = min(values) / 1.25, max(values) * 1.25
+    """For positive `values`. Ticks at 1, 2 and 5 times powers of ten, or closer where that would be less than four."""
+    low, high = min(values) / 1.15, max(values) * 1.15
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    return Axis(name=name, low=low, high=high, ticks=tuple(t for t in ticks if low <= t <= high), log=True)
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) < 4:
+        ticks = [tick for tick in axis(name, (low, high)).ticks if low <= tick <= high]
+    return Axis(name=name, low=low, high=high, ticks=tuple(ticks), log=True)
 
 
 def scatter(
@@ -76,7 +81,7 @@ def scatter(
     def at(a: float, b: float) -> tuple[float, float]:
         return left + wide * x.share(a), top + high * (1 - y.share(b))
 
-    series = list(dict.fromkeys(point.series for point in points))
+    series = dict(sorted({point.series: point.colour for point in points}.items(), key=lambda each: each[1]))
     marks = [_grid(x, y, left, top, wide, high)]
     if diagonal:
         low, top_value = max(x.low, y.low), min(x.high, y.high)
@@ -89,7 +94,8 @@ def scatter(
     boxes: list[tuple[float, float, float]] = []
     for point in points:
         px, py = at(point.x, point.y)
-        dot = tag("circle", tag("title", point.title), cx=_px(px), cy=_px(py), r=5, class_=f"s{_colour(series, point)}")
+        style = f"s{point.colour % COLOURS}"
+        dot = tag("circle", tag("title", point.title), cx=_px(px), cy=_px(py), r=5.5, class_=style)
         marks.append(dot)
     for point in sorted((p for p in points if p.label), key=lambda p: p.x):
         marks.append(_label(point.label, *at(point.x, point.y), left + wide, boxes))
@@ -141,7 +147,8 @@ class Bar:
 
 def bars(rows: Sequence[Bar], unit: str) -> Markup:
     """Horizontal stacked bars with one scale."""
-    series = list(dict.fromkeys(name for row in rows for name in row.parts))
+    names = dict.fromkeys(name for row in rows for name in row.parts)
+    series = {name: index for index, name in enumerate(names)}
     left = min(300, 24 + 7 * max(len(row.name) for row in rows))
     right, top, each = 90, 6, 24
     height = top + each * len(rows) + 46
@@ -161,7 +168,7 @@ def bars(rows: Sequence[Bar], unit: str) -> Markup:
             title = tag("title", f"{row.name}, {name}: {number(value)} {unit}")
             length = wide * (x.share(start + value) - x.share(start))
             where = {"x": _px(left + wide * x.share(start)), "y": _px(y), "width": _px(length), "height": each - 6}
-            marks.append(tag("rect", title, class_=f"s{series.index(name) % COLOURS}", **where))
+            marks.append(tag("rect", title, class_=f"s{series[name] % COLOURS}", **where))
             start += value
         marks.append(_text(left + wide * x.share(start) + 6, y + each / 2 + 1, row.end, "start", "word"))
     return join([_legend(series), _svg(height, marks)])
@@ -193,18 +200,14 @@ def _label(text: str, px: float, py: float, end: float, boxes: list[tuple[float,
     free = [(a, b) for a, b in fitting if not any(a < q and a + wide > p and abs(b - r) < 14 for p, q, r in boxes)]
     a, b = (free or fitting or places)[0]
     boxes.append((a, a + wide, b))
-    return _text(a, b, text, "start", "word")
+    return _text(a, b, text, "start", "label")
 
 
-def _legend(series: Sequence[str]) -> Markup:
+def _legend(series: Mapping[str, int]) -> Markup:
     if len(series) < 2:
         return Markup("")
-    keys = [tag("span", tag("i", class_=f"k{index % COLOURS}"), name) for index, name in enumerate(series)]
+    keys = [tag("span", tag("i", class_=f"k{colour % COLOURS}"), name) for name, colour in series.items()]
     return tag("div", *keys, class_="legend")
-
-
-def _colour(series: Sequence[str], point: Point) -> int:
-    return series.index(point.series) % COLOURS
 
 
 def _path(points: Sequence[tuple[float, float]], style: str) -> Markup:
