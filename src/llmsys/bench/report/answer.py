@@ -68,7 +68,8 @@ def _margin(one: Choice) -> list[object]:
         return [*second, "."]
     more = {"fit": "needs {:.1f} % more", "cost": "costs {:.1f} % more"}.get(one.goal.name)
     text = more.format(one.margin.percent) if more else f"{100 - 100 / (1 + one.margin.percent / 100):.1f} % below"
-    known = "each was run once, so nobody knows how sure that is"
+    once = min(len(one.best.records), len(one.second.records)) < 2
+    known = "one of them was run once, so nobody knows how sure that is" if once else "the same in every run"
     if ends := interval(one.margin.low, one.margin.high):
         known = f"the choice is ahead by {ends} (95 %)" + ("" if one.margin.certain else ", so it may be the other way")
     return [*second, f", {text}; {known}."]

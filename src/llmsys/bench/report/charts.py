@@ -167,7 +167,7 @@ def phases(workload: Workload) -> Markup:
     return join(
         [
             svg.bars(rows, "ms"),
-            paragraph(f"{some}Medians over steps; `other` is what of a step is in no phase.", class_="note"),
+            paragraph(f"{some}Medians over steps; other: what of a step is in no phase.", class_="note"),
             details("All cells, ms and % of the step", table(["", "", *names, "step"], body, left=2)),
             details("Where communication is hidden", tag("ul", *notes)) if notes else "",
         ]

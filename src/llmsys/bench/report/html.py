@@ -71,17 +71,16 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def measured(found: Spread | None, repeats: int = 1, scale: float = 1.0) -> str:
-    """A mean over repeats, with half its 95 % interval where there are several: no more digits than that interval
-    allows. A single measurement has three."""
+    """A mean over repeats, with half its 95 % interval where there are several, to that half's second digit. Three
+    digits of a single measurement, and of what is the same in every run, as bytes are."""
     if found is None:
         return "–"
     mean, half = found.mean * scale, found.half * scale
-    if repeats < 2 or half <= 0:
+    if repeats < 2 or half < abs(mean) * 1e-4:
         return number(mean)
-    after = max(0, 1 - math.floor(math.log10(half)))
-    if half < abs(mean) * 1e-4:  # a number that is the same in every run, as bytes are
-        return number(mean)
-    return f"{mean:,.{after}f} ± {half:,.{after}f}"
+    digits = 1 - math.floor(math.log10(half))
+    after = max(0, digits)
+    return f"{round(mean, digits):,.{after}f} ± {round(half, digits):,.{after}f}"
 
 
 def signed(percent: float) -> str:

@@ -44,7 +44,7 @@ def _modules(record: Record) -> Markup:
     ]
     what += [f"recompute {config['train']['recompute']}", str(record.env.get("device_name", ""))]
     enough = summary["attributed_percent"] >= quality.ATTRIBUTED
-    text = f"{summary['attributed_percent']:.1f} % of the step is attributed"
+    text = f" {quality.ATTRIBUTED:.0f} % of a step or more are to be attributed. "
     return join(
         [
             tag("h3", " · ".join(part for part in what if part)),
@@ -175,15 +175,19 @@ def advice(records: Sequence[Record]) -> Markup:
                 "–" if speed is None else number(speed),
                 "–" if peak is None else number(peak),
                 record.notes.get("binds", "–"),
-                f"{found['margin_percent']:.1f} % {record.notes.get('margin_percent', '')}"
-                if "margin_percent" in found
-                else "–",
+                _ahead(record),
             )
         )
     if not rows:
         return Markup("")
-    heads = ["model", "machine", "goal", "choice", "micro-batch", "tokens/s", "GiB of a device", "binds", "ahead by"]
-    return join([tag("h3", "Advice and predictions"), table(heads, rows, left=4)])
+    heads = ["model", "machine", "goal", "choice", "bs", "tokens/s", "GiB", "binds", "ahead by"]
+    return join([tag("h3", "Advice and predictions"), table(heads, rows, left=3)])
+
+
+def _ahead(record: Record) -> str:
+    if "margin_percent" not in record.summary:
+        return "–"
+    return f"{record.summary['margin_percent']:.1f} % {record.notes.get('margin_percent', '')}".rstrip()
 
 
 def origin(records: Sequence[Record]) -> Markup:
