@@ -197,17 +197,17 @@ def workloads(records: Iterable[Record]) -> list[Workload]:
     lost: list[Cell] = []
     for cell in _cells([record for record in records if trains(record)]):
         if cell.record.env:
-            groups.setdefault((_device(cell), *_work(cell)), []).append(cell)
+            groups.setdefault((device(cell.record), *_work(cell)), []).append(cell)
         else:
             lost.append(cell)
     for cell in lost:  # a run that was killed does not say on which device
         same = [place for place in groups if place[1:] == _work(cell)]
-        groups.setdefault(same[0] if len(same) == 1 else (_device(cell), *_work(cell)), []).append(cell)
+        groups.setdefault(same[0] if len(same) == 1 else (device(cell.record), *_work(cell)), []).append(cell)
     titles = _titles([cells[0] for cells in groups.values()])
     made = [
         Workload(
             title=title,
-            device=_device(cells[0]),
+            device=device(cells[0].record),
             kind=cells[0].kind,
             settings=cells[0].settings,
             cells=tuple(_told_apart(cells)),
@@ -215,6 +215,11 @@ def workloads(records: Iterable[Record]) -> list[Workload]:
         for title, cells in zip(titles, groups.values(), strict=True)
     ]
     return sorted(made, key=lambda each: -len(each.measured))
+
+
+def alone(record: Record) -> Cell:
+    """The cell of one record of any task."""
+    return _cell([record], settings(record))
 
 
 def _cells(records: Sequence[Record]) -> list[Cell]:
@@ -225,7 +230,7 @@ def _cells(records: Sequence[Record]) -> list[Cell]:
         found = settings(record)
         apart = {k: str(v) for k, v in found.items() if not k.startswith(("repeat", "command", "results", "reuse"))}
         apart = {k: v for k, v in apart.items() if not k.startswith(("sweep.", "tracker.", "techniques"))}
-        place = (record.name, _device_name(record), record.data_hash, record.status, *sorted(apart.items()))
+        place = (record.name, device(record), record.data_hash, record.status, *sorted(apart.items()))
         groups.setdefault(place, []).append(record)
         known.setdefault(place, found)
     return [_cell(members, known[place]) for place, members in groups.items()]
@@ -252,12 +257,9 @@ def _marks(letters: Techniques | None, found: Settings) -> tuple[tuple[str, str]
     return tuple((letter, mark) for letter, mark in marks.items() if mark)
 
 
-def _device_name(record: Record) -> str:
+def device(record: Record) -> str:
+    """What the device calls itself; of a run that left no word of it, what its config says."""
     return str(record.env.get("device_name") or record.config.get("hardware", {}).get("name", "unknown device"))
-
-
-def _device(cell: Cell) -> str:
-    return _device_name(cell.record)
 
 
 def _work(cell: Cell) -> tuple[Any, ...]:
@@ -277,7 +279,7 @@ def _titles(cells: Sequence[Cell]) -> list[str]:
         found = cell.settings
         parts = [str(found.get("model.name")), f"{found.get('data.kind')} data", f"length {found.get('train.length')}"]
         parts += [str(found.get("train.precision")), *([_link(cell)] if _link(cell) != "none" else [])]
-        titles.append(" · ".join([*parts, _device(cell)]))
+        titles.append(" · ".join([*parts, device(cell.record)]))
     for title in {title for title in titles if titles.count(title) > 1}:
         alike = [index for index, each in enumerate(titles) if each == title]
         for index, more in zip(alike, _differences([cells[i] for i in alike], (*SIZE, *CHOSEN, *NO_WORK)), strict=True):
