@@ -3,8 +3,8 @@ dark; nothing is said by colour alone."""
 
 from __future__ import annotations
 
-_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a67c00", "#3aa0d8", "#6b6b6b")
-_DARK = ("#4aa8e8", "#ff8c42", "#2fd0a0", "#e9a3c8", "#e8c23a", "#8fd0ff", "#b0b0b0")
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a67c00", "#3aa0d8", "#6b6b6b")
+DARK = ("#4aa8e8", "#ff8c42", "#2fd0a0", "#e9a3c8", "#e8c23a", "#8fd0ff", "#b0b0b0")
 
 
 def _colours(colours: tuple[str, ...]) -> str:
@@ -17,13 +17,13 @@ STYLE = (
   color-scheme: light dark;
   --page: #fbfbf9; --card: #ffffff; --ink: #1c1f23; --soft: #5c636b; --line: #dfe2e5; --accent: #0b5cad;
   --good: #0a7a4b; --bad: #b3261e; --stripe: #f4f5f3;
-  {_colours(_LIGHT)}
+  {_colours(LIGHT)}
 }}
 @media (prefers-color-scheme: dark) {{
   :root {{
     --page: #14171a; --card: #1c2024; --ink: #e7e9ec; --soft: #a0a8b1; --line: #343a41; --accent: #7cb8f5;
     --good: #4fd197; --bad: #ff8a80; --stripe: #20252a;
-    {_colours(_DARK)}
+    {_colours(DARK)}
   }}
 }}
 """
