@@ -12,10 +12,12 @@ from typing import Any
 from llmsys.bench.cells import GIB, Cell, Workload
 from llmsys.bench.modules import tables
 from llmsys.bench.report import ablation, front, paper, quality
-from llmsys.bench.report.common import FAMILIES, family, size
+from llmsys.bench.report.common import family, size
 from llmsys.bench.report.style import LIGHT
 from llmsys.job import Record
 
+FAR = 20
+"""Times the smallest, the largest is so far that axes are logarithmic."""
 KINDS = ("forward", "backward", "recompute", "other")
 
 
@@ -116,7 +118,8 @@ def modules(record: Record) -> Any:
 
 
 def predicted(workload: Workload) -> Any:
-    """Predicted against measured: memory of a rank and time of a step, on logarithmic axes; the line is equality."""
+    """Predicted against measured: memory of a rank and time of a step, on logarithmic axes where values are far apart.
+    The line is equality."""
     found = [
         (name, [(one.measured * scale, one.predicted * scale, one.cell) for one in guesses])
         for name, scale, guesses in (
@@ -131,12 +134,13 @@ def predicted(workload: Workload) -> Any:
     for axes, (name, points) in zip(grid if len(found) > 1 else [grid], found, strict=True):
         ends = [value for x, y, _ in points for value in (x, y)]
         axes.plot([min(ends), max(ends)], [min(ends), max(ends)], "-", color="grey", lw=1)
-        for each in dict.fromkeys(FAMILIES.index("no ZeRO") + family(cell)[1] for _, _, cell in points):
+        for each in sorted({family(cell)[1] for _, _, cell in points}):
             mine = [(x, y, cell) for x, y, cell in points if family(cell)[1] == each]
             label = family(mine[0][2])[0]
             axes.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o", color=LIGHT[each], label=label)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        if max(ends) > FAR * min(ends):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
         axes.set_xlabel(f"measured {name}")
         axes.set_ylabel("predicted")
         axes.grid(alpha=0.3, which="both")
