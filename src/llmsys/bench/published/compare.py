@@ -69,7 +69,7 @@ def compare(table: Table, records: Sequence[Record], ignore: Collection[str] = (
     spare = [cell for cell in ours if id(cell) not in used]
     if table.has(LARGEST):  # the batches below the largest one are no cells of their own
         spare = [cell for cell in spare if not any(matches(row, cell, ignore) for row in table.rows)]
-    without = {}
+    without: dict[str, int] = {}
     if not lines:
         for key in table.keys:
             rest = (*ignore, key)
