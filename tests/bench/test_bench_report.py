@@ -16,6 +16,7 @@ from llmsys import results
 from llmsys.bench import cells
 from llmsys.bench.modules import figures
 from llmsys.bench.report import html, pictures, svg
+from llmsys.bench.report.advised import advised
 from llmsys.bench.report.__main__ import main
 from llmsys.bench.report.page import page
 from llmsys.job import Record
@@ -280,3 +281,15 @@ def test_pictures_draw_the_same_cells() -> None:
     for draw in (pictures.over_memory, pictures.letters, pictures.phases, pictures.predicted):
         with pytest.raises(ValueError, match="llama_6m"):
             draw(empty)
+
+
+def test_advice_is_asked_for_cards_that_are_known_and_for_no_other() -> None:
+    """Of a CPU nothing is known without a calibration. What was run stands for itself in the ranking."""
+    assert advised(cells.workloads([cell("F"), cell("Z3")])[0]) == ""
+    pytest.importorskip("llmsys.bench.advise.answer")
+    pytest.importorskip("llmsys.bench.predict.prediction")
+    keys = {"train.precision": "bf16", "model.dtype": "bf16"}
+    records = [on_gpu(cell(text, tokens, keys=keys), peak_gib=1.0) for text, tokens in (("F", 1e9), ("Z3", 10.0))]
+    (workload,) = cells.workloads(records)
+    said = re.sub(r"\s+", " ", " ".join(Tags(advised(workload)).texts.values()))
+    assert "throughput F at micro-batch 4 measured 1,000,000,000" in said

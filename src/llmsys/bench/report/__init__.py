@@ -6,7 +6,7 @@ ablation.py   what each letter does, by pairs that differ in nothing else
 paper.py      the paper's tables out of our records
 quality.py    predictions beside measurements, what clocks cost, what is noisy
 html.py, svg.py, style.py   pieces of a page
-answer.py, charts.py, layout.py, trust.py, common.py   its parts
+answer.py, advised.py, charts.py, layout.py, trust.py, common.py   its parts
 page.py       all of it
 pictures.py   the same for notebooks, by matplotlib
 

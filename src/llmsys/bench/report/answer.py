@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llmsys.bench.cells import GIB, Cell, Workload
-from llmsys.bench.report import choice
+from llmsys.bench.report import choice, paper
+from llmsys.bench.report.advised import advised
 from llmsys.bench.report.choice import Choice
 from llmsys.bench.report.common import change, size
 from llmsys.bench.report.html import Markup, interval, join, measured, paragraph, table, tag
@@ -27,9 +28,10 @@ def answer(workload: Workload) -> Markup:
         notes.append("Cells with Q and no adapter train no linear weight, and are chosen for nothing.")
     if any(one.goal.name == "cost" for one in found):
         notes.append(f"Cost: {RENT}.")
-    return join(
-        [tag("div", *cards, class_="cards"), *(paragraph(note, class_="note") for note in notes)] if cards else []
-    )
+    more = advised(workload)
+    if not cards and not more:
+        return Markup("")
+    return join([tag("div", *cards, class_="cards"), *(paragraph(note, class_="note") for note in notes), more])
 
 
 def _card(one: Choice, workload: Workload) -> Markup:
@@ -41,7 +43,7 @@ def _card(one: Choice, workload: Workload) -> Markup:
         tag("div", best.label, class_="choice"),
         tag("div", tag("b", shown), f" {goal.unit}", class_="value"),
         paragraph(size(best), *_others(best, goal.name, workload), class_="with"),
-        paragraph(*_margin(one), class_="margin"),
+        paragraph(*_margin(one), *_longest(best), class_="margin"),
     ]
     if one.dropped:
         rows = [(f"without {d.letter}", change(d.speed, True), change(d.memory, False)) for d in one.dropped]
@@ -57,6 +59,15 @@ def _others(best: Cell, goal: str, workload: Workload) -> list[str]:
     if goal != "fit" and best.memory:
         parts.append(f"; {measured(best.memory, len(best.records), 1 / GIB)} GiB {workload.memory_name} of a rank")
     return parts
+
+
+def _longest(best: Cell) -> list[str]:
+    """The phase that takes most of a step."""
+    parts = paper.phases(best)
+    if not parts:
+        return []
+    name = max(parts, key=lambda each: parts[each])
+    return [f" {name.capitalize()} takes {100 * parts[name] / sum(parts.values()):.0f} % of a step."]
 
 
 def _margin(one: Choice) -> list[object]:

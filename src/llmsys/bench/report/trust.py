@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from llmsys.bench.cells import Workload
+from llmsys.bench.cells import Workload, techniques
 from llmsys.bench.modules import tables
 from llmsys.bench.report import quality, svg
 from llmsys.bench.report.common import size
@@ -37,21 +37,16 @@ def _modules(record: Record) -> Markup:
         parts = {kind: value for kind, value in kinds.items() if value} or {"whole": ms}
         rows.append(svg.Bar(name=row, parts=parts, end=f"{summary[f'modules/{row}/share_percent']:.1f} %"))
     head, *lines = tables.cells(summary)
-    what = [
-        str(config["model"]["name"]),
-        str(config["model"].get("attention", "")),
-        f"length {config['train']['length']}",
-    ]
-    what += [f"recompute {config['train']['recompute']}", str(record.env.get("device_name", ""))]
+    letters = techniques(record)
+    what = [str(config["model"]["name"]), str(letters or ""), f"length {config['train']['length']}"]
+    what += [f"batch {config['train']['micro_batch']}", str(record.env.get("device_name", ""))]
     enough = summary["attributed_percent"] >= quality.ATTRIBUTED
     text = f" {quality.ATTRIBUTED:.0f} % of a step or more are to be attributed. "
     return join(
         [
             tag("h3", " · ".join(part for part in what if part)),
             svg.bars(rows, "ms"),
-            paragraph(
-                verdict(enough), f" {text}; {quality.ATTRIBUTED:.0f} % or more is wanted. ", tables.costs(summary)
-            ),
+            paragraph(verdict(enough), text, tables.costs(summary), class_="note"),
             details("The table", table(head, lines)),
         ]
     )
@@ -198,11 +193,7 @@ def origin(records: Sequence[Record]) -> Markup:
             f"{record.env.get('cores', '–')} cores, {record.env.get('memory_gib', '–')} GiB",
             record.env.get("platform", ""),
             record.env.get("driver", "") or "–",
-            ", ".join(
-                f"{k} {v}"
-                for k, v in record.env.get("packages", {}).items()
-                if k in ("torch", "transformers", "deepspeed")
-            ),
+            _packages(record),
             _commit(record),
         )
         for record in records
@@ -224,6 +215,11 @@ def origin(records: Sequence[Record]) -> Markup:
             details("What records say of their numbers", table(["", "", "records"], said, left=2)) if said else "",
         ]
     )
+
+
+def _packages(record: Record) -> str:
+    found = record.env.get("packages", {})
+    return ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "deepspeed") if name in found)
 
 
 def _commit(record: Record) -> str:
