@@ -16,8 +16,8 @@ from llmsys import results
 from llmsys.bench import cells
 from llmsys.bench.modules import figures
 from llmsys.bench.report import html, pictures, svg
-from llmsys.bench.report.advised import advised
 from llmsys.bench.report.__main__ import main
+from llmsys.bench.report.advised import advised
 from llmsys.bench.report.page import page
 from llmsys.job import Record
 from llmsys.spread import spread
