@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from report_harness import ROOT, cell, on_gpu
 
+from llmsys.bench.cells import techniques
 from llmsys.bench.published.__main__ import as_csv, lines, main, show
 from llmsys.bench.published.compare import Comparison, compare
 from llmsys.bench.published.table import OOM, Table, read
@@ -25,11 +26,19 @@ def written(folder: Path, *rows: str, head: str = HEAD) -> Table:
     return read(path)
 
 
-def ours(text: str = "F+Z3", tokens: float = 10000.0, gib: float = 50e9 / 2**30, **more: object) -> Record:
+def ours(
+    text: str = "F+Z3",
+    tokens: float = 10000.0,
+    gib: float = 50e9 / 2**30,
+    *,
+    batch: int = 1,
+    world: int = 8,
+    repeat: int = 0,
+    **more: object,
+) -> Record:
     """A record of LLaMA-2 7B on 8 A800 at batch 1."""
     keys = {"model.name": "llama2_7b", "model.num_layers": 32, "train.length": 350, **more}
-    record = cell(text, tokens, batch=1, world=8, keys=keys)
-    return on_gpu(record, peak_gib=gib)
+    return on_gpu(cell(text, tokens, batch=batch, world=world, repeat=repeat, keys=keys), peak_gib=gib)
 
 
 def compared(
@@ -128,14 +137,16 @@ def test_repeats_are_compared_by_their_mean(tmp_path: Path) -> None:
         {"train.length": 512},
         {"model.name": "llama2_13b"},
         {"model.num_layers": 8},  # a 7B with fewer layers is none
-        {"train.recompute": "block"},
-        {"train.micro_batch": 2},
-        {"train.world": 4},
+        {"text": "F+R+Z3"},
+        {"batch": 2},
+        {"world": 4},
         {"hardware.nvlink": False},
     ],
 )
 def test_a_record_of_something_else_is_no_counterpart(tmp_path: Path, other: dict[str, object]) -> None:
-    found = compared(tmp_path, [ours(**other)], ROW)
+    record = ours(**other)  # type: ignore[arg-type]
+    assert techniques(record) is not None, "its settings go together"
+    found = compared(tmp_path, [record], ROW)
     assert not found.lines
     assert len(found.missing) == len(found.spare) == 1
 
@@ -175,7 +186,7 @@ def test_out_of_memory_agrees_or_does_not(tmp_path: Path) -> None:
     assert said([ours()], row) == ["ours fits"] * 2
     assert said([failed], ROW) == ["–"] * 2
     made = written(tmp_path, ROW)
-    assert lines(made, compare(made, [failed]).lines)[1][0][5] == "oom (device memory)"
+    assert lines(made, compare(made, [failed]).lines)[1][0][4] == "oom (device memory)"
     assert len(compare(made, [failed, ours()]).lines) == 2, "what ended well stands for the cell"
 
 
@@ -203,8 +214,8 @@ def test_modules_of_a_paper_can_be_several_of_ours(tmp_path: Path) -> None:
 
 def test_a_table_of_the_largest_batch_takes_ours(tmp_path: Path) -> None:
     head = "hardware,model,techniques,length,largest_batch [examples],throughput [tokens/s],source"
-    records = [ours(**{"train.micro_batch": batch}) for batch in (2, 4, 8)]
-    failed = ours(**{"train.micro_batch": 16})
+    records = [ours(batch=batch) for batch in (2, 4, 8)]
+    failed = ours(batch=16)
     failed.status, failed.summary = "oom", {}
     found = compared(tmp_path, [*records, failed], "a800x8,llama2_7b,F+Z3,350,10,,paper", head=head)
     assert [line.ours for line in found.lines] == [8.0, 10000.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -176,10 +177,8 @@ def _key(where: str, key: str, text: str) -> str:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     known: Sequence[str] = ()
-    if key == "hardware":
-        known = [name for name in compose.choices("hardware") if name != "auto"]
-    elif key == "model":
-        known = list(compose.choices("model"))
+    if key in ("hardware", "model"):
+        known = _choices(key)
     elif key == "module":
         known = MODULES
     elif not text.isdecimal() or int(text) < 1:
@@ -189,3 +188,9 @@ def _key(where: str, key: str, text: str) -> str:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"{where}: {key} {text!r} matches nothing; {hint}")
     return text if known else str(int(text))
+
+
+@functools.cache
+def _choices(group: str) -> tuple[str, ...]:
+    """The names in a group of settings; a table asks for them in each of its rows."""
+    return tuple(name for name in compose.choices(group) if name != "auto")
