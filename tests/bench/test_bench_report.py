@@ -284,12 +284,13 @@ def test_pictures_draw_the_same_cells() -> None:
 
 
 def test_advice_is_asked_for_cards_that_are_known_and_for_no_other() -> None:
-    """Of a CPU nothing is known without a calibration. What was run stands for itself in the ranking."""
+    """Of a CPU nothing is known without a calibration. Only letters that were tried are combined."""
     assert advised(cells.workloads([cell("F"), cell("Z3")])[0]) == ""
     pytest.importorskip("llmsys.bench.advise.answer")
     pytest.importorskip("llmsys.bench.predict.prediction")
     keys = {"train.precision": "bf16", "model.dtype": "bf16"}
-    records = [on_gpu(cell(text, tokens, keys=keys), peak_gib=1.0) for text, tokens in (("F", 1e9), ("Z3", 10.0))]
+    records = [on_gpu(cell(text, tokens, keys=keys), peak_gib=1.0) for text, tokens in (("F", 9e5), ("Z3", 3e5))]
     (workload,) = cells.workloads(records)
     said = re.sub(r"\s+", " ", " ".join(Tags(advised(workload)).texts.values()))
-    assert "throughput F at micro-batch 4 measured 1,000,000,000" in said
+    for goal in ("throughput", "fit"):
+        assert re.search(rf"{goal} (Naive|F|Z3|F\+Z3) at micro-batch \d+ (measured|predicted) [\d,.]+", said), said
