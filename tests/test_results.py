@@ -237,3 +237,25 @@ def test_efficiency_is_a_rank_s_share_over_one_rank_alone_whatever_engine_that_o
         at(4, "ddp", 240.0, **{"train.length": 9}),
     ]
     assert [(row["config"]["train.world"], share) for row, share in efficiency(rows)] == [(1, 1.0), (2, 0.9)]
+
+
+def test_published_numbers_are_compared_by_the_same_command(tmp_path: Path) -> None:
+    """What a file means is `llmsys.bench.published`'s; here it is found, and a bad one is one line."""
+    root = Path(__file__).parents[1]
+    records = str(root / "benchmarks" / "records" / "bench_engines")
+    good, bad = root / "published" / "2311.03687_scaling.csv", tmp_path / "bad.csv"
+    bad.write_text("hardware,speed [tokens/s],source\na800x8,,\n")
+
+    def command(path: Path) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "llmsys.results", "compare", "--published", str(path), records]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    done = command(good)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "0 of 12 rows have a record of ours" in done.stdout
+    assert "rtx4090x8, world 8" in done.stdout
+    done = command(bad)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("llmsys.results: ")
+    assert "speed [tokens/s]" in done.stderr
+    assert done.stderr.count("\n") == 1

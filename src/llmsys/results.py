@@ -1,6 +1,7 @@
 """The only reader of records: tables, pictures and data frames of everything under a folder.
 
     python -m llmsys.results [FOLDER] [--over-repeats | --over-seeds] [--best KEY] [--markdown | --csv] [--plot x:y]
+    python -m llmsys.results compare --published FILE.csv [FOLDER...]
 
 Runs that failed or ran out of memory keep their row. Records of one data set whose content differs are marked. Tasks
 whose numbers have tables of their own (`tasks.TABLES`) are named below, or, where there is nothing else, shown.
@@ -145,7 +146,16 @@ def _apart(records: Sequence[Record], root: str) -> None:
 
 def main() -> None:
     """`python -m llmsys.results`."""
-    parser = argparse.ArgumentParser(prog="python -m llmsys.results", description="Tables and pictures of records.")
+    if sys.argv[1:2] == ["compare"]:
+        from llmsys import wiring
+
+        wiring.comparison().main(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m llmsys.results",
+        description="Tables and pictures of records.",
+        epilog="compare --published FILE.csv [FOLDER...]: published numbers beside our records; --help after it.",
+    )
     root = os.environ.get("LLMSYS_RESULTS", "results")
     parser.add_argument("root", nargs="?", default=root, help="a folder with runs below it (default: %(default)s)")
     merge = parser.add_mutually_exclusive_group()

@@ -81,3 +81,10 @@ def techniques() -> ModuleType:
     from llmsys.bench import expand
 
     return expand
+
+
+def comparison() -> ModuleType:
+    """The command line of `llmsys.results compare`, which lays published numbers beside records."""
+    from llmsys.bench.published import __main__ as command
+
+    return command

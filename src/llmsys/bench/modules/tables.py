@@ -13,7 +13,7 @@ SPEEDS = ("forward_tflops", "backward_tflops", "peak_percent")
 
 def markdown(summary: Summary, model: str, notes: Sequence[str] = ()) -> str:
     """The table, what looking has cost, and the notes."""
-    lines = [f"# A training step of {model} by module", "", *_table(summary), "", _costs(summary), ""]
+    lines = [f"# A training step of {model} by module", "", *_table(summary), "", costs(summary), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes)]).rstrip() + "\n"
 
 
@@ -26,26 +26,32 @@ def rows(summary: Summary) -> list[str]:
 
 
 def _table(summary: Summary) -> list[str]:
+    head, *lines = cells(summary)
+    return ["| " + " | ".join(line) + " |" for line in [head, ["---", *["---:"] * (len(head) - 1)], *lines]]
+
+
+def cells(summary: Summary) -> list[list[str]]:
+    """The table's head, a line for each row, and their sum."""
     found = {row: _of(summary, row) for row in rows(summary)}
     totals = {kind: sum(own.get(f"{kind}_ms", 0.0) for own in found.values()) for kind in KINDS}
     again = totals["recompute"] > 0
     head = ["module", "forward ms", "%", "backward ms", "%", *(["again ms", "%"] if again else []), "ms", "% of step"]
     head += ["TFLOP/s forward", "backward", "% of peak"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = [head]
     for row, own in found.items():
-        cells = [row]
+        line = [row]
         for kind in KINDS if again else KINDS[:2]:
             ms = own.get(f"{kind}_ms")
-            cells += ["", ""] if ms is None else [f"{ms:.2f}", f"{100 * ms / (totals[kind] or 1):.1f}"]
-        cells += [f"{own['ms']:.2f}", f"{own['share_percent']:.1f}"]
-        cells += [f"{own[key]:.3g}" if key in own else "" for key in SPEEDS]
-        lines.append(cells)
+            line += ["", ""] if ms is None else [f"{ms:.2f}", f"{100 * ms / (totals[kind] or 1):.1f}"]
+        line += [f"{own['ms']:.2f}", f"{own['share_percent']:.1f}"]
+        line += [f"{own[key]:.3g}" if key in own else "" for key in SPEEDS]
+        lines.append(line)
     whole = ["sum"]
     for kind in KINDS if again else KINDS[:2]:
         whole += [f"{totals[kind]:.2f}", "100.0"]
     ms = sum(own["ms"] for own in found.values())
     whole += [f"{ms:.2f}", f"{sum(own['share_percent'] for own in found.values()):.1f}", *[""] * len(SPEEDS)]
-    return ["| " + " | ".join(cells) + " |" for cells in [*lines, whole]]
+    return [*lines, whole]
 
 
 def _of(summary: Summary, row: str) -> dict[str, float]:
@@ -53,7 +59,9 @@ def _of(summary: Summary, row: str) -> dict[str, float]:
     return {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
 
 
-def _costs(summary: Summary) -> str:
+def costs(summary: Summary) -> str:
+    """What looking has cost, in a line."""
+
     def quartiles(arm: str) -> str:
         low, middle, high = (summary[f"overhead/{arm}_percent{end}"] for end in ("_p25", "", "_p75"))
         return f"{middle:.1f} % ({low:.1f} to {high:.1f})"
