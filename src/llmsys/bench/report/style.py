@@ -96,6 +96,7 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); }
 """
     + "".join(
         f"svg .s{index} {{ fill: var(--c{index}); }} .k{index} {{ background: var(--c{index}); }}\n"
-        for index in range(7)
+        f"svg .h{index} {{ fill: var(--page); stroke: var(--c{index}); stroke-width: 2; }}\n"
+        for index in range(len(LIGHT))
     )
 )
