@@ -294,3 +294,12 @@ def test_advice_is_asked_for_cards_that_are_known_and_for_no_other() -> None:
     said = re.sub(r"\s+", " ", " ".join(Tags(advised(workload)).texts.values()))
     for goal in ("throughput", "fit"):
         assert re.search(rf"{goal} (Naive|F|Z3|F\+Z3) at micro-batch \d+ (measured|predicted) [\d,.]+", said), said
+
+
+def test_every_class_of_a_mark_has_a_style() -> None:
+    text = page([*grid(), modules()], "results")
+    style = text[text.index("<style>") : text.index("</style>")]
+    used = {name for _, own in Tags(text).seen for name in str(own.get("class") or "").split()}
+    assert {"h0", "s0", "k0"} <= used, "Q is hollow"
+    known = set(re.findall(r"\.([a-z][\w-]*)", style))
+    assert used <= known

@@ -45,6 +45,7 @@ def pareto(workload: Workload) -> Markup:
             title=f"{cell.label}, {size(cell)}: {number(cell.tokens.mean)} tokens/s, "
             f"{number(cell.memory.mean / GIB)} GiB",
             label=cell.label if cell in best else "",
+            hollow=cell.frozen and cell not in best,
         )
         for cell in sorted(cells, key=lambda each: paper.paper_order(each.techniques))
         if cell.memory and cell.tokens
@@ -64,10 +65,11 @@ def pareto(workload: Workload) -> Markup:
     ]
     left = len(workload.measured) - len(cells)
     without = f" {count(left, 'cell')} without a number for memory (profile.probe=false) not drawn." if left else ""
+    frozen = " Hollow: trains no linear weight." if any(point.hollow for point in points) else ""
     return join(
         [
             svg.scatter(points, x, y, line=line),
-            paragraph(f"The line is the most that each amount of memory buys.{without}", class_="note"),
+            paragraph(f"The line is the most that each amount of memory buys.{frozen}{without}", class_="note"),
             details(
                 f"The {count(len(best), 'cell')} on the front",
                 table(["", "ranks", "micro-batch", "GiB of a rank", "tokens/s"], rows),
@@ -98,6 +100,7 @@ def letters(workload: Workload) -> Markup:
             paragraph(
                 "Small points are pairs of cells that differ in this letter alone; the diamond is the mean of their "
                 "ratios, the line its 95 % interval over pairs. A letter with one pair has no interval.",
+                " Q without an adapter also freezes what it quantises." if any(e.letter == "Q" for e in speed) else "",
                 class_="note",
             ),
             details("Each letter in each context", *tables),

@@ -76,7 +76,7 @@ summary { cursor: pointer; color: var(--accent); font-size: .9rem; }
 pre, code { font: .84em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
 svg { display: block; width: 100%; height: auto; margin: .4rem 0; }
-svg text { fill: var(--ink); font-size: 12px; }
+svg text, svg .word { fill: var(--ink); font-size: 12px; }
 svg .label { paint-order: stroke; stroke: var(--page); stroke-width: 4px; stroke-linejoin: round; font-weight: 600; }
 svg .tick { fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .name { fill: var(--soft); font-size: 13px; }
@@ -96,6 +96,7 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); }
 """
     + "".join(
         f"svg .s{index} {{ fill: var(--c{index}); }} .k{index} {{ background: var(--c{index}); }}\n"
-        for index in range(7)
+        f"svg .h{index} {{ fill: var(--page); stroke: var(--c{index}); stroke-width: 2; }}\n"
+        for index in range(len(LIGHT))
     )
 )

@@ -18,7 +18,7 @@ COLOURS = 7
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """`series`: what the legend calls its `colour`; `title`: what is said under the pointer; `label`: what is written
-    beside it."""
+    beside it; `hollow`: it is there, and not in the running."""
 
     x: float
     y: float
@@ -26,6 +26,7 @@ class Point:
     colour: int
     title: str
     label: str = ""
+    hollow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def scatter(
     boxes: list[tuple[float, float, float]] = []
     for point in points:
         px, py = at(point.x, point.y)
-        style = f"s{point.colour % COLOURS}"
+        style = f"{'h' if point.hollow else 's'}{point.colour % COLOURS}"
         dot = tag("circle", tag("title", point.title), cx=_px(px), cy=_px(py), r=5.5, class_=style)
         marks.append(dot)
     for point in sorted((p for p in points if p.label), key=lambda p: p.x):
