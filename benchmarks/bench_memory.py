@@ -1,6 +1,6 @@
 """Predicted memory against measured, cell by cell, with torch's MemTracker under FakeTensorMode beside it.
 
-    python benchmarks/bench_memory.py [--small] [--no-ranks] [--no-peer] [--device cuda] [--out DIR]
+    python benchmarks/bench_memory.py [--small] [--ranks 1,2] [--no-peer] [--device cuda] [--rows FILE] [--out DIR]
 
 Measured is a real training step of the shared trainer (`live_steps`): on a CPU every storage that is alive, operator by
 operator, weights and the optimizer's state among them; on a GPU `torch.cuda.max_memory_allocated`. Predicted is
@@ -156,41 +156,67 @@ def show(record: Record) -> str:
     return "\n".join(lines)
 
 
+def _measured(config: dict[str, Any], two: Ranks, *, peer: bool) -> Row:
+    """`measured`, and of one rank the `peer`'s."""
+    import live_steps
+    import mem_tracker
+    from llmsys.comm.place import Place
+
+    alone = config["train"]["world"] == 1
+    measured = attempt(live_steps.measured, Place(), config) if alone else attempt(two, config)
+    if "held" in measured:
+        measured |= {"static": measured["held"], "accounted": measured["held"] + measured["saved"]}
+    return {"measured": measured, **({"peer": attempt(mem_tracker.tracked, config)} if alone and peer else {})}
+
+
+def _read(path: Path | None) -> dict[str, Row]:
+    """The rows of a file, by name."""
+    if path is None or not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["name"]: row for row in rows}
+
+
+def _append(path: Path | None, row: Row) -> None:
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def main(words: Sequence[str]) -> Record:
     """Measures all cells, writes the record, prints its tables, and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="two cells, to try the script")
-    parser.add_argument("--no-ranks", action="store_true", help="no cells of two ranks")
+    parser.add_argument("--ranks", default="1,2", help="cells of one rank, of two, or both")
+    parser.add_argument("--rows", type=Path, help="each cell is added to this file; those in it are not run again")
     parser.add_argument("--no-peer", action="store_true", help="without MemTracker")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help="cells whose name has this")
     parser.add_argument("--out", type=Path, default=RECORDS)
     asked = parser.parse_args(words)
-    import live_steps
-    import mem_tracker
-    from llmsys.comm.place import Place
-
-    cells = memory_cells.small() if asked.small else memory_cells.one_rank()
-    ranks = [] if asked.small or asked.no_ranks or asked.device == "cuda" else memory_cells.two_ranks()
-    if asked.device == "cuda" and not asked.small:
+    wanted = asked.ranks.split(",")
+    cells = memory_cells.one_rank() if "1" in wanted else []
+    cells += memory_cells.two_ranks() if "2" in wanted else []
+    if asked.small:
+        cells = memory_cells.small()
+    elif asked.device == "cuda":
         cells = memory_cells.gpu()
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    there = _read(asked.rows)
     rows: list[Row] = []
     two = Ranks()
-    for name, overrides in [*cells, *ranks]:
+    for name, overrides in cells:
         if asked.only not in name:
             continue
         composed = compose.compose([*memory_cells.BASE, *overrides, f"hardware.device={asked.device}"])
         config, _ = job.resolved(composed)
-        alone = config["train"]["world"] == 1
-        row: Row = {"name": name, "predicted": predicted(config, asked.device)}
-        measured = attempt(live_steps.measured, Place(), config) if alone else attempt(two, config)
-        if "held" in measured:
-            measured |= {"static": measured["held"], "accounted": measured["held"] + measured["saved"]}
-        row["measured"] = measured
-        if alone and not asked.no_peer:
-            row["peer"] = attempt(mem_tracker.tracked, config)
+        row = there.get(name, {})
+        row["predicted"] = predicted(config, asked.device)
+        if "measured" not in row:
+            row |= {"name": name, **_measured(config, two, peer=not asked.no_peer)}
+            _append(asked.rows, row)
         rows.append(row)
+        measured = row["measured"]
         said = measured.get("error") or f"{100 * (row['predicted']['peak'] / measured['peak'] - 1):+.2f} %"
         print(f"{name}: {said} {row.get('peer', {}).get('error', '')}", file=sys.stderr, flush=True)
     names = [row["name"] for row in rows]

@@ -45,9 +45,10 @@ def step(case: Case, known: Facts, tape: Tape, held: Holding, machine: Machine) 
     """Of a rank of `case`, which must train something; `known`: its facts once more."""
     micro = schema.accumulation(case.train, case.engine)
     forward, backward = (_scaled(machine, name, passed) for name, passed in _passes(case, tape, machine).items())
-    update, host_s = _update(case, held, machine)
-    talk = _Talk(case, known, machine)
-    copies = _copies(case, held, micro, machine)
+    sizes = Sizes.of(case)
+    update, host_s = _update(case, held, sizes, machine)
+    talk = _Talk(case, known, sizes, machine)
+    copies = _copies(case, held, micro, sizes, machine)
     if micro > 1 and held.trained:  # gradients of later micro-batches are added
         adding = Op(BACKWARD, "stream", 0.0, 3.0 * held.trained * (micro - 1), micro - 1)
         extra = machine.speeds.passed([adding])
@@ -75,7 +76,7 @@ def step(case: Case, known: Facts, tape: Tape, held: Holding, machine: Machine) 
 def alone(case: Case, tape: Tape, machine: Machine) -> dict[str, Passed]:
     """A micro-batch's passes and the device's update, as their operators add up: no factor of whole steps in them."""
     bare = dataclasses.replace(machine, scales={})
-    return {**_passes(case, tape, bare), "optimizer": _update(case, engines.hold(case), bare)[0]}
+    return {**_passes(case, tape, bare), "optimizer": _update(case, engines.hold(case), Sizes.of(case), bare)[0]}
 
 
 def _passes(case: Case, tape: Tape, machine: Machine) -> dict[str, Passed]:
@@ -113,32 +114,52 @@ def _scaled(machine: Machine, name: str, passed: Passed) -> Passed:
     return passed.scaled(*machine.scales.get(name, (1.0, 1.0)))
 
 
-def _update(case: Case, held: Holding, machine: Machine) -> tuple[Passed, float]:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a model's parameters: `numel` and `nbytes` of all, the same of those that are trained, and how many these
+    are; `share`: elements that a rank updates under ZeRO."""
+
+    numel: int
+    nbytes: int
+    trained_numel: int
+    trained_nbytes: int
+    tensors: int
+    share: int
+
+    @classmethod
+    def of(cls, case: Case) -> Sizes:
+        parameters = shapes.held(case)
+        trained = [p for p in parameters if p.trained]
+        return cls(
+            numel=sum(p.numel for p in parameters),
+            nbytes=sum(p.nbytes for p in parameters),
+            trained_numel=(numel := sum(p.numel for p in trained)),
+            trained_nbytes=sum(p.nbytes for p in trained),
+            tensors=len(trained),
+            share=numel // case.train.world,
+        )
+
+
+def _update(case: Case, held: Holding, sizes: Sizes, machine: Machine) -> tuple[Passed, float]:
     """(what the device does of clipping and AdamW, seconds of the host's). ZeRO reads the gradients into fp32 and
     writes the weights back from it; AdamW reads and writes its moments and the weights, and reads the gradients."""
-    parameters = [p for p in shapes.held(case) if p.trained]
-    own = held.gradients if case.zero < 2 else case.width * _slice(case)
+    own = held.gradients if case.zero < 2 else case.width * sizes.share
     if case.zero:
-        elements = _slice(case)
+        elements = sizes.share
         adam, around = 2.0 * held.optimizer + 12.0 * elements, (16.0 + 2 * (4 + case.width)) * elements
     else:
         adam, around = 2.0 * held.optimizer + 3.0 * own, 0.0
-    clip = 3.0 * (4.0 * _slice(case) if case.zero else own) * (case.train.clip > 0)
+    clip = 3.0 * (4.0 * sizes.share if case.zero else own) * (case.train.clip > 0)
     away = isinstance(case.engine, schema.DeepSpeed) and case.engine.offload != "none"
     if away and machine.device != "cpu":
         ranks = min(case.train.world, machine.devices)
         return Passed(behind=machine.speeds.behind), (adam + around + clip) * ranks / machine.host_bytes_per_s
-    tensors = 2 if case.zero else len(parameters)
+    tensors = 2 if case.zero else sizes.tensors
     launches = 8 if machine.speeds.behind else tensors
     ops = [Op(FORWARD, "adam", 0.0, adam, launches)]
     if around + clip:
         ops.append(Op(FORWARD, "stream", 0.0, around + clip, 3 * launches))
     return _scaled(machine, "optimizer", machine.speeds.passed(ops)), 0.0
-
-
-def _slice(case: Case) -> int:
-    """Elements that a rank updates under ZeRO."""
-    return sum(p.numel for p in shapes.held(case) if p.trained) // case.train.world
 
 
 @dataclass(frozen=True)
@@ -150,11 +171,11 @@ class _Copies:
     update: float = 0.0
 
 
-def _copies(case: Case, held: Holding, micro: int, machine: Machine) -> _Copies:
+def _copies(case: Case, held: Holding, micro: int, sizes: Sizes, machine: Machine) -> _Copies:
     engine = case.engine
     if not isinstance(engine, schema.DeepSpeed) or engine.offload == "none" or machine.device == "cpu":
         return _Copies()
-    own, rate = case.width * _slice(case), machine.copy_bytes_per_s
+    own, rate = case.width * sizes.share, machine.copy_bytes_per_s
     if engine.zero < 3:  # gradients there, updated weights back
         return _Copies(update=(micro * own + own) / rate)
     if engine.offload == "optimizer":
@@ -165,8 +186,8 @@ def _copies(case: Case, held: Holding, micro: int, machine: Machine) -> _Copies:
 class _Talk:
     """A step's collectives."""
 
-    def __init__(self, case: Case, known: Facts, machine: Machine) -> None:
-        self.case, self.machine = case, machine
+    def __init__(self, case: Case, known: Facts, sizes: Sizes, machine: Machine) -> None:
+        self.case, self.machine, self.sizes = case, machine, sizes
         payload = traffic.step_payload(case.model, case.train, case.method, case.engine, **known)
         self.seconds = {kind: self._seconds(kind, nbytes) for kind, nbytes in payload.items()}
 
@@ -183,10 +204,9 @@ class _Talk:
         if isinstance(engine, schema.DeepSpeed):
             return float(engines.BUCKET * self.case.width)
         if isinstance(self.case.model, schema.Transformer):
-            parameters = sum(p.nbytes for p in shapes.held(self.case))
             blocks = max(1, len(self.case.policies))
             if engine.kind == "fsdp2":
-                return parameters / blocks
+                return self.sizes.nbytes / blocks
             return float(self.case.train.micro_batch * self.case.train.length * self.case.model.hidden_size * 2)
         return 25.0 * MIB
 
@@ -209,7 +229,7 @@ class _Talk:
             ]
             return sum(talk for talk, _ in shown), sum(copy for _, copy in shown) + around
         if engine.kind == "ddp" or (isinstance(engine, schema.DeepSpeed) and engine.zero == 0):
-            messages = max(1.0, sum(p.nbytes for p in shapes.held(self.case) if p.trained) / self._bucket())
+            messages = max(1.0, self.sizes.trained_nbytes / self._bucket())
             return max(total / messages, total - last * (1 - 1 / messages)) if total else 0.0, copied + around
         return total, copied + around
 
@@ -217,7 +237,7 @@ class _Talk:
         """Whether weights are gathered for the backward pass too."""
         if isinstance(self.case.engine, schema.FSDP2):
             return self.case.engine.reshard
-        return sum(p.numel for p in shapes.held(self.case)) > traffic.REUSE
+        return self.sizes.numel > traffic.REUSE
 
 
 def _behind(talk: float, copy: float, hiding: float, blocks: int) -> tuple[float, float]:
