@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ CHOICE = Cell(
     host_capacity_bytes=None,
     binds="compute",
 )
+LIMIT_S = 240
 DEEPSPEED = """
 import argparse, json, torch, deepspeed
 parser = argparse.ArgumentParser()
@@ -73,14 +75,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "emitted"
 
 
-def started(folder: Path, script: str, *words: str, **variables: str) -> str:
-    """The standard output of a script that was written; the first `python` and `torchrun` are this environment's."""
+def started(folder: Path, script: str, *words: str) -> str:
+    """The standard output of a script that was written; its `python` and `torchrun` are this environment's."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
-    command = ["bash", str(folder / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    here = {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen(
+        ["bash", str(folder / script), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **here},
+        cwd=folder.parent,
+        start_new_session=True,
+    ) as made:
+        try:
+            out, err = made.communicate(timeout=LIMIT_S)
+        except BaseException:
+            os.killpg(made.pid, signal.SIGKILL)  # ranks too
+            raise
+    assert made.returncode == 0, err[-3000:]
+    return out
 
 
 def last(text: str) -> dict[str, float]:
