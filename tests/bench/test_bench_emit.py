@@ -91,7 +91,8 @@ def started(folder: Path, script: str, *words: str) -> str:
         try:
             out, err = made.communicate(timeout=LIMIT_S)
         except BaseException:
-            os.killpg(made.pid, signal.SIGKILL)  # ranks too
+            os.killpg(made.pid, signal.SIGTERM)  # torchrun then ends its ranks, which have sessions of their own
+            made.wait(30)
             raise
     assert made.returncode == 0, err[-3000:]
     return out
