@@ -32,8 +32,8 @@ CHOICE = Cell(
     binds="compute",
 )
 LIMIT_S = 1500
-"""DeepSpeed compiles an operator of its own where it is first used on a CPU, a minute on an idle core; stopped in between
-it begins again."""
+"""On a CPU DeepSpeed compiles an operator of its own where it is first used, a minute on an idle core. Stopped in
+between it begins again."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 60)]
 DEEPSPEED = """
 import argparse, json, torch, deepspeed
