@@ -102,7 +102,8 @@ def _torchrun(config: schema.Config, cell: Cell) -> list[str]:
     """Of a script that reads `TrainingArguments` from its command line."""
     train, letters = config.train, cell.techniques.letters
     accumulation = schema.accumulation(train, config.engine)
-    words = ["torchrun", "--standalone", f"--nproc_per_node={cell.world}", '"$@"']
+    # one machine: its ranks need not find it by its name, which may have no address
+    words = ["torchrun", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={cell.world}", '"$@"']
     words += [f"--per_device_train_batch_size={train.micro_batch}", f"--gradient_accumulation_steps={accumulation}"]
     words.append(f"--max_grad_norm={train.clip}")
     if train.precision == "bf16" and (config.model.dtype == "bf16" or not isinstance(config.engine, schema.DeepSpeed)):
