@@ -228,7 +228,7 @@ def main(words: Sequence[str]) -> Record:
         run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
         task="benchmark",
         status="ok",
-        config={"command": list(words), "cells": names, "train": {"threads": 1}},
+        config={"ranks": asked.ranks, "only": asked.only, "cells": names, "train": {"threads": 1}},
         env=environment.describe(asked.device, 1),
         code_hash=code_hash(),
         started=started,
