@@ -23,6 +23,7 @@ import argparse
 import gc
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -74,6 +75,8 @@ class Ranks:
         sys.path.append(str(HERE.parent / "tests"))
         from rank_pool import Pool
 
+        search = [str(HERE), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(part for part in search if part))
         if self.pool is None or self.pool.failed:
             self.pool = Pool(2)
         return max(self.pool.call("live_steps:measured", config), key=lambda row: row["peak"])
@@ -214,7 +217,8 @@ def main(words: Sequence[str]) -> Record:
         row["predicted"] = predicted(config, asked.device)
         if "measured" not in row:
             row |= {"name": name, **_measured(config, two, peer=not asked.no_peer)}
-            _append(asked.rows, row)
+            if "error" not in row["measured"]:
+                _append(asked.rows, row)
         rows.append(row)
         measured = row["measured"]
         said = measured.get("error") or f"{100 * (row['predicted']['peak'] / measured['peak'] - 1):+.2f} %"
@@ -228,7 +232,7 @@ def main(words: Sequence[str]) -> Record:
         run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
         task="benchmark",
         status="ok",
-        config={"command": list(words), "cells": names, "train": {"threads": 1}},
+        config={"ranks": asked.ranks, "only": asked.only, "cells": names, "train": {"threads": 1}},
         env=environment.describe(asked.device, 1),
         code_hash=code_hash(),
         started=started,
