@@ -36,7 +36,8 @@ LIMIT_S = 1500
 between it begins again."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 60)]
 DEEPSPEED = """
-import argparse, json, torch, deepspeed
+import argparse, json, torch, deepspeed, deepspeed.ops
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # all-reduce on a CPU, which it would compile first
 parser = argparse.ArgumentParser()
 parser.add_argument("--deepspeed")
 path = parser.parse_known_args()[0].deepspeed
@@ -55,7 +56,8 @@ if torch.distributed.get_rank() == 0:
     print(json.dumps({"stage": engine.zero_optimization_stage(), "rows": rows, "moved": moved}))
 """
 TRAINER = """
-import json, torch
+import json, torch, deepspeed.ops
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, Trainer, TrainingArguments
 (settings,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
 shape = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
