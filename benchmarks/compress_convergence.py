@@ -59,7 +59,7 @@ from llmsys.track import jsonl
 
 NAME = "compress_convergence"
 RECORDS = Path(__file__).parent / "records"
-GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+GRID = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 START = 1e-3
 TUNING = (100,)
 MARGIN = 0.02
