@@ -105,7 +105,7 @@ def started(folder: Path, script: str, *words: str) -> str:
 
 def last(text: str) -> dict[str, float]:
     """The JSON object that a program has said."""
-    (line,) = [each for each in text.splitlines() if each.startswith("{")]
+    (line,) = [each for each in text.splitlines() if each.startswith('{"')]
     return dict(json.loads(line))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from llmsys import schema
-from llmsys.bench.advise.answer import Answer, Drop, worse_percent
+from llmsys.bench.advise.answer import EVEN, Answer, Drop, worse_percent
 from llmsys.bench.advise.cells import GIB, Cell
 
 WANTED = {
@@ -88,7 +88,10 @@ def _reasons(answer: Answer, files: Sequence[str]) -> Iterable[str]:
     choice, second = answer.choice, answer.runner_up
     if second is not None:
         worse = {"fit": "more memory", "cost": "more for a token", "batch": "fewer examples"}
-        much = f"{answer.margin_percent:.1f} % {worse.get(answer.goal, 'fewer tokens a second')}"
+        margin = worse_percent(answer.goal, choice, second)
+        much = f"{margin:.1f} % {worse.get(answer.goal, 'fewer tokens a second')}"
+        if margin < 0:
+            much = f"as good within {100 * EVEN:g} %, with more letters"
         mixed = "; one is measured and the other predicted" if second.measured != choice.measured else ""
         yield f"runner-up: {second}{_on(second, choice)}: {much}{mixed}"
     if answer.ranking:
