@@ -1,7 +1,8 @@
-"""AdamW, with moments of fp32 or of 8 bits, and the learning rate's schedule as transformers has it."""
+"""AdamW, with moments of fp32 or of 8 bits, and the learning rate's schedule."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,16 +61,21 @@ def keep(optimizer: Any, parameter: nn.Parameter) -> None:
 def schedule(config: schema.Train) -> Callable[[int], float]:
     """The factor on the learning rate by finished steps: constant, linear or cosine, after `warmup_steps`.
 
-    A pure function of the step, so there is nothing to save. transformers' own, whose scheduler object is not used: it
-    wants to watch an optimizer's steps, and an engine's steps are not always those of torch's optimizer.
+    A pure function of the step, so there is nothing to save. In numbers transformers' own (a test compares the bits),
+    whose import takes a second and a half of every process: with its schedules come peft and bitsandbytes.
     """
-    from transformers import get_scheduler
+    warmup, steps = config.warmup_steps, config.steps
 
-    scheduler = get_scheduler(
-        config.schedule,
-        torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0),
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.steps,
-    )
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    def factor(step: int) -> float:
+        if config.schedule == "constant":
+            return 1.0
+        if step < warmup:
+            return step / max(1, warmup)
+        if config.schedule == "constant_with_warmup":
+            return 1.0
+        if config.schedule == "linear":
+            return max(0.0, (steps - step) / max(1, steps - warmup))
+        assert config.schedule == "cosine"
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup)))))
+
     return factor
