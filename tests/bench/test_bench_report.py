@@ -200,6 +200,18 @@ def test_overhead_is_printed_in_every_report() -> None:
     assert "flagged" in counted
 
 
+def test_drift_is_told_by_the_cell_that_was_repeated_most() -> None:
+    """It got 10 % slower over three hours; what ran beside its last measurement is named, what ran early is not."""
+    references = [cell("F", 1000.0 / slower, repeat=i) for i, slower in enumerate((1.0, 1.0, 1.1))]
+    beside = [cell("R"), cell("F+R")]
+    for record, hour in zip([*references, *beside], (0, 1, 3, 0, 3), strict=True):
+        record.started = f"2026-01-01T{hour:02}:30:00+00:00"
+    text = parsed([*references, *beside]).texts["spread"]
+    assert "F was measured 3 times: drift +10.0 %, at most +10.0 % off its median." in text
+    assert "Measured while it was off: F+R." in text
+    assert "drift" not in parsed([*references[:2], *beside]).texts["spread"]
+
+
 @pytest.mark.parametrize(("kind", "flagged"), [("cpu", False), ("cuda", True)])
 def test_spread_is_flagged_beyond_what_the_device_is_allowed(kind: str, flagged: bool) -> None:
     """3 % over fresh processes: fine on a CPU (5 %), too much on a GPU (2 %)."""

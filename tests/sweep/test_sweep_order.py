@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from llmsys.drift import drift
 from llmsys.sweep import order, predict
-from llmsys.sweep.drift import drift
 from llmsys.sweep.prune import Point
 from llmsys.sweep.search import Bracket, next_probe
 

@@ -48,6 +48,7 @@ def describe(device_kind: str, threads: int) -> dict[str, Any]:
         "device": kind,
         "device_name": name,
         "device_count": _device_count(kind),
+        **_device_memory(kind),
         "driver": _driver() if kind == "cuda" else "",
         "cpu": device.cpu_name(),
         "cores": device.threads(),
@@ -92,6 +93,15 @@ def _device_count(kind: str) -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _device_memory(kind: str) -> dict[str, float]:
+    """Of one GPU; a CPU's is the host's, `memory_gib`."""
+    if kind == "cpu":
+        return {}
+    import torch
+
+    return {"device_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 2)}
 
 
 def _governor() -> dict[str, str]:

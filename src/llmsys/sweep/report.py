@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmsys import results
+from llmsys.drift import Drift, drift, seconds
 from llmsys.job import Record
 from llmsys.rows import Row, over_repeats, row
 from llmsys.spread import LIMITS
 from llmsys.sweep.course import Course, Found
-from llmsys.sweep.drift import Drift, drift, seconds
 from llmsys.sweep.prune import NOT_COMPARED
 from llmsys.sweep.scaling import efficiency
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llmsys.bench.cells import GIB, Cell, Workload, limit
+from llmsys.drift import Drift, drift, seconds
 from llmsys.job import Record
 
 TIMERS, SPANS, ATTRIBUTED = 1.0, 5.0, 95.0
@@ -129,6 +130,18 @@ def repeated(workload: Workload) -> list[Cell]:
     """Cells with several fresh processes, the least steady first."""
     cells = [cell for cell in workload.measured if len(cell.records) > 1]
     return sorted(cells, key=lambda cell: -(step.cv if (step := cell.of("step_ms_p50")) else 0.0))
+
+
+def drifted(workload: Workload) -> tuple[Cell, Drift] | None:
+    """The cell with most repeats, which a sweep measures again and again, and what it says of the machine over time;
+    None of fewer than three."""
+    cell = max(repeated(workload), key=lambda each: len(each.records), default=None)
+    if cell is None or len(cell.records) < 3:
+        return None
+    times = [(seconds(record.started), record.summary["step_ms_p50"]) for record in cell.records]
+    others = {r.run_id: seconds(r.started) for each in workload.measured for r in each.records if each is not cell}
+    found = drift(times, others, limit(workload.kind))
+    return (cell, found) if found else None
 
 
 def allowed(workload: Workload) -> float:

@@ -75,8 +75,22 @@ def spread(workload: Workload) -> Markup:
         [
             table(["", "", "processes", "step ms", "deviation", ""], rows, left=2),
             paragraph(f"Allowed on this kind of device: {allowed:.0f} % (deviation over mean); {text}.", class_="note"),
+            _drift(workload),
         ]
     )
+
+
+def _drift(workload: Workload) -> Markup:
+    """Whether the machine was the same all along, by the cell that was measured most often."""
+    found = quality.drifted(workload)
+    if found is None:
+        return Markup("")
+    cell, drift = found
+    during = [each.label for each in workload.measured for record in each.records if record.run_id in drift.off]
+    text = f"{cell.label} was measured {drift.measured} times: drift {drift.percent:+.1f} %, at most "
+    text += f"{drift.worst_percent:+.1f} % off its median. "
+    text += f"Measured while it was off: {', '.join(dict.fromkeys(during))}." if during else ""
+    return paragraph(text, class_="note")
 
 
 def overhead(workloads: Sequence[Workload], records: Sequence[Record]) -> Markup:
