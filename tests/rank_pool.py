@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ class Pool:
         line = rank.stdout.readline()
         assert line, f"a rank ended with {rank.wait()}"
         return json.loads(line)
+
+
+def briefly(names: Iterable[str], *quick: str) -> list[Any]:
+    """`names` for `parametrize`; the short suite has those of `quick` alone."""
+    import pytest  # not in the ranks
+
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
 def main() -> None:

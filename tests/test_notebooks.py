@@ -80,7 +80,11 @@ def test_a_notebook_draws_the_records(path: Path) -> None:
     assert all(panels and all(panels) for panels in marks), marks
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if i else []) for i, path in enumerate(NOTEBOOKS)],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_finds_the_records_from_the_root(path: Path) -> None:
     """Its cells as far as the one that has read them."""
     import nbformat

@@ -71,3 +71,11 @@ def _gone(process: int) -> bool:
     except (PermissionError, OverflowError):  # another user's; no process's number
         return False
     return False
+
+
+def cache_folder() -> Path:
+    """Where caches lie; the folder need not exist."""
+    if own := os.environ.get("LLMSYS_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "llmsys"

@@ -222,7 +222,7 @@ def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     from llmsys import tasks
 
     config = copy.deepcopy(config)
-    light, elsewhere = config["task"]["kind"] in tasks.LIGHT, _elsewhere(schema.build(config))
+    light, elsewhere = config["task"]["kind"] in tasks.LIGHT, _elsewhere(config)
     kind, device_name = ("cpu", "") if elsewhere else device.resolve(config["hardware"]["device"])
     config["hardware"]["device"] = kind
     if light:
@@ -235,11 +235,12 @@ def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return config, device_name
 
 
-def _elsewhere(config: schema.Config) -> bool:
+def _elsewhere(config: dict[str, Any]) -> bool:
     """Whether a run is about a machine that its config describes: then this one is no part of what it is."""
-    given = config.hardware
-    described = given.name != "auto" or (given.mem_gib is not None and given.tflops is not None)
-    return isinstance(config.task, schema.Predicting) and (described or config.task.speeds is not None)
+    given, task = config["hardware"], config["task"]
+    described = given["name"] != "auto" or (given["mem_gib"] is not None and given["tflops"] is not None)
+    predicts = issubclass(schema.SCHEMAS["task"][task["kind"]], schema.Predicting)
+    return predicts and (described or task["speeds"] is not None)
 
 
 def _read(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:

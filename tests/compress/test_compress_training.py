@@ -215,7 +215,7 @@ def with_a_fault(place: Place, results: str, overrides: list[str]) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("engine", slowly(CARRIERS, "zero0"))
+@pytest.mark.parametrize("engine", slowly(CARRIERS, "zero0", "ddp"))
 def test_a_stopped_run_goes_on_with_the_same_bits(pool: Pool, engine: str, tmp_path: Path) -> None:
     """After an odd number of steps: ACP-SGD has done the first half of a power iteration, and the second is next."""
     overrides = [*ENGINES[engine], "compress=acpsgd", "model.dropout=0.1"]

@@ -11,10 +11,17 @@ from llmsys.cost import estimate
 from llmsys.cost.memory import ledger
 
 FORMATS = ["nf4", "int8"]
+QUICK = (("llama", "nf4"), ("bert", "int8"))
 
 
-@pytest.mark.parametrize("quant", FORMATS)
-@pytest.mark.parametrize("family", ["llama", "bert", "roberta", "t5"])
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [
+        pytest.param(family, quant, marks=[] if (family, quant) in QUICK else pytest.mark.slow)
+        for family in ("llama", "bert", "roberta", "t5")
+        for quant in FORMATS
+    ],
+)
 def test_a_quantised_base_is_exact(family: str, quant: str) -> None:
     """Weights with every scale and table, gradients, and saved tensors."""
     kinds = ("full", "lora_peft", "lorafa_peft")  # full: the layers are frozen, biases too, and the rest is trained

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmsys import files
 from llmsys.data import corpus, functions
 
 MODULES = [corpus.Module("sets/a.py", "def f(x):\n    '''Doc.'''\n    y = x\n    return y\n")]
@@ -115,8 +116,8 @@ def test_processes_that_build_it_at_once_leave_one_whole_cache(tmp_path: Path) -
 def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LLMSYS_CACHE", str(tmp_path / "own"))
-    assert functions.cache_folder() == tmp_path / "own"
+    assert files.cache_folder() == tmp_path / "own"
     monkeypatch.delenv("LLMSYS_CACHE")
-    assert functions.cache_folder() == tmp_path / "llmsys"
+    assert files.cache_folder() == tmp_path / "llmsys"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert functions.cache_folder() == Path.home() / ".cache" / "llmsys"
+    assert files.cache_folder() == Path.home() / ".cache" / "llmsys"

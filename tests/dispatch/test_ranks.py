@@ -91,6 +91,7 @@ def test_the_first_ranks_error_is_shown_not_its_victims(results: Path) -> None:
     assert run.left == []
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_a_hang_that_names_it(results: Path) -> None:
     run = Run(make(results, *LONG, "dispatch.heartbeat_s=6"), lambda pids: os.kill(pids[1], signal.SIGSTOP))
     record = the_record(run)

@@ -112,7 +112,7 @@ def train(results: Path, quant: str, *overrides: str, stop_after: int | None = N
     return found
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["lorafa", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_learns_and_goes_on_with_the_same_bits(quant: str, method: str, tmp_path: Path) -> None:
     """As far down as over the full base, with A as it was drawn; the base is quantised again when the run goes on."""

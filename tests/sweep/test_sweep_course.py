@@ -65,11 +65,11 @@ def test_a_combination_that_cannot_be_is_unsupported_and_the_others_run(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(monkeypatch)
-    combinations = configs(results, train__length=[32, 100000], model__quant=["none", "nf4"])
+    combinations = configs(results, "method=lorafa", train__length=[32, 100000], train__fp8=[False, True])
     made = course(combinations)
     ended = [record for _, record in made.run()]
     assert sorted((r.status, r.reason) for r in ended) == [("ok", ""), *[("unsupported", "contradiction")] * 3]
-    assert any("model.quant=nf4" in r.error for r in ended)
+    assert any("train.fp8=true" in r.error for r in ended)
     assert any("train.length=100000" in r.error for r in ended)
     assert len(machine.made) == 1
     before = written(results)
@@ -82,8 +82,8 @@ def test_a_mistake_stops_everything_before_anything_starts(results: Path, monkey
     machine = Machine(monkeypatch)
     with pytest.raises(ValueError, match=r"train\.schedule=cosin"):
         course(configs(results, train__schedule=["cosine", "cosin"]))
-    with pytest.raises(ValueError, match=r"model\.quant=nf4"):
-        course(configs(results, model__quant=["nf4", "int8"]))
+    with pytest.raises(ValueError, match=r"train\.length=100000"):
+        course(configs(results, train__length=[100000, 200000]))
     with pytest.raises(ValueError, match=r"sweep\.repeats=2"):
         course(configs(results, sweep__repeats=[1, 2]))
     with pytest.raises(ValueError, match=r"sweep\.monotone=train\.stpes"):

@@ -30,9 +30,17 @@ FAMILIES = {
 METHODS = ["full", "lora_peft", "lorafa_peft"]
 SMALL = ["train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.length=64", "train.threads=1"]
 SMALL += ["train.generate_max=2", "profile.warmup=1", "train.save_final=false"]
-QUICK = ("ddp", "zero3", "fsdp2", "tp")
-"""Engines that the short suite tries with two families, of which one has adapters under DDP and ZeRO-3 too; with the
-others only DDP. The rest is `slow`."""
+QUICK = {
+    ("llama", "full", "zero3"),
+    ("llama", "full", "tp"),
+    ("llama", "lorafa_peft", "ddp"),
+    ("t5", "full", "fsdp2"),
+    ("bert", "lorafa_peft", "ddp"),
+    ("gpt2", "lorafa_peft", "ddp"),
+    ("roberta", "full", "ddp"),
+    ("resnet", "full", "ddp"),
+}
+"""What the short suite tries."""
 
 
 def combinations() -> Iterator[Any]:
@@ -42,10 +50,7 @@ def combinations() -> Iterator[Any]:
             for engine in (name for name in ENGINES if name != "fsdp2-whole"):
                 if engine == "tp" and family not in ("llama", "bert", "roberta"):
                     continue
-                if method == "full":
-                    quick = engine == "ddp" or (family in ("llama", "t5") and engine in QUICK)
-                else:
-                    quick = method == "lorafa_peft" and (engine == "ddp" or (family, engine) == ("llama", "zero3"))
+                quick = (family, method, engine) in QUICK
                 yield pytest.param(family, method, engine, marks=[] if quick else pytest.mark.slow)
 
 

@@ -45,7 +45,12 @@ def killed(out: Path, moment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "resumes_at"), [("beat:5", 4), ("rename:4", 3), pytest.param("beat:1", None, marks=pytest.mark.slow)]
+    ("moment", "resumes_at"),
+    [
+        ("rename:4", 3),
+        pytest.param("beat:5", 4, marks=pytest.mark.slow),
+        pytest.param("beat:1", None, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_started_again(tmp_path: Path, undisturbed: Path, moment: str, resumes_at: int | None) -> None:
     """Between checkpoints; while one is written but not yet renamed (the one before serves: step 3's, whose evaluation

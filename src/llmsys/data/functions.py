@@ -19,7 +19,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
@@ -28,7 +27,7 @@ from pathlib import Path
 
 from llmsys.data import corpus
 from llmsys.data.neutral import Neutraliser
-from llmsys.files import write_atomic
+from llmsys.files import cache_folder, write_atomic
 
 log = logging.getLogger("llmsys.data")
 
@@ -67,14 +66,6 @@ def load(modules: list[corpus.Module]) -> list[Function]:
         found = extract(modules)
         _write(path, found)
     return found
-
-
-def cache_folder() -> Path:
-    """Where caches lie; the folder need not exist."""
-    if own := os.environ.get("LLMSYS_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llmsys"
 
 
 def extract(modules: Iterable[corpus.Module]) -> list[Function]:

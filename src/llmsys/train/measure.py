@@ -106,7 +106,7 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> dict[str, An
 
 
 def _busy(loop: Loop) -> dict[str, float]:
-    """How long a step's collectives and copies take themselves: one more step, which changes the weights once more."""
+    """How long a step's collectives and copies take themselves: one more step, at a rate of 0, which changes no weight."""
     config = loop.config
     offload = config.engine.offload if isinstance(config.engine, schema.DeepSpeed) else "none"
     if not config.profile.probe or (loop.engine.world == 1 and (offload == "none" or loop.device.type == "cpu")):
@@ -114,9 +114,10 @@ def _busy(loop: Loop) -> dict[str, float]:
     busy = Busy(loop.device)
     timed, loop.spans = loop.spans, Spans(loop.device)  # it is none of the timed steps
     collectives.most(0, loop.device)  # the first rank has been writing: nobody is to wait for it in there
+    lr, loop.lr = loop.lr, 0.0
     with busy():
         loop.step(config.train.steps)
-    loop.spans = timed
+    loop.spans, loop.lr = timed, lr
     return busy.summary
 
 

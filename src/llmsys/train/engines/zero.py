@@ -26,6 +26,7 @@ from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.errors import MissingPackage
 from llmsys.train import zero_settings
+from llmsys.train.engines import compiled
 from llmsys.train.engines.local import Local
 from llmsys.train.optimizer import keep, piece_of
 
@@ -58,10 +59,7 @@ class DeepSpeed(Local):
         self.model, self.trained = model, [p for p in model.parameters() if p.requires_grad]
         optimizer = self._cpu_adam(make(model)) if self.settings.optimizer == "cpu_adam" else make(model)
         if self.device.type == "cpu":
-            logging.getLogger("llmsys").info(
-                "DeepSpeed: on its first use it compiles deepspeed_shm_comm, minutes on a busy machine, or waits for "
-                "whoever does; if nobody does, one was killed: remove `lock` there, below ~/.cache/torch_extensions"
-            )
+            compiled.load("ShareMemCommBuilder")
         self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._settings())
         self.optimizer = self._zero.optimizer if self.settings.zero else optimizer
         if self.settings.zero == 3:
@@ -79,7 +77,7 @@ class DeepSpeed(Local):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         first = optimizer.param_groups[0]
-        logging.getLogger("llmsys").info("engine.optimizer=cpu_adam: compiled on its first use, about a minute")
+        compiled.load("CPUAdamBuilder")
         made: torch.optim.Optimizer = DeepSpeedCPUAdam(
             [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups],
             betas=first["betas"],
