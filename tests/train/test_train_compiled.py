@@ -60,7 +60,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import deepspeed.accelerator
 
     monkeypatch.setenv("LLMSYS_CACHE", str(tmp_path))
-    monkeypatch.delenv(compiled.VARIABLE, raising=False)
+    monkeypatch.setenv(compiled.VARIABLE, "")  # so that what a test leaves there is taken back
+    monkeypatch.delenv(compiled.VARIABLE)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints which one it found
     monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", deepspeed.accelerator.get_accelerator)
     return tmp_path
