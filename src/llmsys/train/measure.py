@@ -106,7 +106,7 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> dict[str, An
 
 
 def _busy(loop: Loop) -> dict[str, float]:
-    """How long a step's collectives and copies take themselves: one more step, at a rate of 0, which changes no weight."""
+    """How long a step's collectives and copies take themselves: one more step, at a rate of 0: no weight changes."""
     config = loop.config
     offload = config.engine.offload if isinstance(config.engine, schema.DeepSpeed) else "none"
     if not config.profile.probe or (loop.engine.world == 1 and (offload == "none" or loop.device.type == "cpu")):
