@@ -1,17 +1,21 @@
-"""The predicted time of a step against the measured one, after a calibration on the spot, on cells it has not seen.
+"""The predicted time of a step against the measured one, after calibrations on the spot, on cells it has not seen.
 
-    python benchmarks/bench_time.py [--small] [--ranks 1,2] [--out DIR] [KEY=VALUE]
+    python benchmarks/bench_time.py [--rounds 3] [--small] [--ranks 1,2] [--work DIR] [--out DIR] [KEY=VALUE]
 
-For each number of ranks: `+exp=bench_calibrate` (operators, collectives, two whole cells; under a minute), then every
-cell as a training run in a fresh process (`+exp=bench_pretrain`), in a shuffled order, and its prediction from the
-calibration's record. The cells are combinations of techniques, lengths, micro-batches and shapes; the two that were
-calibrated with are not among them. On one rank they are eager and fused attention, recomputation, LoRA and LoRA-FA; on
-two ranks also the engines.
+For each number of ranks and in each round: `+exp=bench_calibrate` (operators, collectives, two whole cells; under a
+minute), then every cell as a training run in a fresh process (`+exp=bench_pretrain`), in a shuffled order. The cells
+are combinations of techniques, lengths, micro-batches and shapes; the two that were calibrated with are not among
+them. On one rank they are eager and fused attention, recomputation, LoRA and LoRA-FA; on two ranks also the engines.
 
-    error   the mean of |predicted / measured - 1| over the cells
-    tau     Kendall's tau-b of the two orders of cells; equal times count for neither
+A machine that others use too is faster in one minute than in the next. So a cell's time is the median of its rounds,
+its prediction the median of those from each round's calibration, and `spread` says what the same cell varies by.
 
-With `--repeats N` each cell is run N times and its median counts. It leaves records/bench_time/<id>/record.json.
+    error    the mean of |predicted / measured - 1| over the cells
+    tau      Kendall's tau-b of the two orders of cells
+    spread   the median over cells of (slowest round / fastest round - 1)
+
+With `--work` the runs are kept there, and what is finished is not run again. It leaves
+records/bench_time/<id>/record.json.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import random
 import statistics
 import sys
@@ -33,12 +36,15 @@ from typing import Any
 from llmsys import results, schema
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict.prediction import predict
+from llmsys.bench.report.quality import kendall
 from llmsys.job import Record, code_hash
 
 RECORDS = Path(__file__).parent / "records"
 Cell = tuple[str, list[str]]
 SHORT = ["train.steps=10", "profile.warmup=3", "profile.probe=false", "data.num_examples=512"]
-ENGINES = {1: ["engine=local", "train.world=1"], 2: ["engine=ddp", "train.world=2"]}
+WORLDS = {1: ["engine=local", "train.world=1"], 2: ["train.world=2"]}
+PLAIN = {1: [], 2: ["engine=ddp"]}
+"""Where no letter chooses the engine."""
 
 
 def cells(world: int) -> list[Cell]:
@@ -47,7 +53,8 @@ def cells(world: int) -> list[Cell]:
 
     def add(name: str, *words: str, length: int = 256, batch: int = 2) -> None:
         sizes = [f"train.length={length}", f"train.micro_batch={batch}", f"train.global_batch={batch * world}"]
-        found.append((f"{name}, {batch} x {length}", [*ENGINES[world], *words, *sizes]))
+        plain = [] if any("Z" in word or word.startswith("engine=") for word in words) else PLAIN[world]
+        found.append((f"{name}, {batch} x {length}", [*WORLDS[world], *plain, *words, *sizes]))
 
     for letters in ("Naive", "R", "F", "F+R"):
         add(letters, f"techniques={letters}")
@@ -62,8 +69,8 @@ def cells(world: int) -> list[Cell]:
         add("F, vocabulary 8000", "techniques=F", "model.vocab_size=8000")
         add("F, length 1024", "techniques=F", length=1024, batch=1)
         add("Naive, length 1024", "techniques=Naive", length=1024, batch=1)
-        found.append(("F, accumulated", [*ENGINES[1], "techniques=F", "train.micro_batch=1", "train.global_batch=4",
-                                         "train.length=256"]))  # fmt: skip
+        sizes = ["train.micro_batch=1", "train.global_batch=4", "train.length=256"]
+        found.append(("F, 4 times 1 x 256", [*WORLDS[1], "techniques=F", *sizes]))
         return found
     for letters in ("F+Z1", "F+Z2", "F+Z3", "F+R+Z3", "F+Z2+O", "F+Z3+O"):
         add(letters, f"techniques={letters}")
@@ -77,34 +84,19 @@ def small(world: int) -> list[Cell]:
     return [(name, [*words, *tiny]) for name, words in cells(world)[:6:2]]
 
 
-def command(*words: str, results_in: str) -> None:
-    """One `python -m llmsys`. RuntimeError where it ends badly."""
-    line = [sys.executable, "-m", "llmsys", *words, f"results={results_in}"]
-    made = run(line, check=False, stdout=DEVNULL)
-    if made.returncode:
-        raise RuntimeError(f"{' '.join(words)}: ended with {made.returncode}")
+def made(*words: str, folder: Path) -> Record:
+    """The record of one `python -m llmsys`. RuntimeError where it ends badly."""
+    ended = run([sys.executable, "-m", "llmsys", *words, f"results={folder}"], check=False, stdout=DEVNULL)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(words)}: ended with {ended.returncode}")
+    (record,) = results.read(folder)
+    return record
 
 
-def kendall(one: Sequence[float], other: Sequence[float]) -> float:
-    """Tau-b of two lists; 0 where one of them is constant."""
-    agree = ties_one = ties_other = pairs = 0
-    for i in range(len(one)):
-        for j in range(i):
-            a, b = one[i] - one[j], other[i] - other[j]
-            pairs += 1
-            ties_one += a == 0
-            ties_other += b == 0
-            agree += (a * b > 0) - (a * b < 0)
-    scale = math.sqrt((pairs - ties_one) * (pairs - ties_other))
-    return agree / scale if scale else 0.0
-
-
-def calibrated(world: int, folder: str, words: Sequence[str]) -> dict[str, Any]:
+def calibrated(world: int, folder: Path, words: Sequence[str]) -> dict[str, Any]:
     """The record of a calibration with so many ranks."""
-    engine = [*ENGINES[world], f"train.global_batch={4 * world}"]
-    command("+exp=bench_calibrate", *engine, *words, results_in=folder)
-    found = [record for record in results.read(folder) if record.task == "bench_calibrate"]
-    return dict(json.loads(found[-1].to_json()))
+    engine = [*WORLDS[world], *PLAIN[world], f"train.global_batch={4 * world}"]
+    return dict(json.loads(made("+exp=bench_calibrate", *engine, *words, folder=folder).to_json()))
 
 
 def predicted(record: Record, calibration: dict[str, Any]) -> dict[str, float]:
@@ -115,38 +107,50 @@ def predicted(record: Record, calibration: dict[str, Any]) -> dict[str, float]:
 
 
 def scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """`error_percent`, `worst_percent`, `bias_percent` and `tau` of rows that have `measured` and `predicted` ms."""
+    """`error_percent`, `worst_percent`, `bias_percent`, `tau` and `spread_percent` of rows that have `measured` and
+    `predicted` ms, and `rounds`, the measured ms of each round."""
     errors = [100 * (row["predicted"] / row["measured"] - 1) for row in rows]
     return {
         "cells": len(rows),
         "error_percent": statistics.mean(map(abs, errors)),
         "worst_percent": max(map(abs, errors)),
         "bias_percent": statistics.mean(errors),
-        "tau": kendall([row["predicted"] for row in rows], [row["measured"] for row in rows]),
+        "tau": kendall((row["predicted"], row["measured"]) for row in rows) or 0.0,
+        "spread_percent": statistics.median(100 * (max(row["rounds"]) / min(row["rounds"]) - 1) for row in rows),
     }
 
 
-def group(world: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
+def group(world: int, asked: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Calibrates, runs and predicts all cells of so many ranks."""
     chosen = small(world) if asked.small else cells(world)
     quick = ["task.most_s=0.005", "task.steps=2", "model=llama_tiny", "train.length=32"] if asked.small else []
     taken: dict[str, list[Record]] = {name: [] for name, _ in chosen}
-    with tempfile.TemporaryDirectory() as folder:
-        begun = time.monotonic()
-        calibration = calibrated(world, folder, [*quick, *asked.overrides])
-        calibrated_s = time.monotonic() - begun
-        for repeat in range(asked.repeats):
-            random.Random(repeat).shuffle(chosen)
-            for name, words in chosen:
-                with tempfile.TemporaryDirectory() as own:
-                    command("+exp=bench_pretrain", *SHORT, *words, *asked.overrides, results_in=own)
-                    taken[name] += results.read(own)
+    calibrations, seconds = [], []
+    for number in range(asked.rounds):
+        folder, begun = work / f"{world}" / f"{number}", time.monotonic()
+        calibrations.append(calibrated(world, folder / "calibration", [*quick, *asked.overrides]))
+        seconds.append(time.monotonic() - begun)
+        for place in random.Random(number).sample(range(len(chosen)), len(chosen)):
+            name, words = chosen[place]
+            taken[name].append(
+                made("+exp=bench_pretrain", *SHORT, *words, *asked.overrides, folder=folder / f"{place}")
+            )
     rows = []
     for name, records in taken.items():
-        wanted = predicted(records[0], calibration)
+        wanted = [predicted(records[0], calibration) for calibration in calibrations]
         seen = [record.summary["step_ms_p50"] for record in records]
-        rows.append({"name": name, "world": world, "measured": statistics.median(seen), "predicted": wanted["step_ms"],
-                     "phases": wanted, "record": records[0], "calibrated_s": calibrated_s})  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "world": world,
+                "measured": statistics.median(seen),
+                "rounds": seen,
+                "predicted": statistics.median(each["step_ms"] for each in wanted),
+                "phases": {key: statistics.median(each[key] for each in wanted) for key in wanted[0]},
+                "records": records,
+                "calibrated_s": max(seconds),
+            }
+        )
         last = rows[-1]
         print(f"{name}: {last['predicted']:.1f} for {last['measured']:.1f} ms", file=sys.stderr, flush=True)
     return rows
@@ -154,12 +158,15 @@ def group(world: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 def show(record: Record) -> str:
     """One record as Markdown."""
-    lines = ["| ranks | cells | mean error | worst | bias | Kendall's tau |", "|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| ranks | cells | mean error | worst | bias | Kendall's tau | spread |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for world in record.config["ranks"]:
         s = {key.partition("/")[2]: v for key, v in record.summary.items() if key.startswith(f"ranks_{world}/")}
         lines.append(
             f"| {world} | {s['cells']:.0f} | {s['error_percent']:.1f} % | {s['worst_percent']:.1f} % | "
-            f"{s['bias_percent']:+.1f} % | {s['tau']:.2f} |"
+            f"{s['bias_percent']:+.1f} % | {s['tau']:.2f} | {s['spread_percent']:.1f} % |"
         )
     lines += ["", "| cell | ranks | measured ms | predicted | error |", "|---|---:|---:|---:|---:|"]
     samples = record.samples
@@ -175,22 +182,24 @@ def main(words: Sequence[str]) -> Record:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="three tiny cells, to try the script")
     parser.add_argument("--ranks", default="1,2")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="where runs are kept; else they are thrown away")
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args(words)
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
     ranks = [int(each) for each in asked.ranks.split(",")]
-    rows = [row for world in ranks for row in group(world, asked)]
+    with tempfile.TemporaryDirectory() as name:
+        rows = [row for world in ranks for row in group(world, asked, asked.work or Path(name))]
     summary: dict[str, float] = {}
     for world in ranks:
         own = [row for row in rows if row["world"] == world]
         summary |= {f"ranks_{world}/{key}": value for key, value in scores(own).items()}
         summary[f"ranks_{world}/calibration_s"] = own[0]["calibrated_s"]
     summary |= scores(rows)
-    example = rows[0]["record"]
+    example = rows[0]["records"][0]
     settings = {"cells": [[row["name"], row["world"]] for row in rows], "ranks": ranks, "overrides": asked.overrides}
-    text = json.dumps([settings, asked.repeats, example.env.get("device_name")])
+    text = json.dumps([settings, asked.rounds, example.env.get("device_name")])
     phases = ("forward", "backward", "optimizer")
     record = Record(
         name="bench_time",
@@ -206,7 +215,8 @@ def main(words: Sequence[str]) -> Record:
         samples={
             "measured_ms": [row["measured"] for row in rows],
             "predicted_ms": [row["predicted"] for row in rows],
-            **{f"measured_{p}_ms": [row["record"].summary.get(f"{p}_ms_p50", 0.0) for row in rows] for p in phases},
+            **{f"round_{i}_ms": [row["rounds"][i] for row in rows] for i in range(asked.rounds)},
+            **{f"measured_{p}_ms": [_median(row["records"], f"{p}_ms_p50") for row in rows] for p in phases},
             **{f"predicted_{p}_ms": [row["phases"][f"{p}_ms"] for row in rows] for p in phases},
         },
     )
@@ -215,6 +225,10 @@ def main(words: Sequence[str]) -> Record:
     record.write(folder)
     print(show(record))
     return record
+
+
+def _median(records: Sequence[Record], key: str) -> float:
+    return statistics.median(record.summary.get(key, 0.0) for record in records)
 
 
 if __name__ == "__main__":

@@ -279,17 +279,18 @@ def test_auto_recomputation_is_chosen_for_the_machine_at_hand() -> None:
     assert tight.fits
 
 
-def test_the_orders_of_cells_are_compared_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_predicted_times_are_scored_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_time
 
-    assert bench_time.kendall([1, 2, 3], [10, 20, 30]) == 1
-    assert bench_time.kendall([1, 2, 3], [30, 20, 10]) == -1
-    assert bench_time.kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
-    assert bench_time.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / (2 * 3) ** 0.5), "a tie is no pair"
-    rows = [{"predicted": 110.0, "measured": 100.0}, {"predicted": 45.0, "measured": 50.0}]
+    rows = [
+        {"predicted": 110.0, "measured": 100.0, "rounds": [90.0, 99.0]},
+        {"predicted": 45.0, "measured": 50.0, "rounds": [40.0, 48.0]},
+    ]
     assert bench_time.scores(rows)["error_percent"] == pytest.approx(10)
     assert bench_time.scores(rows)["bias_percent"] == pytest.approx(0)
+    assert bench_time.scores(rows)["spread_percent"] == pytest.approx(15)
+    assert bench_time.scores(rows)["tau"] == 1
 
 
 def test_a_false_fit_is_one_that_was_predicted_and_did_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
