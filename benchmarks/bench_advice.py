@@ -1,6 +1,7 @@
 """Advice under a memory cap against a measured sweep: how much slower is what it recommends than the best that fits?
 
-    python benchmarks/bench_advice.py [--ranks 2] [--batches 1,2,4,8] [--letters F,R,Z2,Z3] [--out DIR] [KEY=VALUE]
+    python benchmarks/bench_advice.py [--ranks 2] [--repeats 1] [--batches 1,2,4,8] [--letters F,R,Z2,Z3]
+                                      [--work DIR] [--out DIR] [KEY=VALUE]
 
 Every combination of the letters at every micro-batch is really run (`+exp=bench_pretrain`, a fresh process each, in a
 shuffled order), and its memory measured: on a GPU the allocator's peak, on a CPU the most bytes alive in a step
@@ -192,13 +193,14 @@ def main(given: Sequence[str]) -> Record:
     parser.add_argument("--letters", type=lambda text: text.split(","), default=["F", "R", "Z2", "Z3"])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--calibration", nargs="*", default=[], help="settings of the calibration alone: KEY=VALUE")
+    parser.add_argument("--work", type=Path, help="where runs are kept; else they are thrown away")
     parser.add_argument("--inline", action="store_true", help="runs of one rank in this process, to try the script")
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args(given)
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = asked.work or Path(name)
         speeds = calibrated(asked, folder)
         cells, example = sweep(asked, folder)
         naive = cells[NAIVE, max(asked.batches)].peak_bytes

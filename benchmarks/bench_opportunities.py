@@ -1,12 +1,12 @@
 """What changes to a step are predicted to save, before they are made, against what they save.
 
-    python benchmarks/bench_opportunities.py [--rounds 20] [--out DIR] [KEY=VALUE]
+    python benchmarks/bench_opportunities.py [--rounds 20] [--work DIR] [--out DIR] [KEY=VALUE]
 
 Each case is a run of `+exp=bench_opportunities task.verify=true` in a fresh process. It takes a step apart into
-modules, times what would come in the place of some of them alone, at the model's own shapes
-(`bench.opportunities.changes`): the predicted saving is the difference. Then it makes the change: steps with it and
-without it take turns, and the median difference is the real saving. The changes are fused attention in place of eager,
-a loss over some rows of the logits at a time, and RMSNorm as one call of torch's.
+modules, and times what would come in the place of some of them alone, at the model's own shapes
+(`bench.opportunities.changes`): the predicted saving is the difference. And it makes the change: the real saving is the
+difference between steps with it and without it. All four take turns, and medians over rounds count. The changes are
+fused attention in place of eager, a loss over some rows of the logits at a time, and RMSNorm as one call of torch's.
 
 A change counts where it really saves or costs `LEAST` percent of the step or more: of a smaller difference nothing
 could be told. It leaves records/bench_opportunities_check/<id>/record.json.
@@ -15,6 +15,7 @@ could be told. It leaves records/bench_opportunities_check/<id>/record.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import statistics
@@ -44,7 +45,7 @@ CASES = {
 def measured(name: str, asked: argparse.Namespace) -> Record:
     """The record of a case. RuntimeError where it did not end well."""
     words = ["+exp=bench_opportunities", "task.verify=true", f"task.rounds={asked.rounds}", *CASES[name]]
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(asked.work) if asked.work else tempfile.TemporaryDirectory() as folder:
         inline = ["dispatch=inline"] if asked.inline else []
         made = job.make(compose.compose([*words, *asked.overrides, *inline, f"results={folder}"]))
         record = runner.run(made) if asked.inline else next(iter(dispatch.submit([made], Show())))
@@ -98,6 +99,7 @@ def main(given: Sequence[str]) -> Record:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--cases", type=lambda text: text.split(";"), default=list(CASES))
+    parser.add_argument("--work", help="where runs are kept; else they are thrown away")
     parser.add_argument("--inline", action="store_true", help="in this process, to try the script")
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("overrides", nargs="*")

@@ -5,6 +5,7 @@ computes what was computed before, and a record says as much as the run that lef
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,11 @@ def test_a_run_here_and_its_record_elsewhere(tmp_path: Path) -> None:
     for name in ("flash", "chunked_loss", "fused_norm"):
         own = {key.split("/")[2]: value for key, value in summary.items() if key.startswith(f"changes/{name}/")}
         assert own["saves_ms"] == pytest.approx(own["gone_ms"] - own["comes_ms"])
-        samples = [record.samples[f"changes/{name}/{side}_step_ms"] for side in ("without", "with")]
-        assert [len(each) for each in samples] == [4, 4]
+        sides = ("without_step", "with_step", "gone", "comes")
+        samples = [record.samples[f"changes/{name}/{side}_ms"] for side in sides]
+        assert [len(each) for each in samples] == [4] * 4
+        assert all(value > 0 for each in samples for value in each)
+        assert own["gone_ms"] < statistics.median(samples[0]), "a part of the step"
     text = (Path(made.out) / record.files["tables"]).read_text()
     for row in modules.rows(summary):
         assert f"| {row} |" in text

@@ -29,6 +29,11 @@ class Bare(Spans):
             yield
 
 
+def tail(loop: Loop) -> str:
+    """What waits behind the last module of a backward pass: DDP's last bucket, if anything."""
+    return "communication" if loop.engine.world > 1 else REST
+
+
 class Arms:
     """The three ways to look at the steps of `loop`, whose `spans` they replace; each leaves its first `warmup` steps
     out."""
@@ -36,8 +41,7 @@ class Arms:
     def __init__(self, loop: Loop, warmup: int) -> None:
         self.loop = loop
         device = loop.device
-        tail = "communication" if loop.engine.world > 1 else REST  # of DDP's last bucket
-        self.modules = ModuleSpans(loop.model, device, warmup, tail)
+        self.modules = ModuleSpans(loop.model, device, warmup, tail(loop))
         self.spans: dict[str, Spans] = {
             BARE: Bare(device, warmup),
             PHASES: Spans(device, warmup),

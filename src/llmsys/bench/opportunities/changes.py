@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,25 @@ Act = partial[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alone:
+    """What comes in the place of modules, by itself: its forward pass, and that with the backward pass, on several sets
+    of operands each. `step_s`: a step's seconds, of those of the two."""
+
+    forward: Sequence[Callable[[], object]]
+    both: Sequence[Callable[[], object]]
+    step_s: Callable[[float, float], float]
+
+    def ms(self, clock: Clock) -> float:
+        """In a step: medians."""
+        forward, both = (statistics.median(clock.samples(acts)) for acts in (self.forward, self.both))
+        return 1e3 * self.step_s(forward, both)
+
+    def once_ms(self, clock: Clock) -> float:
+        """The same of each set of operands once."""
+        return 1e3 * self.step_s(clock.once(self.forward), clock.once(self.both))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """`rows` of the table of modules go. `replaces` is the config with it, or None where it is no setting, and `patch`
     then changes a built model in place."""
@@ -40,7 +59,7 @@ class Change:
     rows: tuple[str, ...]
     setting: str
     applies: Callable[[schema.Config], bool]
-    replacement: Callable[[schema.Config, Clock], float]
+    replacement: Callable[[schema.Config, Clock], Alone]
     configured: Callable[[schema.Config], schema.Config]
     patch: Callable[[nn.Module], None] | None = None
 
@@ -48,7 +67,7 @@ class Change:
         """(ms of the modules that go, ms of what comes), in a step of `config`, whose run of `bench_modules` has left
         `summary`."""
         gone = sum(summary.get(f"modules/{row}/ms", 0.0) for row in self.rows)
-        return gone, self.replacement(config, clock) * 1e3
+        return gone, self.replacement(config, clock).ms(clock)
 
 
 def known(config: schema.Config) -> list[Change]:
@@ -65,8 +84,14 @@ def _model(config: schema.Config) -> schema.Transformer:
     return config.model
 
 
-def _seconds(config: schema.Config, clock: Clock, make: Callable[[], Act], held: int) -> list[float]:
-    """Medians of (the forward pass, forward and backward) of what `make` makes, from operands of `held` bytes."""
+def _alone(
+    config: schema.Config,
+    clock: Clock,
+    make: Callable[[], Act],
+    held: int,
+    step_s: Callable[[float, float], float],
+) -> Alone:
+    """Of what `make` makes, from operands of `held` bytes."""
     mixed = partial(autocast, clock.device, config.train.precision, config.model.dtype)
 
     def forward(act: Act) -> Tensor:
@@ -79,14 +104,15 @@ def _seconds(config: schema.Config, clock: Clock, make: Callable[[], Act], held:
         torch.autograd.grad(out, inputs, torch.ones_like(out))
 
     acts = [make() for _ in range(copies(held))]
-    return [statistics.median(clock.samples([partial(f, act) for act in acts])) for f in (forward, both)]
+    once, twice = ([partial(f, act) for act in acts] for f in (forward, both))
+    return Alone(forward=once, both=twice, step_s=step_s)
 
 
-def _in_blocks(config: schema.Config, seconds: list[float]) -> float:
+def _in_blocks(config: schema.Config) -> Callable[[float, float], float]:
     """A step's, of what each block has once; forward once more where blocks are computed again."""
     again = config.train.recompute == "block"
     times = _model(config).num_layers * schema.accumulation(config.train, config.engine)
-    return times * (seconds[1] + again * seconds[0])
+    return lambda forward, both: times * (both + again * forward)
 
 
 def _random(config: schema.Config, clock: Clock, *shape: int, narrow: bool = False) -> Tensor:
@@ -95,7 +121,7 @@ def _random(config: schema.Config, clock: Clock, *shape: int, narrow: bool = Fal
     return torch.randn(shape, dtype=dtype, device=clock.device).requires_grad_()
 
 
-def _flash(config: schema.Config, clock: Clock) -> float:
+def _flash(config: schema.Config, clock: Clock) -> Alone:
     model, train = _model(config), config.train
 
     def make() -> Act:
@@ -106,10 +132,10 @@ def _flash(config: schema.Config, clock: Clock) -> float:
         return partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
 
     held = 8 * 4 * train.micro_batch * train.length * model.num_heads * model.head_width
-    return _in_blocks(config, _seconds(config, clock, make, held))
+    return _alone(config, clock, make, held, _in_blocks(config))
 
 
-def _chunked_loss(config: schema.Config, clock: Clock) -> float:
+def _chunked_loss(config: schema.Config, clock: Clock) -> Alone:
     model, train = _model(config), config.train
 
     def make() -> Act:
@@ -120,10 +146,11 @@ def _chunked_loss(config: schema.Config, clock: Clock) -> float:
         return partial(linear_cross_entropy, h, weight, labels, shift=True)
 
     held = 8 * model.hidden_size * (train.micro_batch * train.length + model.vocab_size)
-    return schema.accumulation(train, config.engine) * _seconds(config, clock, make, held)[1]
+    times = schema.accumulation(train, config.engine)
+    return _alone(config, clock, make, held, lambda _, both: times * both)
 
 
-def _fused_norm(config: schema.Config, clock: Clock) -> float:
+def _fused_norm(config: schema.Config, clock: Clock) -> Alone:
     model, train = _model(config), config.train
 
     def make() -> Act:
@@ -131,8 +158,9 @@ def _fused_norm(config: schema.Config, clock: Clock) -> float:
         weight = _random(config, clock, model.hidden_size).requires_grad_(config.method.kind == "full")
         return partial(_rms_norm, x, weight, model.norm_eps)
 
-    seconds = _seconds(config, clock, make, 16 * train.micro_batch * train.length * model.hidden_size)
-    return 2 * _in_blocks(config, seconds) + schema.accumulation(train, config.engine) * seconds[1]
+    blocks, times = _in_blocks(config), schema.accumulation(train, config.engine)  # two in a block, and the last one
+    held = 16 * train.micro_batch * train.length * model.hidden_size
+    return _alone(config, clock, make, held, lambda forward, both: 2 * blocks(forward, both) + times * both)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -45,18 +45,23 @@ def opportunities(config: schema.Config, context: Context) -> dict[str, Any]:
     found = _ranked(config, summary, context.device.type, speed)
     step = summary["bare_step_ms_p50"]
     for change in changes.known(config) if task.changes else []:
-        gone, comes = change.saves_ms(config, summary, clock)
+        saved: dict[str, float] = {}
+        if task.verify:
+            took = verify.in_turns(config, context, change, clock, rounds=2 * task.rounds, warmup=task.warmup)
+            gone, comes = (statistics.median(took[name]) for name in (verify.GONE, verify.COMES))
+            pairs = zip(took[verify.WITHOUT], took[verify.WITH], strict=True)
+            saved["saved_ms"] = statistics.median(without - with_it for without, with_it in pairs)
+            saved["off_percent"] = 100 * ((gone - comes) / saved["saved_ms"] - 1)
+            samples |= {f"changes/{change.name}/{name}_ms": each for name, each in took.items()}
+        else:
+            gone, comes = change.saves_ms(config, summary, clock)
         said = {
             "gone_ms": gone,
             "comes_ms": comes,
             "saves_ms": gone - comes,
             "saves_percent": 100 * (gone - comes) / step,
+            **saved,
         }
-        if task.verify:
-            steps = verify.step_ms(config, context, change, rounds=2 * task.rounds, warmup=task.warmup)
-            saved = statistics.median(a - b for a, b in zip(steps[verify.WITHOUT], steps[verify.WITH], strict=True))
-            said |= {"saved_ms": saved, "off_percent": 100 * (said["saves_ms"] / saved - 1)}
-            samples |= {f"changes/{change.name}/{name}_step_ms": each for name, each in steps.items()}
         summary |= {f"changes/{change.name}/{key}": value for key, value in said.items()}
     summary |= _summary(found, speed)
     if context.place.rank == 0:

@@ -65,6 +65,10 @@ class Clock:
         mine = torch.tensor(found, dtype=torch.float64, device=self.device)
         return [float(slowest) for slowest in collectives.all_gather(mine).amax(0)]
 
+    def once(self, acts: Sequence[Callable[[], object]]) -> float:
+        """Seconds of a call: the mean of each of `acts` once."""
+        return self._sample(itertools.cycle(acts), len(acts))
+
     def _enough(self, found: Sequence[float], spent: float) -> bool:
         if spent >= self.most_s:
             return len(found) >= FEWEST
