@@ -89,7 +89,6 @@ def test_a_stopped_worker_is_a_hang_and_is_killed(results: Path) -> None:
     assert gone(pids[0])
 
 
-@pytest.mark.slow
 def test_a_worker_past_its_deadline_is_a_timeout(results: Path) -> None:
     record = run(make(results, *LONG, "dispatch.timeout_s=6"))
     assert (record.status, record.reason) == ("timeout", "deadline")

@@ -25,7 +25,6 @@ def records(results: Path) -> list[Record]:
     return [record for record in found if record is not None]
 
 
-@pytest.mark.slow
 def test_a_second_time_is_not_run_again(llmsys: Run, results: Path) -> None:
     assert llmsys(*SHORT).returncode == 0
     (first,) = records(results)

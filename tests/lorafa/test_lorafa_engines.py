@@ -21,7 +21,7 @@ from llmsys.context import Context
 from llmsys.lorafa import basis, load_adapter, store
 from llmsys.lorafa.targets import adapted, shape
 from llmsys.models import weights
-from rank_pool import ENGINES, Pool
+from rank_pool import ENGINES, Pool, briefly
 
 HERE = "test_lorafa_engines"
 LAYERS = 4
@@ -43,10 +43,6 @@ def pool() -> Iterator[Pool]:
     made = Pool()
     yield made
     made.close()
-
-
-def by_engine(quick: tuple[str, ...] = QUICK) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in SHARED]
 
 
 def run(place: Place, results: str, overrides: list[str], stop_after: int | None = None) -> dict[str, Any]:
@@ -118,7 +114,7 @@ def mixed(reference: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return found
 
 
-@pytest.mark.parametrize("engine", by_engine())
+@pytest.mark.parametrize("engine", briefly(SHARED, *QUICK))
 def test_two_ranks_compute_what_one_computes(
     finished: Callable[[str], dict[str, Any]], reference: dict[str, Any], mixed: dict[str, Any], engine: str
 ) -> None:
@@ -138,7 +134,7 @@ def test_two_ranks_compute_what_one_computes(
     assert found["summary"]["saved_bytes"] == mixed["summary"]["saved_bytes"] + (4 * HEAD if "zero3" in engine else 0)
 
 
-@pytest.mark.parametrize("engine", ["local", *by_engine()])
+@pytest.mark.parametrize("engine", ["local", *briefly(SHARED, *QUICK)])
 def test_what_a_run_leaves_is_its_model(
     finished: Callable[[str], dict[str, Any]], mixed: dict[str, Any], engine: str
 ) -> None:
@@ -266,7 +262,7 @@ def test_over_a_quantised_base_two_ranks_compute_what_one_computes(
     assert two["a"] == one["a"]
 
 
-@pytest.mark.parametrize("engine", by_engine(("zero3",)))
+@pytest.mark.parametrize("engine", briefly(SHARED, "zero3"))
 def test_a_stopped_run_goes_on_with_the_same_bits(pool: Pool, engine: str, tmp_path: Path) -> None:
     """With dropout, whose masks are drawn again from seeds that come of the run's random stream."""
     overrides = ["method=lorafa", MIXED, "method.dropout=0.1", *ENGINES[engine]]
@@ -280,7 +276,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pool: Pool, engine: str, tmp_p
     assert again["a"] == whole["a"]
 
 
-@pytest.mark.parametrize("engine", by_engine(()))
+@pytest.mark.parametrize("engine", briefly(SHARED))
 @pytest.mark.parametrize("method", ["lora", "lorafa"])
 def test_another_engine_and_another_number_of_ranks_go_on(
     pool: Pool, reference: dict[str, Any], engine: str, method: str, tmp_path: Path
@@ -298,7 +294,7 @@ def test_another_engine_and_another_number_of_ranks_go_on(
     assert back["val_loss"] == pytest.approx(expected["val_loss"], rel=tolerance)
 
 
-@pytest.mark.parametrize("engine", by_engine(()))
+@pytest.mark.parametrize("engine", briefly(SHARED))
 @pytest.mark.parametrize("method", ["lora", "lorafa"])
 def test_autocast_is_the_same_on_every_engine(pool: Pool, engine: str, method: str, tmp_path: Path) -> None:
     """fp32 weights, bf16 products: the order of sums differs by the rounding of bf16 only."""
@@ -307,7 +303,7 @@ def test_autocast_is_the_same_on_every_engine(pool: Pool, engine: str, method: s
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
 
-@pytest.mark.parametrize("engine", by_engine(()))
+@pytest.mark.parametrize("engine", briefly(SHARED))
 @pytest.mark.parametrize("method", ["lora", "lorafa"])
 def test_bf16_trains_alike_and_goes_on(pool: Pool, engine: str, method: str, tmp_path: Path) -> None:
     """fp32 adapters beside bf16 weights, of which ZeRO makes bf16 ones with fp32 copies: the entries of A are exact in
