@@ -94,12 +94,16 @@ def _is_whole(found: dict[str, Any]) -> None:
 
 
 def test_ranks_that_share_gradients(pool: Pool, tmp_path: Path) -> None:
-    """DDP's losses keep their bits, and waiting for its last bucket is communication, behind the last module."""
+    """DDP's losses keep their bits, and waiting for its last bucket is communication, behind the last module.
+    That ranks agree on the number of labels has a row of its own."""
     overrides = ["engine=ddp", "train.global_batch=8"]
     plain = pool.call(f"{HERE}:run", str(tmp_path), overrides)
     looked = pool.call(f"{HERE}:run", str(tmp_path), [*overrides, *ROUNDS])
     assert looked[0]["losses"] == plain[0]["losses"] == plain[1]["losses"]
-    assert looked[0]["summary"]["modules/communication/backward_ms"] > 0
+    summary = looked[0]["summary"]
+    assert summary["modules/communication/backward_ms"] > 0
+    for row in ("data", "agreement", "optimizer"):
+        assert summary[f"modules/{row}/ms"] > 0, "a phase of the step, no part of what nobody knows"
     _is_whole(looked[0])
 
 

@@ -4,6 +4,8 @@ forward pass, in the backward pass and where the forward pass runs again; and th
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from llmsys.models import blocks
 from llmsys.profile.modules import ModuleSpans
 from llmsys.profile.parts import find
 from llmsys.profile.taxonomy import REST
+from llmsys.train.loop import Loop
 
 CPU = torch.device("cpu")
 LAYERS = 2
@@ -113,6 +116,23 @@ def test_every_parameter_lies_in_one_span(family: str, method: str) -> None:
     for name, module in model.named_modules():
         if module._parameters:
             assert len([each for each in whole if name == each or name.startswith(f"{each}.")]) == 1, name
+
+
+def test_every_phase_of_the_loop_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes one further at each look; the names are those by which the loop calls its phases."""
+    source = inspect.getsource(Loop.step)
+    names = re.findall(r'spans\("(\w+)"\)', source)
+    assert {"data", "agreement", "communication", "optimizer"} <= set(names)
+    spans = ModuleSpans(nn.Linear(1, 1), CPU)
+    ticks = iter(range(10**3))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    with spans.step():
+        for name in names:
+            with spans(name):
+                pass
+    rows = spans.rows()
+    for name in {*names} - {"forward", "backward"}:
+        assert rows[name][""] == [3000.0], "its own two looks lie within its cuts"
 
 
 def test_products_are_where_their_layers_are() -> None:

@@ -8,8 +8,8 @@
 
 The step is one line of time, cut wherever it passes from one part to another; each piece belongs to the part that began
 it. So nothing counts twice, and all pieces together are the step. What belongs to no module and to no phase (`data`,
-`communication`, `optimizer`) is `unattributed`. A cut is an event in the stream on CUDA, `perf_counter` on a CPU; no
-kernel's name is looked at.
+`agreement`, `communication`, `optimizer`) is `unattributed`. A cut is an event in the stream on CUDA, `perf_counter` on
+a CPU; no kernel's name is looked at.
 
 Forward: a module's hooks, around its call. A module inside another has its time alone; the other has what it does
 itself. What lies between the projections of attention is no module: transformers looks its function up by name

@@ -33,8 +33,8 @@ ROWS = (
     *("logits", "logits+loss", "loss"),
 )
 """As tables have them."""
-PHASES = ("data", "communication", "optimizer")
-"""Of the step, outside of both passes."""
+PHASES = ("data", "agreement", "communication", "optimizer")
+"""Of the step, outside of both passes. `agreement`: ranks tell each other how many labels they have, and wait."""
 REST = "unattributed"
 FORWARD, BACKWARD, RECOMPUTE = "forward", "backward", "recompute"
 KINDS = (FORWARD, BACKWARD, RECOMPUTE)

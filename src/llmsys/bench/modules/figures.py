@@ -1,7 +1,7 @@
 """What a record says of a step's modules. ms are medians over the steps with clocks of modules.
 
     modules/<row>/forward_ms, backward_ms, recompute_ms    recompute: forward once more, within the backward pass
-    modules/<row>/ms                  all of them together; of a phase (data, communication, optimizer) all it has
+    modules/<row>/ms                  all of them together; of a phase (data, agreement, communication, optimizer) all
     modules/<row>/share_percent       of the step
     modules/<row>/forward_flops, backward_flops, recompute_flops    by `llmsys.cost`, where the row has products
     modules/<row>/forward_tflops      achieved, 10**12 FLOP/s; `backward_tflops` with what is computed again, `tflops`
