@@ -125,6 +125,29 @@ def test_the_rest_of_a_gpu_s_peak_is_workspace_and_what_is_offloaded_is_not_in_i
     assert measure.workspace(config, accounted, {"host_peak_gib": 1.0}) == {}
 
 
+def test_energy_is_of_all_devices_or_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 J in the 5 steps behind warm-up; of two GPUs of which one cannot be read nobody knows the sum."""
+    counter = SimpleNamespace(joules=30.0, source="a counter", why={})
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    outcome: Any = SimpleNamespace(resumed_from_step=None, tokens_per_step=120)
+
+    def told(device: torch.device, world: int = 1) -> Any:
+        config = SimpleNamespace(train=SimpleNamespace(steps=6, world=world))
+        loop: Any = SimpleNamespace(energy=counter, config=config, spans=SimpleNamespace(warmup=1), device=device)
+        return measure._energy(loop, outcome)
+
+    assert told(cpu) == ({"energy_j_per_step": 6.0, "tokens_per_j": 20.0}, {"energy_j_per_step": "a counter"})
+    for other, expected in (([30.0, 1.0], 12.0), ([0.0, 0.0], None)):
+        monkeypatch.setattr(measure.collectives, "all_reduce", lambda own, other=other: own.add_(torch.tensor(other)))
+        found, notes = told(gpu, world=2)
+        assert found.get("energy_j_per_step") == expected
+        assert notes["energy_j_per_step"] == ("a counter" if expected else "another rank's counter cannot be read")
+    counter.joules, counter.source, counter.why = 0.0, "", {"energy_j_per_step": "no package"}
+    assert told(cpu) == ({}, {"energy_j_per_step": "no package"})
+    counter.source, counter.why = "a counter", {}
+    assert told(cpu) == ({}, {"energy_j_per_step": "did not move in 5 steps: a counter"})
+
+
 def test_a_record_without_notes_is_written_as_before_there_were_any() -> None:
     record = Record(name="n", run_id="r", task="train", status="ok")
     assert '"notes"' not in record.to_json()

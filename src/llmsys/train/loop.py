@@ -137,6 +137,7 @@ class Loop:
             counted = self.config.profile.probe and step == start + 1 and self.spans.warmup > 0
             with self.spans.step(), self.traffic if counted else nullcontext():
                 row = self.step(step)
+            self.energy.tick()
             stop = bool(row.pop("stop"))
             tokens += int(row["tokens"])
             row["step_ms"] = (time.perf_counter() - before) * 1e3

@@ -39,6 +39,7 @@ from llmsys.cost.case import Facts
 from llmsys.cost.hardware import DEVICES
 from llmsys.profile import memory
 from llmsys.profile.busy import Busy
+from llmsys.profile.energy import ENERGY
 from llmsys.profile.spans import Spans
 from llmsys.schema import recompute
 from llmsys.train import checks
@@ -223,19 +224,23 @@ def _measured(device: torch.device, precision: str) -> float:
 
 
 def _energy(loop: Loop, outcome: Outcome) -> tuple[dict[str, float], dict[str, str]]:
-    """(joules of a step on all devices and tokens for each, where anything counts them; of what)."""
+    """(joules of a step on all devices and tokens for each, where all of them count; of what, or why there are none).
+    Clocks are the first rank's."""
     counter = loop.energy
     steps = loop.config.train.steps - (outcome.resumed_from_step or 0) - loop.spans.warmup
-    joules = torch.tensor([counter.joules if counter.source else 0.0], dtype=torch.float64)
+    total, devices = torch.tensor([counter.joules, float(bool(counter.source))], dtype=torch.float64), 1
     if loop.device.type == "cuda":  # each rank has a device of its own; a host they share
-        collectives.all_reduce(joules)
-    if not counter.source or not joules:
-        return {}, {}
-    each = float(joules) / steps
-    found = {"energy_j_per_step": each}
+        collectives.all_reduce(total)
+        devices = loop.config.train.world
+    joules, counting = total.tolist()
+    if counting < devices:
+        return {}, {ENERGY: "another rank's counter cannot be read", **counter.why}
+    if not joules:
+        return {}, {ENERGY: f"did not move in {steps} steps: {counter.source}", **counter.why}
+    found = {ENERGY: joules / steps}
     if outcome.tokens_per_step:
-        found["tokens_per_j"] = outcome.tokens_per_step / each
-    return found, {"energy_j_per_step": counter.source}
+        found["tokens_per_j"] = outcome.tokens_per_step * steps / joules
+    return found, {ENERGY: counter.source, **counter.why}
 
 
 def _hidden(config: schema.Config, device: torch.device) -> dict[str, str]:
