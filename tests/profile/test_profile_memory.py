@@ -135,3 +135,54 @@ def test_without_a_reset_the_record_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     peak.pause()
     assert peak.summary["host_peak_reset"] == 0
     assert peak.summary["host_peak_gib"] * memory.GIB == memory.maxrss_bytes()
+
+
+class Allocator:
+    """What `Peak` asks torch.cuda, of a device of 80 GiB of which the driver itself needs 1: GiB allocated and reserved
+    now and at most since the last reset, and retries."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocated = self.most_allocated = 3.0
+        self.reserved = self.most_reserved = 40.0  # loading has left 37 of cache behind
+        self.retries = 2
+        for name, found in (
+            ("max_memory_allocated", lambda _: self.most_allocated * memory.GIB),
+            ("max_memory_reserved", lambda _: self.most_reserved * memory.GIB),
+            ("memory_reserved", lambda _: self.reserved * memory.GIB),
+            ("mem_get_info", lambda _: ((79 - self.reserved) * memory.GIB, 80 * memory.GIB)),
+            ("memory_stats", lambda _: {"num_alloc_retries": self.retries}),
+            ("reset_peak_memory_stats", self._reset),
+            ("empty_cache", self._empty),
+        ):
+            monkeypatch.setattr(torch.cuda, name, found)
+
+    def _reset(self, _: torch.device) -> None:
+        self.most_allocated, self.most_reserved = self.allocated, self.reserved
+
+    def _empty(self) -> None:
+        self.reserved = self.allocated
+
+    def rise(self, most: float, reserved: float, now: float) -> None:
+        """Allocates up to `most` in `reserved`, of which `now` is there in the end."""
+        self.most_allocated, self.most_reserved = most, max(reserved, self.most_reserved)
+        self.reserved = now
+
+
+def test_a_gpu_s_peak_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of loading, whose cache is given back before the first step and only then, nor of an evaluation; what was
+    reserved at the peak and has been given back since counts as in use. Retries are those of the steps."""
+    made = Allocator(monkeypatch)
+    peak = memory.Peak(torch.device("cuda"))
+    peak.resume()
+    made.rise(10.0, 12.0, now=11.0)
+    made.retries += 1
+    peak.pause()
+    first = {key: value for key, value in peak.summary.items() if not key.startswith("host")}
+    assert first == {"peak_gib": 10.0, "reserved_gib": 12.0, "device_gib": 13.0, "alloc_retries": 1}
+    made.rise(30.0, 35.0, now=35.0)  # an evaluation
+    peak.resume()
+    assert made.reserved == 35.0, "a cache that steps have made is theirs"
+    peak.pause()
+    assert peak.summary["peak_gib"] == 10.0
+    assert peak.summary["reserved_gib"] == 35.0
+    assert peak.summary["alloc_retries"] == 1

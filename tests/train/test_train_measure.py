@@ -11,6 +11,7 @@ import torch
 import train_harness as harness
 
 from llmsys import cost, schema
+from llmsys.comm.place import Place
 from llmsys.cost.flops import model_flops
 from llmsys.cost.hardware import DEVICES
 from llmsys.job import Record
@@ -123,6 +124,22 @@ def test_the_rest_of_a_gpu_s_peak_is_workspace_and_what_is_offloaded_is_not_in_i
         assert measure.workspace(config, {**accounted, **found}, peak) == {"workspace_bytes": rest * mib}
         assert measure.on_host(config, held, torch.device("cpu")) == {}
     assert measure.workspace(config, accounted, {"host_peak_gib": 1.0}) == {}
+
+
+def test_peaks_are_of_the_rank_that_has_most(pool: Pool) -> None:
+    """Rank 1 has more of one and less of another; that its host's mark could not be reset is said."""
+    for found in pool.call("test_train_measure:peaks"):
+        assert found == {"peak_gib": 3.0, "alloc_retries": 5.0, "host_peak_reset": 0.0}
+    assert measure.over_ranks({"host_peak_gib": 1.5, "host_peak_reset": 1}) == {
+        "host_peak_gib": 1.5,
+        "host_peak_reset": 1.0,
+    }
+
+
+def peaks(place: Place) -> dict[str, float]:
+    """Of this rank and the other."""
+    first = {"peak_gib": 3.0, "alloc_retries": 0, "host_peak_reset": 1}
+    return measure.over_ranks({"host_peak_reset": 0, "peak_gib": 2.0, "alloc_retries": 5} if place.rank else first)
 
 
 def test_energy_is_of_all_devices_or_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,9 +155,10 @@ class Peak:
 
     CUDA: allocated and reserved by torch's allocator, and what the driver says is in use on the device, with the CUDA
     context, libraries' own memory and other processes. It is asked at `pause`, and what the allocator had reserved at
-    its peak and has given back since is added. `alloc_retries`: how often the allocator had to empty its cache and ask
-    again; where that is not 0, times are of a run short of memory. Host: VmHWM, the kernel's high-water mark of the
-    resident set, reset at each `resume`. Where the kernel does not allow the reset, it is the whole process's mark
+    its peak and has given back since is added. What loading left in the allocator's cache is given back at the first
+    `resume`, or it would stand in both. `alloc_retries`: how often, since then, the allocator had to empty its cache
+    and ask again; where that is not 0, times are of a run short of memory. Host: VmHWM, the kernel's high-water mark of
+    the resident set, reset at each `resume`. Where the kernel does not allow the reset, it is the whole process's mark
     (`ru_maxrss`), model loading included, and `host_peak_reset` is 0.
     """
 
@@ -165,10 +166,14 @@ class Peak:
         self.device = device
         self._highest: dict[str, float] = {}
         self._reset = True
+        self._retries: int | None = None
 
     def resume(self) -> None:
         """From here on memory counts."""
         if self.device.type == "cuda":
+            if self._retries is None:
+                torch.cuda.empty_cache()
+                self._retries = self._all_retries()
             torch.cuda.reset_peak_memory_stats(self.device)
         self._reset = reset_host_peak() and self._reset
 
@@ -181,9 +186,13 @@ class Peak:
             free, total = torch.cuda.mem_get_info(self.device)
             now["reserved_gib"] = reserved / GIB
             now["device_gib"] = (total - free + reserved - torch.cuda.memory_reserved(self.device)) / GIB
-            now["alloc_retries"] = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+            now["alloc_retries"] = self._all_retries() - (self._retries or 0)
         for key, value in now.items():
             self._highest[key] = max(value, self._highest.get(key, 0.0))
+
+    def _all_retries(self) -> int:
+        """Of this process's life; no reset takes them back."""
+        return int(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0))
 
     @property
     def summary(self) -> dict[str, float]:

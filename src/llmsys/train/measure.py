@@ -21,7 +21,8 @@ guess. `notes` says which.
 Memory. `weights_bytes`, `gradients_bytes`, `optimizer_bytes` and `master_bytes` are what the rank holds, by its engine;
 `saved_bytes` what autograd keeps of one micro-batch, which is `activations_bytes` and `logits_bytes` (what the loss
 keeps behind the head); `offloaded_bytes` of all this lie in the host's memory. On CUDA `workspace_bytes` is the rest of
-the peak: what lives for a moment, and those gradients that exist then.
+the peak: what lives for a moment, and those gradients that exist then. All of these are the first rank's. The peaks
+(`peak_gib`, `reserved_gib`, `device_gib`, `host_peak_gib`) and `alloc_retries` are each of the rank that has most.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def measure(config: schema.Config, loop: Loop, outcome: Outcome) -> dict[str, An
         **_throughput(config, outcome, seconds),
         **spans.summary,
         **busy,
-        **loop.peak.summary,
+        **over_ranks(loop.peak.summary),
         **accounted,
         **used,
         **spent,
@@ -169,6 +170,15 @@ def on_host(config: schema.Config, held: dict[str, list[Tensor]], device: torch.
     if config.engine.zero > 1:
         found["gradients"] = held["gradients"]
     return {"offloaded_bytes": memory.accounted(found, 0)["accounted_bytes"]}
+
+
+def over_ranks(peak: dict[str, float]) -> dict[str, float]:
+    """Of each number of a rank's peak the most of all ranks, and the least of `host_peak_reset`: whether every host's
+    mark could be reset. Collective."""
+    signs = {key: -1.0 if key == "host_peak_reset" else 1.0 for key in sorted(peak)}
+    own = torch.tensor([sign * peak[key] for key, sign in signs.items()], dtype=torch.float64)
+    most = collectives.all_gather(own).amax(0).tolist()
+    return {key: sign * value for (key, sign), value in zip(signs.items(), most, strict=True)}
 
 
 def workspace(config: schema.Config, accounted: dict[str, float], peak: dict[str, float]) -> dict[str, float]:
