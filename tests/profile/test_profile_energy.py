@@ -206,5 +206,6 @@ def test_collectives_are_told_from_copies_and_from_what_only_starts_them() -> No
         event("Memcpy DtoD (Device -> Device)", 0, 9000, "CUDA"),
         event("cudaMemcpyAsync", 0, 9000),
     ]
-    assert summarise(events) == {"communication_busy_ms": 4.0, "offload_busy_ms": 0.5}
-    assert summarise([]) == {}
+    assert summarise(events, offloads=True) == {"communication_busy_ms": 4.0, "offload_busy_ms": 0.5}
+    assert summarise(events, offloads=False) == {"communication_busy_ms": 4.0}, "a batch that is copied is no offload"
+    assert summarise([], offloads=True) == {}

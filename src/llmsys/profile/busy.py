@@ -19,11 +19,12 @@ COPIES = ("Memcpy HtoD", "Memcpy DtoH")
 
 
 class Busy:
-    """`with busy:` around a step; `summary` then has `communication_busy_ms` and, on CUDA, `offload_busy_ms`: the
-    copies between host and device, of which those of a batch are a small part. Neither key where nothing was seen."""
+    """`with busy():` around a step; `summary` then has `communication_busy_ms` and, on CUDA where the engine
+    `offloads`, `offload_busy_ms`: the copies between host and device, of which those of a batch are a small part.
+    Elsewhere these are all that is copied, and no offload. Neither key where nothing was seen."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, offloads: bool) -> None:
+        self.device, self.offloads = device, offloads
         self.summary: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -36,17 +37,17 @@ class Busy:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         events: Any = seen.events()
-        self.summary = summarise(events)
+        self.summary = summarise(events, offloads=self.offloads)
 
 
-def summarise(events: Iterable[FunctionEvent]) -> dict[str, float]:
+def summarise(events: Iterable[FunctionEvent], *, offloads: bool) -> dict[str, float]:
     """The summary of a profile's events."""
     spans: dict[str, list[tuple[float, float]]] = {"communication": [], "offload": []}
     for event in events:
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if event.name.startswith("gloo:") or (on_device and event.name.startswith("nccl")):
             kind = "communication"
-        elif on_device and event.name.startswith(COPIES):
+        elif offloads and on_device and event.name.startswith(COPIES):
             kind = "offload"
         else:
             continue

@@ -113,7 +113,7 @@ def _busy(loop: Loop) -> dict[str, float]:
     offload = config.engine.offload if isinstance(config.engine, schema.DeepSpeed) else "none"
     if not config.profile.probe or (loop.engine.world == 1 and (offload == "none" or loop.device.type == "cpu")):
         return {}
-    busy = Busy(loop.device)
+    busy = Busy(loop.device, offloads=offload != "none")
     timed, loop.spans = loop.spans, Spans(loop.device)  # it is none of the timed steps
     collectives.most(0, loop.device)  # the first rank has been writing: nobody is to wait for it in there
     lr, loop.lr = loop.lr, 0.0
