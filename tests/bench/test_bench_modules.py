@@ -45,6 +45,7 @@ def run(place: Place, results: str, overrides: list[str]) -> dict[str, Any]:
         "summary": record.summary,
         "samples": record.samples,
         "kernel": record.kernel,
+        "notes": record.notes,
         "config": record.config,
         "text": text.read_text() if text and place.rank == 0 else "",
     }
@@ -88,6 +89,8 @@ def _is_whole(found: dict[str, Any]) -> None:
     counted = sum(value for key, value in summary.items() if key.endswith("_flops"))
     assert counted == pytest.approx(sum(sum(flops) for flops in products.values()))
     assert 0 < summary["attributed_percent"] <= 100
+    assert found["notes"]["peak_tflops"].startswith("measured")
+    assert summary["peak_measured"] == 1
     assert "Overhead, round by round" in found["text"]
     for row in tables.rows(summary):
         assert f"| {row} |" in found["text"]

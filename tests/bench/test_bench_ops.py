@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ import torch
 
 from llmsys import compose, runner, schema
 from llmsys import job as jobs
-from llmsys.bench.ops import clock, shapes, tables
+from llmsys.bench.ops import clock, shapes, tables, task
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.cost import shapes as costs
+from llmsys.cost.hardware import DEVICES
 from llmsys.schema.modules import COLLECTIVES
 from rank_pool import Pool
 
@@ -51,6 +53,7 @@ def run(place: Place, results: str, overrides: list[str]) -> dict[str, Any]:
         "error": record.error,
         "summary": record.summary,
         "samples": record.samples,
+        "notes": record.notes,
         "text": text.read_text() if text.exists() else "",
     }
 
@@ -157,6 +160,8 @@ def test_two_ranks(pool: Pool, tmp_path: Path) -> None:
             assert figures["busbw_gb_per_s"] == pytest.approx(factor * figures["algbw_gb_per_s"])
             assert figures["peak_percent"] == pytest.approx(10 * figures["busbw_gb_per_s"])
             assert other["samples"][f"{kind}/{nbytes}/ms"] == found["samples"][f"{kind}/{nbytes}/ms"], "the slowest's"
+    assert found["notes"]["peak_of_links"] == "hardware.gbps=10"
+    assert found["notes"]["peak_tflops"].startswith("measured")
     wide = operators["gemm/32x176x64/fp32"]
     assert wide["tflops"] == pytest.approx(2 * 32 * 176 * 64 / wide["ms"] * 1e-9)
 
@@ -172,6 +177,21 @@ def test_one_rank_has_no_collectives_and_says_so(tmp_path: Path) -> None:
         "memcpy",
     }
     assert "collectives need two ranks" in found["text"]
+
+
+def test_shares_are_of_the_card_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU box nobody types `hardware=`: products, memory, PCIe and NVLink are still held against its datasheet."""
+    card = DEVICES["a100"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    total = int(card.mem_gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    config = schema.build(compose.compose(["+exp=bench_ops", "engine=ddp", "train.world=8", "train.global_batch=32"]))
+    for world, names in ((1, ["memory", "host_link"]), (8, ["memory", "host_link", "links"])):
+        context: Any = SimpleNamespace(device=torch.device("cuda"), place=SimpleNamespace(world=world))
+        found = task._most(config, context)
+        assert list(found) == [f"peak_of_{name}" for name in names]
+        rates = [card.gb_per_s, card.pcie_gbps, card.nvlink_gbps]
+        assert [peak.per_s / 1e9 for peak in found.values()] == pytest.approx(rates[: len(names)])
 
 
 def test_too_little_memory_is_said_before(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import train_harness as harness
 
 from llmsys import compose, schema
 from llmsys.cost import case
-from llmsys.errors import Refused
+from llmsys.errors import Contradiction, Refused
 from llmsys.train import checks
 
 CPU = torch.device("cpu")
@@ -209,9 +209,20 @@ def test_memory_found_is_the_least_of_host_and_container(tmp_path: Path) -> None
     assert checks.host_available(tmp_path) == 32 * 1024
 
 
-def test_matmul_speed_is_measured() -> None:
-    """Some order of magnitude between a pocket calculator and a GPU."""
-    assert 1e8 < checks.matmul_flops(CPU, "fp32", seconds=0.02) < 1e14
+def test_8_bit_floats_are_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU by its compute capability: 8.9 is Ada, 9.0 Hopper; Ampere's 8.6 has none, and the message says both."""
+    config, gpu = harness.config(train__fp8=True), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
+    for capability, runs in (((8, 6), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        if runs:
+            checks.formats(config, gpu)
+        else:
+            with pytest.raises(Contradiction, match=r"capability 8\.9 or later.*this NVIDIA GeForce RTX 3090 has 8\.6"):
+                checks.formats(config, gpu)
+    with pytest.raises(Contradiction, match="this run is on a CPU"):
+        checks.formats(config, CPU)
+    checks.formats(harness.config(), CPU)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from llmsys.comm.place import Place
 from llmsys.cost.flops import model_flops
 from llmsys.cost.hardware import DEVICES
 from llmsys.job import Record
-from llmsys.train import measure
+from llmsys.train import checks, measure, peaks
 from rank_pool import ENGINES, Pool
 
 
@@ -57,34 +57,88 @@ def on(name: str, gib: float, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     total = int(gib * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
-    monkeypatch.setattr(measure, "_measured", lambda device, precision: 42e12)
+    monkeypatch.setattr(peaks, "_measured", lambda device, precision, threads: 42e12)
     return torch.device("cuda")
 
 
 def test_the_peak_is_a_datasheet_s_by_the_card_s_name_and_else_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this device, also where the run is checked against another machine by name."""
     config = harness.config(train__precision="bf16", hardware__tflops=None)
-    speed, source = measure.peak_flops(config, on("NVIDIA A800-SXM4-80GB", 79.3, monkeypatch))
+    speed, source = peaks.peak_flops(config, on("NVIDIA A800-SXM4-80GB", 79.3, monkeypatch))
     assert (speed, source.partition(":")[0]) == (312e12, "A800 SXM 80 GB in bf16")
     other = harness.config(train__precision="bf16", hardware__tflops=None, hardware__name="h100")
-    assert measure.peak_flops(other, on("NVIDIA A800-SXM4-80GB", 79.3, monkeypatch))[0] == 312e12
-    speed, source = measure.peak_flops(config, on("NVIDIA H100 NVL", 93.1, monkeypatch))
+    assert peaks.peak_flops(other, on("NVIDIA A800-SXM4-80GB", 79.3, monkeypatch))[0] == 312e12
+    speed, source = peaks.peak_flops(config, on("NVIDIA H100 NVL", 93.1, monkeypatch))
     assert speed == 42e12
     assert source.startswith("measured: torch.matmul in bf16 on this NVIDIA H100 NVL")
     turing = on("NVIDIA GeForce RTX 2080 Ti", 10.8, monkeypatch)  # whose datasheet has no bf16
-    assert measure.peak_flops(config, turing)[1].startswith("measured")
+    assert peaks.peak_flops(config, turing)[1].startswith("measured")
     plain = harness.config(hardware__tflops=None)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    speed, source = measure.peak_flops(plain, on("NVIDIA A100-SXM4-80GB", 79.3, monkeypatch))
+    speed, source = peaks.peak_flops(plain, on("NVIDIA A100-SXM4-80GB", 79.3, monkeypatch))
     assert speed == DEVICES["a100"].peak("tf32")
     assert "in tf32" in source
 
 
-def test_a_cpu_s_peak_is_measured(tmp_path: Path) -> None:
+def test_a_cpu_s_peak_is_measured_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record's `mfu`, its lower bound of a step's time and a table of modules are then of one peak."""
     config = harness.config(hardware__tflops=None)
-    speed, source = measure.peak_flops(config, torch.device("cpu"))
-    assert 1e9 < speed < 1e13
-    assert source.startswith("measured: torch.matmul in fp32 on this cpu")
+    speeds = iter((2e9, 5e9, 1e9, 4e9, 3e9, 1e9, 9e9))
+    monkeypatch.setattr(peaks, "matmul_flops", lambda device, precision, seconds: next(speeds))
+    peaks._measured.cache_clear()
+    found = peaks.peak_flops(config, torch.device("cpu"))
+    assert found.measured
+    assert found.per_s == 5e9, "the fastest of six"
+    assert found.source.startswith("measured: torch.matmul in fp32 on this cpu")
+    assert checks.arithmetic(config, torch.device("cpu")) == (5e9, "the 0.005 TFLOP/s of this CPU in fp32")
+    peaks._measured.cache_clear()
+
+
+def test_what_a_gpu_is_checked_by_without_a_name_is_its_datasheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the shares in its record are; of a machine by name that one's, which did not run."""
+    config = harness.config(train__precision="bf16", hardware__tflops=None)
+    gpu = on("NVIDIA A800-SXM4-80GB", 79.3, monkeypatch)
+    assert checks.arithmetic(config, gpu) == (312e12, "the 312.000 TFLOP/s of this GPU in bf16")
+    other = harness.config(train__precision="bf16", hardware__tflops=None, hardware__name="h100")
+    assert checks.arithmetic(other, gpu)[0] == DEVICES["h100"].peak("bf16")
+
+
+def test_memory_and_links_have_peaks_where_the_card_says_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100 on a board of NVLink has links that are known; whether a bridge joins two of the PCIe kind, its name does
+    not say. What is given in numbers counts first, beside a name it is of the machine by that name."""
+    plain = harness.config()
+    sxm, row = on("NVIDIA A100-SXM4-80GB", 79.3, monkeypatch), DEVICES["a100"]
+    assert [found.per_s / 1e9 for found in asked(plain, sxm)] == [row.gb_per_s, row.pcie_gbps, row.gbps(1)]
+    assert all(row.title in found.source and not found.measured for found in asked(plain, sxm))
+    pcie = on("NVIDIA A100 80GB PCIe", 79.3, monkeypatch)
+    assert [found and found.per_s / 1e9 for found in asked(plain, pcie)][:2] == [1935, row.pcie_gbps]
+    assert asked(plain, pcie)[2] is None
+    for device in (on("NVIDIA H100 NVL", 93.1, monkeypatch), torch.device("cpu")):
+        assert asked(plain, device) == [None] * 3
+    given = {"hardware__mem_gbps": 100.0, "hardware__host_gbps": 20.0, "hardware__gbps": 10.0}
+    assert [found.per_s for found in asked(harness.config(**given), torch.device("cpu"))] == [100e9, 20e9, 10e9]
+    named = harness.config(**given, hardware__name="rtx3090")
+    assert asked(named, torch.device("cpu")) == [None] * 3
+
+
+def asked(config: schema.Config, device: torch.device) -> list[Any]:
+    return [peak(config, device) for peak in (peaks.memory, peaks.host_link, peaks.link)]
+
+
+def test_a_product_is_timed_with_random_numbers_and_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ones a GPU draws less power and is faster; a run's own random stream goes on as if nothing had been timed."""
+    seen: list[torch.Tensor] = []
+    product = torch.matmul
+
+    def watched(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        seen.append(a)
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "matmul", watched)
+    state = torch.get_rng_state()
+    assert 1e8 < peaks.matmul_flops(torch.device("cpu"), "fp32", seconds=0.01) < 1e14
+    assert seen[0].std() > 0.9
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_an_engine_hides_has_no_time_of_its_own_and_a_note(pool: Pool, tmp_path: Path) -> None:
@@ -128,7 +182,7 @@ def test_the_rest_of_a_gpu_s_peak_is_workspace_and_what_is_offloaded_is_not_in_i
 
 def test_peaks_are_of_the_rank_that_has_most(pool: Pool) -> None:
     """Rank 1 has more of one and less of another; that its host's mark could not be reset is said."""
-    for found in pool.call("test_train_measure:peaks"):
+    for found in pool.call("test_train_measure:most_of_both"):
         assert found == {"peak_gib": 3.0, "alloc_retries": 5.0, "host_peak_reset": 0.0}
     assert measure.over_ranks({"host_peak_gib": 1.5, "host_peak_reset": 1}) == {
         "host_peak_gib": 1.5,
@@ -136,7 +190,7 @@ def test_peaks_are_of_the_rank_that_has_most(pool: Pool) -> None:
     }
 
 
-def peaks(place: Place) -> dict[str, float]:
+def most_of_both(place: Place) -> dict[str, float]:
     """Of this rank and the other."""
     first = {"peak_gib": 3.0, "alloc_retries": 0, "host_peak_reset": 1}
     return measure.over_ranks({"host_peak_reset": 0, "peak_gib": 2.0, "alloc_retries": 5} if place.rank else first)

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import logging
 import math
-import time
 
 import torch
 
@@ -20,6 +19,7 @@ from llmsys.cost.case import Case, Facts
 from llmsys.device import host_available
 from llmsys.errors import Contradiction, MissingPackage, Refused
 from llmsys.models import float8
+from llmsys.train import peaks
 from llmsys.train.alternatives import alternatives
 
 log = logging.getLogger(__name__)
@@ -167,8 +167,8 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
 
 
 def check_time(config: schema.Config, device: torch.device) -> float:
-    """Predicted ms per step, a lower bound: all arithmetic at the speed of plain matrix products, or at the peak of the
-    machine that is named, and behind it all that ranks say, where their links' rates are known.
+    """Predicted ms per step, a lower bound: all arithmetic at the peak of the machine that is named, or of the one at
+    hand, and behind it all that ranks say, where their links' rates are known.
 
     Refused where that makes more than an hour on a CPU, unless `force`.
     """
@@ -197,17 +197,18 @@ def check_time(config: schema.Config, device: torch.device) -> float:
 
 
 def arithmetic(config: schema.Config, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, in words): `hardware.tflops`, else the peak of the machine by name, else as measured here.
+    """(FLOP/s, in words) that a run is checked by: the peak of the machine that is named, else of the one at hand
+    (`peaks`).
 
     ValueError for a precision that the machine has not.
     """
-    machine, rate = hardware.named(config.hardware), config.hardware.tflops
+    machine = hardware.named(config.hardware)
     if machine:
         speed = machine.peak(config.train.precision)
         return speed, f"the {speed / 1e12:.3f} TFLOP/s of {machine.title} in {config.train.precision}"
-    if rate is not None:
-        return rate * 1e12, f"hardware.tflops={rate:g}"
-    speed = matmul_flops(device, config.train.precision)
+    speed, source = peaks.peak_flops(config, device)
+    if config.hardware.tflops is not None:
+        return speed, source
     kind = "CPU" if device.type == "cpu" else "GPU"
     return speed, f"the {speed / 1e12:.3f} TFLOP/s of this {kind} in {config.train.precision}"
 
@@ -244,24 +245,3 @@ def _sharing(config: schema.Config, device: torch.device) -> int:
 def _is_host(config: schema.Config, device: torch.device) -> bool:
     """Whether the device is a host's memory, of which there is one for all ranks."""
     return device.type == "cpu" and config.hardware.name == "auto"
-
-
-def matmul_flops(device: torch.device, precision: str, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of a large matrix product here, measured for about `seconds`."""
-    size = 8192 if device.type == "cuda" else 768
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    out = a @ a  # starts cuBLAS or the thread pool, outside the clock
-    wait(device)
-    start, repeats = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < seconds:
-        torch.matmul(a, a, out=out)
-        wait(device)
-        repeats += 1
-    return 2.0 * size**3 * repeats / spent
-
-
-def wait(device: torch.device) -> None:
-    """Returns when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

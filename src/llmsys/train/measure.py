@@ -15,8 +15,8 @@ nothing before it is trained, so that an adapter's step counts about two forward
 how well runs use a device, of any method; tokens per second compare methods. Padding counts. With 8-bit linear layers
 (`train.fp8`) P is that of `train.precision` all the same, and a share above 1 is possible.
 
-P is the datasheet's where the card is known by its name, else the speed of a matrix product measured here; never a
-guess. `notes` says which.
+P is that of `peaks`: the datasheet's where the card is known by its name, else the speed of a matrix product measured
+here; never a guess. `notes` says which.
 
 Memory. `weights_bytes`, `gradients_bytes`, `optimizer_bytes` and `master_bytes` are what the rank holds, by its engine;
 `saved_bytes` what autograd keeps of one micro-batch, which is `activations_bytes` and `logits_bytes` (what the loss
@@ -27,7 +27,6 @@ the peak: what lives for a moment, and those gradients that exist then. All of t
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -35,9 +34,8 @@ from torch import Tensor, nn
 
 from llmsys import schema
 from llmsys.comm import collectives
-from llmsys.cost import cards, flops
+from llmsys.cost import flops
 from llmsys.cost.case import Facts
-from llmsys.cost.hardware import DEVICES
 from llmsys.profile import memory
 from llmsys.profile.busy import Busy
 from llmsys.profile.energy import ENERGY
@@ -45,6 +43,7 @@ from llmsys.profile.spans import Spans
 from llmsys.schema import recompute
 from llmsys.train import checks
 from llmsys.train.loop import Loop, Outcome
+from llmsys.train.peaks import peak_flops as peak_flops
 
 HIDDEN = {
     "ddp": "gradients are exchanged within backward",
@@ -207,30 +206,6 @@ def _efficiency(config: schema.Config, device: torch.device, seconds: float) -> 
         "peak_tflops": peak / 1e12,
     }
     return found, source
-
-
-def peak_flops(config: schema.Config, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s of this rank's device in `train.precision`, where that is from): `hardware.tflops`, its datasheet, or, of
-    a CPU and of a card that is not known, a matrix product."""
-    precision = config.train.precision
-    if config.hardware.tflops is not None and config.hardware.name == "auto":
-        return config.hardware.tflops * 1e12, f"hardware.tflops={config.hardware.tflops:g}"
-    name = device.type
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        kind = cards.card(name, torch.cuda.get_device_properties(device).total_memory / memory.GIB)
-        wide = precision == "fp32" and torch.get_float32_matmul_precision() != "highest"
-        asked = "tf32" if wide else precision
-        if kind and asked in DEVICES[kind].tflops:
-            return DEVICES[kind].peak(asked), f"{DEVICES[kind].title} in {asked}: {DEVICES[kind].source}"
-    speed = _measured(device, precision)
-    return speed, f"measured: torch.matmul in {precision} on this {name}, {torch.get_num_threads()} threads"
-
-
-@functools.cache
-def _measured(device: torch.device, precision: str) -> float:
-    """The fastest of six tries: the others were disturbed."""
-    return max(checks.matmul_flops(device, precision, seconds=0.05) for _ in range(6))
 
 
 def _energy(loop: Loop, outcome: Outcome) -> tuple[dict[str, float], dict[str, str]]:

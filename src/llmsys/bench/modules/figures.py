@@ -12,8 +12,8 @@
                                       `modules_step_ms_p50` with those of modules
     overhead/phases_percent           what these clocks add to a bare step: the median over rounds, and quartiles (_p25,
                                       _p75); `overhead/modules_percent` likewise, those of phases included
-    peak_tflops                       of the device by its name; `peak_measured` is 1 where it was measured, as the
-                                      speed of a large product
+    peak_tflops                       of the device that ran, as in a record of training (`train.peaks`);
+                                      `peak_measured` is 1 where it was measured, as the speed of a large product
 
 Rows are `profile.taxonomy`'s.
 """

@@ -66,11 +66,12 @@ def costs(summary: Summary) -> str:
         low, middle, high = (summary[f"overhead/{arm}_percent{end}"] for end in ("_p25", "", "_p75"))
         return f"{middle:.1f} % ({low:.1f} to {high:.1f})"
 
-    peak = f"{summary['peak_tflops']:.3g} TFLOP/s"
+    whose = "measured as a large product" if summary["peak_measured"] else "of the datasheet, or as given"
+    peak = f"{summary['peak_tflops']:.3g} TFLOP/s, {whose}"
     return (
         f"The step takes {summary['modules_step_ms_p50']:.2f} ms (median) with clocks of modules, "
         f"{summary['step_ms_p50']:.2f} with those of phases and {summary['bare_step_ms_p50']:.2f} without any; "
         f"{summary['attributed_percent']:.1f} % of it is attributed. Overhead, round by round, median and quartiles: "
         f"phases {quartiles('phases')}, modules {quartiles('modules')}. Rows are medians, so their sum need not be the "
-        f"median step. Peak: {peak}, {'measured as a large product' if summary['peak_measured'] else 'by name'}."
+        f"median step. Peak: {peak}."
     )

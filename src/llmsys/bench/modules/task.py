@@ -12,9 +12,8 @@ from llmsys import schema
 from llmsys.bench.modules import figures, tables
 from llmsys.bench.modules.arms import Arms
 from llmsys.bench.modules.figures import ARMS, PHASES
-from llmsys.cost import hardware
 from llmsys.cost import modules as costs
-from llmsys.train import checks
+from llmsys.train import checks, peaks
 from llmsys.train.task import trainer
 
 if TYPE_CHECKING:
@@ -34,17 +33,17 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
         arms = Arms(loop, task.warmup)
         arms.run(rounds, context.beat)
         rows = arms.modules.rows()
-        peak, whose = checks.arithmetic(loop.config, context.device)
+        peak = peaks.peak_flops(loop.config, context.device)
         summary = {
-            **figures.modules(rows, _products(loop, context.device), peak),
+            **figures.modules(rows, _products(loop, context.device), peak.per_s),
             **figures.overheads(arms.step_ms),
             **loop.sizes,
             "samples_per_s": train.global_batch / statistics.median(arms.step_ms[PHASES]) * 1e3,
-            "peak_measured": int(hardware.named(config.hardware) is None and config.hardware.tflops is None),
+            "peak_measured": int(peak.measured),
             "cuts_per_step": arms.modules.cuts,
             **ready.predicted,
         }
-        notes = ["what each row has: llmsys.profile.taxonomy", f"peak: {whose}", *_notes(list(rows), loop)]
+        notes = ["what each row has: llmsys.profile.taxonomy", f"peak: {peak.source}", *_notes(list(rows), loop)]
         kernel = _kernel(loop)
     if context.place.rank == 0:
         text = tables.markdown(summary, config.model.name, notes)
@@ -54,6 +53,7 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
     return {
         "summary": summary,
         "samples": samples,
+        "notes": {"peak_tflops": peak.source},
         "files": {"tables": "modules.md"},
         "kernel": kernel,
         "data_hash": ready.data_hash,

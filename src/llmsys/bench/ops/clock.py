@@ -24,7 +24,7 @@ import torch
 
 from llmsys import schema
 from llmsys.comm import collectives
-from llmsys.train.checks import wait
+from llmsys.train.peaks import wait
 
 LEAST = 5
 FEWEST = 3

@@ -10,9 +10,10 @@ The summary's keys are `<operator>/<shape or bytes>[/<dtype>]/<figure>`, the sam
     all_reduce, all_gather, reduce_scatter/<bytes>/ms, algbw_gb_per_s, busbw_gb_per_s, ...
 
 ms are medians of `samples`, and `spread_percent` is the distance of their quartiles over the median. `peak_percent` is
-there where a peak is known: of products the device's by its name or by `hardware.tflops`, else the speed of a large
-product here (`peak_measured` is 1); of memory and links by the device's name, of links between ranks also by `network`
-or `hardware.gbps`.
+there where a peak of the device that ran is known (`train.peaks`): of products its datasheet's, `hardware.tflops`, else
+the speed of a large product here (`peak_measured` is 1); of memory, PCIe and links between ranks its datasheet's, or
+`hardware.mem_gbps`, `host_gbps` and `gbps`, of links first `network`. `notes` says which. As in a run of training, only
+deterministic kernels are used where `train.deterministic` says so.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from llmsys import schema
 from llmsys.bench.ops import shapes, tables, transfers
 from llmsys.bench.ops.clock import COLD_BYTES, Clock, Timed
 from llmsys.bench.ops.operators import Operators
-from llmsys.cost import hardware
 from llmsys.errors import Refused
-from llmsys.train import checks
+from llmsys.train import checks, peaks
+from llmsys.train.peaks import Peak
+from llmsys.train.reproducible import reproducible
 
 if TYPE_CHECKING:
     from llmsys.context import Context
@@ -47,18 +49,19 @@ def ops(config: schema.Config, context: Context) -> dict[str, Any]:
             f"{checks.readable(have)}: a smaller train.micro_batch, train.length or task.sizes_mib",
             reason="memory",
         )
-    peak, whose = checks.arithmetic(config, context.device)
+    peak, most = peaks.peak_flops(config, context.device), _most(config, context)
     found: list[Timed] = []
-    for timed in _measured(config, context, task, peak):
-        context.log.info("%s: %.4g ms", timed.key, timed.median_s * 1e3)
-        context.beat(step=len(found), ms=timed.median_s * 1e3)
-        found.append(timed)
-        if dist.is_initialized():
-            dist.barrier()
+    with reproducible(config.train.seed, context.threads, config.train.deterministic):
+        for timed in _measured(config, context, task, peak.per_s, most):
+            context.log.info("%s: %.4g ms", timed.key, timed.median_s * 1e3)
+            context.beat(step=len(found), ms=timed.median_s * 1e3)
+            found.append(timed)
+            if dist.is_initialized():
+                dist.barrier()
     summary = {key: value for timed in found for key, value in timed.summary().items()}
-    summary["peak_tflops"] = peak / 1e12
-    summary["peak_measured"] = int(hardware.named(config.hardware) is None and config.hardware.tflops is None)
-    notes = [f"peak of products: {whose}"]
+    summary["peak_tflops"], summary["peak_measured"] = peak.per_s / 1e12, int(peak.measured)
+    sources = {"peak_tflops": peak.source, **{name: each.source for name, each in most.items()}}
+    notes = [f"{name.replace('_', ' ')}: {source}" for name, source in sources.items()]
     if context.place.world == 1 and "collectives" in task.operators:
         notes.append("collectives need two ranks: engine=ddp train.world=2")
     if context.device.type != "cuda" and "memcpy" in task.operators:
@@ -68,22 +71,33 @@ def ops(config: schema.Config, context: Context) -> dict[str, Any]:
         text = tables.markdown(summary, f"{config.model.name} on {context.device}", notes, used)
         (context.out / "ops.md").write_text(text, encoding="utf-8")
     samples = {key: values for timed in found for key, values in timed.samples.items()}
-    return {"summary": summary, "samples": samples, "files": {"tables": "ops.md"}}
+    return {"summary": summary, "samples": samples, "notes": sources, "files": {"tables": "ops.md"}}
 
 
-def _measured(config: schema.Config, context: Context, task: schema.Ops, peak: float) -> Iterator[Timed]:
+def _most(config: schema.Config, context: Context) -> dict[str, Peak]:
+    """Peaks in bytes/s, those that are known."""
+    device = context.device
+    found = {
+        "peak_of_memory": peaks.memory(config, device),
+        "peak_of_host_link": peaks.host_link(config, device),
+        "peak_of_links": peaks.link(config, device) if context.place.world > 1 else None,
+    }
+    return {name: peak for name, peak in found.items() if peak}
+
+
+def _measured(
+    config: schema.Config, context: Context, task: schema.Ops, flops: float, most: dict[str, Peak]
+) -> Iterator[Timed]:
     model, device = config.model, context.device
     assert isinstance(model, schema.Transformer)
-    machine, clock = hardware.named(config.hardware), Clock.of(task, device)
-    memory = machine.gb_per_s * 1e9 if machine else None
-    yield from Operators(model, config.train, clock, peak, memory).run(task.operators)
+    rate = {name: peak.per_s for name, peak in most.items()}
+    memory, clock = rate.get("peak_of_memory"), Clock.of(task, device)
+    yield from Operators(model, config.train, clock, flops, memory).run(task.operators)
     sizes = [int(mib * 2**20) for mib in task.sizes_mib]
     if "memcpy" in task.operators:
-        yield from transfers.memcpy(sizes, clock, machine.pcie_gbps * 1e9 if machine else None, memory)
+        yield from transfers.memcpy(sizes, clock, rate.get("peak_of_host_link"), memory)
     if "collectives" in task.operators and context.place.world > 1:
-        line = checks.link(config)
-        link = 1 / line.beta_s if line else None
-        yield from transfers.exchange(sizes, Clock.of(task, device, together=True), link)
+        yield from transfers.exchange(sizes, Clock.of(task, device, together=True), rate.get("peak_of_links"))
 
 
 def largest(config: schema.Config, task: schema.Ops) -> int:
