@@ -38,6 +38,14 @@ def test_what_letters_do_not_tell_apart_stands_beside_them() -> None:
     assert [each.label for each in workload.cells] == ["F+Z3", "F+Z3 (fsdp2)", "F"]
 
 
+def test_other_kernels_are_another_workload() -> None:
+    """A mean over deterministic kernels and others would be of neither."""
+    records = [cell("F", 1000), cell("F", 2000, keys={"train.deterministic": False})]
+    found = cells.workloads(records)
+    assert [[len(each.records) for each in workload.cells] for workload in found] == [[1], [1]]
+    assert {workload.title.rpartition(" · ")[2] for workload in found} == {"deterministic True", "deterministic False"}
+
+
 def test_cells_under_a_limit_say_so() -> None:
     limited = cell("F", keys={"dispatch.memory_gib": 0.9})
     assert [each.label for each in only([cell("F"), limited]).cells] == ["F", "F (under 0.9 GiB)"]

@@ -2,9 +2,9 @@
 
 A cell is one combination of techniques on so many ranks with such a batch, and all runs of it in fresh processes. Cells
 that do the same work on the same kind of device are a workload, and only these are compared with each other: model,
-data, length, precision, device and network. How many steps were timed, the seed and what a run may use change no work.
-Two cells of a workload that their letters do not tell apart (`Z3` by DeepSpeed and by FSDP2) get their difference
-beside them. Needs no torch.
+data, length, precision, kernels (`train.deterministic` chooses others), device and network. How many steps were timed,
+the seed and what a run may use change no work. Two cells of a workload that their letters do not tell apart (`Z3` by
+DeepSpeed and by FSDP2) get their difference beside them. Needs no torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_WORK = (
     *("dispatch.", "profile.", "task.", "network.", "hardware.", "model.weights", "model.tokenizer", "model.config"),
     *("train.seed", "train.steps", "train.lr_", "train.schedule", "train.warmup_steps", "train.weight_decay"),
     *("train.checkpoint_every", "train.log_every", "train.eval_", "train.save_final", "train.resume", "train.on_nan"),
-    *("train.max_skips", "train.spike_factor", "train.deterministic", "train.generate_max", "data.num_examples"),
+    *("train.max_skips", "train.spike_factor", "train.generate_max", "data.num_examples"),
     *("data.max_", "data.make", "data.path", "data.val_percent"),
 )
 """What a step's work does not depend on, by how the keys begin. Network and device have a place of their own."""
