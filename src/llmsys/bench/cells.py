@@ -10,7 +10,6 @@ DeepSpeed and by FSDP2) get their difference beside them. Needs no torch.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import Any
 
 from llmsys import schema
 from llmsys.bench.techniques import METHODS, Techniques
-from llmsys.cost.cards import REPORTED
+from llmsys.cost import cards
 from llmsys.job import UNFINISHED, Record
 from llmsys.rows import compress, network
 from llmsys.spread import LIMITS, Spread, spread
@@ -128,9 +127,10 @@ class Cell:
 
     @property
     def card(self) -> str | None:
-        """The row of `cost.hardware.DEVICES` that it ran on, by the name that the card reports; None of any other."""
-        reported = str(self.record.env.get("device_name", ""))
-        return next((n for n, p in REPORTED.items() if re.fullmatch(rf"(NVIDIA )?{p}", reported.strip())), None)
+        """The row of `cost.hardware.DEVICES` that it ran on, by the name and the memory that the card reports; None of
+        any other, and of a record that does not say how much memory it has."""
+        env = self.record.env
+        return cards.card(str(env.get("device_name", "")), float(env.get("device_memory_gib", 0.0)))
 
     @property
     def noisy(self) -> bool:

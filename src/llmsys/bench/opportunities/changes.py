@@ -11,8 +11,7 @@ the time of their replacement alone, at the model's own shapes, forward and back
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,13 +39,8 @@ class Alone:
     both: Sequence[Callable[[], object]]
     step_s: Callable[[float, float], float]
 
-    def ms(self, clock: Clock) -> float:
-        """In a step: medians."""
-        forward, both = (statistics.median(clock.samples(acts)) for acts in (self.forward, self.both))
-        return 1e3 * self.step_s(forward, both)
-
     def once_ms(self, clock: Clock) -> float:
-        """The same of each set of operands once."""
+        """ms of a step's, of each set of operands once."""
         return 1e3 * self.step_s(clock.once(self.forward), clock.once(self.both))
 
 
@@ -62,12 +56,6 @@ class Change:
     replacement: Callable[[schema.Config, Clock], Alone]
     configured: Callable[[schema.Config], schema.Config]
     patch: Callable[[nn.Module], None] | None = None
-
-    def saves_ms(self, config: schema.Config, summary: Mapping[str, float], clock: Clock) -> tuple[float, float]:
-        """(ms of the modules that go, ms of what comes), in a step of `config`, whose run of `bench_modules` has left
-        `summary`."""
-        gone = sum(summary.get(f"modules/{row}/ms", 0.0) for row in self.rows)
-        return gone, self.replacement(config, clock).ms(clock)
 
 
 def known(config: schema.Config) -> list[Change]:

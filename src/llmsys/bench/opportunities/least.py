@@ -17,7 +17,8 @@ head, w bytes of an activation, p of a weight:
     embedding         2 w T D                                  w T D + p V D, its gradient is as large as the table
     loss              w T V                                    2 w T V
     logits+loss       2 w T D + 2 p V D                        the same
-    optimizer         7 p for each trained weight: weight and two moments read and written, the gradient read
+    optimizer         3 p for each trained weight, which is read and written, and its gradient, which is read; and twice
+                      the state that `cost.engines` has for `train.optimizer`, read and written: AdamW's two moments
 
 Rows that are not here (dropout, what a model does between its modules, chains of functions) have no bytes of their own.
 """
@@ -28,7 +29,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from llmsys import schema
-from llmsys.cost import shapes
+from llmsys.cost import engines, shapes
 from llmsys.cost.case import Case
 from llmsys.profile import taxonomy
 
@@ -57,7 +58,7 @@ def bytes_by_row(case: Case) -> dict[str, Bytes]:
     if model.family not in UNKNOWN:
         _blocks(case, model, found)
         _ends(case, model, found)
-    found["optimizer"][0] = 7.0 * sum(p.nbytes for p in shapes.held(case) if p.trained)
+    found["optimizer"][0] = _update(case)
     times = schema.accumulation(case.train, case.engine)
     again = sum(policy == "block" for policy in case.policies) / max(1, len(case.policies))
     made = {}
@@ -67,6 +68,14 @@ def bytes_by_row(case: Case) -> dict[str, Bytes]:
         else:
             made[row] = Bytes(times * forward, times * backward, times * forward * again * (row not in OUTSIDE))
     return made
+
+
+def _update(case: Case) -> float:
+    """Of AdamW in 8 bits a moment is a byte and a share of its scale, small tensors' are fp32; its tables are read."""
+    held = engines.hold(case)
+    tables = engines.TABLES if case.train.optimizer == "adamw_8bit" else 0
+    weights = sum(p.nbytes for p in shapes.held(case) if p.trained)
+    return 3.0 * weights + 2.0 * (held.optimizer + held.master) - min(tables, held.optimizer)
 
 
 def _linears(case: Case, model: schema.Transformer, found: dict[str, list[float]]) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from llmsys.bench.opportunities.ranking import Opportunity
 
+LEAST = 3.0
+"""Percent of a step: by how much a prediction of a smaller saving is off, nobody can tell."""
+
 
 def markdown(found: Sequence[Opportunity], summary: Mapping[str, float], model: str, notes: Sequence[str]) -> str:
     """`summary` of the record, for what changes would save."""
@@ -47,7 +50,8 @@ def _changes(summary: Mapping[str, float]) -> list[str]:
         own = {key.split("/")[2]: value for key, value in summary.items() if key.startswith(f"changes/{name}/")}
         cells = [name, *(f"{own[key]:.2f}" for key in ("gone_ms", "comes_ms", "saves_ms"))]
         cells.append(f"{own['saves_percent']:.1f}")
-        cells += [f"{own['saved_ms']:.2f}", f"{own['off_percent']:+.1f}"] if "saved_ms" in own else ["", ""]
+        off = f"{own['off_percent']:+.1f}" if "off_percent" in own else "too small to tell"
+        cells += [f"{own['saved_ms']:.2f}", off] if "saved_ms" in own else ["", ""]
         rows.append(cells)
     table = ["| " + " | ".join(cells) + " |" for cells in rows]
     return ["## Changes that are known, predicted before they are made", "", *table, ""]
