@@ -137,8 +137,11 @@ def test_a_short_operator_is_taken_many_times_a_sample(monkeypatch: pytest.Monke
 
 
 def test_operands_exceed_a_cache_together() -> None:
-    assert clock.copies(2**20) * 2**20 == clock.COLD_BYTES / 2 or clock.copies(2**20) == clock.MOST_COPIES
-    assert clock.copies(2 * clock.COLD_BYTES) == 1
+    """Of every size that has to do with memory; and no more of them than that takes."""
+    for nbytes in (clock.SMALL, 10**5, 2**20, 3 * 2**20, 2**26, clock.COLD_BYTES, 2 * clock.COLD_BYTES):
+        number = clock.copies(nbytes)
+        assert number * nbytes >= clock.COLD_BYTES > (number - 1) * nbytes
+    assert clock.copies(clock.SMALL - 1) == clock.copies(0) == 1
 
 
 def test_two_ranks(pool: Pool, tmp_path: Path) -> None:

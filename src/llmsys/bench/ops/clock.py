@@ -5,7 +5,9 @@ two events in the stream. Samples are taken until half of them lie within `sprea
 the quartiles over it), at least `LEAST`. What is quoted is the median.
 
 Operands that stay in a cache make memory look faster than it is in a step, where others come in between. So a caller
-gives several sets of operands, as many as exceed a cache together (`copies`), and they take turns.
+gives several sets of operands, as many as exceed a cache together (`copies`), and they take turns. Sets of less than
+`SMALL` are as hot as they are: an operator on these takes what it takes to start it, and in a step, too, they were made
+a moment before.
 
 Ranks that measure together (collectives) take as many samples each, as the first of them decides, and of each sample
 the slowest rank's time counts.
@@ -32,7 +34,8 @@ FEWEST = 3
 GRAIN_S = {"cpu": 2e-4, "cuda": 1e-3}
 COLD_BYTES = 2**27
 """More than the caches of the devices there are, but for servers' largest."""
-MOST_COPIES = 64
+SMALL = 2**16
+"""Bytes of a set of operands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ def spread(seconds: Sequence[float]) -> float:
 
 def copies(nbytes: int) -> int:
     """How many sets of operands of `nbytes` take turns."""
-    return max(1, min(MOST_COPIES, math.ceil(COLD_BYTES / max(nbytes, 1))))
+    return 1 if nbytes < SMALL else math.ceil(COLD_BYTES / nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)
