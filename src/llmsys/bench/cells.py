@@ -1,6 +1,7 @@
 """Records of training as cells: what was asked of each, by its letters, and the numbers of its repeats.
 
-A cell is one combination of techniques on so many ranks with such a batch, and all runs of it in fresh processes. Cells
+A cell is one combination of techniques on so many ranks with such a batch, and all runs of it in fresh processes, of
+one code: where that has changed in between, the newest counts, and the runs of the others stand beside (`older`). Cells
 that do the same work on the same kind of device are a workload, and only these are compared with each other: model,
 data, length, precision, kernels (`train.deterministic` chooses others), device and network. How many steps were timed,
 the seed and what a run may use change no work. Two cells of a workload that their letters do not tell apart (`Z3` by
@@ -47,15 +48,16 @@ Settings = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One combination. `techniques`: None where this version does not know the settings; `name` is then engine and
-    method. `records` are its repeats, at least one, all with the same status. `marks`: (letter, what else than usual
-    does it): `("Z", "fsdp2")`. `beside`: what tells it from another cell of the same name and size; empty where nothing
-    has to."""
+    method. `records` are its repeats, at least one, all with the same status and of the same code; `older` those of
+    other code, of which nothing is taken. `marks`: (letter, what else than usual does it): `("Z", "fsdp2")`. `beside`:
+    what tells it from another cell of the same name and size; empty where nothing has to."""
 
     records: tuple[Record, ...]
     settings: Settings
     techniques: Techniques | None
     marks: tuple[tuple[str, str], ...] = ()
     beside: str = ""
+    older: tuple[Record, ...] = ()
 
     @property
     def record(self) -> Record:
@@ -237,8 +239,11 @@ def _cells(records: Sequence[Record]) -> list[Cell]:
 
 
 def _cell(records: Sequence[Record], found: Settings) -> Cell:
-    letters = techniques(records[0])
-    return Cell(records=tuple(records), settings=found, techniques=letters, marks=_marks(letters, found))
+    newest = max(records, key=lambda record: record.started).code_hash
+    kept = tuple(record for record in records if record.code_hash == newest)
+    older = tuple(record for record in records if record.code_hash != newest)
+    letters = techniques(kept[0])
+    return Cell(records=kept, older=older, settings=found, techniques=letters, marks=_marks(letters, found))
 
 
 def _marks(letters: Techniques | None, found: Settings) -> tuple[tuple[str, str], ...]:
