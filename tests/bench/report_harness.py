@@ -58,8 +58,23 @@ def cell(
 
 
 def on_gpu(record: Record, name: str = "NVIDIA A800-SXM4-80GB", **summary: float) -> Record:
-    """The record as one of a GPU."""
+    """The record as one of a GPU, of the memory that the card has."""
     record.config["hardware"]["device"] = "cuda"
-    record.env |= {"device": "cuda", "device_name": name}
+    memory = {"NVIDIA H200": 139.8}.get(name, 79.25)
+    record.env |= {"device": "cuda", "device_name": name, "device_memory_gib": memory}
     record.summary |= summary
+    return record
+
+
+def calibration(world: int = 2, precision: str = "fp32", device: str = "", **keys: Any) -> Record:
+    """A record of bench_calibrate in which all arithmetic goes at 10 GFLOP/s, and memory at 5 GB/s."""
+    record = cell("F", world=world, keys={"train.precision": precision, "train.length": 512, **keys})
+    record.task = record.name = "bench_calibrate"
+    record.world = world
+    rates = {f"rate/product/{precision}/{size:.6g}": 1e10 for size in (1e5, 1e9)}
+    record.summary = {**rates, "rate/stream/1000": 5e9, "start/forward": 1e-6, "start/backward": 1e-6}
+    record.summary |= {"mem_gib": 16.0, "host_gib": 16.0, f"peak_tflops/{precision}": 0.02, "copy_gb_per_s": 8.0}
+    record.summary |= {"host_adam_gb_per_s": 4.0, "data_ms": 2.0}
+    if device:
+        record.env = {**record.env, "device_name": device}
     return record

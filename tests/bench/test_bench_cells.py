@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
 
 import pytest
-from report_harness import GIB, cell, on_gpu
+from report_harness import GIB, calibration, cell, on_gpu
 
+from llmsys import schema
 from llmsys.bench import cells
-from llmsys.bench.report import ablation, choice, front, paper, quality
+from llmsys.bench.predict import machine as machines
+from llmsys.bench.predict.prediction import predict
+from llmsys.bench.report import ablation, choice, costs, front, paper, predictions, quality
+from llmsys.bench.report.predictions import Guess
+from llmsys.cost import case as cases
+from llmsys.cost import memory
 from llmsys.job import Record
 from llmsys.spread import student
 
@@ -215,8 +222,78 @@ def test_kendalls_tau_is_the_correlation_of_signs() -> None:
     assert quality.kendall([(1.0, 2.0), (1.0, 3.0)]) is None
 
 
-def test_errors_of_predictions_are_relative_to_what_was_measured() -> None:
-    records = [cell("F", 1000, 1.0, predicted_peak_gib=1.1), cell("R", 1000, 2.0, predicted_peak_gib=1.8), cell("Z2")]
-    found = quality.score(quality.memory_guesses(only(records)))
+def test_errors_are_relative_to_what_was_measured() -> None:
+    (one, two) = only([cell("F"), cell("R")]).cells
+    guesses = [Guess(cell=one, predicted=1.1, measured=1.0), Guess(cell=two, predicted=1.8, measured=2.0)]
+    found = quality.score(guesses)
     assert found == quality.Score(count=2, error=pytest.approx(10), bias=pytest.approx(0, abs=1e-9), tau=1.0)
     assert quality.score([]) is None
+
+
+def test_a_perfect_prediction_of_memory_has_no_error() -> None:
+    """On a CPU of what is accounted for, kind by kind the same; on a GPU of the peak. They are 10 % and more apart."""
+    config = schema.build(cell("F").config)
+    parts = (config.model, config.train, config.method, config.engine)
+    kinds = sum(memory.estimate(*parts, **cases.facts(config, "cpu")).values())
+    peak = memory.peak_bytes(*parts, **cases.facts(config, "cuda"))
+    on_cpu = cell("F", memory_gib=kinds / GIB, predicted_peak_gib=7.0)
+    (one,) = predictions.of(only([on_cpu])).memory
+    assert one.error == pytest.approx(0)
+    (one,) = predictions.of(only([on_gpu(cell("F"), peak_gib=peak / GIB, predicted_peak_gib=7.0)])).memory
+    assert one.error == pytest.approx(0)
+    assert abs(peak / kinds - 1) > 0.1
+
+
+def test_time_is_predicted_by_a_calibration_of_the_same_device_ranks_and_precision() -> None:
+    """And not by what a run says of itself before it begins, which is a lower bound."""
+    records = [cell("F", predicted_step_ms=1.0), cell("R"), cell("F", world=1), calibration()]
+    workload = only(records[:3])
+    found = predictions.of(workload, records)
+    config = schema.build(records[0].config)
+    expected = predict(config, machines.calibrated(dataclasses.asdict(records[3]), config)).step_ms
+    assert {one.cell.label: one.predicted for one in found.time}["F"] == pytest.approx(expected)
+    assert {(one.cell.label, one.cell.world) for one in found.time} == {("F", 2), ("R", 2)}
+    ((why, (alone,)),) = found.without_time.items()
+    assert alone.world == 1
+    assert "no calibration of" in why
+    assert "with train.world=1 train.threads=" in why
+    for other in (calibration(precision="bf16"), calibration(device="another CPU"), calibration(world=4)):
+        assert not predictions.of(workload, [*records[:3], other]).time
+
+
+def test_a_cell_that_a_calibration_was_made_of_is_not_scored_by_it() -> None:
+    given = cell("F").config["train"]["length"]
+    records = [cell("F"), cell("F", batch=1), cell("R")]
+    for length, seen in ((given, {"F4"}), (4 * given, {"F1"})):
+        found = predictions.of(only(records), [calibration(**{"train.length": length})])
+        scored = {f"{one.cell.label}{one.cell.batch}" for one in found.time}
+        assert scored == {"F4", "F1", "R4"} - seen
+        assert "was made of this cell itself" in str(found.without_time)
+
+
+def test_time_on_a_card_that_is_listed_is_predicted_by_its_datasheet() -> None:
+    keys = {"train.precision": "bf16", "model.dtype": "bf16"}
+    workload = only([on_gpu(cell("F", keys=keys), peak_gib=1.0)])
+    (one,) = predictions.of(workload).time
+    config = schema.build(workload.cells[0].record.config)
+    there = dataclasses.replace(config, hardware=schema.Hardware(name="a800", devices=2))
+    assert one.predicted == pytest.approx(predict(there).step_ms)
+    slice_ = on_gpu(cell("F", keys=keys), peak_gib=1.0)
+    slice_.env["device_memory_gib"] = 9.9
+    assert only([slice_]).cells[0].card is None, "a slice of a card is another"
+    assert not predictions.of(only([slice_])).time
+
+
+def test_runs_of_other_code_are_no_repeats() -> None:
+    """A mean over both would be of neither: the newest code's count, the others are named."""
+    records = [cell("F", tokens, repeat=i) for i, tokens in enumerate((100, 1000, 1020))]
+    for record, code, day in zip(records, ("old", "new", "new"), (1, 2, 3), strict=True):
+        record.code_hash, record.started = code, f"2026-01-0{day}T00:00:00+00:00"
+    (found,) = only(records).cells
+    assert found.tokens is not None
+    assert (found.tokens.mean, len(found.records)) == (1010.0, 2)
+    assert [each.run_id for each in found.older] == [records[0].run_id]
+    text = costs.older([only(records)])
+    assert records[0].run_id in text
+    assert records[1].run_id not in text
+    assert costs.older([only(records[1:])]) == ""

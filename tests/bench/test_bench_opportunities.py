@@ -17,6 +17,7 @@ from llmsys.bench.opportunities import changes, tables
 from llmsys.bench.opportunities.least import Bytes, bytes_by_row
 from llmsys.bench.opportunities.ranking import ranking
 from llmsys.bench.opportunities.task import said
+from llmsys.bench.ops import clock
 from llmsys.bench.ops.clock import Clock
 from llmsys.cost.case import Case
 from llmsys.job import Record
@@ -24,6 +25,12 @@ from llmsys.job import Record
 TINY = ["+exp=bench_opportunities", "train.length=32", "train.global_batch=4", "train.micro_batch=2"]
 TINY += ["data.num_examples=24", "task.warmup=1", "task.rounds=2", "model=llama_tiny", "train.threads=1"]
 CLOCK = Clock(device=torch.device("cpu"), spread=0.9, least_s=0.0, most_s=0.002)
+
+
+@pytest.fixture(autouse=True)
+def _little_is_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that operands are made in no time."""
+    monkeypatch.setattr(clock, "COLD_BYTES", 2**20)
 
 
 def case(**model: object) -> Case:

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_harness import ROOT, cell, on_gpu
+from report_harness import ROOT, calibration, cell, on_gpu
 
 from llmsys import results
 from llmsys.bench import cells
@@ -19,6 +19,7 @@ from llmsys.bench.report import html, pictures, svg
 from llmsys.bench.report.__main__ import main
 from llmsys.bench.report.advised import advised
 from llmsys.bench.report.page import page
+from llmsys.bench.report.predicted import LEAST
 from llmsys.job import Record
 from llmsys.spread import spread
 
@@ -66,6 +67,10 @@ def grid() -> list[Record]:
             tokens = 1000 + 50 * index + 5 * repeat
             more = {"forward_ms_p50": 3e5 / tokens, "backward_ms_p50": 6e5 / tokens, "predicted_peak_gib": 1.0}
             more |= {"predicted_step_ms": 900.0, "profiler_overhead_us_per_step": 20.0, "tokens_per_j": 5.0}
+            more |= {"mfu": 0.31, "hfu": 0.42, "achieved_tflops": 0.05, "weights_bytes": 3.0 * 2**30}
+            more |= {"saved_bytes": 7.0 * 2**30, "activations_bytes": 5.0 * 2**30, "logits_bytes": 2.0 * 2**30}
+            if "Z" in name:
+                more |= {"communication_busy_ms": 123.0}
             found.append(cell(name, tokens, 1.0 + 0.1 * index, repeat=repeat, **more))
     found += [cell("F+R+Z2", status=status, reason=f"because {status}") for status in ("oom", "crashed", "hang")]
     found += [cell("R+Z3", batch=batch, status="skipped", reason="witness") for batch in (4, 16)]
@@ -200,6 +205,53 @@ def test_overhead_is_printed_in_every_report() -> None:
     assert "flagged" in counted
 
 
+def test_what_engines_do_behind_other_work_stands_beside_the_phases() -> None:
+    """Collectives that are hidden in a phase, as overlapped: no part of the sum, which is still the step. Of a GPU that
+    offloads also copies."""
+    said = parsed(grid()).texts["phases"]
+    assert "collectives, overlapped" in said
+    assert "123 (15 %)" in re.sub(r"\s+", " ", said), "of Z2's 830 ms"
+    assert "copies, overlapped" not in said
+    assert "Ranks that wait for each other are in it" in said
+    assert "overlapped" not in parsed([cell("F", forward_ms_p50=1.0)]).texts["phases"]
+    away = on_gpu(cell("Z2+O", forward_ms_p50=300.0, offload_busy_ms=77.0), peak_gib=1.0)
+    away.notes = {"offload_ms": "copies within backward and optimizer"}
+    said = parsed([away]).texts["phases"]
+    assert "77.0 (8 %)" in said
+    assert "copies within backward" in said
+
+
+def test_use_of_the_device_and_memory_by_kind_have_tables() -> None:
+    said = {name: re.sub(r"\s+", " ", text) for name, text in parsed(grid()).texts.items()}
+    for part in ("MFU %", "31.0", "HFU %", "42.0", "tokens/J", "5.00"):
+        assert part in said["use"]
+    for part in ("weights", "3.00", "activations", "5.00", "logits", "2.00", "together"):
+        assert part in said["memory"]
+    assert "saved" not in said["memory"].partition("GiB.")[0], "which is activations and logits"
+    old = parsed([cell("F", weights_bytes=2.0**30, saved_bytes=7.0 * 2**30)])
+    assert "saved 7" not in old.texts["use"]
+    assert "7.00" in old.texts["memory"], "where they were not told apart"
+    measured_on = on_gpu(cell("F", weights_bytes=2.0**30), peak_gib=9.0, reserved_gib=11.0, workspace_bytes=2.0**29)
+    said = parsed([measured_on]).texts
+    assert all(part in said["memory"] for part in ("workspace", "0.500", "peak", "9.00", "reserved", "11.0"))
+    assert "No cell has MFU" in said["use"]
+
+
+def test_predictions_are_made_of_the_records_and_the_lower_bound_is_called_one() -> None:
+    """The chart of time needs a calibration, or a card that is listed; without either the reason is there."""
+    records = grid()
+    said = re.sub(r"\s+", " ", parsed(records).texts["predicted"])
+    assert "Accounted memory of a rank" in said
+    assert "10 cells without: no calibration of" in said
+    assert LEAST in said
+    assert "900" in said.partition(LEAST)[2]
+    said = re.sub(r"\s+", " ", parsed([*records, calibration()]).texts["predicted"])
+    assert said.count("10 of 10 cells have a prediction.") == 2
+    assert "Time by speeds: measured on 2 ranks" in said
+    failed = parsed([cell("F", status="oom", reason="host memory")]).texts["predicted"]
+    assert "Nothing was measured" in failed
+
+
 def test_drift_is_told_by_the_cell_that_was_repeated_most() -> None:
     """It got 10 % slower over three hours; what ran beside its last measurement is named, what ran early is not."""
     references = [cell("F", 1000.0 / slower, repeat=i) for i, slower in enumerate((1.0, 1.0, 1.1))]
@@ -281,12 +333,13 @@ def test_axes_of_any_values_have_ticks_around_them(values: tuple[float, float]) 
 
 def test_pictures_draw_the_same_cells() -> None:
     (workload,) = cells.workloads([record for record in grid() if record.status == "ok"])
+    assert len(pictures.predicted(workload, [calibration()]).axes) == 2
     axes = pictures.over_memory(workload).axes[0]
     drawn = [each for line in axes.lines if line.get_linestyle() == "None" for each in line.get_xdata()]
     wanted = {each.memory.mean / 2**30 for each in workload.measured if each.memory}
     assert {round(x, 9) for x in drawn} == {round(x, 9) for x in wanted}
     assert pictures.phases(workload).axes[0].patches
-    assert len(pictures.predicted(workload).axes) == 2
+    assert len(pictures.predicted(workload).axes) == 1, "of time nothing is known without a calibration"
     assert pictures.letters(workload).axes[0].lines
     assert pictures.modules(modules()).axes[0].patches
     (empty,) = cells.workloads([cell("F", status="oom", reason="host memory")])

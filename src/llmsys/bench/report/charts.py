@@ -1,4 +1,4 @@
-"""The parts of the page that are drawn: the Pareto front, letters, phases, and predictions beside measurements.
+"""The parts of the page that are drawn: the Pareto front, letters, and phases.
 
 Each takes a workload and returns HTML, "" where there is nothing to draw.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from llmsys.bench.cells import GIB, Workload
-from llmsys.bench.report import ablation, front, paper, quality, svg
+from llmsys.bench.cells import GIB, Cell, Workload
+from llmsys.bench.report import ablation, front, paper, svg
 from llmsys.bench.report.choice import Ratio
 from llmsys.bench.report.common import change, family, size
 from llmsys.bench.report.html import (
@@ -28,6 +28,8 @@ from llmsys.bench.report.html import (
 
 BARS = 16
 """In a chart of phases; the table has all."""
+HIDDEN = ("communication_ms", "offload_ms")
+"""Notes that say which phases they are a part of."""
 
 
 def pareto(workload: Workload) -> Markup:
@@ -139,7 +141,8 @@ def _cell(ratio: Ratio | None, more_is_good: bool) -> object:
 
 
 def phases(workload: Workload) -> Markup:
-    """A step by its phases: bars of the fastest cells, and a table of all."""
+    """A step by its phases: bars of the fastest cells, and a table of all, with how long collectives and copies took
+    themselves, which is within the phases and no part of their sum."""
     found = [(cell, parts) for cell in workload.measured if (parts := paper.phases(cell))]
     if not found:
         return Markup("")
@@ -155,68 +158,43 @@ def phases(workload: Workload) -> Markup:
         )
         for cell, parts in alike[:BARS]
     ]
+    busy = [name for name in paper.BUSY if any(cell.of(paper.BUSY[name]) for cell, _ in found)]
     body = [
-        [cell.label, size(cell), *(_phase(parts, name) for name in names), number(sum(parts.values()))]
+        [
+            *(cell.label, size(cell)),
+            *(_phase(parts, name) for name in names),
+            number(sum(parts.values())),
+            *(_busy(cell, parts, name) for name in busy),
+        ]
         for cell, parts in sorted(found, key=lambda each: paper.paper_order(each[0].techniques))
     ]
+    heads = ["", "", *names, "step", *(f"{name}, overlapped" for name in busy)]
     hidden = {
-        cell.label: cell.record.notes["communication_ms"]
+        cell.label: "; ".join(cell.record.notes[key] for key in HIDDEN if key in cell.record.notes)
         for cell, _ in found
-        if "communication_ms" in cell.record.notes
+        if any(key in cell.record.notes for key in HIDDEN)
     }
     notes = [tag("li", tag("b", label), f": {text}") for label, text in hidden.items()]
+    extra = "Overlapped: how long collectives and copies took themselves, within the phases, in one step more. "
     some = f"Cells of {usual}" + (f", the {BARS} fastest of {len(alike)}. " if len(alike) > BARS else ". ")
     some = some if len(rows) < len(found) else ""
     return join(
         [
             svg.bars(rows, "ms"),
             paragraph(f"{some}Medians over steps; other: what of a step is in no phase.", class_="note"),
-            details("All cells, ms and % of the step", table(["", "", *names, "step"], body, left=2)),
-            details("Where communication is hidden", tag("ul", *notes)) if notes else "",
+            details("All cells, ms and % of the step", table(heads, body, left=2)),
+            paragraph(extra, "Ranks that wait for each other are in it.", class_="note") if busy else "",
+            details("Where communication and copies are hidden", tag("ul", *notes)) if notes else "",
         ]
     )
+
+
+def _busy(cell: Cell, parts: dict[str, float], name: str) -> str:
+    found = cell.of(paper.BUSY[name])
+    return "" if found is None else f"{number(found.mean)} ({100 * found.mean / sum(parts.values()):.0f} %)"
 
 
 def _phase(parts: dict[str, float], name: str) -> str:
     if name not in parts:
         return ""
     return f"{number(parts[name])} ({100 * parts[name] / sum(parts.values()):.0f} %)"
-
-
-def predicted(workload: Workload) -> Markup:
-    """Predicted against measured, memory and time."""
-    parts = []
-    memory, time = quality.memory_guesses(workload), quality.time_guesses(workload)
-    for guesses, unit, scale, name, other in (
-        (memory, "GiB", 1 / GIB, f"{workload.memory_name} of a rank", "peak memory of a rank"),
-        (time, "ms", 1.0, "time of a step", "time of a step"),
-    ):
-        found = quality.score(guesses)
-        if found is None:
-            continue
-        points = [
-            svg.Point(
-                x=one.measured * scale,
-                y=one.predicted * scale,
-                series=family(one.cell)[0],
-                colour=family(one.cell)[1],
-                title=f"{one.cell.label}, {size(one.cell)}: predicted {number(one.predicted * scale)}, "
-                f"measured {number(one.measured * scale)} {unit} ({signed(one.error)})",
-            )
-            for one in guesses
-        ]
-        ends = [value for point in points for value in (point.x, point.y)]
-        x, y = svg.log_axis(f"measured {name}, {unit}", ends), svg.log_axis(f"predicted {other}, {unit}", ends)
-        order = "" if found.tau is None else f", Kendall's tau {found.tau:.2f}"
-        parts += [
-            tag("h4", name.capitalize()),
-            svg.scatter(points, x, y, diagonal=True),
-            paragraph(
-                f"Mean error {found.error:.1f} %, bias {signed(found.bias)}{order}; "
-                f"{found.count} of {count(len(workload.measured), 'cell')} have a prediction."
-            ),
-        ]
-    if parts and workload.kind == "cpu":
-        text = "Accounted memory is what is held and saved, the prediction that of the fullest moment, with workspace."
-        parts.append(paragraph(text, class_="note"))
-    return join(parts)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from llmsys.bench import cells
 from llmsys.bench.cells import Workload
-from llmsys.bench.report import answer, charts, layout, trust
+from llmsys.bench.report import answer, charts, costs, layout, trust
 from llmsys.bench.report.common import each
 from llmsys.bench.report.html import Markup, count, join, paragraph, tag
+from llmsys.bench.report.predicted import predicted
 from llmsys.bench.report.style import STYLE
 from llmsys.job import Record
 
@@ -29,12 +30,18 @@ def page(records: Sequence[Record], source: str) -> str:
         ),
         ("tables", "The paper's tables", layout.tables(found)),
         ("phases", "Phases of a step", each(found, charts.phases, f"No cell has times of phases: {GRID}")),
+        ("memory", "Memory by kind", each(found, costs.kinds, f"No cell says what its memory is for: {GRID}")),
+        ("use", "Use of the device", each(found, costs.use, f"No cell has MFU and HFU: {GRID}")),
         ("modules", "Modules", trust.modules(records)),
-        ("predicted", "Predicted against measured", each(found, charts.predicted, "No record holds a prediction.")),
+        (
+            "predicted",
+            "Predicted against measured",
+            each(found, lambda one: predicted(one, records), f"Nothing was measured that could be predicted: {GRID}"),
+        ),
         ("spread", "Spread over repeats", each(found, trust.spread, f"Nothing was repeated: {GRID} sweep.repeats=5")),
         ("overhead", "What looking costs", trust.overhead(found, records)),
         ("failures", "Failures", trust.failures(records)),
-        ("origin", "Where this comes from", trust.origin(records)),
+        ("origin", "Where this comes from", join([costs.older(found), trust.origin(records)])),
     ]
     title = _title(found)
     links = [tag("a", name, href=f"#{key}") for key, name, _ in parts]

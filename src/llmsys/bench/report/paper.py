@@ -22,6 +22,8 @@ MOST = 8
 """Columns of a grid at most, of those that have half as many cells as the fullest one: a search tries more batches than
 anybody wants to see beside each other."""
 PHASES = ("data", "forward", "backward", "agreement", "communication", "offload", "optimizer")
+BUSY = {"collectives": "communication_busy_ms", "copies": "offload_busy_ms"}
+"""What engines do behind other work: how long it takes itself, within the phases. Name -> key of the summary."""
 
 
 @dataclass(frozen=True, kw_only=True)

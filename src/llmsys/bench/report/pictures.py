@@ -11,7 +11,7 @@ from typing import Any
 
 from llmsys.bench.cells import GIB, Cell, Workload
 from llmsys.bench.modules import tables
-from llmsys.bench.report import ablation, front, paper, quality
+from llmsys.bench.report import ablation, front, paper, predictions
 from llmsys.bench.report.common import family, size
 from llmsys.bench.report.style import LIGHT
 from llmsys.job import Record
@@ -117,19 +117,20 @@ def modules(record: Record) -> Any:
     return _bars(rows, KINDS, parts, "ms of a step", title)
 
 
-def predicted(workload: Workload) -> Any:
-    """Predicted against measured: memory of a rank and time of a step, on logarithmic axes where values are far apart.
-    The line is equality."""
+def predicted(workload: Workload, records: Sequence[Record] = ()) -> Any:
+    """Predicted against measured (`predictions`): memory of a rank and, where the card is listed or `records` has a
+    calibration, time of a step, on logarithmic axes where values are far apart. The line is equality."""
+    guesses = predictions.of(workload, records)
     found = [
-        (name, [(one.measured * scale, one.predicted * scale, one.cell) for one in guesses])
-        for name, scale, guesses in (
-            (f"{workload.memory_name} of a rank (GiB)", 1 / GIB, quality.memory_guesses(workload)),
-            ("time of a step (ms)", 1.0, quality.time_guesses(workload)),
+        (name, [(one.measured * scale, one.predicted * scale, one.cell) for one in them])
+        for name, scale, them in (
+            (f"{workload.memory_name} of a rank (GiB)", 1 / GIB, guesses.memory),
+            ("time of a step (ms)", 1.0, guesses.time),
         )
-        if guesses
+        if them
     ]
     if not found:
-        raise ValueError(f"{workload.title}: no record has a prediction")
+        raise ValueError(f"{workload.title}: no cell has a prediction")
     figure, grid = _figure(4.5 * len(found), 4.0, len(found))
     for axes, (name, points) in zip(grid if len(found) > 1 else [grid], found, strict=True):
         ends = [value for x, y, _ in points for value in (x, y)]

@@ -1,4 +1,4 @@
-"""How far the numbers of a report can be trusted: predictions beside measurements, what clocks cost, what is noisy."""
+"""How far the numbers of a report can be trusted: the errors of predictions, what clocks cost, what is noisy."""
 
 from __future__ import annotations
 
@@ -8,26 +8,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llmsys.bench.cells import GIB, Cell, Workload, limit
+from llmsys.bench.cells import Cell, Workload, limit
+from llmsys.bench.report.predictions import Guess
 from llmsys.drift import Drift, drift, seconds
 from llmsys.job import Record
 
 TIMERS, SPANS, ATTRIBUTED = 1.0, 5.0, 95.0
 """Percent: clocks of phases and those of modules may cost so much of a step; modules must account for so much."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guess:
-    """One number of a cell: `predicted` before it ran, and as `measured`."""
-
-    cell: Cell
-    predicted: float
-    measured: float
-
-    @property
-    def error(self) -> float:
-        """Percent of the measured value; positive where too much was predicted."""
-        return 100 * (self.predicted / self.measured - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +40,6 @@ class Overhead:
     @property
     def within(self) -> bool:
         return self.percent <= self.bound
-
-
-def memory_guesses(workload: Workload) -> list[Guess]:
-    """Bytes of a rank's fullest moment, against the memory that the report shows."""
-    found = []
-    for cell in workload.measured:
-        predicted = cell.of("predicted_peak_gib")
-        if predicted and cell.memory:
-            found.append(Guess(cell=cell, predicted=predicted.mean * GIB, measured=cell.memory.mean))
-    return found
-
-
-def time_guesses(workload: Workload) -> list[Guess]:
-    """ms of a step."""
-    found = []
-    for cell in workload.measured:
-        predicted, step = cell.of("predicted_step_ms"), cell.of("step_ms_p50")
-        if predicted and predicted.mean > 0 and step:
-            found.append(Guess(cell=cell, predicted=predicted.mean, measured=step.mean))
-    return found
 
 
 def score(guesses: Sequence[Guess]) -> Score | None:
