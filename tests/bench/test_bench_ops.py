@@ -139,7 +139,7 @@ def test_a_short_operator_is_taken_many_times_a_sample(monkeypatch: pytest.Monke
 
 def test_operands_exceed_a_cache_together() -> None:
     """Of every size that has to do with memory; and no more of them than that takes."""
-    for nbytes in (clock.SMALL, 10**5, 2**20, 3 * 2**20, 2**26, clock.COLD_BYTES, 2 * clock.COLD_BYTES):
+    for nbytes in (clock.SMALL, 10**6, 2**20, 3 * 2**20, 2**26, clock.COLD_BYTES, 2 * clock.COLD_BYTES):
         number = clock.copies(nbytes)
         assert number * nbytes >= clock.COLD_BYTES > (number - 1) * nbytes
     assert clock.copies(clock.SMALL - 1) == clock.copies(0) == 1

@@ -6,8 +6,8 @@ the quartiles over it), at least `LEAST`. What is quoted is the median.
 
 Operands that stay in a cache make memory look faster than it is in a step, where others come in between. So a caller
 gives several sets of operands, as many as exceed a cache together (`copies`), and they take turns. Sets of less than
-`SMALL` are as hot as they are: an operator on these takes what it takes to start it, and in a step, too, they were made
-a moment before.
+`SMALL` are left alone: they lie in a core's own cache, where a step, which has made them a moment before, finds them
+too.
 
 Ranks that measure together (collectives) take as many samples each, as the first of them decides, and of each sample
 the slowest rank's time counts.
@@ -34,7 +34,7 @@ FEWEST = 3
 GRAIN_S = {"cpu": 2e-4, "cuda": 1e-3}
 COLD_BYTES = 2**27
 """More than the caches of the devices there are, but for servers' largest."""
-SMALL = 2**16
+SMALL = 2**18
 """Bytes of a set of operands."""
 
 
