@@ -221,7 +221,8 @@ class DeepSpeed(Local):
 def _cut(model: nn.Module, fill: Callable[[nn.Module], None], settings: dict[str, Any]) -> None:
     """Fills a block, cuts its weights over the ranks, and goes on to the next, so that no rank holds all of them.
 
-    DeepSpeed itself, given a model that is not cut, moves the whole of it to each rank's device first.
+    DeepSpeed itself, given a model that is not cut, moves the whole of it to each rank's device first. What it would
+    cast it does not touch once it is cut: with bf16 that is peft's adapters, which are in fp32.
     """
     from deepspeed.runtime.zero import Init
 
@@ -229,6 +230,9 @@ def _cut(model: nn.Module, fill: Callable[[nn.Module], None], settings: dict[str
     for part in (*(block for _, block in blocks(model)), model):
         fill(part)
         whole = [p for p in part.parameters() if not hasattr(p, "ds_id")]
+        for p in whole if "bf16" in settings else ():
+            if p.is_floating_point():
+                p.data = p.data.to(torch.bfloat16)
         if first is None:
             Init(module=part, config_dict_or_path=settings)
             first = whole[0]
