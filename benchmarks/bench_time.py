@@ -8,10 +8,12 @@ are combinations of techniques, lengths, micro-batches and shapes; the two that 
 them. On one rank they are eager and fused attention, recomputation, LoRA and LoRA-FA; on two ranks also the engines.
 
 A machine that others use too is faster in one minute than in the next. So a cell's time is the median of its rounds,
-its prediction the median of those from each round's calibration, and `spread` says what the same cell varies by.
+and `spread` says what the same cell varies by. Each calibration is scored alone, as a user has one; the table of cells
+has the median of their predictions.
 
-    error    the mean of |predicted / measured - 1| over the cells
-    tau      Kendall's tau-b of the two orders of cells
+    error    the mean of |predicted / measured - 1| over the cells, and over the calibrations
+    worst    the same of the worst calibration
+    tau      Kendall's tau-b of the two orders of cells, the mean over the calibrations
     spread   the median over cells of (slowest round / fastest round - 1)
 
 With `--work` the runs are kept there, and what is finished is not run again. It leaves
@@ -107,15 +109,19 @@ def predicted(record: Record, calibration: dict[str, Any]) -> dict[str, float]:
 
 
 def scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """`error_percent`, `worst_percent`, `bias_percent`, `tau` and `spread_percent` of rows that have `measured` and
-    `predicted` ms, and `rounds`, the measured ms of each round."""
-    errors = [100 * (row["predicted"] / row["measured"] - 1) for row in rows]
+    """`error_percent`, `worst_percent`, `bias_percent`, `tau` and `spread_percent` of rows that have `measured` ms,
+    `rounds`, the ms of each round, and `calibrated`, the ms that each calibration predicts."""
+    errors, taus = [], []
+    for number in range(len(rows[0]["calibrated"])):
+        errors.append([100 * (row["calibrated"][number] / row["measured"] - 1) for row in rows])
+        taus.append(kendall((row["calibrated"][number], row["measured"]) for row in rows) or 0.0)
+    means = [statistics.mean(map(abs, each)) for each in errors]
     return {
         "cells": len(rows),
-        "error_percent": statistics.mean(map(abs, errors)),
-        "worst_percent": max(map(abs, errors)),
-        "bias_percent": statistics.mean(errors),
-        "tau": kendall((row["predicted"], row["measured"]) for row in rows) or 0.0,
+        "error_percent": statistics.mean(means),
+        "worst_percent": max(means),
+        "bias_percent": statistics.mean(map(statistics.mean, errors)),
+        "tau": statistics.mean(taus),
         "spread_percent": statistics.median(100 * (max(row["rounds"]) / min(row["rounds"]) - 1) for row in rows),
     }
 
@@ -145,6 +151,7 @@ def group(world: int, asked: argparse.Namespace, work: Path) -> list[dict[str, A
                 "world": world,
                 "measured": statistics.median(seen),
                 "rounds": seen,
+                "calibrated": [each["step_ms"] for each in wanted],
                 "predicted": statistics.median(each["step_ms"] for each in wanted),
                 "phases": {key: statistics.median(each[key] for each in wanted) for key in wanted[0]},
                 "records": records,
@@ -159,7 +166,7 @@ def group(world: int, asked: argparse.Namespace, work: Path) -> list[dict[str, A
 def show(record: Record) -> str:
     """One record as Markdown."""
     lines = [
-        "| ranks | cells | mean error | worst | bias | Kendall's tau | spread |",
+        "| ranks | cells | mean error | worst calibration | bias | Kendall's tau | spread |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for world in record.config["ranks"]:
@@ -206,7 +213,7 @@ def main(words: Sequence[str]) -> Record:
         run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
         task="benchmark",
         status="ok",
-        config={**settings, "command": list(words), "train": {"threads": example.config["train"]["threads"]}},
+        config={**settings, "rounds": asked.rounds, "train": {"threads": example.config["train"]["threads"]}},
         env=example.env,
         code_hash=code_hash(),
         started=started,

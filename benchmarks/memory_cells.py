@@ -44,6 +44,8 @@ ENGINES = {
     "TP2": ["engine=tp"],
 }
 BF16 = ["model.dtype=bf16", "train.precision=bf16"]
+LOW = {"bf16": [], "bf16 R": ["train.recompute=block"], "bf16 L": METHODS["L"], "bf16 QL": METHODS["QL"]}
+"""What of bf16 is tried under each engine."""
 
 
 def one_rank() -> list[Cell]:
@@ -75,10 +77,13 @@ def one_rank() -> list[Cell]:
 
 
 def two_ranks() -> list[Cell]:
-    """Every engine, plain, with recomputation, and with two micro-batches a step."""
+    """Every engine, plain, with recomputation, with two micro-batches a step, and in bf16, as the paper trains."""
     found: list[Cell] = []
     ways = {"F": [], "F+R": ["train.recompute=block"], "accumulation 2": ["train.global_batch=16"]}
+    ways |= {name: [*BF16, *how] for name, how in LOW.items()}
     for (name, engine), (letters, how) in itertools.product(ENGINES.items(), ways.items()):
+        if name == "TP2" and letters.endswith("QL"):
+            continue  # which is refused: a packed weight stays whole
         batch = ["train.micro_batch=4", "train.global_batch=8"]
         if name == "TP2":  # whose ranks see the same examples
             batch, how = ["train.micro_batch=4", "train.global_batch=4"], [w.replace("=16", "=8") for w in how]

@@ -43,6 +43,31 @@ def inputs(family: str = "llama") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("quant", FORMATS)
+def test_one_layer_at_a_time_is_there_in_full(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is packed needs memory for the packed weights and one more layer, not for the model in full width."""
+    from llmsys.models import filling
+
+    held: list[int] = []
+    fill = filling.Filler.__call__
+    built: list[nn.Module] = []
+    begin = filling.Filler.__init__
+
+    def begun(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        built.append(model)
+        begin(self, model, *args, **kwargs)
+
+    def watched(self: Any, module: nn.Module) -> None:
+        fill(self, module)
+        held.append(sum(type(m) is nn.Linear and not m.weight.is_meta for m in built[0].modules()))
+
+    monkeypatch.setattr(filling.Filler, "__init__", begun)
+    monkeypatch.setattr(filling.Filler, "__call__", watched)
+    cfg = schema.Transformer(quant=quant)
+    models.load(cfg, objective=cfg.objective, num_labels=0, device=CPU, seed=0, folder=None)
+    assert held == [1] * (7 * cfg.num_layers) + [1]  # at the end the head
+
+
 def dequantised(model: nn.Module) -> nn.Module:
     """The same model and adapters on `nn.Linear` layers with the weights that the few bits stand for."""
     for _, layer in adapted(model):

@@ -94,6 +94,42 @@ def test_two_ranks_go_on_as_one_and_one_as_two(
     assert back["val_loss"] == pytest.approx(reference["val_loss"], rel=tolerance)
 
 
+def most_held(place: Place, overrides: list[str]) -> dict[str, int]:
+    """Elements of a model, and the most of them that a rank held at a time while an engine took over its parts."""
+    from torch import nn
+
+    from llmsys import schema, wiring
+    from llmsys.models import unfilled
+    from llmsys.train import optimizer
+    from llmsys.train.engines.local import local
+
+    words = [*TINY, "model.num_layers=6", "model.num_kv_heads=4", f"train.world={place.world}", *overrides]
+    config = schema.build(compose.compose(words))
+    device = torch.device("cpu")
+    most = 0
+    with group(place, device):
+        model, fill = unfilled(config.model, objective="causal_lm", num_labels=0, device=device, seed=0, folder=None)
+        elements = sum(p.numel() for p in model.parameters())
+
+        def watched(module: nn.Module) -> None:
+            nonlocal most
+            fill(module)
+            parts = (getattr(p, "ds_tensor", local(p)) for p in model.parameters())
+            most = max(most, sum(part.numel() for part in parts if not part.is_meta))
+
+        engine = wiring.engine(config, place, device)
+        assert engine.cuts_weights
+        engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, 1e-3), watched)
+    return {"elements": elements, "most": most}
+
+
+@pytest.mark.parametrize("engine", briefly(("zero3", "fsdp2", "tp"), "zero3", "fsdp2"))
+def test_an_engine_that_cuts_weights_holds_the_whole_model_at_no_time(pool: Pool, engine: str) -> None:
+    """A part is filled when those before it are cut: half of the blocks, and at the end the embedding and the head."""
+    for found in pool.call(f"{HERE}:most_held", ENGINES[engine]):
+        assert found["most"] < 0.8 * found["elements"]
+
+
 def poisoned(place: Place, overrides: list[str]) -> dict[str, Any]:
     """Three steps of an engine on a small model; in the second, rank 0's loss is infinite."""
     from llmsys import schema, wiring

@@ -20,6 +20,7 @@ Beside what is held there is what an engine works with, `workspace`, in some pha
     fsdp2    what lies outside the blocks gathered, and one block for use, in the backward pass the next one in advance
              (all, without resharding); in the forward pass the message of the last gathering. Whole gradients where
              micro-batches are accumulated
+    zero0    all gradients flat, for their exchange
     zero1    a bucket of gradients, from the first gradient to the update; in the update the slice in fp32
     zero2    the same, and a copy of the slice; with offload a copy of the updated slices for their way back, a buffer
              of the largest parameter on each side, and a slice of what was accumulated
@@ -50,13 +51,17 @@ LIVE = 1_000_000_000
 BUCKET = 50_000_000
 """The most elements of a bucket in which ZeRO reduces gradients; as many as are trained where those are fewer."""
 
+MESSAGE = 500_000_000
+"""The most elements that DeepSpeed without ZeRO exchanges at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
     """Bytes of a rank by kind; `host` is the share of each kind that an engine keeps in the host's memory.
 
     `standing`: gradients have memory of their own between steps too. `trained`: bytes of all trained weights, as the
-    model has them; 0 where gradients are not kept as they come. `workspace`: by phase, or `always`, see above, or
+    model has them; 0 where gradients are not kept as they come. `reducing`: what is on its way to other ranks while the
+    block before it goes backward. `workspace`: by phase, or `always`, see above, or
     `message`, in the forward pass before there are logits; its share in the host's memory stands in `host`. `compress`
     is what gradient compression keeps.
     """
@@ -69,6 +74,7 @@ class Holding:
     host: dict[str, int] = field(default_factory=dict)
     standing: bool = False
     trained: int = 0
+    reducing: int = 0
     workspace: dict[str, int] = field(default_factory=dict)
 
 
@@ -154,7 +160,8 @@ def _sharded(case: Case, parameters: list[Parameter]) -> Holding:
     forward = outside + message + (0 if case.engine.reshard else gathered)
     used = {"forward": forward, "loss": outside + gathered, "backward": outside + gathered}
     used = {"message": message * case.engine.reshard, **{name: nbytes + more for name, nbytes in used.items()}}
-    return dataclasses.replace(holding, trained=trained, workspace=used)
+    reducing = message * case.engine.reshard * (case.train.world > 1) * (trained > 0)
+    return dataclasses.replace(holding, trained=trained, reducing=reducing, workspace=used)
 
 
 def _share(parameter: Parameter, dim: int | None, world: int) -> Parameter:
@@ -181,8 +188,12 @@ def _deepspeed(case: Case, parameters: list[Parameter]) -> Holding:
 
 
 def _zero_0(case: Case, engine: schema.DeepSpeed, parameters: list[Parameter]) -> Holding:
-    """As on one rank. DeepSpeed's CPU Adam has fp32 moments whatever the weights are."""
+    """As on one rank, and for the exchange all gradients flat, in bf16 training once more in fp32. DeepSpeed's CPU Adam
+    has fp32 moments whatever the weights are."""
     holding, trained = _whole(case, parameters), [p.numel for p in parameters if p.trained]
+    if case.train.world > 1:
+        flat = min(sum(trained), MESSAGE) * (case.width + 4 * (case.width < 4))
+        holding = dataclasses.replace(holding, workspace={"reduction": flat})
     return holding if engine.optimizer == "torch" else dataclasses.replace(holding, optimizer=8 * sum(trained))
 
 

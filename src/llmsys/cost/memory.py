@@ -45,6 +45,7 @@ class Ledger:
     own, and `head` what the head made of them, before they were cast for the loss. `fleeting`: what a chunked loss
     needs for a moment, beside the gradients that it keeps in place of logits; `blocks`: each block's own share, as it
     is without recomputation.
+    `running`: what is alive for a moment in the forward pass of a block that keeps nothing of it.
     `moments` of the backward pass: what is alive of what was kept, comes back and is on its way, when later parts are
     done and gone; and beside it the bytes of those weights whose gradients are there. Only the worst ones.
     """
@@ -54,6 +55,7 @@ class Ledger:
     logits: int = 0
     head: int = 0
     fleeting: int = 0
+    running: int = 0
     moments: tuple[tuple[int, int], ...] = ()
     blocks: tuple[int, ...] = (0,)
 
@@ -113,6 +115,7 @@ def ledger(case: Case, tape: Tape | None = None) -> Ledger:
         logits=tape.bytes_of(set(logits)),
         head=tape.head,
         fleeting=tape.fleeting,
+        running=_running(case, tape, saved),
         moments=_worst(moments),
         blocks=tuple(blocks),
     )
@@ -140,6 +143,16 @@ def _backward(case: Case, tape: Tape, saved: dict[str, dict[int, str]]) -> tuple
         table = case.model.vocab_size * case.model.hidden_size * case.width  # its second gradient, beside the head's
         moments.append((table + min((base for base, _ in moments), default=0), all_read))
     return moments, kept, returns
+
+
+def _running(case: Case, tape: Tape, saved: dict[str, dict[int, str]]) -> int:
+    """The most of a recomputed block's forward pass that is alive and not kept: the tensors of its widest operator, in
+    the MLP the activation function's result, what gates it and their product, or without a gate input and result."""
+    policies = dict(zip(tape.blocks, case.policies, strict=False))
+    again = [storages for part, storages in saved.items() if policies.get(part) == "block"]
+    widest = max((tape.bytes_of({storage}) for storages in again for storage in storages), default=0)
+    gated = isinstance(case.model, schema.Transformer) and case.model.family == "llama"
+    return (3 if gated else 2) * widest
 
 
 def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

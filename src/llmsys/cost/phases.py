@@ -1,7 +1,7 @@
 """A step's phases, and what is alive in each: the peak is their maximum.
 
     forward     its end: everything that is kept, and the logits as the head has made them, cast for the loss, and as
-                log-probabilities; what an engine has gathered
+                log-probabilities; or the last block, with what it does not keep; what an engine has gathered
     loss        the backward pass begins: the log-probabilities and their gradient, before and after the softmax. A
                 chunked loss has a moment of its own instead
     backward    the worst of its moments: blocks from the last to the first, what later ones kept is gone and their
@@ -69,14 +69,19 @@ def of(case: Case, parts: Ledger, held: Holding) -> list[Phase]:
         found["workspace"] = state["workspace"] + workspace + held.workspace.get(name, 0)
         return Phase(name=name, device={kind: n for kind, n in found.items() if n}, host=host)
 
-    rising = [(there, gradients * made // held.trained if held.trained else 0) for there, made in parts.moments]
+    rising = [
+        (there + held.reducing * (made > held.reducing), gradients * made // held.trained if held.trained else 0)
+        for there, made in parts.moments
+    ]
     there, made = max(rising, key=lambda each: each[0] + max(before, each[1]), default=(0, 0))
     cast = 4 * (parts.head // case.product_width) if case.product_width < 4 else 0
     logits, message = parts.logits + parts.head + cast, held.workspace.get("message", 0)
-    forward = {"workspace": message} if message > logits else {"logits": logits}
+    forward = {"activations": parts.kept, "logits": logits}
+    if message + parts.running > logits:
+        forward = {"activations": parts.kept + parts.running, "workspace": message}
     gradient = 0 if parts.fleeting else 2 * parts.logits
     return [
-        phase("forward", activations=parts.kept, **forward),
+        phase("forward", **forward),
         phase("loss", activations=parts.kept, logits=parts.logits + gradient, workspace=parts.fleeting),
         phase("backward", gradients=made, activations=there),
         phase("reduction", gradients=gradients if held.trained else 0),

@@ -31,6 +31,8 @@ HEAD = "classifier"
 class LoRAFA:
     """`lorafa`: A is frozen; `lora`: it is trained. Everything else is the same code."""
 
+    reads_weights = True
+
     def __init__(self, config: schema.LoRA, seed: int = 0) -> None:
         self.config = LoRAFAConfig(
             r=config.r,

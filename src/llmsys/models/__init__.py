@@ -13,11 +13,21 @@ _HOMES = {
     "load": "build",
     "resolve_attention": "build",
     "skeleton": "build",
+    "unfilled": "build",
     "blocks": "surgery",
     "linear_names": "surgery",
     "recompute_blocks": "surgery",
 }
 
-__all__ = ["blocks", "chunk_loss", "linear_names", "load", "recompute_blocks", "resolve_attention", "skeleton"]
+__all__ = [
+    "blocks",
+    "chunk_loss",
+    "linear_names",
+    "load",
+    "recompute_blocks",
+    "resolve_attention",
+    "skeleton",
+    "unfilled",
+]
 
 __getattr__ = lazy.attributes(__name__, _HOMES)

@@ -1,10 +1,10 @@
 """Build a model from its published shape: on the meta device first, then filled where it will live.
 
 A 7B model in fp32 is 27 GB: built the usual way it would exist on the host, in fp32, before it is moved and cast. On
-the meta device only shapes exist; `to_empty` then allocates each tensor once, on the target device in the target dtype.
-What `to_empty` leaves undefined is written here: parameters from the file or from the initialiser, and the buffers that
-no file holds (rotary frequencies, kept in fp32 whatever the model's dtype, because a bf16 frequency has 8 bits and
-rotates distant tokens by a wrong angle; position and type ids).
+the meta device only shapes exist; `filling` then allocates each tensor once, on the target device in the target dtype,
+and writes it: parameters from the file or from the initialiser, and the buffers that no file holds (rotary frequencies,
+kept in fp32 whatever the model's dtype, because a bf16 frequency has 8 bits and rotates distant tokens by a wrong
+angle; position and type ids).
 
 Batch norm stays in fp32 in a bf16 network: its running statistics move by a tenth of a difference, which 8 bits lose.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from llmsys import schema
-from llmsys.models import configs, published, quant, weights
-from llmsys.models.initialise import fill_buffers, initialise
+from llmsys.models import configs, published, quant
+from llmsys.models.filling import Filler
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,24 @@ def load(
     safetensors in it are read, and only a classifier that they lack is random. `num_labels` matters to classification
     and images only. Raises ValueError when the objective does not fit the family, or the files do not fit the shape.
     """
+    asked = {"objective": objective, "num_labels": num_labels, "device": device, "seed": seed, "folder": folder}
+    model, fill = unfilled(cfg, **asked)  # type: ignore[arg-type]
+    fill(model)
+    return model
+
+
+def unfilled(
+    cfg: schema.Model,
+    *,
+    objective: str,
+    num_labels: int,
+    device: torch.device,
+    seed: int,
+    folder: Path | None,
+) -> tuple[nn.Module, Filler]:
+    """`load`, and what fills it: the model's parameters are on the meta device until `filler(module)` is called for a
+    module, but for those of quantised layers, which are packed. So that weights can be cut over ranks piece by piece.
+    """
     if objective != cfg.objective:
         raise ValueError(f"model.family={cfg.family}: trains {cfg.objective}, not {objective}")
     attention = ""
@@ -52,23 +70,13 @@ def load(
     if folder is not None:
         published.check_shape(cfg, folder)
     model = skeleton(cfg, num_labels=num_labels, attention=attention)
-    tied = _tied(model)
-    model.to_empty(device=device)
-    for alias, name in tied.items():  # to_empty gave each name a tensor of its own
-        owner, _, leaf = alias.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, model.get_parameter(name))
-    fill_buffers(model, device)
-    if folder is None:
-        missing = {name for name, _ in model.named_parameters()}
-    else:
-        missing = weights.read_into(model, folder, cfg)
-    initialise(model, cfg, seed, missing)
-    quant.quantise(model, cfg, device)
+    fill = Filler(model, cfg, seed=seed, device=device, folder=folder)
+    quant.quantise(model, cfg, fill)
     if isinstance(cfg, schema.Transformer):
         model.attention_asked = cfg.attention
     if hasattr(model, "generation_config"):
         model.generation_config.use_cache = True  # training keeps no cache; generation without one is quadratic
-    return model.train()
+    return model.train(), fill
 
 
 def skeleton(cfg: schema.Model, *, num_labels: int = 0, attention: str = "sdpa", head: str = "task") -> Any:
@@ -116,16 +124,6 @@ def _transformer(cfg: schema.Transformer, num_labels: int, attention: str, head:
         cls = transformers.BertForPreTraining if cfg.family == "bert" else transformers.RobertaForMaskedLM
         return cls(config)
     return TextClassifier(config, num_labels, cfg.pooling, configs.pad_id(cfg))
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Every further name of a parameter -> its first."""
-    first: dict[nn.Parameter, str] = {}
-    return {
-        name: first[parameter]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if first.setdefault(parameter, name) != name
-    }
 
 
 def resolve_attention(asked: str, device: torch.device, dtype: str = "bf16", family: str = "llama") -> str:

@@ -1,4 +1,4 @@
-"""What `to_empty` leaves undefined: random parameters as each family's paper draws them, and computed buffers.
+"""What no file holds: random parameters as each family's paper draws them, and computed buffers.
 
 Each parameter draws from a generator seeded by (seed, its name): the first layers of a truncated model equal those of
 the full one, and the numbers do not depend on the order of construction. Standard deviations are transformers' own:
@@ -29,30 +29,21 @@ STD = 0.02
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, cfg: schema.Model, seed: int, names: set[str]) -> None:
-    """Fills the parameters in `names`, in place."""
-    owners = {
-        f"{prefix}.{leaf}" if prefix else leaf: module
-        for prefix, module in model.named_modules()
-        for leaf, _ in module.named_parameters(recurse=False)
-    }
-    for name, parameter in model.named_parameters():
-        if name not in names:
-            continue
-        module = owners[name]
-        generator = _generator(seed, name, parameter.device)
-        if isinstance(cfg, schema.ConvNet) and isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            parameter.uniform_(-bound, bound, generator=generator)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.ndim == 1:
-            assert "norm" in type(module).__name__.lower(), f"no initialiser for {name} of {type(module).__name__}"
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, _std(name, module, cfg), generator=generator)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                parameter[module.padding_idx].zero_()
+def initialise(parameter: nn.Parameter, name: str, module: nn.Module, cfg: schema.Model, seed: int) -> None:
+    """Fills `parameter`, which is `name` in the model and belongs to `module`, in place."""
+    generator = _generator(seed, name, parameter.device)
+    if isinstance(cfg, schema.ConvNet) and isinstance(module, nn.Linear):
+        bound = module.in_features**-0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+    elif name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.ndim == 1:
+        assert "norm" in type(module).__name__.lower(), f"no initialiser for {name} of {type(module).__name__}"
+        parameter.fill_(1.0)
+    else:
+        parameter.normal_(0.0, _std(name, module, cfg), generator=generator)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            parameter[module.padding_idx].zero_()
 
 
 def _std(name: str, module: nn.Module, cfg: schema.Model) -> float:
@@ -85,13 +76,15 @@ def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
 
 
 def fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Computes what no file holds, in place. Rotary modules are built anew on the device, in fp32."""
+    """Gives all buffers memory on `device`, and what no file holds. Rotary modules are built anew there, in fp32."""
     for prefix, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
             with torch.device(device):
                 model.set_submodule(prefix, type(module)(module.config))
             continue
-        for leaf, buffer in module.named_buffers(recurse=False):
+        for leaf, shape in list(module.named_buffers(recurse=False)):
+            buffer = torch.empty_like(shape, device=device)
+            setattr(module, leaf, buffer)
             if leaf == "position_ids":
                 buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand_as(buffer))
             elif leaf in ("token_type_ids", "running_mean", "num_batches_tracked"):

@@ -33,7 +33,7 @@ that T5's files carry and T5 does not read."""
 def check_shape(cfg: schema.Model, folder: Path) -> None:
     """Compares `config.json` beside the weights with the schema; ValueError names the first field that differs.
 
-    A folder without `config.json` (a run's) passes: there the tensors' own shapes are compared, in `read_into`.
+    A folder without `config.json` (a run's) passes: there the tensors' own shapes are compared, in `stored`.
     """
     path = folder / "config.json"
     if not path.is_file():

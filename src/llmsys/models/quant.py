@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -40,12 +41,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @torch.no_grad()
-def quantise(model: nn.Module, cfg: schema.Model, device: torch.device) -> list[str]:
+def quantise(model: nn.Module, cfg: schema.Model, fill: Callable[[nn.Module], None]) -> list[str]:
     """Replaces, in place, the linear layers of the blocks as `cfg.quant` says; returns their names.
 
-    `model` holds its final weights on `device` in `cfg.dtype`. One layer at a time: when the next one is read, the full
-    weight of the one before is freed. The same weights give the same bits. Products are computed in the dtype of a
-    layer's input, bf16 under autocast, as those of the layers they replace. With `none` nothing is done.
+    `fill` gives a layer its final weight in `cfg.dtype`, if it has none yet. One layer at a time: when the next one is
+    filled, the full weight of the one before is freed. The same weights give the same bits. Products are computed in
+    the dtype of a layer's input, bf16 under autocast, as those of the layers they replace. With `none` nothing is done.
 
     Raises LookupError where bitsandbytes is missing, ValueError for a model without such layers, and for GPT-2's
     (`Conv1D`).
@@ -63,7 +64,8 @@ def quantise(model: nn.Module, cfg: schema.Model, device: torch.device) -> list[
 
     make = quant_layers.nf4() if cfg.quant == "nf4" else quant_layers.int8
     for name in names:
-        model.set_submodule(name, make(model.get_submodule(name).to(device)))
+        fill(model.get_submodule(name))
+        model.set_submodule(name, make(model.get_submodule(name)))
     # How peft knows which of its own layers to put around ours.
     setattr(model, "is_loaded_in_4bit" if cfg.quant == "nf4" else "is_loaded_in_8bit", True)
     log.info("model.quant=%s: %d linear layers", cfg.quant, len(names))

@@ -1,4 +1,4 @@
-"""Where a model's weights lie, how they are read, and how they are left for the next run. Safetensors only.
+"""Where a model's weights lie, and how they are left for the next run. Safetensors only.
 
 A folder of weights is what Hugging Face writes: `model.safetensors`, or `model.safetensors.index.json` and its shards,
 with `config.json` beside it. A run of ours leaves the same file with `weights.json` (what made it) in place of
@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from llmsys import schema
 from llmsys import tensors as files
 from llmsys.errors import MissingPackage
 from llmsys.files import beside, sweep
-from llmsys.models import published
+from llmsys.models import stored
+from llmsys.models.stored import FILE, INDEX
 
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter.safetensors")
 """What runs of methods that train adapters leave: peft's format, or ours."""
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-HEAD = "classifier."
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "vocab*", "*.model"]
 
 log = logging.getLogger(__name__)
@@ -95,7 +92,7 @@ def _hub(name: str) -> Path:
     try:
         cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
         if (cached / FILE).is_file() or (cached / INDEX).is_file():
-            _files(cached)  # a shard that is not there yet is a reason to go on downloading
+            stored.files(cached)  # a shard that is not there yet is a reason to go on downloading
             return cached
     except (errors.LocalEntryNotFoundError, ValueError):
         pass  # not (wholly) in the cache: the network decides
@@ -114,82 +111,12 @@ def _hub(name: str) -> Path:
         ) from None
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    else:
-        names = [FILE]
-    files = [folder / name for name in names]
-    for name, file in zip(names, files, strict=True):
-        if name != Path(name).name:
-            raise ValueError(f"{folder / INDEX}: names a file outside its folder: {name}")
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file, though {INDEX} names it")
-    return files
-
-
-@torch.no_grad()
-def read_into(model: nn.Module, folder: Path, cfg: schema.Model) -> set[str]:
-    """Copies the folder's tensors into the model's parameters and statistics in place, casting to their dtype.
-
-    Layers beyond `cfg.num_layers` are left out. Returns the names of parameters that are allowed to lack and do: the
-    classifier's, which is new too (the log says so) where the file's has another number of classes. Raises ValueError
-    naming keys that lack, that fit nothing, whose shapes differ, or that are tied here and differ in the file.
-    """
-    from safetensors import safe_open
-
-    targets = targets_of(model)
-    left = {name for name, _ in targets.values()}
-    unknown = []
-    for file in _files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                name = published.own_name(key, cfg)
-                if name is None:
-                    continue
-                if name not in targets:
-                    unknown.append(key)
-                    continue
-                value, (first, target) = tensors.get_tensor(key), targets[name]
-                if value.shape != target.shape:
-                    problem = f"{file}: {key} has shape {tuple(value.shape)}, but model {cfg.name} wants"
-                    if first.startswith(HEAD) and value.shape[1:] == target.shape[1:]:
-                        log.warning("%s %s: the head begins anew", problem, tuple(target.shape))
-                        continue
-                    raise ValueError(f"{problem} {tuple(target.shape)}")
-                if first not in left and not torch.equal(value.to(target), target):
-                    raise ValueError(f"{file}: {key} is not {first}, to which model {cfg.name} ties it")
-                target.copy_(value)
-                left.discard(first)
-    if unknown:
-        raise ValueError(f"{folder}: keys that model {cfg.name} does not have: {_some(unknown)}")
-    fresh = {name for name in left if name.startswith(HEAD)}
-    if left - fresh:
-        raise ValueError(f"{folder}: keys that model {cfg.name} needs are missing: {_some(sorted(left - fresh))}")
-    return fresh
-
-
-def targets_of(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """What a file fills: name -> (first name, tensor) of every parameter, by each of its names, and of every buffer
-    that is kept with the weights (batch norm's statistics)."""
-    first = {parameter: name for name, parameter in model.named_parameters()}
-    kept = model.state_dict().keys()
-    buffers = {name: (name, buffer) for name, buffer in model.named_buffers() if name in kept}
-    named = model.named_parameters(remove_duplicate=False)
-    return {**{name: (first[parameter], parameter) for name, parameter in named}, **buffers}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def save(model_state: dict[str, torch.Tensor], folder: Path, meta: dict[str, Any]) -> Path:
     """Writes `model_state` as `model.safetensors` and `meta` as `weights.json`; whole or not at all. Returns `folder`.
 
     Both are written and synced in a temporary folder beside it, which then takes its place by a rename; an earlier
     folder of that name is moved aside first, and removed when the new one is in place. Tensors that share their memory
-    (tied embeddings) are stored once, under the first name in the state's order; `read_into` ties them again. Raises
+    (tied embeddings) are stored once, under the first name in the state's order; `stored` ties them again. Raises
     OSError (disk full) and then leaves nothing behind.
     """
     seen: set[tuple[object, ...]] = set()

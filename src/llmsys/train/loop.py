@@ -38,6 +38,7 @@ from llmsys.profile.memory import Peak
 from llmsys.profile.spans import Spans
 from llmsys.train import optimizer
 from llmsys.train.evaluate import autocast, evaluate, label_count, token_count
+from llmsys.train.protocols import filled
 from llmsys.train.saver import Saver
 from llmsys.train.watch import Watch
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from llmsys.context import Context
     from llmsys.data import Dataset
     from llmsys.data.tokenizer import Tokenizer
+    from llmsys.models.filling import Filler
 
 
 @dataclass
@@ -68,8 +70,10 @@ class Loop:
         dataset: Dataset,
         lr: float,
         tokenizer: Tokenizer | None = None,
+        fill: Filler | None = None,
     ) -> None:
-        """Loads this run's newest checkpoint, if there is one, into the model, in place, and hands it to the engine."""
+        """Loads this run's newest checkpoint, if there is one, into the model, in place, and hands it to the engine,
+        with what fills those of its parameters that are not filled yet."""
         self.config, self.context, self.dataset, self.tokenizer = config, context, dataset, tokenizer
         self.device, self.engine = context.device, context.engine
         self.model, self.lr = model, lr
@@ -78,7 +82,7 @@ class Loop:
         if config.train.fp8:
             float8.convert(model)
         self.saver.find()
-        self.saver.load_model(model)
+        self.saver.load_model(model, fill)
         if self.engine.data_rank:  # equal until here, so that ranks start from one model; their dropout must differ
             torch.manual_seed(config.train.seed + 2**32 * self.engine.data_rank)
         self.sizes = {  # before an engine cuts the weights
@@ -86,7 +90,7 @@ class Loop:
             "total_params": quant.parameter_count(model),
             "linear_weights_trained": int(quant.linear_weights_trained(model)),
         }
-        self.wrapped = self.engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, lr))
+        self.wrapped = self.engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, lr), fill or filled)
         context.grad_sync.attach(self.wrapped)
         # Elsewhere gradients are exchanged within the backward pass, and `aggregate` has nothing to do.
         self.exchanges = config.compress.kind != "none" and self.engine.world > 1 and config.engine.kind == "deepspeed"

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 class Plain:
     """What methods have in common that leave the model's own forward pass as it is."""
 
+    reads_weights = True
+
     def recompute(self, model: nn.Module, policies: Sequence[str]) -> None:
         from llmsys.models import recompute_blocks
 
@@ -34,6 +36,8 @@ class Full(Plain):
     But for quantised layers, which are frozen: over such a base embeddings, norms and the head are trained, and no
     linear weight of a block. The log says so, and the record's `linear_weights_trained` is 0.
     """
+
+    reads_weights = False
 
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = ()) -> nn.Module:
         frozen = 0
@@ -70,12 +74,18 @@ def running(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def copy_into(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Copies `source` into the tensors of `target`, in place. ValueError where names or shapes differ."""
+    fit(target, source)
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def fit(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """ValueError where names or shapes differ."""
     if target.keys() != source.keys():
         odd = sorted(target.keys() ^ source.keys())
         raise ValueError(f"the state does not fit the model: {len(odd)} names differ, e.g. {odd[0]}")
     for name, tensor in target.items():
         if tensor.shape != source[name].shape:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, the state {tuple(source[name].shape)}")
-        tensor.copy_(source[name])

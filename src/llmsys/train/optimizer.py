@@ -23,7 +23,8 @@ def adamw(model: nn.Module, config: schema.Train, lr: float) -> torch.optim.Opti
     for (
         p
     ) in trained:  # by type too: one kernel call cannot mix DTensors with whole tensors, which tensor parallelism has
-        groups.setdefault((p.ndim >= 2, type(p.data)), []).append(p)
+        shape = getattr(p, "ds_shape", p.shape)  # DeepSpeed's name for it, once it has cut a weight
+        groups.setdefault((len(shape) >= 2, type(p.data)), []).append(p)
     decay = {True: config.weight_decay, False: 0.0}
     made = [{"params": members, "weight_decay": decay[matrix]} for (matrix, _), members in groups.items()]
     if config.optimizer == "adamw_8bit":

@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 
+def filled(module: nn.Module) -> None:
+    """What fills a model that has all its values."""
+
+
 class Method(Protocol):
     """Which weights are trained, and in what shape."""
+
+    reads_weights: bool
+    """Whether `prepare` looks at the values of the weights. Where not, an engine may cut each weight as it is filled,
+    and the whole model is nowhere."""
 
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> nn.Module:
         """Freezes and injects, in place; returns the model to train. Random draws come from torch's seeded stream.
@@ -58,9 +66,18 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
     """torch's optimizer, whose groups' `lr` the loop sets; there from `wrap` on."""
 
-    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+    cuts_weights: bool
+    """Whether a rank holds a part of each weight: then `wrap` is given a model that is not filled, where it can be."""
+
+    def wrap(
+        self,
+        model: nn.Module,
+        make: Callable[[nn.Module], torch.optim.Optimizer],
+        fill: Callable[[nn.Module], None] = filled,
+    ) -> nn.Module:
         """Takes over `model`, changing its parameters in place where they are cut over ranks; returns the module to
-        call in the forward pass. `make` builds the optimizer of a model: an engine that cuts weights calls it after."""
+        call in the forward pass. `make` builds the optimizer of a model: an engine that cuts weights calls it after.
+        `fill(module)` gives the parameters of a module their values where they have none yet (`models.filling`)."""
         ...
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.train import checkpoint, reproducible
-from llmsys.train.methods import trainable
+from llmsys.train.methods import copy_into, fit, trainable
 from llmsys.train.watch import Watch
 
 if TYPE_CHECKING:
     from llmsys.context import Context
+    from llmsys.models.filling import Filler
 
 
 LAST = "last"
@@ -97,10 +98,21 @@ class Saver:
         """Whether the run's state after its last step is kept."""
         return bool(self.config.train.checkpoint_every) and self.config.train.save_final
 
-    def load_model(self, model: nn.Module) -> None:
-        """Copies the checkpoint's weights into the model, in place, before an engine takes it over."""
-        if self._reader:
+    def load_model(self, model: nn.Module, fill: Filler | None = None) -> None:
+        """Copies the checkpoint's weights into the model, in place, before an engine takes it over. Parameters that
+        have no values yet will get theirs from it when `fill` fills them."""
+        if self._reader is None:
+            return
+        wanted = self.context.method.state(model)
+        later = {name for name, tensor in wanted.items() if tensor.is_meta}
+        if not later:
             self.context.method.load_state(model, self._reader.all("model"))
+            return
+        assert fill is not None
+        fit(wanted, self._reader.lazily({name: f"model/{name}" for name in self._reader.names("model")}))
+        fill.prefer(self._reader.lazily({name: f"model/{name}" for name in later}))
+        now = wanted.keys() - later
+        copy_into({name: wanted[name] for name in now}, {name: self._reader.get(f"model/{name}") for name in now})
 
     def load_rest(self, model: nn.Module) -> None:
         """Puts back the optimizer's state and the random streams, when the engine has the model."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llmsys.data import Dataset
     from llmsys.data.examples import Source
     from llmsys.data.tokenizer import Tokenizer
+    from llmsys.models.filling import Filler
 
 
 def train(config: schema.Config, context: Context) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def _refer(config: schema.Config, context: Context, reference: Reference) -> dic
     assert isinstance(reference, Probe)
     folder = weights.find(config.model, config.results, context.run_folder)
     with reproducible(config.train.seed, context.threads, config.train.deterministic):
-        _, dataset, model = _load(config, context, source, folder)
+        _, dataset, model, fill = _load(config, context, source, folder)
+        fill(model)
         return {**reference.record(config, context, model, dataset, source), "data_hash": source.hash}
 
 
@@ -83,19 +85,22 @@ def trainer(config: schema.Config, context: Context) -> Iterator[Trainer]:
     predicted = predict(config, context)
     folder = weights.find(config.model, config.results, context.run_folder)
     with reproducible(config.train.seed, context.threads, config.train.deterministic):
-        tokenizer, dataset, model = _load(config, context, source, folder)
-        yield Trainer(_loop(config, context, model, dataset, lr, tokenizer), predicted, source.hash)
+        tokenizer, dataset, model, fill = _load(config, context, source, folder)
+        if context.method.reads_weights or not context.engine.cuts_weights:
+            fill(model)
+        loop = _loop(config, context, model, dataset, lr, tokenizer, fill)
+        yield Trainer(loop, predicted, source.hash)
 
 
 def _load(
     config: schema.Config, context: Context, source: Source, folder: Path | None
-) -> tuple[Tokenizer | None, Dataset, nn.Module]:
-    """Tokenizer, encoded data, and the model as it was built or published."""
+) -> tuple[Tokenizer | None, Dataset, nn.Module, Filler]:
+    """Tokenizer, encoded data, the model, and what fills it as it was built or published."""
     from llmsys import data, models
 
     tokenizer = load_tokenizer(config.model, folder)
     dataset = data.encode(source, tokenizer, config.train, config.model)
-    model = models.load(
+    model, fill = models.unfilled(
         config.model,
         objective=source.objective,
         num_labels=len(source.labels),
@@ -103,7 +108,7 @@ def _load(
         seed=config.train.seed,
         folder=folder,
     )
-    return tokenizer, dataset, model
+    return tokenizer, dataset, model, fill
 
 
 def _loop(
@@ -113,6 +118,7 @@ def _loop(
     dataset: Dataset,
     lr: float,
     tokenizer: Tokenizer | None,
+    fill: Filler,
 ) -> Loop:
     """Prepares `model`, in place: method, recomputation, loss."""
     from llmsys.models import blocks, chunk_loss
@@ -122,7 +128,7 @@ def _loop(
         context.method.recompute(model, recompute.policies(config.train.recompute, len(blocks(model))))
     if config.train.loss == "chunked":
         chunk_loss(model)
-    return Loop(config, context, model, dataset, lr, tokenizer)
+    return Loop(config, context, model, dataset, lr, tokenizer, fill)
 
 
 def load_tokenizer(model: schema.Model, folder: Path | None) -> Tokenizer | None:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmsys import schema
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local
+from llmsys.train.protocols import filled
 
 NO_BUFFERS: dict[str, Any] = {
     ("forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"): False
@@ -36,8 +37,13 @@ class DDP(Local):
         super().__init__(config, place, device)
         self.divisor = self.world
 
-    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
-        super().wrap(model, make)
+    def wrap(
+        self,
+        model: nn.Module,
+        make: Callable[[nn.Module], torch.optim.Optimizer],
+        fill: Callable[[nn.Module], None] = filled,
+    ) -> nn.Module:
+        super().wrap(model, make, fill)
         assert isinstance(self.config.engine, schema.DDP)
         self._ddp = DistributedDataParallel(
             model,

@@ -19,18 +19,25 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local
+from llmsys.train.protocols import filled
 
 
 class FSDP2(Local):
     """One `fully_shard` for each block and one for the rest."""
 
+    cuts_weights = True
     _root: Any
 
     def __init__(self, config: schema.Config, place: Place, device: torch.device) -> None:
         super().__init__(config, place, device)
         self.divisor = self.world
 
-    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+    def wrap(
+        self,
+        model: nn.Module,
+        make: Callable[[nn.Module], torch.optim.Optimizer],
+        fill: Callable[[nn.Module], None] = filled,
+    ) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -39,7 +46,9 @@ class FSDP2(Local):
         assert isinstance(self.config.engine, schema.FSDP2)
         mesh = init_device_mesh(self.device.type, (self.world,))
         for _, block in blocks(model):
+            fill(block)
             fully_shard(block, mesh=mesh, reshard_after_forward=self.config.engine.reshard)
+        fill(model)
         self._root = fully_shard(model, mesh=mesh, reshard_after_forward=self.config.engine.reshard)
         return super().wrap(model, make)
 

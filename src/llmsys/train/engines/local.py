@@ -16,13 +16,14 @@ from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.profile import memory
 from llmsys.train.optimizer import keep, state_of
-from llmsys.train.protocols import SyncState
+from llmsys.train.protocols import SyncState, filled
 
 
 class Local:
     """The plain `Engine`. Subclasses override what their sharing changes."""
 
     divisor = 1
+    cuts_weights = False
     optimizer: torch.optim.Optimizer
     model: nn.Module
     trained: list[nn.Parameter]
@@ -33,7 +34,13 @@ class Local:
         self.rank, self.world = place.rank, place.world
         self.data_rank, self.data_world = place.rank, place.world
 
-    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+    def wrap(
+        self,
+        model: nn.Module,
+        make: Callable[[nn.Module], torch.optim.Optimizer],
+        fill: Callable[[nn.Module], None] = filled,
+    ) -> nn.Module:
+        fill(model)
         self.model, self.optimizer = model, make(model)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         return model

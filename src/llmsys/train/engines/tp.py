@@ -19,6 +19,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local, local
+from llmsys.train.protocols import filled
 
 BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "self.query", "self.key", "self.value")
 BY_INPUT = ("o_proj", "down_proj", "attention.output.dense")
@@ -29,11 +30,18 @@ HEAD = "lm_head"
 class TP(Local):
     """All ranks are one share of the data."""
 
+    cuts_weights = True
+
     def __init__(self, config: schema.Config, place: Place, device: torch.device) -> None:
         super().__init__(config, place, device)
         self.data_rank, self.data_world = 0, 1
 
-    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+    def wrap(
+        self,
+        model: nn.Module,
+        make: Callable[[nn.Module], torch.optim.Optimizer],
+        fill: Callable[[nn.Module], None] = filled,
+    ) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Replicate
         from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -42,7 +50,9 @@ class TP(Local):
 
         mesh = init_device_mesh(self.device.type, (self.world,))
         for _, block in blocks(model):
+            fill(block)
             parallelize_module(block, mesh, plan(block))
+        fill(model)
         if hasattr(model, HEAD) and not self._tied():
             parallelize_module(model, mesh, {HEAD: ColwiseParallel(output_layouts=Replicate())})
         return super().wrap(model, make)

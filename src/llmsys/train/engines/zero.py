@@ -25,10 +25,12 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.errors import MissingPackage
+from llmsys.models.surgery import blocks
 from llmsys.train import zero_settings
 from llmsys.train.engines import compiled
 from llmsys.train.engines.local import Local
 from llmsys.train.optimizer import keep, piece_of
+from llmsys.train.protocols import filled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -53,23 +55,32 @@ class DeepSpeed(Local):
         assert isinstance(config.engine, schema.DeepSpeed)
         self.settings = config.engine
         self.divisor = self.world
+        self.cuts_weights = self.settings.zero == 3
 
-    def wrap(self, model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
+    def wrap(
+        self,
+        model: nn.Module,
+        make: Callable[[nn.Module], torch.optim.Optimizer],
+        fill: Callable[[nn.Module], None] = filled,
+    ) -> nn.Module:
         deepspeed = _import(self.device)
-        self.model, self.trained = model, [p for p in model.parameters() if p.requires_grad]
-        optimizer = self._cpu_adam(make(model)) if self.settings.optimizer == "cpu_adam" else make(model)
         if self.device.type == "cpu":
             compiled.load("ShareMemCommBuilder")
-        self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._settings())
+        settings = self._settings(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        if self.settings.zero == 3:
+            _cut(model, fill, settings)
+        fill(model)
+        self.model, self.trained = model, [p for p in model.parameters() if p.requires_grad]
+        optimizer = self._cpu_adam(make(model)) if self.settings.optimizer == "cpu_adam" else make(model)
+        self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.optimizer = self._zero.optimizer if self.settings.zero else optimizer
         if self.settings.zero == 3:
             _gather_what_is_read(model)
         engine: nn.Module = self._engine
         return engine
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, trained: int) -> dict[str, Any]:
         train, cuda = self.config.train, self.device.type == "cuda"
-        trained = sum(p.numel() for p in self.trained)
         return zero_settings.settings(self.config.model, train, self.settings, trained=trained, cuda=cuda)
 
     def _cpu_adam(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -205,6 +216,28 @@ class DeepSpeed(Local):
             ],
             "master": [flat.detach() for flat in flats],
         }
+
+
+def _cut(model: nn.Module, fill: Callable[[nn.Module], None], settings: dict[str, Any]) -> None:
+    """Fills a block, cuts its weights over the ranks, and goes on to the next, so that no rank holds all of them.
+
+    DeepSpeed itself, given a model that is not cut, moves the whole of it to each rank's device first. What it would
+    cast it does not touch once it is cut: with bf16 that is peft's adapters, which are in fp32.
+    """
+    from deepspeed.runtime.zero import Init
+
+    first: Any = None
+    for part in (*(block for _, block in blocks(model)), model):
+        fill(part)
+        whole = [p for p in part.parameters() if not hasattr(p, "ds_id")]
+        for p in whole if "bf16" in settings else ():
+            if p.is_floating_point():
+                p.data = p.data.to(torch.bfloat16)
+        if first is None:
+            Init(module=part, config_dict_or_path=settings)
+            first = whole[0]
+        else:
+            first.convert_to_zero_parameters(param_list=whole)
 
 
 def _gather_what_is_read(model: nn.Module) -> None:
