@@ -32,7 +32,6 @@ def test_the_command_line_beats_the_suite() -> None:
     assert (config["train"]["steps"], config["train"]["global_batch"]) == (7, 1)
 
 
-@pytest.mark.skipif("techniques" not in schema.Config.__dataclass_fields__, reason="without the key `techniques`")
 @pytest.mark.parametrize(
     "suite", [pytest.param(suite, marks=[pytest.mark.slow] if suite.endswith("_grid") else []) for suite in SUITES]
 )
