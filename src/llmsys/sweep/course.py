@@ -182,30 +182,24 @@ class Course:
 
     def _one(self, each: Cell, number: int, total: int) -> Iterator[Made]:
         """One cell: as it was left, or not run and why, or run."""
-        job = each.job
-        witness = None
-        if not each.fault and self.settings.prune and dispatch.finished(job) is None:
-            witness = self._witnesses.against(job.config)
-        if each.fault or witness:
-            with dispatch.locked(job, self._show):
-                if witness:
-                    record = write(job, "skipped", "witness", self._witnesses.why(job.config, witness))
-                else:
-                    record = write(job, "unsupported", "contradiction", each.fault)
-            self._show.decided(job, record, number, total)
-            yield self._seen(job, record)
-            return
         waited: dict[str, float] = {}
-        if made := dispatch.finished(job) is None:
-            waited = self._baseline.wait()
+
+        def instead(job: Job) -> Record | None:
+            if each.fault:
+                return write(job, "unsupported", "contradiction", each.fault)
+            if self.settings.prune and (witness := self._witnesses.against(job.config)):
+                return write(job, "skipped", "witness", self._witnesses.why(job.config, witness))
+            waited.update(self._baseline.wait())
             if self._baseline.late(waited):
                 self._show.note(f"      memory in use is {waited['over_baseline_gib']:.2f} GiB above the sweep's start")
-        for record in dispatch.submit([job], self._show, number, total):
-            self._ran += made
+            self._ran += 1
+            return None
+
+        for record in dispatch.submit([each.job], self._show, number, total, instead):
             if waited:
                 record.env["sweep"] = waited
-                record.write(Path(job.out))
-            yield self._seen(job, record)
+                record.write(Path(each.job.out))
+            yield self._seen(each.job, record)
 
     def _seen(self, job: Job, record: Record) -> Made:
         self._witnesses.see(record)
