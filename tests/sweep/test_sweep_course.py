@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from sweep_harness import Course, Machine, configs, course, statuses, written
 
-from llmsys.sweep import memory, report
-from llmsys.sweep.memory import Baseline, Reading, read
+from llmsys.sweep import report
 from llmsys.sweep.settings import Config
 
 
@@ -213,65 +212,3 @@ def test_a_search_that_nothing_stops_says_so(results: Path, monkeypatch: pytest.
     made = course(configs(results, "sweep.search=max", "sweep.search_limit=16"))
     list(made.run())
     assert [(f.largest, f.smallest, f.why) for f in made.found] == [(16, None, "")]
-
-
-class Device:
-    """Memory in use as it goes down second by second, and the clock that goes with it."""
-
-    def __init__(self, *used: float) -> None:
-        self.used, self.now = list(used), 0.0
-
-    def look(self) -> Reading:
-        return Reading((self.used.pop(0) if len(self.used) > 1 else self.used[0],), (80.0,))
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.mark.parametrize(
-    ("used", "expected"),
-    [
-        ((1.0, 1.2), {}),
-        ((1.0, 30.0, 30.0, 1.0), {"over_baseline_gib": 0.0, "waited_s": 2.0}),
-        ((1.0, 30.0), {"over_baseline_gib": 29.0, "waited_s": 5.0}),
-    ],
-)
-def test_the_next_run_waits_until_memory_is_back_but_not_for_ever(
-    used: tuple[float, ...], expected: dict[str, float]
-) -> None:
-    machine = Device(*used)
-    baseline = Baseline(0.5, 5.0, machine.look, lambda: machine.now, machine.sleep)
-    assert baseline.wait() == {}, "the first look is the baseline"
-    found = baseline.wait()
-    assert found == expected
-    assert baseline.late(found) == (found.get("over_baseline_gib", 0) > 0.5)
-
-
-def test_memory_that_did_not_come_back_is_in_the_record_of_the_next_run(
-    results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Machine(monkeypatch)
-    readings = iter([1.0, 3.0])
-    monkeypatch.setattr("llmsys.sweep.memory.read", lambda kind: Reading((next(readings),), (8.0,)))
-    made = course(configs(results, "sweep.baseline_gib=1", "sweep.baseline_timeout_s=0", train__seed=[0, 1]))
-    ended = [record for _, record in made.run()]
-    assert ["sweep" in record.env for record in ended] == [False, True]
-    assert ended[1].env["sweep"]["over_baseline_gib"] == 2.0
-    assert {record.run_id: record.env for record in written(results)} == {r.run_id: r.env for r in ended}
-
-
-@pytest.mark.parametrize(
-    ("printed", "expected"),
-    [
-        ("1024, 81559\n2048, 81559\n", Reading((1.0, 2.0), (81559 / 1024, 81559 / 1024))),
-        ("[N/A], [N/A]\n", None),
-        ("", None),
-    ],
-)
-def test_what_the_driver_prints_is_read_or_not_believed(printed: str, expected: Reading | None) -> None:
-    assert memory.parsed(printed) == expected
-
-
-def test_this_host_says_how_much_memory_is_in_use() -> None:
-    reading = read("cpu")
-    assert 0 < reading.used[0] < reading.total[0]

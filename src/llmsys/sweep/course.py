@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmsys import device, dispatch, schema
 from llmsys.dispatch.show import Show
@@ -19,6 +20,7 @@ from llmsys.sweep.settings import Config, changed, get, with_value
 
 Made = tuple[Job, Record]
 RAN, DID_NOT = ("ok",), ("oom", "unsupported")
+NOT_KNOWN = "whether memory was back at what it was at the sweep's start is not known"
 
 
 @dataclass(frozen=True)
@@ -171,18 +173,23 @@ class Course:
         )
 
     def _start(self, combination: Cell) -> int:
-        """Where a search begins: the largest value that is predicted to fit."""
+        """Where a search begins: the largest value that is predicted to fit; 1 where the device does not say into
+        what."""
         settings, resolved = self.settings, combination.job.config
 
         def needs(value: int) -> int | None:
             return predict.peak_bytes(with_value(resolved, settings.search_key, value))
 
-        reading = memory.read(self._kind)
+        try:
+            reading = memory.read(self._kind)
+        except memory.NotKnown as error:
+            self._show.note(f"{settings.search_key}: the search begins at 1: {error}")
+            return 1
         return predict.largest(needs, predict.room_bytes(resolved, min(reading.total)), settings.search_limit)
 
     def _one(self, each: Cell, number: int, total: int) -> Iterator[Made]:
         """One cell: as it was left, or not run and why, or run."""
-        waited: dict[str, float] = {}
+        waited: dict[str, Any] = {}
 
         def instead(job: Job) -> Record | None:
             if each.fault:
@@ -192,12 +199,16 @@ class Course:
             waited.update(self._baseline.wait())
             if self._baseline.late(waited):
                 self._show.note(f"      memory in use is {waited['over_baseline_gib']:.2f} GiB above the sweep's start")
+            if "why" in waited:
+                self._show.note(f"      {NOT_KNOWN}: {waited['why']}")
             self._ran += 1
             return None
 
         for record in dispatch.submit([each.job], self._show, number, total, instead):
             if waited:
                 record.env["sweep"] = waited
+                if "why" in waited:
+                    record.notes["over_baseline_gib"] = f"{NOT_KNOWN}: {waited['why']}"
                 record.write(Path(each.job.out))
             yield self._seen(each.job, record)
 
