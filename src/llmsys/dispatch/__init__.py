@@ -67,14 +67,21 @@ def submit(
 
 
 def finished(job: Job) -> Record | None:
-    """The final record this job already left, if `reuse` allows to take it: none is, of other code, by default."""
+    """The final record this job already left, if `reuse` allows to take it: none is, of other code, by default. One
+    that is `doubtful` is not final."""
     reuse = job.config["reuse"]
     if reuse == "never":
         return None
     record = read_or_set_aside(Path(job.out))
-    if record is None or record.status not in FINAL:
+    if record is None or record.status not in FINAL or doubtful(record):
         return None
     return record if reuse == "any" or record.code_hash == code_hash() else None
+
+
+def doubtful(record: Record) -> bool:
+    """Whether a run ran out of memory where its sweep had seen, or could not rule out, that others held some of it
+    (`llmsys.sweep.memory`): alone it might have run."""
+    return record.status == "oom" and not record.env.get("sweep", {}).get("clean", True)
 
 
 @contextlib.contextmanager

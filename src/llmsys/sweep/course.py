@@ -20,7 +20,6 @@ from llmsys.sweep.settings import Config, changed, get, with_value
 
 Made = tuple[Job, Record]
 RAN, DID_NOT = ("ok",), ("oom", "unsupported")
-NOT_KNOWN = "whether memory was back at what it was at the sweep's start is not known"
 
 
 @dataclass(frozen=True)
@@ -197,18 +196,18 @@ class Course:
             if self.settings.prune and (witness := self._witnesses.against(job.config)):
                 return write(job, "skipped", "witness", self._witnesses.why(job.config, witness))
             waited.update(self._baseline.wait())
-            if self._baseline.late(waited):
-                self._show.note(f"      memory in use is {waited['over_baseline_gib']:.2f} GiB above the sweep's start")
-            if "why" in waited:
-                self._show.note(f"      {NOT_KNOWN}: {waited['why']}")
+            if waited.get("clean") is False and self._kind != "cpu":
+                return write(job, "skipped", "baseline", memory.why_not(waited))
+            if not waited.get("clean", True):
+                self._show.note(f"      {memory.doubt(waited)}")
             self._ran += 1
             return None
 
         for record in dispatch.submit([each.job], self._show, number, total, instead):
             if waited:
                 record.env["sweep"] = waited
-                if "why" in waited:
-                    record.notes["over_baseline_gib"] = f"{NOT_KNOWN}: {waited['why']}"
+                if not waited["clean"]:
+                    record.notes["baseline"] = memory.doubt(waited)
                 record.write(Path(each.job.out))
             yield self._seen(each.job, record)
 

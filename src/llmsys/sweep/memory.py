@@ -145,6 +145,12 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 class Baseline:
     """Memory in use at the sweep's start, which is to be reached again before each run.
 
+    A GPU that has not reached it is left alone: the run is not made. Beside what holds the device it would be slower,
+    and its record final, and whoever reads records would have to know. The same command, which begins with another
+    baseline, makes it. The memory of a host is also everybody else's, and a browser that was opened is nothing that a
+    run left behind: there the run is made. If it runs out of memory, that is neither final nor a witness against others
+    (`dispatch.doubtful`); nor is it of a GPU that did not say how much was in use.
+
     `gib`: how much more may be in use (None: nothing is looked at). `look`, `clock` and `sleep` are the world.
     """
 
@@ -163,8 +169,9 @@ class Baseline:
     def wait(self) -> dict[str, Any]:
         """Returns when memory is back, or when the time is up: what a record says of it, {} where it was back at once.
 
-        `over_baseline_gib`: of the device that is furthest from its baseline, how far; negative below it; None where
-        it is not known, and `why`. ValueError where the first look, which is the baseline, finds nothing.
+        `clean`: whether it was back at last; None where that is not known, and `why`. `over_baseline_gib`: of the
+        device that is furthest from its baseline, how far; negative below it. ValueError where the first look, which is
+        the baseline, finds nothing.
         """
         if self._gib is None:
             return {}
@@ -182,14 +189,11 @@ class Baseline:
                 looks += 1
                 self._sleep(min(EVERY_S, self._timeout_s))
         except NotKnown as error:
-            return {"over_baseline_gib": None, "waited_s": round(self._clock() - start, 1), "why": str(error)}
+            return {"clean": None, "why": str(error), "waited_s": round(self._clock() - start, 1)}
         if looks == 1 and over <= self._gib:
             return {}
-        return {"over_baseline_gib": round(over, 3), "waited_s": round(self._clock() - start, 1)}
-
-    def late(self, found: dict[str, Any]) -> bool:
-        """Whether memory had not come back when the time was up."""
-        return self._gib is not None and (found.get("over_baseline_gib") or 0.0) > self._gib
+        waited = round(self._clock() - start, 1)
+        return {"clean": over <= self._gib, "over_baseline_gib": round(over, 3), "waited_s": waited}
 
     def _over(self) -> float:
         assert self._first is not None
@@ -197,3 +201,16 @@ class Baseline:
         if len(used) != len(before):
             raise NotKnown(f"{len(used)} devices answer, and at the sweep's start it was {len(before)}")
         return max(now - then for now, then in zip(used, before, strict=True))
+
+
+def doubt(found: dict[str, Any]) -> str:
+    """In a line, why a run may have had less memory than there is: of what `Baseline.wait` returned."""
+    if found["clean"] is None:
+        return f"whether memory was back at what it was at the sweep's start is not known: {found['why']}"
+    over = f"{found['over_baseline_gib']:.2f} GiB more in use than at the sweep's start"
+    return f"{over}, also after {found['waited_s']:g} s (sweep.baseline_timeout_s)"
+
+
+def why_not(found: dict[str, Any]) -> str:
+    """The same of a run that is not made."""
+    return f"not run: {doubt(found)}; the same command tries again, sweep.baseline_gib=null does not look"
