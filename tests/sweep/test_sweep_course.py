@@ -181,6 +181,21 @@ def test_a_search_finds_the_limit_of_each_combination_and_why(results: Path, mon
     ((_, headers, lines),) = report.tables(made)
     assert [line[headers.index("train.length")] for line in lines] == ["16", "100"]
     assert [line[headers.index("largest")] for line in lines] == ["62", "10"]
+    assert all(line[headers.index("tokens/s")] != "–" for line in lines)
+
+
+@pytest.mark.parametrize(("steps", "verified"), [(0, False), (3, True), (10, True)])
+def test_the_speed_of_what_was_not_verified_is_not_shown(
+    results: Path, monkeypatch: pytest.MonkeyPatch, steps: int, verified: bool
+) -> None:
+    """Runs have 3 steps: a search that wants no more has verified them already."""
+    machine = Machine(monkeypatch, limited(64))
+    settings = ("sweep.search=max", "sweep.search_limit=8", f"sweep.verify_steps={steps}")
+    made = course(configs(results, *settings, train__length=[16]))
+    list(made.run())
+    assert {config["train"]["steps"] for config in machine.made} == ({3, 10} if steps == 10 else {3})
+    ((_, headers, lines),) = report.tables(made)
+    assert [line[headers.index("tokens/s")] != "–" for line in lines] == [verified]
 
 
 def test_what_is_found_is_verified_with_more_steps(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

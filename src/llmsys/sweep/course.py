@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import device, dispatch, schema
+from llmsys.dispatch import memory_limit
 from llmsys.dispatch.show import Show
 from llmsys.job import Job, Record
 from llmsys.sweep import memory, order, predict, prune
@@ -25,7 +26,8 @@ RAN, DID_NOT = ("ok",), ("oom", "unsupported")
 @dataclass(frozen=True)
 class Found:
     """What a search found of one combination: the largest value that ran (0: none) with its record, and the smallest
-    that did not (None: it ran up to the limit) with why."""
+    that did not (None: it ran up to the limit) with why. `verified`: it ran for `sweep.verify_steps`, so that its times
+    are more than those of a step or two."""
 
     combination: Job
     largest: int
@@ -33,6 +35,7 @@ class Found:
     smallest: int | None
     why: str
     probes: int
+    verified: bool
 
 
 class Course:
@@ -69,6 +72,8 @@ class Course:
 
     def run(self) -> Iterator[Made]:
         """Makes the runs, yielding each as it ends. KeyboardInterrupt passes through, after the run that it ended."""
+        if said := next(filter(None, (memory_limit.ignored(each.job.config) for each in self._possible)), ""):
+            self._show.note(said)
         impossible = [each for each in self.cells if each.fault]
         total = 0 if self.settings.search == "max" else len(impossible) + len(self._plan)
         for number, each in enumerate(impossible, 1):
@@ -158,16 +163,18 @@ class Course:
             else:
                 break
         bracket = Bracket.of(outcomes)
+        best = records.get(bracket.ran)
         failed = records.get(bracket.failed) if bracket.failed else None
         why = f"{failed.status} ({failed.reason})" if failed else ""
         self.found.append(
             Found(
                 combination=combination.job,
                 largest=bracket.ran,
-                record=records.get(bracket.ran),
+                record=best,
                 smallest=bracket.failed,
                 why=why,
                 probes=len(outcomes),
+                verified=best is not None and 0 < settings.verify_steps <= best.config["train"]["steps"],
             )
         )
 

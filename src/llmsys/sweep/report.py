@@ -82,7 +82,7 @@ def _limits(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
             *(str(each["config"].get(key)) for key in differ),
             str(one.largest) if one.largest else "none",
             f"{one.record.summary['tokens_per_s']:,.0f}"
-            if one.record and "tokens_per_s" in one.record.summary
+            if one.verified and one.record and "tokens_per_s" in one.record.summary
             else "–",
             "–" if one.smallest is None else str(one.smallest),
             one.why or "ran up to the limit",
