@@ -13,8 +13,9 @@ WITH_RANKS = ("train.global_batch", "engine.", "sweep.", "repeat", "data.num_exa
 def efficiency(rows: Sequence[Row]) -> list[tuple[Row, float]]:
     """(row, efficiency) of every row whose settings were also run on one rank, that one itself included (1.0).
 
-    Two rows belong together if they are alike but for the number of ranks, the global batch and the engine; one rank
-    needs no engine, so `local` and `ddp` of one rank are the same to several. Of equals the first one counts.
+    Two rows belong together if they are of the same code and alike but for the number of ranks, the global batch and
+    the engine; one rank needs no engine, so `local` and `ddp` of one rank are the same to several. Of equals the first
+    one counts.
     """
     alone: dict[tuple[str, ...], float] = {}
     for row in _measured(rows):
@@ -37,4 +38,10 @@ def _place(row: Row) -> tuple[str, ...]:
     engine = "plain" if kind in ("local", "ddp") else kind
     drop = WITH_RANKS if row["config"].get("hardware.device") == "cpu" else (*WITH_RANKS, "train.threads")
     rest = {key: value for key, value in settings(row, seed=True).items() if not key.startswith(drop)}
-    return (str(row["device"]), engine, *zero, *(f"{key}={value}" for key, value in sorted(rest.items())))
+    return (
+        str(row["device"]),
+        str(row.get("code_hash", "")),
+        engine,
+        *zero,
+        *(f"{key}={value}" for key, value in sorted(rest.items())),
+    )
