@@ -11,7 +11,7 @@ import pytest
 
 from llmsys import compose, results, spread
 from llmsys.job import Record
-from llmsys.sweep.scaling import efficiency
+from llmsys.sweep.scaling import efficiency, over_rounds
 
 
 def record(
@@ -257,6 +257,26 @@ def test_efficiency_is_a_rank_s_share_over_one_rank_alone_whatever_engine_that_o
     ]
     assert [(row["config"]["train.world"], share) for row, share in efficiency(rows)] == [(1, 1.0), (2, 0.9)]
     assert efficiency([rows[0] | {"code_hash": "other"}, rows[1]])[1:] == [], "nor a quotient across codes"
+
+
+def test_efficiency_has_an_interval_over_rounds_and_drift_is_in_none_of_them() -> None:
+    """The machine becomes half as fast from the first round to the third, and the shares scatter by 2 %: t(2) is
+    4.303. A reference cell that was measured once more has no counterpart."""
+
+    def at(world: int, repeat: int, tokens: float) -> results.Row:
+        config = {"train.world": world, "engine.kind": "ddp", "hardware.device": "cpu", "repeat": repeat}
+        row = results.row(record("full", tokens_per_s=tokens))
+        return {**row, "config": config, "repeat": repeat, "engine": f"ddp x {world}"}
+
+    rounds = [(100.0, 0.88), (75.0, 0.90), (50.0, 0.92)]
+    rows = [at(1, i, alone) for i, (alone, _) in enumerate(rounds)]
+    rows += [at(2, i, 2 * alone * share) for i, (alone, share) in enumerate(rounds)]
+    alone, both = over_rounds([*rows, at(1, 3, 50.0)])
+    assert (alone.rounds, alone.efficiency) == (3, spread.Spread(1.0, 0.0, 0.0, 0.0))
+    assert both.rounds == 3
+    assert both.efficiency.mean == pytest.approx(0.9)
+    assert both.efficiency.half == pytest.approx(4.302653 * 0.02 / 3**0.5, rel=1e-5)
+    assert over_rounds([row for row in rows if row["config"]["train.world"] == 2]) == [], "nobody was alone"
 
 
 def test_published_numbers_are_compared_by_the_same_command(tmp_path: Path) -> None:

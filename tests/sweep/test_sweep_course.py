@@ -109,6 +109,19 @@ def test_repeats_are_runs_of_their_own_in_rounds_and_the_first_keeps_its_id(
     assert [line[headers.index("repeats")] for line in lines] == ["3", "3"]
 
 
+def test_scaling_efficiency_is_shown_with_its_interval(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks are as fast together as one: half each. Of one round there is no interval."""
+    Machine(monkeypatch)
+    for repeats, interval in ((1, "–"), (3, "0.0")):
+        words = ("engine=ddp", "train.micro_batch=4", f"sweep.repeats={repeats}")
+        made = course(configs(results, *words, train__world=[1, 2]))
+        list(made.run())
+        *_, (title, headers, lines) = report.tables(made)
+        assert title.startswith("Scaling efficiency")
+        shown = [[line[headers.index(key)] for key in ("efficiency %", "± % (95 %)", "rounds")] for line in lines]
+        assert shown == [["100.0", interval, str(repeats)], ["50.0", interval, str(repeats)]]
+
+
 def test_a_repeat_of_what_ran_out_of_memory_is_pruned(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, limited(0))
     made = course(configs(results, "sweep.repeats=3", "sweep.prune=true"))
