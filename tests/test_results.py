@@ -11,7 +11,7 @@ import pytest
 
 from llmsys import compose, results, spread
 from llmsys.job import Record
-from llmsys.sweep.scaling import efficiency
+from llmsys.sweep.scaling import efficiency, over_rounds
 
 
 def record(
@@ -220,6 +220,25 @@ def test_repeats_become_one_row_with_students_interval_and_noise_is_flagged() ->
     assert sorted(line[headers.index("step's CV %")] for line in lines) == ["0.0", "7.9 !"]
 
 
+def test_repeats_of_other_code_are_another_row() -> None:
+    """It measured something else, and the mean of both would be of neither."""
+    made = [record("full", step_ms_p50=ms, tokens_per_s=1e5 / ms) for ms in (100.0, 102.0, 50.0)]
+    codes = ("old", "old", "new")
+    rows = [results.row(dataclasses.replace(each, code_hash=code)) for each, code in zip(made, codes, strict=True)]
+    merged = results.over_repeats([each | {"repeat": i} for i, each in enumerate(rows)])
+    assert [(each["code_hash"], each["repeats"], each["step_ms_p50"]) for each in merged] == [
+        ("old", 2, 101.0),
+        ("new", 1, 50.0),
+    ]
+    headers, lines = results.table(merged)
+    assert sorted(line[headers.index("code_hash")] for line in lines) == ["new", "old"]
+    assert "code_hash" not in results.table(merged[:1])[0]
+    assert "code_hash" not in results.table(rows)[0], "runs by themselves are told apart by what was asked of them"
+    assert "code_hash" in results.to_csv(rows).splitlines()[0].split(",")
+    (seeds,) = results.over_seeds([each | {"seed": i} for i, each in enumerate(rows)])
+    assert (seeds["seeds"], seeds["code_hash"]) == (3, "")
+
+
 @pytest.mark.parametrize(("freedom", "t"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (29, 2.045230)])
 def test_students_quantile_is_the_table_s(freedom: int, t: float) -> None:
     assert spread.student(freedom) == pytest.approx(t, abs=1e-6)
@@ -237,6 +256,27 @@ def test_efficiency_is_a_rank_s_share_over_one_rank_alone_whatever_engine_that_o
         at(4, "ddp", 240.0, **{"train.length": 9}),
     ]
     assert [(row["config"]["train.world"], share) for row, share in efficiency(rows)] == [(1, 1.0), (2, 0.9)]
+    assert efficiency([rows[0] | {"code_hash": "other"}, rows[1]])[1:] == [], "nor a quotient across codes"
+
+
+def test_efficiency_has_an_interval_over_rounds_and_drift_is_in_none_of_them() -> None:
+    """The machine becomes half as fast from the first round to the third, and the shares scatter by 2 %: t(2) is
+    4.303. A reference cell that was measured once more has no counterpart."""
+
+    def at(world: int, repeat: int, tokens: float) -> results.Row:
+        config = {"train.world": world, "engine.kind": "ddp", "hardware.device": "cpu", "repeat": repeat}
+        row = results.row(record("full", tokens_per_s=tokens))
+        return {**row, "config": config, "repeat": repeat, "engine": f"ddp x {world}"}
+
+    rounds = [(100.0, 0.88), (75.0, 0.90), (50.0, 0.92)]
+    rows = [at(1, i, alone) for i, (alone, _) in enumerate(rounds)]
+    rows += [at(2, i, 2 * alone * share) for i, (alone, share) in enumerate(rounds)]
+    alone, both = over_rounds([*rows, at(1, 3, 50.0)])
+    assert (alone.rounds, alone.efficiency) == (3, spread.Spread(1.0, 0.0, 0.0, 0.0))
+    assert both.rounds == 3
+    assert both.efficiency.mean == pytest.approx(0.9)
+    assert both.efficiency.half == pytest.approx(4.302653 * 0.02 / 3**0.5, rel=1e-5)
+    assert over_rounds([row for row in rows if row["config"]["train.world"] == 2]) == [], "nobody was alone"
 
 
 def test_published_numbers_are_compared_by_the_same_command(tmp_path: Path) -> None:

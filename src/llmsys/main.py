@@ -108,8 +108,8 @@ def submit(configs: Sequence[dict[str, Any]]) -> int:
         for line in report.lines(course):
             print(line)
         for job, record in course.records.values():
-            if record.task not in tasks.LIGHT:
-                _show_tables(job, record)
+            if record.task not in tasks.LIGHT and not (course.settings.repeats > 1 and job.config.get("repeat")):
+                _show_tables(job, record)  # of each cell the first: a table of all repeats together stands above
     if interrupted:
         return 130
     return 0 if all(record.status in HARMLESS for record in records) else 1

@@ -71,6 +71,7 @@ def row(record: Record) -> Row:
         "repeat": config.get("repeat", 0),
         "status": record.status,
         "reason": record.reason,
+        "code_hash": record.code_hash,
         "resumed": record.resumed_from_step,
         "config": config,
         **record.summary,
@@ -141,7 +142,9 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     for members in groups.values():
         config = {key: value for key, value in members[0]["config"].items() if key != "train.seed"}
         mean: Row = {key: members[0][key] for key in IDENTITY}
+        codes = {member.get("code_hash", "") for member in members}
         mean |= {"run_id": "", "seed": None, "seeds": len(members), "resumed": None, "config": config}
+        mean["code_hash"] = codes.pop() if len(codes) == 1 else ""
         for key in set.intersection(*(set(member) for member in members)) - set(mean):
             values = [member[key] for member in members]
             mean[key] = statistics.fmean(values)
@@ -151,18 +154,20 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
 
 
 def over_repeats(rows: Sequence[Row]) -> list[Row]:
-    """Runs of the same settings, seed included, in fresh processes, as one row: of each number the mean, the deviation
-    `<key>_sd`, half the 95 % interval of the mean `<key>_ci95` and the coefficient of variation `<key>_cv`, and
-    `repeats`. `noisy`: the time of a step varies more than it should on this kind of device (`spread.LIMITS`)."""
+    """Runs of the same settings, seed included, and the same code, in fresh processes, as one row: of each number the
+    mean, the deviation `<key>_sd`, half the 95 % interval of the mean `<key>_ci95` and the coefficient of variation
+    `<key>_cv`, and `repeats`. `noisy`: the time of a step varies more than it should on this kind of device
+    (`spread.LIMITS`). Runs of other code measured something else, and are another row."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for each in rows:
-        identity = tuple(each[key] for key in IDENTITY if key != "repeat")
+        identity = (each.get("code_hash", ""), *(each[key] for key in IDENTITY if key != "repeat"))
         groups.setdefault((*identity, *sorted(settings(each, seed=True).items())), []).append(each)
     merged = []
     for members in groups.values():
         config = {key: value for key, value in members[0]["config"].items() if key != "repeat"}
         mean: Row = {key: members[0][key] for key in IDENTITY}
         mean |= {"run_id": "", "repeat": None, "repeats": len(members), "resumed": None, "config": config}
+        mean["code_hash"] = members[0].get("code_hash", "")
         for key in set.intersection(*(set(member) for member in members)) - set(mean):
             found = spread([member[key] for member in members])
             mean |= {key: found.mean, f"{key}_sd": found.sd, f"{key}_ci95": found.half, f"{key}_cv": found.cv}
@@ -186,5 +191,9 @@ def best(rows: Sequence[Row], key: str) -> list[Row]:
     return list(chosen.values())
 
 
+_WORDS = ("config", "resumed", "run_id", "code_hash", "noisy")
+"""Keys of a row that are no numbers, beside `IDENTITY`."""
+
+
 def numbers(rows: Iterable[Row]) -> list[str]:
-    return sorted({key for each in rows for key in each} - {*IDENTITY, "config", "resumed", "run_id", "noisy"})
+    return sorted({key for each in rows for key in each} - {*IDENTITY, *_WORDS})

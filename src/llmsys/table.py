@@ -61,6 +61,8 @@ def _identity(rows: Sequence[Row]) -> list[Column]:
     hashes = {(each["data"], each["data_hash"]) for each in rows if each["data_hash"]}
     if len(hashes) > len({data for data, _ in hashes}):
         names.append("data_hash")
+    if any("repeats" in each for each in rows) and len({each.get("code_hash", "") for each in rows}) > 1:
+        names.append("code_hash")  # then a cell can have a row for each code
     columns = [_plain(key) for key in names]
     alike: dict[tuple[Any, ...], list[dict[str, str]]] = {}
     for each in rows:
@@ -156,7 +158,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """Every value under its own key, unrounded, and the whole config as `config.<key>`."""
     config = sorted({key for each in rows for key in each["config"]})
-    keys = ["run_id", *IDENTITY, *numbers(rows), *(f"config.{key}" for key in config)]
+    keys = ["run_id", *IDENTITY, "code_hash", *numbers(rows), *(f"config.{key}" for key in config)]
     out = io.StringIO()
     writer = csv.DictWriter(out, keys, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

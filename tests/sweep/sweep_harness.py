@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ def _with(config: Config, group: str, key: str, value: Any) -> Config:
 
 
 class Machine:
-    """Stands in for `dispatch.submit`. `ends(config)`: (status, reason) of a run. `step_ms(n)`: of the n-th run made.
+    """Stands in for `dispatch.process.run`. `ends(config)`: (status, reason) of a run. `step_ms(n)`: of the n-th run
+    made.
 
     `made`: the configs of the runs that were really made, in order; `stop_after`: Ctrl-C in the run after so many.
     """
@@ -58,37 +59,41 @@ class Machine:
         self.step_ms: Callable[[int], float] = lambda n: 100.0
         self.made: list[Config] = []
         self.stop_after: int | None = None
-        monkeypatch.setattr(dispatch, "submit", self._submit)
+        monkeypatch.setitem(dispatch._PLACES, "process", self._run)
 
-    def _submit(self, jobs: Sequence[Job], show: Show, first: int, total: int) -> Iterator[Record]:
-        for each in jobs:
-            if done := dispatch.finished(each):
-                yield done
-                continue
-            stopped = self.stop_after == len(self.made)
-            self.made.append(each.config)
-            status, reason = ("interrupted", "signal") if stopped else self.ends(each.config)
-            record = Record.begin(each)
-            record.status, record.reason, record.error = status, reason, ""
-            number = len(self.made)
-            record.started = (datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC) + number * MINUTE).isoformat()
-            record.env = {"device": "cpu", "device_name": device.cpu_name(), "memory_gib": 1e6}
-            if status == "ok":
-                ms = self.step_ms(number)
-                record.summary = {"step_ms_p50": ms, "tokens_per_s": 1e6 / ms}
-            Path(each.out).mkdir(parents=True, exist_ok=True)
-            record.write(Path(each.out))
-            yield record
-            if stopped:
-                raise KeyboardInterrupt
+    def _run(self, job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Record:
+        stopped = self.stop_after == len(self.made)
+        self.made.append(job.config)
+        record = ended(job, *(("interrupted", "signal") if stopped else self.ends(job.config)))
+        number = len(self.made)
+        record.started = (datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC) + number * MINUTE).isoformat()
+        if record.status == "ok":
+            ms = self.step_ms(number)
+            record.summary = {"step_ms_p50": ms, "tokens_per_s": 1e6 / ms}
+        record.write(Path(job.out))
+        if stopped:
+            raise KeyboardInterrupt
+        return record
+
+
+def ended(job: Job, status: str, reason: str) -> Record:
+    """The record of a run of `job` on this machine that has ended so."""
+    record = Record.begin(job)
+    record.status, record.reason, record.error = status, reason, ""
+    record.env = {"device": "cpu", "device_name": device.cpu_name(), "memory_gib": 1e6}
+    return record
 
 
 MINUTE = datetime.timedelta(minutes=1)
 
 
-def course(made: Sequence[Config]) -> Course:
-    """A sweep that is shown to nobody."""
-    return Course(made, main.make_job, Show(Console(file=io.StringIO())))
+def course(made: Sequence[Config], show: Show | None = None) -> Course:
+    """A sweep that is shown to nobody, unless to `show`."""
+    return Course(made, main.make_job, show or Show(nowhere()))
+
+
+def nowhere() -> Console:
+    return Console(file=io.StringIO())
 
 
 def statuses(course: Course, key: str) -> list[tuple[Any, str, str]]:
@@ -102,4 +107,4 @@ def written(results: Path) -> list[Record]:
     return [record for record in found if record is not None]
 
 
-__all__ = ["BASE", "Course", "Machine", "configs", "course", "job", "statuses", "written"]
+__all__ = ["BASE", "Course", "Machine", "configs", "course", "ended", "job", "nowhere", "statuses", "written"]

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from sweep_harness import Course, Machine, configs, course, statuses, written
 
-from llmsys.sweep import memory, report
-from llmsys.sweep.memory import Baseline, Reading, read
+from llmsys.sweep import report
 from llmsys.sweep.settings import Config
 
 
@@ -110,6 +109,19 @@ def test_repeats_are_runs_of_their_own_in_rounds_and_the_first_keeps_its_id(
     assert [line[headers.index("repeats")] for line in lines] == ["3", "3"]
 
 
+def test_scaling_efficiency_is_shown_with_its_interval(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks are as fast together as one: half each. Of one round there is no interval."""
+    Machine(monkeypatch)
+    for repeats, interval in ((1, "–"), (3, "0.0")):
+        words = ("engine=ddp", "train.micro_batch=4", f"sweep.repeats={repeats}")
+        made = course(configs(results, *words, train__world=[1, 2]))
+        list(made.run())
+        *_, (title, headers, lines) = report.tables(made)
+        assert title.startswith("Scaling efficiency")
+        shown = [[line[headers.index(key)] for key in ("efficiency %", "± % (95 %)", "rounds")] for line in lines]
+        assert shown == [["100.0", interval, str(repeats)], ["50.0", interval, str(repeats)]]
+
+
 def test_a_repeat_of_what_ran_out_of_memory_is_pruned(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, limited(0))
     made = course(configs(results, "sweep.repeats=3", "sweep.prune=true"))
@@ -182,6 +194,21 @@ def test_a_search_finds_the_limit_of_each_combination_and_why(results: Path, mon
     ((_, headers, lines),) = report.tables(made)
     assert [line[headers.index("train.length")] for line in lines] == ["16", "100"]
     assert [line[headers.index("largest")] for line in lines] == ["62", "10"]
+    assert all(line[headers.index("tokens/s")] != "–" for line in lines)
+
+
+@pytest.mark.parametrize(("steps", "verified"), [(0, False), (3, True), (10, True)])
+def test_the_speed_of_what_was_not_verified_is_not_shown(
+    results: Path, monkeypatch: pytest.MonkeyPatch, steps: int, verified: bool
+) -> None:
+    """Runs have 3 steps: a search that wants no more has verified them already."""
+    machine = Machine(monkeypatch, limited(64))
+    settings = ("sweep.search=max", "sweep.search_limit=8", f"sweep.verify_steps={steps}")
+    made = course(configs(results, *settings, train__length=[16]))
+    list(made.run())
+    assert {config["train"]["steps"] for config in machine.made} == ({3, 10} if steps == 10 else {3})
+    ((_, headers, lines),) = report.tables(made)
+    assert [line[headers.index("tokens/s")] != "–" for line in lines] == [verified]
 
 
 def test_what_is_found_is_verified_with_more_steps(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,65 +240,3 @@ def test_a_search_that_nothing_stops_says_so(results: Path, monkeypatch: pytest.
     made = course(configs(results, "sweep.search=max", "sweep.search_limit=16"))
     list(made.run())
     assert [(f.largest, f.smallest, f.why) for f in made.found] == [(16, None, "")]
-
-
-class Device:
-    """Memory in use as it goes down second by second, and the clock that goes with it."""
-
-    def __init__(self, *used: float) -> None:
-        self.used, self.now = list(used), 0.0
-
-    def look(self) -> Reading:
-        return Reading((self.used.pop(0) if len(self.used) > 1 else self.used[0],), (80.0,))
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.mark.parametrize(
-    ("used", "expected"),
-    [
-        ((1.0, 1.2), {}),
-        ((1.0, 30.0, 30.0, 1.0), {"over_baseline_gib": 0.0, "waited_s": 2.0}),
-        ((1.0, 30.0), {"over_baseline_gib": 29.0, "waited_s": 5.0}),
-    ],
-)
-def test_the_next_run_waits_until_memory_is_back_but_not_for_ever(
-    used: tuple[float, ...], expected: dict[str, float]
-) -> None:
-    machine = Device(*used)
-    baseline = Baseline(0.5, 5.0, machine.look, lambda: machine.now, machine.sleep)
-    assert baseline.wait() == {}, "the first look is the baseline"
-    found = baseline.wait()
-    assert found == expected
-    assert baseline.late(found) == (found.get("over_baseline_gib", 0) > 0.5)
-
-
-def test_memory_that_did_not_come_back_is_in_the_record_of_the_next_run(
-    results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Machine(monkeypatch)
-    readings = iter([1.0, 3.0])
-    monkeypatch.setattr("llmsys.sweep.memory.read", lambda kind: Reading((next(readings),), (8.0,)))
-    made = course(configs(results, "sweep.baseline_gib=1", "sweep.baseline_timeout_s=0", train__seed=[0, 1]))
-    ended = [record for _, record in made.run()]
-    assert ["sweep" in record.env for record in ended] == [False, True]
-    assert ended[1].env["sweep"]["over_baseline_gib"] == 2.0
-    assert {record.run_id: record.env for record in written(results)} == {r.run_id: r.env for r in ended}
-
-
-@pytest.mark.parametrize(
-    ("printed", "expected"),
-    [
-        ("1024, 81559\n2048, 81559\n", Reading((1.0, 2.0), (81559 / 1024, 81559 / 1024))),
-        ("[N/A], [N/A]\n", None),
-        ("", None),
-    ],
-)
-def test_what_the_driver_prints_is_read_or_not_believed(printed: str, expected: Reading | None) -> None:
-    assert memory.parsed(printed) == expected
-
-
-def test_this_host_says_how_much_memory_is_in_use() -> None:
-    reading = read("cpu")
-    assert 0 < reading.used[0] < reading.total[0]

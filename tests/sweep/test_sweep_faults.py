@@ -29,7 +29,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "oom, and more": (*TINY, "train.steps=1", "train.length=64", "model=llama_85m", "dispatch.memory_gib=1"),
     "nan": (*TINY, "train.steps=3", "train.lr_scale=1e30", "train.clip=0"),
     "package": (*TINY, "train.steps=3", "method=lora_peft", "model.quant=nf4"),
-    "contradiction": (*TINY, "model.quant=nf4"),
+    "contradiction": (*TINY, "method=lorafa", "train.fp8=true"),
     "kill": (*LONG, "train.seed=1"),
     "stop": (*LONG, "train.seed=2", "dispatch.heartbeat_s=8"),
     "after all": (*TINY, "train.steps=3", "train.seed=3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,16 @@ import yaml
 from llmsys import compose, schema
 
 SUITES = [name for name in compose.choices("sweep") if name != "none"]
-CELLS = {"bench_pretrain_grid": 40, "bench_pretrain_maxbatch": 4, "bench_scaling": 6, "bench_finetune_grid": 24}
+CELLS = {
+    "bench_pretrain_grid": 40,
+    "bench_pretrain_maxbatch": 4,
+    "bench_scaling": 6,
+    "bench_finetune_grid": 24,
+    "bench_modules": 4,
+    "bench_ops": 4,
+}
+REPEATED = ("bench_scaling", "bench_modules", "bench_ops")
+"""Those that leave time for it within a quarter of an hour; the headers of the others say how."""
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -26,13 +36,33 @@ def test_a_suite_opens_with_its_header_and_brings_its_experiment(suite: str) -> 
     schema.build(config)
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_what_a_suite_s_header_says_of_gpus_can_be_typed(suite: str) -> None:
+    """The words in brackets behind its command, of lists the last, as the paper's eight ranks."""
+    text = (compose.CONF / "sweep" / f"{suite}.yaml").read_text()
+    found = re.search(rf"# Command: python -m llmsys sweep={suite} \[(.*)\]", text)
+    assert found
+    words = [f"{word.partition('=')[0]}={word.partition('=')[2].rpartition(',')[2]}" for word in found[1].split()]
+    config = schema.build(compose.compose([f"sweep={suite}", *words]))
+    assert config.train.world == 8
+    assert isinstance(config.model, schema.Transformer)
+    assert config.model.name.startswith("llama2_")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_repeats_its_cells_or_says_how(suite: str) -> None:
+    settings = schema.build(compose.compose([f"sweep={suite}"])).sweep
+    text = (compose.CONF / "sweep" / f"{suite}.yaml").read_text()
+    assert settings.repeats == (3 if suite in REPEATED else 1)
+    assert settings.repeats > 1 or settings.search == "max" or "sweep.repeats=5" in text
+
+
 def test_the_command_line_beats_the_suite() -> None:
     config = compose.compose(["sweep=bench_pretrain_grid", "sweep.order=shuffled", "train.steps=7", "train.world=1"])
     assert (config["sweep"]["order"], config["sweep"]["prune"]) == ("shuffled", True)
     assert (config["train"]["steps"], config["train"]["global_batch"]) == (7, 1)
 
 
-@pytest.mark.skipif("techniques" not in schema.Config.__dataclass_fields__, reason="without the key `techniques`")
 @pytest.mark.parametrize(
     "suite", [pytest.param(suite, marks=[pytest.mark.slow] if suite.endswith("_grid") else []) for suite in SUITES]
 )

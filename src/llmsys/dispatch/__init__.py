@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,19 @@ if TYPE_CHECKING:
 _PLACES = {"inline": inline.run, "process": process.run}
 
 
-def submit(jobs: Sequence[Job], show: Show, first: int = 1, total: int | None = None) -> Iterator[Record]:
+def submit(
+    jobs: Sequence[Job],
+    show: Show,
+    first: int = 1,
+    total: int | None = None,
+    instead: Callable[[Job], Record | None] = lambda job: None,
+) -> Iterator[Record]:
     """Runs `jobs` one after another and yields each record as it comes; a finished run's record is yielded as it is.
 
     For the person who watches, the jobs are the `first` of `total` and those after it (None: these are all).
+    `instead(job)` is asked under the run's lock, where no finished run is there, just before it would be made: a record
+    that is yielded in the run's place, or None. Asked any earlier, its answer could replace the record of a run that
+    another process has made meanwhile.
     KeyboardInterrupt passes through after the running job has been stopped and its record written and yielded.
     """
     total = len(jobs) if total is None else total
@@ -34,6 +43,11 @@ def submit(jobs: Sequence[Job], show: Show, first: int = 1, total: int | None = 
             record = finished(job)
             if record is not None:
                 show.reused(job, record, number, total)
+                yield record
+                continue
+            record = instead(job)
+            if record is not None:
+                show.decided(job, record, number, total)
                 yield record
                 continue
             attempt = previous_attempts(Path(job.out)) + 1
@@ -53,14 +67,21 @@ def submit(jobs: Sequence[Job], show: Show, first: int = 1, total: int | None = 
 
 
 def finished(job: Job) -> Record | None:
-    """The final record this job already left, if `reuse` allows to take it: none is, of other code, by default."""
+    """The final record this job already left, if `reuse` allows to take it: none is, of other code, by default. One
+    that is `doubtful` is not final."""
     reuse = job.config["reuse"]
     if reuse == "never":
         return None
     record = read_or_set_aside(Path(job.out))
-    if record is None or record.status not in FINAL:
+    if record is None or record.status not in FINAL or doubtful(record):
         return None
     return record if reuse == "any" or record.code_hash == code_hash() else None
+
+
+def doubtful(record: Record) -> bool:
+    """Whether a run ran out of memory where its sweep had seen, or could not rule out, that others held some of it
+    (`llmsys.sweep.memory`): alone it might have run."""
+    return record.status == "oom" and not record.env.get("sweep", {}).get("clean", True)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import job as jobs
-from llmsys.dispatch import ending
+from llmsys.dispatch import ending, memory_limit
 from llmsys.dispatch.child import Child
 from llmsys.dispatch.ending import Verdict
 from llmsys.dispatch.links import Links
@@ -46,6 +46,9 @@ def run(job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Reco
     verdict = verdict or follower.cause()
     overrule = (follower.blamed not in (None, 0) and not follower.unanimous) or follower.victims
     record = ending.write(job, attempt, verdict, time.monotonic() - start, overrule=overrule)
+    if said := memory_limit.ignored(job.config):
+        record.notes[memory_limit.NOTE] = said
+        record.write(Path(job.out))
     if verdict[0] == "interrupted":
         raise KeyboardInterrupt  # also where the run had just finished: the person wants no next run
     return record

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 from llmsys.comm import link
 from llmsys.comm.place import LOOPBACK, LOOPBACK_INTERFACE, Place, listen
 from llmsys.context import LightContext
+from llmsys.dispatch import memory_limit
 from llmsys.job import Job
 
 _PR_SET_PDEATHSIG = 1
@@ -112,9 +112,7 @@ def main() -> None:
         link.isolate(first["switch"])  # before there is a second thread, and before torch makes some
     watch = _Watch(pipe, min(1.0, settings["heartbeat_s"] / 4, settings["stall_s"] / 4))
     place, found = _take_place(pipe, rank, job.config["train"]["world"], first["switch"] is not None)
-    if settings["memory_gib"] is not None:
-        limit = int(settings["memory_gib"] * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    memory_limit.set_here(job.config)
 
     from llmsys import runner
 

@@ -69,7 +69,7 @@ class Dispatch:
     `timeout_s`: the deadline of the whole run. `heartbeat_s`: no sign of life for so long is a hang (a stopped
     process). `stall_s`: alive, but no step done for so long after an earlier one, is a hang too. `grace_s`: how long an
     interrupted run may take to finish its step and write a checkpoint. `memory_gib` limits each process's data segment
-    (RLIMIT_DATA), so that running out of memory can be tried without harm.
+    (RLIMIT_DATA), so that running out of memory can be tried without harm; on a GPU it is not set.
     """
 
     kind: str = "process"

@@ -15,14 +15,15 @@ class Sweep:
     """See `llmsys.sweep`. No part of what a run is: the same run in another sweep has the same id.
 
     `order`: as listed; by predicted memory, least first; or shuffled by `seed`. `prune`: what needs at least as much
-    memory as a run that was seen to run out of it is not run; `monotone`: keys along which memory only grows, beside
-    those that the task declares (`llmsys.tasks.MONOTONE`).
+    memory as a run that was seen to run out of it is not run, and what is only predicted not to fit is (`observes`);
+    `monotone`: keys along which memory only grows, beside those that the task declares (`llmsys.tasks.MONOTONE`).
     `repeats`: fresh processes for each cell, round by round; `reference_every`: after so many runs the first cell is
     run once more, to see drift (0: never).
     `baseline_gib`: before each run memory in use must be back to what it was at the sweep's start, give or take this
-    (null: not looked at); it is waited for `baseline_timeout_s` at most.
+    (null: not looked at); it is waited for `baseline_timeout_s` at most. A GPU that is not back then is left alone.
     `search=max`: of each combination the largest `search_key` that runs, between 1 and `search_limit`, to a share of
-    `search_within`; what is found is run again with `verify_steps` steps, if that is more than it had.
+    `search_within`; what is found is run again with `verify_steps` steps, if that is more than it had: memory grows in
+    the first steps, and the speed of a step or two is not shown (0: found is found).
     """
 
     order: str = "listed"
@@ -37,7 +38,7 @@ class Sweep:
     search_key: str = "train.micro_batch"
     search_limit: int = 4096
     search_within: float = 0.0
-    verify_steps: int = 0
+    verify_steps: int = 10
 
     def __post_init__(self) -> None:
         one_of("sweep.order", self.order, ORDERS)
@@ -56,3 +57,9 @@ class Sweep:
         for key, value, only in (("repeats", self.repeats, 1), ("reference_every", self.reference_every, 0)):
             if self.search != "none" and value != only:
                 raise ValueError(f"sweep.{key}={value}: sweep.search={self.search} makes each run once")
+
+    @property
+    def observes(self) -> bool:
+        """Whether the sweep goes by what is seen to run out of memory: then no estimate stands in the way of looking,
+        where that harms nobody."""
+        return self.prune or self.search != "none"

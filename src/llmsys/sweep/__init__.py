@@ -15,10 +15,10 @@ Everything but `memory`, `course` and `report` is pure functions on frozen value
 command, same folder, same record, and finished ones are not run again; so a sweep that was killed goes on with the same
 command. `conf/sweep/*.yaml` are suites: an experiment with axes and these settings.
 
-An estimate refuses a run only as it does outside a sweep: what is predicted not to fit is `skipped (memory)`. A sweep
-that is to find the limit wants to see it instead: `force=true`, and on a CPU `dispatch.memory_gib`, a limit under which
-running out of memory harms nobody (that limit is not known to the estimate). Without `force` what a search finds may be
-the estimate's limit rather than the machine's; its table then says `skipped (memory)`.
+An estimate orders and seeds. In a sweep that prunes or searches it refuses no run for the device's memory, where
+running out of that harms nobody: on a GPU, and on a CPU under `dispatch.memory_gib`. Without that limit a CPU's memory
+is guarded as outside a sweep, `skipped (memory)`, for the kernel pages for minutes and then ends other processes; what
+a search finds there may be the estimate's limit, and its table then says so.
 """
 
 from __future__ import annotations

@@ -49,7 +49,10 @@ def cells(configs: Sequence[Config], make: Make) -> list[Cell]:
 
 
 def write(job: Job, status: str, reason: str, error: str) -> Record:
-    """The record of a run that is not made, and why. One that says so already stays as it is; it counts no attempt."""
+    """The record of a run that is not made, and why. One that says so already stays as it is; it counts no attempt.
+
+    It replaces whatever record is there: the caller holds the run's lock, and has seen that no finished one is.
+    """
     out = Path(job.out)
     before = job_record(out)
     if before and (before.status, before.reason, before.error) == (status, reason, error):

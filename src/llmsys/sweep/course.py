@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmsys import device, dispatch, schema
+from llmsys.dispatch import memory_limit
 from llmsys.dispatch.show import Show
 from llmsys.job import Job, Record
 from llmsys.sweep import memory, order, predict, prune
@@ -24,7 +26,8 @@ RAN, DID_NOT = ("ok",), ("oom", "unsupported")
 @dataclass(frozen=True)
 class Found:
     """What a search found of one combination: the largest value that ran (0: none) with its record, and the smallest
-    that did not (None: it ran up to the limit) with why."""
+    that did not (None: it ran up to the limit) with why. `verified`: it ran for `sweep.verify_steps`, so that its times
+    are more than those of a step or two."""
 
     combination: Job
     largest: int
@@ -32,6 +35,7 @@ class Found:
     smallest: int | None
     why: str
     probes: int
+    verified: bool
 
 
 class Course:
@@ -68,6 +72,8 @@ class Course:
 
     def run(self) -> Iterator[Made]:
         """Makes the runs, yielding each as it ends. KeyboardInterrupt passes through, after the run that it ended."""
+        if said := next(filter(None, (memory_limit.ignored(each.job.config) for each in self._possible)), ""):
+            self._show.note(said)
         impossible = [each for each in self.cells if each.fault]
         total = 0 if self.settings.search == "max" else len(impossible) + len(self._plan)
         for number, each in enumerate(impossible, 1):
@@ -157,55 +163,60 @@ class Course:
             else:
                 break
         bracket = Bracket.of(outcomes)
+        best = records.get(bracket.ran)
         failed = records.get(bracket.failed) if bracket.failed else None
         why = f"{failed.status} ({failed.reason})" if failed else ""
         self.found.append(
             Found(
                 combination=combination.job,
                 largest=bracket.ran,
-                record=records.get(bracket.ran),
+                record=best,
                 smallest=bracket.failed,
                 why=why,
                 probes=len(outcomes),
+                verified=best is not None and 0 < settings.verify_steps <= best.config["train"]["steps"],
             )
         )
 
     def _start(self, combination: Cell) -> int:
-        """Where a search begins: the largest value that is predicted to fit."""
+        """Where a search begins: the largest value that is predicted to fit; 1 where the device does not say into
+        what."""
         settings, resolved = self.settings, combination.job.config
 
         def needs(value: int) -> int | None:
             return predict.peak_bytes(with_value(resolved, settings.search_key, value))
 
-        reading = memory.read(self._kind)
+        try:
+            reading = memory.read(self._kind)
+        except memory.NotKnown as error:
+            self._show.note(f"{settings.search_key}: the search begins at 1: {error}")
+            return 1
         return predict.largest(needs, predict.room_bytes(resolved, min(reading.total)), settings.search_limit)
 
     def _one(self, each: Cell, number: int, total: int) -> Iterator[Made]:
         """One cell: as it was left, or not run and why, or run."""
-        job = each.job
-        witness = None
-        if not each.fault and self.settings.prune and dispatch.finished(job) is None:
-            witness = self._witnesses.against(job.config)
-        if each.fault or witness:
-            with dispatch.locked(job, self._show):
-                if witness:
-                    record = write(job, "skipped", "witness", self._witnesses.why(job.config, witness))
-                else:
-                    record = write(job, "unsupported", "contradiction", each.fault)
-            self._show.decided(job, record, number, total)
-            yield self._seen(job, record)
-            return
-        waited: dict[str, float] = {}
-        if made := dispatch.finished(job) is None:
-            waited = self._baseline.wait()
-            if self._baseline.late(waited):
-                self._show.note(f"      memory in use is {waited['over_baseline_gib']:.2f} GiB above the sweep's start")
-        for record in dispatch.submit([job], self._show, number, total):
-            self._ran += made
+        waited: dict[str, Any] = {}
+
+        def instead(job: Job) -> Record | None:
+            if each.fault:
+                return write(job, "unsupported", "contradiction", each.fault)
+            if self.settings.prune and (witness := self._witnesses.against(job.config)):
+                return write(job, "skipped", "witness", self._witnesses.why(job.config, witness))
+            waited.update(self._baseline.wait())
+            if waited.get("clean") is False and self._kind != "cpu":
+                return write(job, "skipped", "baseline", memory.why_not(waited))
+            if not waited.get("clean", True):
+                self._show.note(f"      {memory.doubt(waited)}")
+            self._ran += 1
+            return None
+
+        for record in dispatch.submit([each.job], self._show, number, total, instead):
             if waited:
                 record.env["sweep"] = waited
-                record.write(Path(job.out))
-            yield self._seen(job, record)
+                if not waited["clean"]:
+                    record.notes["baseline"] = memory.doubt(waited)
+                record.write(Path(each.job.out))
+            yield self._seen(each.job, record)
 
     def _seen(self, job: Job, record: Record) -> Made:
         self._witnesses.see(record)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llmsys import schema
 from llmsys.cost import hardware, memory
+from llmsys.dispatch import memory_limit
 from llmsys.sweep.settings import Config
 
 BARE_GIB = 0.45
@@ -31,13 +32,14 @@ def peak_bytes(config: Config) -> int | None:
 
 
 def room_bytes(config: Config, total_gib: float) -> float:
-    """What a rank has for tensors: the limit that is set on it, else the machine's by name or number, else its share of
-    `total_gib`, the device's; of a host, which all ranks share, less what their processes hold anyway."""
-    limit, given = config["dispatch"]["memory_gib"], config["hardware"]["mem_gib"]
+    """What a rank has for tensors: the limit that is set on it (on a GPU none is), else the machine's by name or
+    number, else its share of `total_gib`, the device's; of a host, which all ranks share, less what their processes
+    hold anyway. `config` is resolved."""
+    own, given = memory_limit.gib(config), config["hardware"]["mem_gib"]
     machine = hardware.named(schema.build(config).hardware)
-    gib = limit or given or (machine.mem_gib if machine else total_gib)
+    gib = own or given or (machine.mem_gib if machine else total_gib)
     host = config["hardware"]["device"] == "cpu" and not machine
-    shared = config["train"]["world"] if host and not limit else 1
+    shared = config["train"]["world"] if host and not own else 1
     return max(0.0, float(gib) / shared - (BARE_GIB if host else 0.0)) * 2**30
 
 

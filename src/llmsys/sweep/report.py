@@ -12,7 +12,7 @@ from llmsys.rows import Row, over_repeats, row
 from llmsys.spread import LIMITS
 from llmsys.sweep.course import Course, Found
 from llmsys.sweep.prune import NOT_COMPARED
-from llmsys.sweep.scaling import efficiency
+from llmsys.sweep.scaling import over_rounds
 
 Table = tuple[str, list[str], list[list[str]]]
 """(title, headers, lines)"""
@@ -25,8 +25,8 @@ def tables(course: Course) -> list[Table]:
     made: list[Table] = []
     if len(merged) < len(rows):
         made.append(("Over repeats", *results.table(merged)))
-    if len({each["config"].get("train.world") for each in rows}) > 1 and (lines := _efficiency(merged)):
-        made.append(("Scaling efficiency: tokens/s of a rank over those of one rank alone", *lines))
+    if len({each["config"].get("train.world") for each in rows}) > 1 and (lines := _efficiency(rows)):
+        made.append(("Scaling efficiency: tokens/s of a rank over those of one rank alone, in the same round", *lines))
     if course.found:
         made.append((f"Largest {course.settings.search_key} that runs", *_limits(course.found)))
     return made
@@ -63,15 +63,22 @@ def _in(record: Record, course: Course) -> bool:
 
 
 def _efficiency(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
-    found = sorted(efficiency(rows), key=lambda pair: pair[0]["config"]["train.world"])
-    if not any(each["config"]["train.world"] > 1 for each, _ in found):
+    found = sorted(over_rounds(rows), key=lambda each: each.row["config"]["train.world"])
+    if not found:
         return None
-    differ = _differing([each["config"] for each, _ in found])
+    differ = _differing([each.row["config"] for each in found])
     body = [
-        [*(str(each["config"].get(key)) for key in differ), f"{each['tokens_per_s']:,.0f}", f"{100 * share:.1f}"]
-        for each, share in found
+        [
+            *(str(each.row["config"].get(key)) for key in differ),
+            f"{each.tokens_per_s.mean:,.0f}",
+            f"{each.tokens_per_s.half:,.0f}" if each.rounds > 1 else "–",
+            f"{100 * each.efficiency.mean:.1f}",
+            f"{100 * each.efficiency.half:.1f}" if each.rounds > 1 else "–",
+            str(each.rounds),
+        ]
+        for each in found
     ]
-    return [*differ, "tokens/s", "efficiency %"], body
+    return [*differ, "tokens/s", "± tokens/s (95 %)", "efficiency %", "± % (95 %)", "rounds"], body
 
 
 def _limits(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
@@ -82,7 +89,7 @@ def _limits(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
             *(str(each["config"].get(key)) for key in differ),
             str(one.largest) if one.largest else "none",
             f"{one.record.summary['tokens_per_s']:,.0f}"
-            if one.record and "tokens_per_s" in one.record.summary
+            if one.verified and one.record and "tokens_per_s" in one.record.summary
             else "–",
             "–" if one.smallest is None else str(one.smallest),
             one.why or "ran up to the limit",

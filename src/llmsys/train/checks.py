@@ -123,7 +123,8 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
     """The predicted peak of a rank in bytes, if there is room for it (or `force`); else Refused.
 
     On a CPU all ranks share the host. On a GPU each has one, and together they need what the engine offloads to the
-    host; that is not asked of a machine by name, whose host is not known.
+    host; that is not asked of a machine by name, whose host is not known. An estimate of the device's memory refuses
+    nothing where running out of it is `to_be_seen`; the log says so.
     """
     parts, need = kinds_and_peak(config, device)
     have, where = available_memory(config, device)
@@ -138,7 +139,11 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
             other = _with(other, _chosen(other, device, have).text)
         return kinds_and_peak(other, device)[1] * sharing <= have
 
-    if need * sharing > have and not config.force:
+    if need * sharing > have and to_be_seen(config, device):
+        log.warning(
+            "%s needs about %s; %s has %s: run all the same, to see", what, readable(need), where, readable(have)
+        )
+    elif need * sharing > have and not config.force:
         each = f"about {readable(need)} ({kinds})"
         each += f" on each of {sharing} ranks, which share a host" if sharing > 1 else ""
         raise Refused(
@@ -164,6 +169,15 @@ def check_memory(config: schema.Config, device: torch.device) -> int:
                 reason="memory",
             )
     return need
+
+
+def to_be_seen(config: schema.Config, device: torch.device) -> bool:
+    """Whether a run that may run out of memory is part of a sweep that goes by what is seen to, and harms nobody: on a
+    GPU; on a CPU where each rank has a limit, and the host that much for all of them."""
+    if not config.sweep.observes or device.type == "cuda":
+        return config.sweep.observes
+    limit = config.dispatch.memory_gib
+    return limit is not None and limit * GIB * config.train.world <= host_available()
 
 
 def check_time(config: schema.Config, device: torch.device) -> float:
