@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmsys import schema, shape_file
+from llmsys.words import key_of
 
 
 def expand(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def expand(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     task = schema.SCHEMAS["task"].get(values["task"].get("kind"), schema.Task)
     predicts = issubclass(task, schema.Predicting)
     shape_file.apply(values, words, build=not predicts)
-    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    typed = set(map(key_of, words))
     if predicts:
         _ranks(values, typed)
     if issubclass(task, schema.Advise):

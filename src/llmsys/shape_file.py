@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys.models.fields import FIELDS, FIXED
+from llmsys.words import key_of
 
 FAMILY = {"mistral": "llama", "qwen2": "llama", "qwen3": "llama"}
 """model_type -> the family that it is a kind of; other families have their own names there."""
@@ -44,7 +45,7 @@ def apply(values: dict[str, Any], words: Sequence[str], *, build: bool) -> None:
     name = values["model"].get("config")
     if name is None:
         return
-    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    typed = set(map(key_of, words))
     if "model" in typed:
         raise ValueError(f"model.config={name}: gives the whole shape, and model= another one; leave one of them out")
     found, model = shape(name, build=build), values["model"]

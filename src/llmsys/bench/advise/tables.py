@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from llmsys import schema
 from llmsys.bench.advise.answer import EVEN, Answer, Drop, worse_percent
 from llmsys.bench.advise.cells import GIB, Cell
+from llmsys.table import piped
 
 WANTED = {
     "throughput": "most tokens a second",
@@ -127,7 +128,7 @@ def _drops(answer: Answer) -> list[str]:
         return []
     rows = [[drop.letter, drop.techniques, *_dropped(answer, drop)] for drop in answer.drops]
     head = ["without", "leaves", "micro-batch", "tokens/s", "GiB of a device", f"for {answer.goal}"]
-    return ["## What dropping a letter would cost", "", *_table(head, rows), ""]
+    return ["## What dropping a letter would cost", "", *piped(head, rows), ""]
 
 
 def _dropped(answer: Answer, drop: Drop) -> list[str]:
@@ -157,7 +158,7 @@ def _ranking(answer: Answer) -> list[str]:
         rows.append([str(cell.techniques), str(cell.world), str(cell.micro_batch), *numbers, cell.binds, *last])
     more = len(answer.ranking) - len(rows)
     title = f"## All that fit, the best first ({len(answer.ranking)})"
-    return [title, "", *_table(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
+    return [title, "", *piped(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
 
 
 def _source(cell: Cell) -> str:
@@ -176,7 +177,7 @@ def _short(answer: Answer) -> list[str]:
     head = ["techniques", "devices", "micro-batch", "GiB of a device", "of the host", "lacks memory of the"]
     title = f"## What does not fit, the nearest first ({len(answer.short)})"
     more = len(answer.short) - len(rows)
-    return [title, "", *_table(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
+    return [title, "", *piped(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
 
 
 def _left_out(answer: Answer) -> list[str]:
@@ -191,9 +192,4 @@ def _left_out(answer: Answer) -> list[str]:
     if not rows:
         return []
     title = f"## Left out ({len(answer.left_out)})"
-    return [title, "", *_table(["why", "combinations", "for example"], rows), ""]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
+    return [title, "", *piped(["why", "combinations", "for example"], rows), ""]
