@@ -15,13 +15,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import advise_harness
 import pytest
 
+import alone
+import llmsys.bench
+import llmsys.bench.advise
+import llmsys.bench.predict
 from llmsys import compose, job, schema
-from llmsys.bench.advise import answer, emit, measured, space, tables, task
+from llmsys.bench.advise import emit, measured, ranking, space, tables, task
 from llmsys.bench.advise.cells import Cell
 from llmsys.bench.advise.search import Search
 from llmsys.bench.techniques import Techniques
@@ -151,7 +156,7 @@ def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, base: schema.Confi
     """Tried one by one, over the micro-batches that are asked about."""
     sizes = [1, 3, 8]
     base = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=4.0))
-    made = answer.answer(asked(base, goal=goal, micro_batches=sizes), advise_harness.predict)
+    made = ranking.answer(asked(base, goal=goal, micro_batches=sizes), advise_harness.predict)
     best = None
     for each in space.space(asked(base, goal=goal)).candidates:
         for size in sizes[:1] if goal == "fit" else sizes:
@@ -159,15 +164,15 @@ def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, base: schema.Confi
             one = cells_of(found, each.techniques)
             best = max(filter(None, (best, one if one.fits else None)), key=GOALS[goal], default=None)
     assert best is not None
-    assert GOALS[goal](made.choice) == pytest.approx(GOALS[goal](best), rel=answer.EVEN)
-    least = GOALS[goal](best) - answer.EVEN * abs(GOALS[goal](best))
+    assert GOALS[goal](made.choice) == pytest.approx(GOALS[goal](best), rel=ranking.EVEN)
+    least = GOALS[goal](best) - ranking.EVEN * abs(GOALS[goal](best))
     alike = [each for each in made.ranking if GOALS[goal](each) >= least]
     assert len(made.choice.techniques.letters) == min(len(each.techniques.letters) for each in alike)
     assert made.short, "so little memory that not all fits"
     values = [GOALS[goal](each) for each in made.ranking]
     assert all(a >= b or a == pytest.approx(b) for a, b in itertools.pairwise(values[1:]))
     assert made.margin_percent is not None
-    assert made.margin_percent >= -100 * answer.EVEN * 1.01
+    assert made.margin_percent >= -100 * ranking.EVEN * 1.01
     assert (len({each.world for each in made.ranking}) == 2) == (goal == "cost"), "one device may be cheaper"
 
 
@@ -179,7 +184,7 @@ def cells_of(found: schema.Config, techniques: Techniques) -> Cell:
 
 def test_a_letter_is_worth_what_is_left_without_it(base: schema.Config) -> None:
     small = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=3.6))
-    made = answer.answer(small, advise_harness.predict)
+    made = ranking.answer(small, advise_harness.predict)
     assert made.choice.techniques.zero
     assert {drop.letter for drop in made.drops} == set(made.choice.techniques.letters)
     ranked = {str(each.techniques): each for each in (*made.ranking, *made.short)}
@@ -195,7 +200,7 @@ def test_a_letter_is_worth_what_is_left_without_it(base: schema.Config) -> None:
 
 
 def test_a_letter_that_the_stage_asks_for_cannot_be_dropped(base: schema.Config) -> None:
-    made = answer.answer(asked(base, stage="finetune", require=["QL"], goal="fit"), advise_harness.predict)
+    made = ranking.answer(asked(base, stage="finetune", require=["QL"], goal="fit"), advise_harness.predict)
     dropped = {drop.letter: drop for drop in made.drops}
     assert dropped["L"].cell is None
     assert "without an adapter" in dropped["L"].why or "task.require" in dropped["L"].why
@@ -204,7 +209,7 @@ def test_a_letter_that_the_stage_asks_for_cannot_be_dropped(base: schema.Config)
 
 def test_where_nothing_fits_the_nearest_is_named(base: schema.Config) -> None:
     tiny = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=0.5))
-    made = answer.answer(tiny, advise_harness.predict)
+    made = ranking.answer(tiny, advise_harness.predict)
     assert not made.ranking
     assert made.choice.peak_bytes == min(each.peak_bytes for each in made.short)
     assert tables.markdown(made, tiny, "a card").startswith("**Nothing fits.** ")
@@ -212,12 +217,12 @@ def test_where_nothing_fits_the_nearest_is_named(base: schema.Config) -> None:
 
 
 def test_a_global_batch_is_kept_by_every_combination(base: schema.Config) -> None:
-    made = answer.answer(asked(base, global_batch=12, letters=["F", "Z2", "TP2"]), advise_harness.predict)
+    made = ranking.answer(asked(base, global_batch=12, letters=["F", "Z2", "TP2"]), advise_harness.predict)
     for each in (*made.ranking, *made.short):
         assert each.examples * each.accumulation == 12
     assert {each.examples for each in made.ranking if each.techniques.tensor == 2} <= {1, 2, 3, 4, 6, 12}
     with pytest.raises(ValueError, match="no micro-batch on 2 ranks makes it"):
-        answer.answer(asked(base, global_batch=13, letters=["F"]), advise_harness.predict)
+        ranking.answer(asked(base, global_batch=13, letters=["F"]), advise_harness.predict)
 
 
 def test_what_is_typed_of_the_batch_and_the_goal_is_what_is_asked() -> None:
@@ -275,13 +280,13 @@ def test_runs_of_the_same_cell_take_the_place_of_its_prediction(base: schema.Con
     assert both["F+Z2"].micro_batch == 3
     assert both["F+Z2"].tokens_per_s == pytest.approx(ratio * plain["F+Z2"].tokens_per_s)
     assert both["Z3"].micro_batch == 2, "3 was seen to run out of memory"
-    made = answer.answer(asked(base, micro_batches=[2], require=["Z2"]), advise_harness.predict, found)
+    made = ranking.answer(asked(base, micro_batches=[2], require=["Z2"]), advise_harness.predict, found)
     assert "runs" in tables.markdown(made, base, "a card")
     assert f"prediction x {ratio:.2f}" in tables.markdown(made, base, "a card")
 
 
 def ranked(question: schema.Config, records: Sequence[Record] = ()) -> tuple[Cell, ...]:
-    return answer.answer(question, advise_harness.predict, records).ranking
+    return ranking.answer(question, advise_harness.predict, records).ranking
 
 
 def light(out: Path) -> LightContext:
@@ -352,6 +357,23 @@ def test_where_it_writes_is_no_part_of_what_a_run_is_and_what_it_reads_is(base: 
     assert read.inputs["records"] == str(tmp_path / "runs")
     with pytest.raises(ValueError, match=r"task\.records=nowhere: no such folder"):
         job.make(compose.compose([*words, "task.records=nowhere"]))
+
+
+@pytest.mark.parametrize("package", [llmsys.bench, llmsys.bench.predict, llmsys.bench.advise])
+def test_public_names_are_found_late(package: ModuleType) -> None:
+    alone.check_names(package)
+
+
+def test_public_names_need_no_torch() -> None:
+    code = (
+        "import sys; import llmsys.bench, llmsys.bench.advise, llmsys.bench.predict; "
+        "print('llmsys.schema' in sys.modules); "
+        "from llmsys.bench import Answer, Machine, Prediction, Techniques, answer; "
+        "from llmsys.bench.advise import Cell; from llmsys.bench.predict import predict; "
+        "print('torch' in sys.modules, 'hydra' in sys.modules, predict.__name__, answer.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "False", "predict", "answer"]
 
 
 COMMAND = """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from llmsys import schema
-from llmsys.bench.advise.answer import EVEN, Answer, Drop, worse_percent
 from llmsys.bench.advise.cells import GIB, Cell
+from llmsys.bench.advise.ranking import EVEN, Answer, Drop, worse_percent
 from llmsys.table import piped
 
 WANTED = {

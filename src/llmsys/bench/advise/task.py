@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
 from llmsys.bench.advise import emit, measured, space, tables
-from llmsys.bench.advise.answer import Answer, answer
 from llmsys.bench.advise.cells import GIB, Cell, Predict, Predicted
+from llmsys.bench.advise.ranking import Answer, answer
 from llmsys.files import write_atomic
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def advise(config: schema.Config, context: LightContext) -> dict[str, Any]:
     """The record of the answer, with `advice.md`, `advice.json` (every cell that was looked at) and, in `task.emit`,
     what to run. ValueError where nothing can be chosen among or predicted."""
     from llmsys.bench.predict import machine as machines
-    from llmsys.bench.predict.prediction import predict
+    from llmsys.bench.predict import predict
 
     known = {config.train.world: machines.of(config)}
 
