@@ -33,15 +33,26 @@ def _ranks(values: dict[str, Any], typed: set[str]) -> None:
     train, engine = values["train"], values["engine"]["kind"]
     if train["world"] == 1 and "train.world" not in typed and engine != "local":
         train["world"] = values["hardware"]["devices"]
-    shares = 1 if engine == "tp" else train["world"]
-    if "train.global_batch" not in typed and train["global_batch"] % (train["micro_batch"] * shares):
-        train["global_batch"] = train["micro_batch"] * shares
+    if "train.global_batch" not in typed:
+        _divisible(values)
 
 
 def _batch(values: dict[str, Any], typed: set[str]) -> None:
-    """A micro-batch and a global batch that were typed are what is asked for; others are an experiment's defaults."""
+    """A micro-batch and a global batch that were typed are what is asked for; others are an experiment's defaults.
+
+    What was asked for stands in `task`: on which ranks a batch divides is for advice to say, which may ask fewer.
+    """
     train, task = values["train"], values["task"]
     if "train.micro_batch" in typed and not task["micro_batches"]:
         task["micro_batches"] = [train["micro_batch"]]
     if "train.global_batch" in typed and not task["global_batch"]:
         task["global_batch"] = train["global_batch"]
+    _divisible(values)
+
+
+def _divisible(values: dict[str, Any]) -> None:
+    """A micro-batch for each rank, where the global batch is no multiple of that."""
+    train = values["train"]
+    each = train["micro_batch"] * (1 if values["engine"]["kind"] == "tp" else train["world"])
+    if each > 0 and train["global_batch"] % each:
+        train["global_batch"] = each

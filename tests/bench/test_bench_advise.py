@@ -225,6 +225,18 @@ def test_a_global_batch_is_kept_by_every_combination(base: schema.Config) -> Non
         ranking.answer(asked(base, global_batch=13, letters=["F"]), advise_harness.predict)
 
 
+def test_where_a_batch_divides_on_some_ranks_alone_these_are_asked() -> None:
+    """Cost is asked on fewer ranks too; a batch of 4 is no reason against 4, 2 and 1 of 8 devices."""
+    eight = config("hardware.devices=8", "train.global_batch=4", "goal=cost", "task.letters=[F,TP8]")
+    made = ranking.answer(eight, advise_harness.predict)
+    every = (*made.ranking, *made.short)
+    assert {each.world for each in every if each.techniques.tensor == 1} == {4, 2, 1}
+    assert {each.world for each in every if each.techniques.tensor == 8} == {8}, "whose ranks share each example"
+    assert "techniques=F: task.global_batch=4: no micro-batch on 8 ranks makes it" in made.left_out
+    every_batch = {each.examples * each.accumulation for each in every}
+    assert every_batch == {4}
+
+
 def test_what_is_typed_of_the_batch_and_the_goal_is_what_is_asked() -> None:
     typed = space.advise(config("goal=batch", "train.micro_batch=4", "train.global_batch=16", "emit=there"))
     assert (typed.goal, typed.micro_batches, typed.global_batch, typed.emit) == ("batch", [4], 16, "there")

@@ -110,7 +110,7 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
         stage=task.stage,
         ranking=tuple(fitting),
         short=tuple(short),
-        drops=_drops(config, choice, best, found, trials),
+        drops=_drops(config, choice, best, trials),
         left_out=found.left_out,
         next_size=trials.too_large(choice) if fitting else None,
     )
@@ -129,16 +129,13 @@ def _over(cell: Cell) -> float:
     return max(cell.peak_bytes / cell.capacity_bytes, host)
 
 
-def _drops(
-    config: schema.Config, choice: Cell, best: dict[Candidate, Cell], found: Space, trials: Trials
-) -> tuple[Drop, ...]:
+def _drops(config: schema.Config, choice: Cell, best: dict[Candidate, Cell], trials: Trials) -> tuple[Drop, ...]:
     """For each letter of the choice what is left without it, also where that is none of `task.letters`."""
-    reasons = dict(line.removeprefix("techniques=").split(": ", 1) for line in found.left_out)
     drops = []
     for letter in choice.techniques.letters:
         less = Candidate(techniques=choice.techniques.without(letter), world=choice.world)
         name, cell = str(less.techniques), best.get(less)
-        why = "" if cell else reasons.get(name) or space.why_not(config, less)
+        why = "" if cell else space.why_not(config, less)  # on so many ranks: on others it may be another one
         if not cell and not why:
             goal = space.advise(config).goal
             cell = trials.best(less, goal, order(goal))

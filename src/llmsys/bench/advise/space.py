@@ -100,6 +100,7 @@ def why_not(config: schema.Config, candidate: Candidate) -> str:
     try:
         made = configured(config, each, world=world, micro_batch=1, global_batch=0)
         shapes.check_adapters(made.model, made.method)
+        micro_batches(config, candidate)  # on other ranks the batch may divide
     except ValueError as error:
         return str(error)
     return ""
