@@ -237,6 +237,29 @@ def test_where_a_batch_divides_on_some_ranks_alone_these_are_asked() -> None:
     assert every_batch == {4}
 
 
+def test_a_largest_batch_that_only_the_search_has_ended_says_so(base: schema.Config) -> None:
+    """Of what fits at the end of the search nobody knows how much more would fit."""
+    few = {"letters": ["F", "Z3"], "goal": "batch"}
+    for settings, bound in (
+        ({"most_micro_batch": 5}, "task.most_micro_batch=5"),
+        ({"micro_batches": [2, 3]}, "task.micro_batches=[2,3]"),
+        ({"global_batch": 12}, "task.global_batch=12"),
+        ({"global_batch": 48, "most_micro_batch": 5}, "task.most_micro_batch=5"),
+        ({"micro_batches": [4]}, ""),
+    ):
+        question = asked(base, **few, **settings)
+        made = ranking.answer(question, advise_harness.predict)
+        assert made.bound == bound
+        assert made.next_size is None
+        text = tables.markdown(made, question, "a machine")
+        assert (f"largest batch (bounded by {bound})" in text.splitlines()[0]) == bool(bound)
+        assert task.notes(made).get("micro_batch") == (f"bounded by {bound}" if bound else None)
+    small = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=4.0))
+    limited = ranking.answer(asked(small, **few), advise_harness.predict)
+    assert limited.next_size is not None
+    assert limited.bound == "", "memory ends it"
+
+
 def test_what_is_typed_of_the_batch_and_the_goal_is_what_is_asked() -> None:
     typed = space.advise(config("goal=batch", "train.micro_batch=4", "train.global_batch=16", "emit=there"))
     assert (typed.goal, typed.micro_batches, typed.global_batch, typed.emit) == ("batch", [4], 16, "there")
@@ -410,5 +433,8 @@ def test_the_command_says_the_answer_first_and_needs_no_torch(tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
         assert done.stderr.splitlines()[-1] == "False"
         (first, *_) = filter(None, done.stdout.splitlines())
-        assert first.startswith("**Naive, micro-batch 4**: llama_tiny on 8 x GeForce RTX 4090, pre-training, largest")
+        assert first.startswith(
+            "**Naive, micro-batch 4**: llama_tiny on 8 x GeForce RTX 4090, pre-training, largest batch (bounded by "
+            "task.most_micro_batch=4); "
+        )
         (there / "run.sh").unlink()

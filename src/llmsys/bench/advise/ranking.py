@@ -39,7 +39,8 @@ class Drop:
 class Answer:
     """`ranking` of what fits, the choice first and then the best; `short`: of what does not, each at its smallest
     micro-batch, the nearest first. `next_size`: the choice at the next micro-batch, which does not fit (None: it is not
-    limited by that)."""
+    limited by that). `bound`: the setting that ended the search for a larger micro-batch ("": none did, or none was
+    looked for)."""
 
     goal: str
     stage: str
@@ -48,6 +49,7 @@ class Answer:
     drops: tuple[Drop, ...]
     left_out: tuple[str, ...]
     next_size: Cell | None = None
+    bound: str = ""
 
     @property
     def choice(self) -> Cell:
@@ -105,6 +107,7 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
     fitting = _chosen(task.goal, sorted((cell for cell in best.values() if cell.fits), key=by))
     short = sorted((cell for cell in best.values() if not cell.fits), key=lambda c: (_over(c), c.peak_bytes))
     choice = (fitting or short)[0]
+    at = Candidate(techniques=choice.techniques, world=choice.world)
     return Answer(
         goal=task.goal,
         stage=task.stage,
@@ -113,6 +116,7 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
         drops=_drops(config, choice, best, trials),
         left_out=found.left_out,
         next_size=trials.too_large(choice) if fitting else None,
+        bound=space.bound(config, at, choice.micro_batch) if fitting and task.goal != "fit" else "",
     )
 
 

@@ -44,6 +44,8 @@ def markdown(answer: Answer, config: schema.Config, machine: str, files: Sequenc
 def headline(answer: Answer, config: schema.Config, machine: str) -> str:
     """The answer in a line."""
     asked = f"{config.model.name} on {machine}, {STAGES[answer.stage]}, {WANTED[answer.goal]}"
+    if answer.goal == "batch" and answer.bound:
+        asked += f" (bounded by {answer.bound})"
     choice = answer.choice
     if not answer.ranking:
         over = choice.peak_bytes / GIB - choice.capacity_bytes / GIB
@@ -100,6 +102,8 @@ def _reasons(answer: Answer, files: Sequence[str]) -> Iterable[str]:
     if answer.next_size is not None:
         kind = {"device": "the device's memory", "host": "the host's memory"}[answer.next_size.lacks or "device"]
         yield f"the micro-batch is bound by {kind}: {answer.next_size.micro_batch} does not fit"
+    if answer.bound:
+        yield f"the micro-batch is bounded by {answer.bound}: larger ones were not looked at"
     simple = answer.simplest
     if simple is not None and simple.techniques != choice.techniques:
         worse_by = worse_percent(answer.goal, choice, simple)

@@ -91,6 +91,8 @@ def notes(made: Answer) -> dict[str, str]:
     found = {"choice": str(made.choice.techniques), "binds": made.choice.binds}
     if made.runner_up is not None:
         found["margin_percent"] = f"to {made.runner_up}"
+    if made.bound:
+        found["micro_batch"] = f"bounded by {made.bound}"
     if made.choice.measured:
         found["tokens_per_s"] = f"measured in {', '.join(made.choice.runs)}"
     if made.choice.correction != 1:
@@ -105,6 +107,7 @@ def plain(made: Answer) -> dict[str, Any]:
     return {
         "goal": made.goal,
         "stage": made.stage,
+        "bound": made.bound,
         "ranking": [_plain(cell) for cell in made.ranking],
         "short": [_plain(cell) for cell in made.short],
         "drops": [
