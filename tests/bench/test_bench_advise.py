@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -39,7 +40,9 @@ CARD = ["+exp=bench_advise", "hardware=rtx4090", "hardware.devices=2", "model.nu
 FEW = "task.letters=[F,R,Z2,Z3,O,QL]"
 
 
+@functools.cache
 def config(*words: str) -> schema.Config:
+    """Nobody changes it."""
     return schema.build(compose.compose([*CARD, *words]))
 
 
@@ -270,42 +273,50 @@ def test_what_is_typed_of_the_batch_and_the_goal_is_what_is_asked() -> None:
 
 
 def run_of(base: schema.Config, text: str, size: int, **changes: Any) -> Record:
-    """A record of training as that combination stands for it, on two of the card."""
+    """A record of training as that combination stands for it, on two of the card; `changes` with a dot are settings."""
     made = space.configured(base, Techniques.parse(text), world=2, micro_batch=size, global_batch=0)
     plain = copy.deepcopy(dataclasses.asdict(made))
     plain["task"] = {"kind": "train"}
     plain["dispatch"]["kind"] = "process"
+    for key in [key for key in changes if "." in key]:
+        group, _, name = key.partition(".")
+        plain[group][name] = changes.pop(key)
     summary = {"tokens_per_s": 100.0, "step_ms_p50": 7.0, "peak_gib": 2.0, "accounted_bytes": 1.0}
-    env = {"device_name": f"NVIDIA {DEVICES['rtx4090'].title}"}
+    card = DEVICES[base.hardware.name]
+    env = {"device_name": f"NVIDIA {card.title.removesuffix(' 10 GB')}", "device_memory_gib": card.mem_gib}
+    env |= changes.pop("env", {})
     known: dict[str, Any] = {"status": "ok", "summary": summary, "env": env, "run_id": f"{text} {size}", **changes}
     return Record(name="n", task="train", config=plain, **known)
 
 
 def test_runs_of_the_same_cell_take_the_place_of_its_prediction(base: schema.Config, tmp_path: Path) -> None:
-    """And tell of other cells by how much predictions are off, so that what was never run does not win by that."""
+    """And tell of other cells by how much predictions are off, so that what was never run does not win by that.
+
+    By the time of a step: tokens a second of a run leave padding out.
+    """
     plain = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2, 3]))}
-    slow = {"tokens_per_s": 0.2 * plain["F+Z2"].tokens_per_s, "step_ms_p50": 3.0, "peak_gib": 2.0}
+    size_2 = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2]))}
+    predicted = size_2["F+Z2"]
+    slow = {"tokens_per_s": 1.0, "peak_gib": 2.0}
     records = [
-        run_of(base, "F+Z2", 2, summary=slow),
-        run_of(base, "F+Z2", 2, summary={**slow, "tokens_per_s": 2 * slow["tokens_per_s"]}, run_id="again"),
+        run_of(base, "F+Z2", 2, summary={**slow, "step_ms_p50": 5.0 * predicted.step_ms}),
+        run_of(base, "F+Z2", 2, summary={**slow, "step_ms_p50": 3.0 * predicted.step_ms}, run_id="again"),
         run_of(base, "F", 3, env={"device_name": "NVIDIA GeForce RTX 4090 Laptop GPU"}),
         run_of(base, "Z3", 3, status="oom", summary={}),
-        run_of(base, "R", 2, summary={**slow, "tokens_per_s": 1e9}),
+        run_of(base, "R", 2, **{"model.hidden_size": 512}),
     ]
-    records[4].config["model"]["hidden_size"] = 512
     for index, record in enumerate(records):
         (tmp_path / str(index)).mkdir()
         record.write(tmp_path / str(index))
     found = measured.read(base, tmp_path)
     assert {record.run_id for record in found} == {"F+Z2 2", "again", "Z3 3"}
     one = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2]), found)}
-    own, speed = one["F+Z2"], 1.5 * slow["tokens_per_s"]
+    own, ratio = one["F+Z2"], 1 / 4
     assert own.measured
     assert own.runs == ("F+Z2 2", "again")
-    assert own.tokens_per_s == pytest.approx(speed), "the mean of repeats"
+    assert own.step_ms == pytest.approx(4 * predicted.step_ms), "the mean of repeats"
+    assert own.tokens_per_s == pytest.approx(ratio * predicted.tokens_per_s)
     assert own.peak_bytes == 2 * 2**30
-    size_2 = {str(each.techniques): each for each in ranked(asked(base, micro_batches=[2]))}
-    ratio = speed / size_2["F+Z2"].tokens_per_s
     for name, each in one.items():
         if name != "F+Z2":
             assert not each.measured
@@ -318,6 +329,95 @@ def test_runs_of_the_same_cell_take_the_place_of_its_prediction(base: schema.Con
     made = ranking.answer(asked(base, micro_batches=[2], require=["Z2"]), advise_harness.predict, found)
     assert "runs" in tables.markdown(made, base, "a card")
     assert f"prediction x {ratio:.2f}" in tables.markdown(made, base, "a card")
+
+
+SLOW = {"network.name": "eth100m", "network.up_mbit": 100.0, "network.down_mbit": 100.0}
+HERE = {"network.up_mbit": None, "network.down_mbit": None}
+PADDED = {"data.kind": "synthetic_pairs"}
+
+
+@pytest.mark.parametrize(
+    ("card", "question", "changes", "why"),
+    [
+        ("rtx4090", [], {}, ""),
+        ("rtx4090", [], {**SLOW, "env": {"network": {"shaped": True}}}, "over another network"),
+        ("rtx4090", [], {**SLOW, "env": {"network": {"shaped": False}}}, ""),
+        ("rtx4090", [], SLOW, "over another network"),
+        ("rtx4090", ["network=eth100m"], HERE, "over another network"),
+        ("rtx4090", ["network=eth100m"], {"env": {"network": {"shaped": True}}}, ""),
+        ("rtx4090", ["network=eth100m"], {"env": {"network": {"shaped": False}}}, "over another network"),
+        ("rtx3090", [], {"hardware.nvlink": False}, "with other numbers of hardware"),
+        ("rtx3090", ["hardware.nvlink=false"], {"hardware.nvlink": True}, "with other numbers of hardware"),
+        ("rtx3090", ["hardware.nvlink=false"], {}, ""),
+        ("rtx4090", ["hardware.tflops=330"], {"hardware.tflops": None}, "with other numbers of hardware"),
+        ("rtx4090", ["hardware.host_gbps=8"], {"hardware.host_gbps": None}, ""),
+        ("rtx4090", [], PADDED, "of padded rows"),
+        ("rtx4090", ["data=alpaca_lengths"], {"data.kind": "synthetic"}, "of rows without padding"),
+        ("rtx4090", ["data=alpaca_lengths"], {}, ""),
+        ("rtx4090", [], {"status": "oom", "dispatch.memory_gib": 1.0}, "that had less memory"),
+        ("rtx4090", ["hardware.mem_gib=48"], {"status": "oom"}, "that had less memory"),
+        ("rtx4090", ["hardware.mem_gib=12"], {"status": "oom"}, ""),
+    ],
+)
+def test_a_run_of_another_thing_does_not_count(
+    card: str, question: list[str], changes: dict[str, Any], why: str
+) -> None:
+    """Each of these would else stand in the place of the prediction, and correct all others."""
+    asked_of = config(f"hardware={card}", FEW, *question)
+    found = measured.by_cell(asked_of, space.space(asked_of).candidates, [run_of(asked_of, "F+Z2", 2, **changes)])
+    assert found.unlike == ({why: 1} if why else {})
+    assert [(str(each.techniques), *sizes) for each, sizes in found.runs.items()] == ([] if why else [("F+Z2", 2)])
+
+
+@pytest.mark.parametrize(("gib", "counts"), [(9.78, True), (9.64, True), (11.76, False), (None, False)])
+def test_a_card_is_known_by_its_name_and_its_memory(gib: float | None, counts: bool, tmp_path: Path) -> None:
+    """An RTX 3080 of 12 GB, which has more cores, reports the name of one of 10 GB."""
+    asked_of = config("hardware=rtx3080", FEW)
+    record = run_of(asked_of, "F", 2)
+    record.env["device_memory_gib"] = gib
+    record.write(tmp_path)
+    assert bool(measured.read(asked_of, tmp_path)) == counts
+    found = measured.by_cell(asked_of, space.space(asked_of).candidates, [record])
+    assert bool(found.runs) == counts
+
+
+@pytest.mark.parametrize(
+    ("device", "env", "threads", "counts"),
+    [
+        ("cpu", {}, 2, True),
+        ("cpu", {}, 1, False),
+        ("cpu", {"device_name": "another CPU"}, 2, False),
+        ("cuda", {"device_memory_gib": 16.1}, 1, True),
+        ("cuda", {"device_memory_gib": 24.0}, 1, False),
+        ("cuda", {}, 1, False),
+    ],
+)
+def test_of_a_calibrated_machine_its_own_runs_count(
+    device: str, env: dict[str, Any], threads: int, counts: bool, tmp_path: Path
+) -> None:
+    """A CPU's with as many threads of a rank."""
+    calibration = {
+        "task": "bench_calibrate",
+        "status": "ok",
+        "env": {"device_name": "this one"},
+        "summary": {"mem_gib": 16.0},
+        "config": {"hardware": {"device": device}, "train": {"threads": 2}},
+    }
+    (tmp_path / "record.json").write_text(json.dumps(calibration), encoding="utf-8")
+    card = config(FEW)
+    record = run_of(card, "F", 2, **{"train.threads": threads, "hardware.name": "auto"})
+    record.env = {"device_name": "this one", **env}
+    here = asked(card, speeds=str(tmp_path))
+    here = dataclasses.replace(here, hardware=dataclasses.replace(here.hardware, name="auto"))
+    found = measured.by_cell(here, space.space(here).candidates, [record])
+    assert bool(found.runs) == counts
+
+
+def test_runs_that_do_not_count_are_told_of(base: schema.Config) -> None:
+    record = run_of(base, "F+Z2", 2, **PADDED)
+    made = ranking.answer(base, advise_harness.predict, [record, record])
+    assert not any(each.measured or each.correction != 1 for each in (*made.ranking, *made.short))
+    assert "runs of these combinations that do not count: 2 of padded rows" in tables.markdown(made, base, "a card")
 
 
 def ranked(question: schema.Config, records: Sequence[Record] = ()) -> tuple[Cell, ...]:

@@ -12,7 +12,7 @@ letters is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmsys import schema
 from llmsys.bench.advise import space
@@ -40,7 +40,7 @@ class Answer:
     """`ranking` of what fits, the choice first and then the best; `short`: of what does not, each at its smallest
     micro-batch, the nearest first. `next_size`: the choice at the next micro-batch, which does not fit (None: it is not
     limited by that). `bound`: the setting that ended the search for a larger micro-batch ("": none did, or none was
-    looked for)."""
+    looked for). `unlike`: how many runs of these combinations do not count, by the reason."""
 
     goal: str
     stage: str
@@ -50,6 +50,7 @@ class Answer:
     left_out: tuple[str, ...]
     next_size: Cell | None = None
     bound: str = ""
+    unlike: dict[str, int] = field(default_factory=dict)
 
     @property
     def choice(self) -> Cell:
@@ -115,6 +116,7 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
         short=tuple(short),
         drops=_drops(config, choice, best, trials),
         left_out=found.left_out,
+        unlike=trials.unlike,
         next_size=trials.too_large(choice) if fitting else None,
         bound=space.bound(config, at, choice.micro_batch) if fitting and task.goal != "fit" else "",
     )

@@ -112,6 +112,9 @@ def _reasons(answer: Answer, files: Sequence[str]) -> Iterable[str]:
         yield choice.note
     if choice.measured:
         yield f"measured in {', '.join(choice.runs)}"
+    if answer.unlike:
+        said = ", ".join(f"{number} {why}" for why, number in answer.unlike.items())
+        yield f"runs of these combinations that do not count: {said}"
     yield from files
 
 

@@ -94,7 +94,7 @@ def notes(made: Answer) -> dict[str, str]:
     if made.bound:
         found["micro_batch"] = f"bounded by {made.bound}"
     if made.choice.measured:
-        found["tokens_per_s"] = f"measured in {', '.join(made.choice.runs)}"
+        found["tokens_per_s"] = f"measured in {', '.join(made.choice.runs)}; padding counts"
     if made.choice.correction != 1:
         found["predicted_tokens_per_s"] = (
             f"{made.choice.correction:.2f} times the prediction, as runs of others suggest"
@@ -108,6 +108,7 @@ def plain(made: Answer) -> dict[str, Any]:
         "goal": made.goal,
         "stage": made.stage,
         "bound": made.bound,
+        "unlike": made.unlike,
         "ranking": [_plain(cell) for cell in made.ranking],
         "short": [_plain(cell) for cell in made.short],
         "drops": [
