@@ -1,5 +1,5 @@
 """What some settings stand for, filled in before a config is checked: `model.config`, the ranks of a prediction, the
-batch that advice is asked for."""
+batch that advice is asked for, and the rows that it fine-tunes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def expand(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
     ValueError, in one line that names the key, where two settings contradict each other.
     """
-    if not all(isinstance(values.get(group), dict) for group in ("task", "model", "train", "engine", "hardware")):
+    if not all(
+        isinstance(values.get(group), dict) for group in ("task", "model", "data", "train", "engine", "hardware")
+    ):
         return values  # what is missing is for `schema.build` to say
     task = schema.SCHEMAS["task"].get(values["task"].get("kind"), schema.Task)
     predicts = issubclass(task, schema.Predicting)
@@ -25,6 +27,7 @@ def expand(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         _ranks(values, typed)
     if issubclass(task, schema.Advise):
         _batch(values, typed)
+        _data(values, typed)
     return values
 
 
@@ -48,6 +51,13 @@ def _batch(values: dict[str, Any], typed: set[str]) -> None:
     if "train.global_batch" in typed and not task["global_batch"]:
         task["global_batch"] = train["global_batch"]
     _divisible(values)
+
+
+def _data(values: dict[str, Any], typed: set[str]) -> None:
+    """Fine-tuning is on prompts and answers, whose rows are padded: where nothing is said, as long as Alpaca's."""
+    asked = any(word.split(".")[0] == "data" for word in typed)
+    if values["task"]["stage"] == "finetune" and values["data"]["kind"] == "synthetic" and not asked:
+        values["data"]["kind"] = "synthetic_pairs"
 
 
 def _divisible(values: dict[str, Any]) -> None:

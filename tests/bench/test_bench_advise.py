@@ -27,7 +27,7 @@ import llmsys.bench
 import llmsys.bench.advise
 import llmsys.bench.predict
 from llmsys import compose, job, schema
-from llmsys.bench.advise import emit, measured, ranking, space, tables, task
+from llmsys.bench.advise import measured, ranking, space, tables, task
 from llmsys.bench.advise.cells import Cell
 from llmsys.bench.advise.search import Search
 from llmsys.bench.techniques import Techniques
@@ -272,6 +272,18 @@ def test_what_is_typed_of_the_batch_and_the_goal_is_what_is_asked() -> None:
         config("goal=speed")
 
 
+def test_fine_tuning_is_predicted_on_padded_rows_unless_others_are_asked_for() -> None:
+    """As long as Alpaca's, on which what is emitted trains: rows of one length carry no mask, and cost less."""
+    tuned = config("task.stage=finetune")
+    assert tuned.data == schema.build(compose.compose([*CARD, "data=alpaca_lengths"])).data
+    assert config().data.kind == "synthetic", "pre-training packs its rows"
+    assert config("task.stage=finetune", "data=synthetic").data.kind == "synthetic"
+    assert config("task.stage=finetune", "data=code_docstrings").data.kind == "code_docstrings"
+    fused = {"letters": ["F"], "require": ["F"], "micro_batches": [8]}
+    (masked,), (plain,) = (ranked(asked(each, stage="finetune", **fused)) for each in (tuned, config()))
+    assert masked.peak_bytes > plain.peak_bytes
+
+
 def run_of(base: schema.Config, text: str, size: int, **changes: Any) -> Record:
     """A record of training as that combination stands for it, on two of the card; `changes` with a dot are settings."""
     made = space.configured(base, Techniques.parse(text), world=2, micro_batch=size, global_batch=0)
@@ -442,41 +454,10 @@ def test_the_task_leaves_the_answer_every_cell_and_what_to_run(base: schema.Conf
     settings = json.loads((tmp_path / "there" / "ds_config.json").read_text())
     assert settings["zero_optimization"]["stage"] == 3
     assert settings["train_micro_batch_size_per_gpu"] == made["summary"]["micro_batch"]
+    assert "- to run: run.sh, torchrun.sh, ds_config.json in " in (tmp_path / "run" / "advice.md").read_text()
     line = (tmp_path / "there" / "torchrun.sh").read_text()
     assert f"--per_device_train_batch_size={settings['train_micro_batch_size_per_gpu']} " in line
     assert f"techniques={choice} " in (tmp_path / "there" / "run.sh").read_text()
-
-
-def test_what_no_trainer_script_can_do_is_our_own_command_alone(base: schema.Config, tmp_path: Path) -> None:
-    every = asked(base, letters=[], stage="finetune")
-    for text, names in (
-        ("F+LFA", {"run.sh"}),
-        ("TP2", {"run.sh"}),
-        ("F+R", {"run.sh", "torchrun.sh"}),
-        ("F+Z2+QL", {"run.sh", "torchrun.sh", "ds_config.json"}),
-    ):
-        chosen = dataclasses.replace(cell(2, 1, 2), techniques=Techniques.parse(text), world=2)
-        found = emit.files(every, chosen, cuda=True)
-        assert set(found) == names
-        emit.write(found, tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == names, "nothing is left of an earlier choice"
-
-
-def test_our_own_command_composes_to_what_was_chosen(base: schema.Config) -> None:
-    for text in ("F+R+Z3+O", "Z2+QLFA", "F+TP2+L", "F+L"):
-        chosen = dataclasses.replace(cell(3, 1, 2), techniques=Techniques.parse(text), world=2)
-        want = space.configured(base, chosen.techniques, world=2, micro_batch=3, global_batch=0)
-        if text == "F+L":  # our own functions, and another kernel
-            ours = schema.LoRA(kind="lora", r=4, alpha=8.0)
-            other = dataclasses.replace(want.model, attention="flash_attention_2")  # type: ignore[call-arg]
-            want = dataclasses.replace(want, model=other, method=ours)
-        words = emit._command(dataclasses.replace(want, task=asked(base, stage="finetune").task), chosen)
-        found = schema.build(compose.compose(words[3:]))
-        assert found.model == want.model
-        assert found.method == want.method
-        assert found.engine == want.engine
-        for key in measured.STEP:
-            assert getattr(found.train, key) == getattr(want.train, key), key
 
 
 def test_where_it_writes_is_no_part_of_what_a_run_is_and_what_it_reads_is(base: schema.Config, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ class Advise(Predicting):
     micro-batch; `batch`, most examples in a step without accumulating any; `cost`, least for a token, also on fewer
     devices than there are (1, 2, 4, ...).
     `stage`: `pretrain` allows what trains every weight, `finetune` adapters too. A 4-bit base without an adapter trains
-    no linear weight, and is left out of both.
+    no linear weight, and is left out of both. What is fine-tuned on are padded rows as long as Alpaca's, unless `data`
+    is given.
     `letters` (`llmsys.bench.techniques`) are combined; empty: all, with tensor parallelism over all ranks. `require`:
     letters that a combination must have.
     `micro_batches`: those to choose among; empty: searched, up to `most_micro_batch`, and the answer says where that
