@@ -44,9 +44,11 @@ def advised(
     made = answer(config, predict, measured.read(config, Path(root) if root else None))
     written = []
     if task.emit:
-        files = emit.files(config, made.choice, cuda=cuda) if made.ranking else {}
-        emit.write(files, Path(task.emit).expanduser())
-        written = [f"to run: {', '.join(files)} in {task.emit}" if files else f"nothing to run stands in {task.emit}"]
+        found = emit.files(config, made.choice, cuda=cuda) if made.ranking else emit.Emitted(texts={}, why_not={})
+        emit.write(found, Path(task.emit).expanduser())
+        names = ", ".join(found.texts)
+        written = [f"to run: {names} in {task.emit}" if names else f"nothing to run stands in {task.emit}"]
+        written += [f"no {name}: {why}" for name, why in found.why_not.items()]
     text = tables.markdown(made, config, machine, written)
     (context.out / "advice.md").write_text(text, encoding="utf-8")
     write_atomic(context.out / "advice.json", json.dumps(plain(made), indent=1) + "\n")
