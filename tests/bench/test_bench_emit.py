@@ -301,14 +301,10 @@ if torch.distributed.get_rank() == 0:
     print(json.dumps({"stage": engine.zero_optimization_stage(), "rows": rows, "moved": moved}))
 """
 BASE = """
-import json, os, torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HfArgumentParser, LlamaConfig, TrainingArguments
+import json, torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 (settings,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
-shape = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-base = f"{settings.output_dir}/base{os.environ['RANK']}"
-torch.manual_seed(0)
-AutoModelForCausalLM.from_config(shape).save_pretrained(base)
-model = AutoModelForCausalLM.from_pretrained(base, LOADING)
+model = AutoModelForCausalLM.from_pretrained("BASE", LOADING)
 rows = (torch.arange(16) + torch.arange(16)[:, None]) % 64
 """
 TRAINER = (
@@ -365,13 +361,17 @@ def written(tmp_path: Path, text: str, *words: str, cuda: bool = False, **change
 
 
 def script(folder: Path, program: str) -> str:
-    """`program` as a file, with what `torchrun.sh` says above its line in its places."""
+    """`program` as a file, with what `torchrun.sh` says above its line in its places, and a tiny base for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(shape).save_pretrained(folder / "base")
     said = [
         each.removeprefix("#   ") for each in (folder / "torchrun.sh").read_text().splitlines() if each[:4] == "#   "
     ]
     loading, adapter = (*said, "")[:2]
     filled = program.replace('"ADAPTER"', repr(bool(adapter))).replace("ADAPTER", adapter or "None")
-    (folder / "train.py").write_text(filled.replace("LOADING", loading))
+    (folder / "train.py").write_text(filled.replace("LOADING", loading).replace("BASE", str(folder / "base")))
     return str(folder / "train.py")
 
 
@@ -394,7 +394,7 @@ def started(folder: Path, name: str, *words: str) -> str:
             os.killpg(running.pid, signal.SIGTERM)  # torchrun then ends its ranks, which have sessions of their own
             running.wait(30)
             raise
-    assert running.returncode == 0, err[-3000:]
+    assert running.returncode == 0, err[-8000:]
     return out
 
 
