@@ -27,9 +27,10 @@ import llmsys.bench
 import llmsys.bench.advise
 import llmsys.bench.predict
 from llmsys import compose, job, schema
-from llmsys.bench.advise import measured, ranking, space, tables, task
-from llmsys.bench.advise.cells import Cell
+from llmsys.bench.advise import cells, measured, ranking, space, tables, task
+from llmsys.bench.advise.cells import Cell, Predict
 from llmsys.bench.advise.search import Search
+from llmsys.bench.predict import predict
 from llmsys.bench.techniques import Techniques
 from llmsys.context import LightContext
 from llmsys.cost.hardware import DEVICES
@@ -154,17 +155,18 @@ GOALS: dict[str, Callable[[Cell], float]] = {
 }
 
 
+@pytest.mark.parametrize("predicted", [advise_harness.predict, predict], ids=["by rules of three", "as it predicts"])
 @pytest.mark.parametrize("goal", GOALS)
-def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, base: schema.Config) -> None:
+def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, predicted: Predict, base: schema.Config) -> None:
     """Tried one by one, over the micro-batches that are asked about."""
     sizes = [1, 3, 8]
-    base = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, mem_gib=4.0))
-    made = ranking.answer(asked(base, goal=goal, micro_batches=sizes), advise_harness.predict)
+    base = dataclasses.replace(base, hardware=dataclasses.replace(base.hardware, name="rtx3090", mem_gib=4.0))
+    made = ranking.answer(asked(base, goal=goal, micro_batches=sizes), predicted)
     best = None
     for each in space.space(asked(base, goal=goal)).candidates:
         for size in sizes[:1] if goal == "fit" else sizes:
             found = space.configured(base, each.techniques, world=each.world, micro_batch=size, global_batch=0)
-            one = cells_of(found, each.techniques)
+            one = cells.predicted(found, each.techniques, predicted(found))
             best = max(filter(None, (best, one if one.fits else None)), key=GOALS[goal], default=None)
     assert best is not None
     assert GOALS[goal](made.choice) == pytest.approx(GOALS[goal](best), rel=ranking.EVEN)
@@ -177,12 +179,6 @@ def test_the_choice_is_the_best_of_all_by_its_goal(goal: str, base: schema.Confi
     assert made.margin_percent is not None
     assert made.margin_percent >= -100 * ranking.EVEN * 1.01
     assert (len({each.world for each in made.ranking}) == 2) == (goal == "cost"), "one device may be cheaper"
-
-
-def cells_of(found: schema.Config, techniques: Techniques) -> Cell:
-    from llmsys.bench.advise import cells
-
-    return cells.predicted(found, techniques, advise_harness.predict(found))
 
 
 def test_a_letter_is_worth_what_is_left_without_it(base: schema.Config) -> None:
@@ -447,9 +443,9 @@ def test_the_task_leaves_the_answer_every_cell_and_what_to_run(base: schema.Conf
     made = task.advised(wanted, light(tmp_path / "run"), advise_harness.predict, machine="two cards", cuda=True)
     choice = Techniques.parse(made["notes"]["choice"])
     assert choice.zero == 3
-    cells = json.loads((tmp_path / "run" / "advice.json").read_text())
-    assert len(cells["ranking"]) + len(cells["short"]) == made["summary"]["combinations"] == 4
-    assert len(cells["left_out"]) == made["summary"]["combinations_left_out"]
+    found = json.loads((tmp_path / "run" / "advice.json").read_text())
+    assert len(found["ranking"]) + len(found["short"]) == made["summary"]["combinations"] == 4
+    assert len(found["left_out"]) == made["summary"]["combinations_left_out"]
     assert (tmp_path / "run" / "advice.md").read_text().startswith(f"**{choice}, micro-batch ")
     settings = json.loads((tmp_path / "there" / "ds_config.json").read_text())
     assert settings["zero_optimization"]["stage"] == 3
