@@ -343,7 +343,7 @@ plugin.set_auto_wrap_policy(model)
 if plugin.activation_checkpointing:
     fsdp_utils.fsdp2_apply_ac(accelerator, model)
 model = fsdp_utils.fsdp2_prepare_model(accelerator, model)
-model(input_ids=rows[:2], labels=rows[:2]).loss.backward()
+model(input_ids=rows[:2], labels=rows[:2], use_cache=settings.use_cache).loss.backward()
 cut = [isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters()]
 again = any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
 dtypes = sorted({str(p.dtype) for p in model.parameters()})
