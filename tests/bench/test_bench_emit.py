@@ -261,7 +261,7 @@ def test_a_config_that_a_program_has_made_is_emitted_as_it_is() -> None:
 def test_a_model_of_a_config_json_is_emitted_by_that_file(tmp_path: Path) -> None:
     """By all of its shape, where a program has changed it; and not at all where only predictions know it."""
     shape = {"model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 176,
-             "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     words = ["+exp=bench_advise", f"model.config={tmp_path}", "hardware=rtx4090", "hardware.devices=2"]
     asked = schema.build(compose.compose([*words, "train.length=32"]))
