@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from llmsys import expand, schema, wiring
+from llmsys.words import key_of
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions come as they are, for `messages` to put into one line
 
@@ -53,7 +54,7 @@ def plain(config: Any, words: Sequence[str]) -> dict[str, Any]:
     composed = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
     expand.expand(values, words)
-    return {**values, "command": [word for word in words if word.partition("=")[0].lstrip("+") != "results"]}
+    return {**values, "command": [word for word in words if key_of(word) != "results"]}
 
 
 def typed() -> list[str]:
@@ -93,8 +94,8 @@ def smoked(words: Sequence[str]) -> list[str]:
     found = compose([f"+exp={names[0]}", *own])["smoke"]
     if not found:
         raise ValueError(f"smoke=true: +exp={names[0]} has no list `smoke`")
-    said = {_key(word) for word in rest}
-    return [*rest, *(word for word in found if _key(word) not in said)]
+    said = {key_of(word) for word in rest}
+    return [*rest, *(word for word in found if key_of(word) not in said)]
 
 
 def _own_folders(words: Sequence[str]) -> list[Path]:
@@ -102,10 +103,6 @@ def _own_folders(words: Sequence[str]) -> list[Path]:
     joined = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
     apart = [after for word, after in pairwise(words) if word in ("--config-dir", "-cd")]
     return [Path(folder).resolve() for folder in (*joined, *apart)]
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
 
 
 def choices(group: str) -> dict[str, str]:

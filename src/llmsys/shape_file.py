@@ -1,9 +1,18 @@
 """`model.config`: a Hugging Face `config.json` as the model's shape.
 
-The families are those that are built here, and of LLaMA's kind Mistral, Qwen2 and Qwen3 (dense), which differ from it
-in a bias, a norm of each head, or a head's width. What a family as built here has fixed (its activation, say) must be
-so in the file. Where a model is to be built, its rotary embedding must be the plain one; a prediction does not depend
-on that. A window of attention is not looked at: attention is predicted over the whole length.
+    llama                     llama
+    mistral, ministral        the same, with a head's width of its own
+    qwen2                     and a bias of queries, keys and values
+    qwen3                     and a norm of each head of queries and keys
+    gpt2, bert, t5            gpt2, bert, t5
+    roberta, xlm-roberta      roberta
+
+are the kinds (`model_type`) that a family built here expresses exactly: each parameter, and what a forward pass keeps.
+Another kind is refused, also where its parameters could be counted: Phi-3 keeps queries and keys as long as values,
+for they are parts of one tensor, Gemma's norms are fp32 throughout, of a mixture of experts a token meets only some.
+What a family as built here has fixed (its activation, say) must be so in the file. Where a model is to be built, its
+rotary embedding must be the plain one; a prediction does not depend on that. A window of attention is not looked at:
+attention is predicted over the whole length.
 """
 
 from __future__ import annotations
@@ -14,22 +23,44 @@ from pathlib import Path
 from typing import Any
 
 from llmsys.models.fields import FIELDS, FIXED
+from llmsys.words import key_of
 
-FAMILY = {"mistral": "llama", "qwen2": "llama", "qwen3": "llama"}
-"""model_type -> the family that it is a kind of; other families have their own names there."""
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "roberta", "t5")
+FAMILY = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3"), "llama"),
+    **dict.fromkeys(("roberta", "xlm-roberta"), "roberta"),
+    **{family: family for family in ("gpt2", "bert", "t5")},
+}
+"""model_type -> the family that expresses it."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of a mixture of experts."""
+REASONS = {
+    "phi3": "keeps queries, keys and values as one tensor, and so more than any family here",
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "has norms that are fp32 throughout, as no family here"),
+}
+"""Of kinds that look like one that is known, why they are not."""
 LAYERS = {"gpt2": "n_layer", "t5": "num_layers"}
 DROPOUT = {"bert": "hidden_dropout_prob", "roberta": "hidden_dropout_prob", "gpt2": "resid_pdrop", "t5": "dropout_rate"}
 DROPOUT["llama"] = "attention_dropout"
 LENGTH = {"gpt2": "n_positions"}
+_LLAMA = {"tie_embeddings": False, "max_length": 2048, "norm_eps": 1e-6, "dropout": 0.0}
+_MISTRAL = {**_LLAMA, "max_length": 131072, "num_kv_heads": 8}
+_QWEN = {**_LLAMA, "max_length": 32768, "num_kv_heads": 32}
+_BERT = {"max_length": 512, "norm_eps": 1e-12, "dropout": 0.1}
 ABSENT: dict[str, dict[str, Any]] = {
-    "llama": {"tie_embeddings": False, "max_length": 2048, "norm_eps": 1e-6},
-    "bert": {"norm_eps": 1e-12},
-    "roberta": {"norm_eps": 1e-12},
-    "gpt2": {"tie_embeddings": True, "norm_eps": 1e-5},
-    "t5": {"tie_embeddings": True, "max_length": 512, "norm_eps": 1e-6},
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
+    "qwen2": {**_QWEN, "qkv_bias": True},
+    "qwen3": {**_QWEN, "qk_norm": True, "head_dim": 128},
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "gpt2": {"tie_embeddings": True, "max_length": 1024, "norm_eps": 1e-5, "dropout": 0.1},
+    "t5": {"max_length": 512, "norm_eps": 1e-6, "dropout": 0.1},
 }
-"""What transformers takes where a file leaves a key out."""
+"""What transformers takes where a file leaves a key out, and what a kind has without a key for it."""
+UNSAID = {"type_vocab_size": {"roberta": 2, "xlm-roberta": 2}}
+"""The same of keys that are fixed here, where it is another value than ours."""
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
 FREE = ("name", "dropout")
 """Of what a file gives, that is not its shape: a value given beside it wins."""
@@ -44,7 +75,7 @@ def apply(values: dict[str, Any], words: Sequence[str], *, build: bool) -> None:
     name = values["model"].get("config")
     if name is None:
         return
-    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    typed = set(map(key_of, words))
     if "model" in typed:
         raise ValueError(f"model.config={name}: gives the whole shape, and model= another one; leave one of them out")
     found, model = shape(name, build=build), values["model"]
@@ -62,32 +93,46 @@ def shape(name: str, *, build: bool = False) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     theirs = _read(name, path)
     kind = theirs.get("model_type")
-    if kind not in KNOWN:
-        raise ValueError(f"model.config={name}: model_type={kind}: is not known here; there are {', '.join(KNOWN)}")
-    family = FAMILY.get(kind, kind)
+    if kind not in FAMILY:
+        raise ValueError(f"model.config={name}: model_type={kind}: {_reason(kind, theirs)}; there are {_known()}")
+    family = FAMILY[kind]
     for key, want in FIXED[family].items():
+        value = theirs.get(key)
+        value = UNSAID.get(key, {}).get(kind) if value is None else value
         allowed = (True, False) if kind == "qwen2" and key == "attention_bias" else (want,)
-        if theirs.get(key) is not None and theirs[key] not in allowed:
-            raise ValueError(f"model.config={name}: {key}={theirs[key]}, and {family} as known here has {want}")
-    found: dict[str, Any] = {"family": family, "name": _title(theirs, path), **ABSENT[family]}
+        if value is not None and value not in allowed:
+            raise ValueError(f"model.config={name}: {key}={value}, and {family} as known here has {want}")
+    found: dict[str, Any] = {"family": family, "name": _title(theirs, path), **ABSENT[kind]}
+    if "num_key_value_heads" in theirs:
+        found.pop("num_kv_heads", None)  # null: as many as heads
     for key, field in FIELDS[family].items():
         if theirs.get(key) is not None:
             found[field] = theirs[key]
     for field, key in (("num_layers", LAYERS.get(family, "num_hidden_layers")), ("dropout", DROPOUT[family])):
         if theirs.get(key) is not None:
             found[field] = theirs[key]
-    length = theirs.get(LENGTH.get(family, "max_position_embeddings"), found.get("max_length"))
-    if length is not None:
-        found["max_length"] = length - 2 * (family == "roberta")
-    _own(name, kind, theirs, found, build=build)
+    length = theirs.get(LENGTH.get(family, "max_position_embeddings")) or found["max_length"]
+    found["max_length"] = length - 2 * (family == "roberta")
+    _own(name, theirs, found, build=build)
     missing = [key for key in NEEDED if not found.get(key)]
     if missing:
         raise ValueError(f"model.config={name}: says nothing of {', '.join(missing)}; it is not a whole config.json")
     return found
 
 
-def _own(name: str, kind: str, theirs: dict[str, Any], found: dict[str, Any], *, build: bool) -> None:
-    """What the kinds have each of their own."""
+def _known() -> str:
+    return ", ".join(FAMILY)
+
+
+def _reason(kind: Any, theirs: dict[str, Any]) -> str:
+    """Why a kind is refused."""
+    if any((theirs.get(key) or 0) > 1 for key in EXPERTS):
+        return "is a mixture of experts, and only models whose every weight meets every token are known here"
+    return REASONS.get(kind, "is not known here")
+
+
+def _own(name: str, theirs: dict[str, Any], found: dict[str, Any], *, build: bool) -> None:
+    """What the families have each of their own."""
     heads = found.setdefault("num_heads", 0)
     found.setdefault("num_kv_heads", heads)
     if found["family"] == "llama":
@@ -96,16 +141,19 @@ def _own(name: str, kind: str, theirs: dict[str, Any], found: dict[str, Any], *,
         if build and turns != "default":
             raise ValueError(f"model.config={name}: rope_type={turns}, but only the default one is built here")
         found["rope_theta"] = float(rope.get("rope_theta", theirs.get("rope_theta", 10000.0)))
-        found["qkv_bias"], found["qk_norm"] = kind == "qwen2", kind == "qwen3"
-        found["head_dim"] = theirs.get("head_dim") or (128 if kind == "qwen3" else 0)
+        found["head_dim"] = theirs.get("head_dim") or found.get("head_dim", 0)
         if heads and found["head_dim"] * heads == found.get("hidden_size"):
             found["head_dim"] = 0
-    elif kind == "gpt2":
+        found.setdefault("qkv_bias", False)
+        found.setdefault("qk_norm", False)
+    elif found["family"] == "gpt2":
         found.setdefault("intermediate_size", 4 * found.get("hidden_size", 0))
-    elif kind == "t5":
-        if theirs.get("d_kv", 0) * heads not in (0, found.get("hidden_size")):
-            raise ValueError(f"model.config={name}: d_kv={theirs['d_kv']}, and t5 here has d_model / num_heads")
-        if theirs.get("num_decoder_layers", found.get("num_layers")) != found.get("num_layers"):
+    elif found["family"] == "t5":
+        found["tie_embeddings"] = True  # whatever a file says: transformers ties them always
+        if theirs.get("d_kv", 64) * heads not in (0, found.get("hidden_size")):
+            raise ValueError(f"model.config={name}: d_kv={theirs.get('d_kv', 64)}, and t5 here has d_model / num_heads")
+        decoder = theirs.get("num_decoder_layers")
+        if decoder is not None and decoder != found.get("num_layers"):
             raise ValueError(f"model.config={name}: num_decoder_layers differs from num_layers, and here they are one")
     else:
         found["pooling"] = "cls"

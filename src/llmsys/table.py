@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,9 +150,13 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    headers, lines = table(rows)
-    rule = ["---" if index == 0 else "---:" for index in range(len(headers))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headers, rule, *lines])
+    return "\n".join(piped(*table(rows)))
+
+
+def piped(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Any table in Markdown, line by line: the first column is words, the others are numbers."""
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in [headers, rule, *rows]]
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -351,8 +351,6 @@ def test_pictures_draw_the_same_cells() -> None:
 def test_advice_is_asked_for_cards_that_are_known_and_for_no_other() -> None:
     """Of a CPU nothing is known without a calibration. Only letters that were tried are combined."""
     assert advised(cells.workloads([cell("F"), cell("Z3")])[0]) == ""
-    pytest.importorskip("llmsys.bench.advise.answer")
-    pytest.importorskip("llmsys.bench.predict.prediction")
     keys = {"train.precision": "bf16", "model.dtype": "bf16"}
     records = [on_gpu(cell(text, tokens, keys=keys), peak_gib=1.0) for text, tokens in (("F", 9e5), ("Z3", 3e5))]
     (workload,) = cells.workloads(records)

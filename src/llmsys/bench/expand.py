@@ -14,6 +14,7 @@ from typing import Any
 
 from llmsys import schema
 from llmsys.bench.techniques import METHODS, Techniques
+from llmsys.words import key_of
 
 KEY = "techniques"
 SHORT = {"goal": "task.goal", "emit": "task.emit"}
@@ -26,7 +27,7 @@ def expanded(words: Sequence[str]) -> list[str]:
     """`words` with what `techniques=...` stands for behind it, and its text in the order that it is printed in; as they
     are where there is none, or it is swept over. ValueError for a text that stands for nothing."""
     words = [_whole(word) for word in words]
-    given = {_key(word) for word in words}
+    given = {key_of(word) for word in words}
     found = []
     for word in words:
         text = _text(word)
@@ -34,7 +35,7 @@ def expanded(words: Sequence[str]) -> list[str]:
             found.append(word)
         else:
             asked = Techniques.parse(text)
-            found += [f"{KEY}={asked}", *(own for own in asked.words() if _key(own) not in given)]
+            found += [f"{KEY}={asked}", *(own for own in asked.words() if key_of(own) not in given)]
     return found
 
 
@@ -51,7 +52,7 @@ def check(plain: dict[str, Any]) -> None:
     if plain.get(KEY) is None:
         return
     config = schema.build(plain)
-    if KEY not in map(_key, config.command):
+    if KEY not in map(key_of, config.command):
         raise ValueError(
             f"{KEY}: is expanded before files are read, so it belongs on the command line "
             f"({KEY}={config.techniques}), or in a file under hydra.sweeper.params"
@@ -99,7 +100,3 @@ def _whole(word: str) -> str:
     """A word of `SHORT` with its group; any other as it is."""
     key, equals, value = word.partition("=")
     return f"{SHORT.get(key, key)}{equals}{value}"
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")

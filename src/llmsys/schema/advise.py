@@ -20,12 +20,13 @@ class Advise(Predicting):
     micro-batch; `batch`, most examples in a step without accumulating any; `cost`, least for a token, also on fewer
     devices than there are (1, 2, 4, ...).
     `stage`: `pretrain` allows what trains every weight, `finetune` adapters too. A 4-bit base without an adapter trains
-    no linear weight, and is left out of both.
+    no linear weight, and is left out of both. What is fine-tuned on are padded rows as long as Alpaca's, unless `data`
+    is given.
     `letters` (`llmsys.bench.techniques`) are combined; empty: all, with tensor parallelism over all ranks. `require`:
     letters that a combination must have.
-    `micro_batches`: those to choose among; empty: searched, up to `most_micro_batch`. `global_batch`: examples of a
-    step, for which micro-batches are accumulated; 0: as many as micro-batch and ranks make. Typed as
-    `train.micro_batch` and `train.global_batch` they are taken from there.
+    `micro_batches`: those to choose among; empty: searched, up to `most_micro_batch`, and the answer says where that
+    has ended the search. `global_batch`: examples of a step, for which micro-batches are accumulated; 0: as many as
+    micro-batch and ranks make. Typed as `train.micro_batch` and `train.global_batch` they are taken from there.
     `records`: a folder with runs of the task `train`, of which those that are this model on this machine take the place
     of predictions; null: the folder `results`. `emit`: a folder for what to run, written anew each time.
     """

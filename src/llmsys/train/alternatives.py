@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from llmsys import schema
 from llmsys.schema import recompute as policies
+from llmsys.words import key_of
 
 
 def alternatives(
@@ -43,10 +44,10 @@ def _command(words: Sequence[str], changes: Sequence[str]) -> str:
     """
     kept = list(words)
     for change in changes:
-        key = _key(change)
-        at = next((index for index, word in enumerate(kept) if _key(word) == key), len(kept))
+        key = key_of(change)
+        at = next((index for index, word in enumerate(kept) if key_of(word) == key), len(kept))
         before, after = (
-            [word for word in part if _key(word) != key and not _key(word).startswith(f"{key}.")]
+            [word for word in part if key_of(word) != key and not key_of(word).startswith(f"{key}.")]
             for part in (kept[:at], kept[at:])
         )
         kept = [*before, change, *after]
@@ -56,10 +57,6 @@ def _command(words: Sequence[str], changes: Sequence[str]) -> str:
 def _quoted(word: str) -> str:
     """A word as a shell takes it; one with Hydra's own quotes in double ones, so that it can be read."""
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
 
 
 def _typed(config: schema.Config) -> list[str]:

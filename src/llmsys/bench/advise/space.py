@@ -100,6 +100,7 @@ def why_not(config: schema.Config, candidate: Candidate) -> str:
     try:
         made = configured(config, each, world=world, micro_batch=1, global_batch=0)
         shapes.check_adapters(made.model, made.method)
+        micro_batches(config, candidate)  # on other ranks the batch may divide
     except ValueError as error:
         return str(error)
     return ""
@@ -177,3 +178,16 @@ def micro_batches(config: schema.Config, candidate: Candidate) -> Sequence[int]:
     if not found:
         raise ValueError(f"task.global_batch={task.global_batch}: no micro-batch on {shares} ranks makes it")
     return found
+
+
+def bound(config: schema.Config, candidate: Candidate, size: int) -> str:
+    """The setting by which no larger micro-batch than `size` was looked at; "" where larger ones were, and where one
+    alone was asked about."""
+    task, sizes = advise(config), micro_batches(config, candidate)
+    if size < sizes[-1] or len(set(task.micro_batches)) == 1:
+        return ""
+    if task.micro_batches:
+        return f"task.micro_batches=[{','.join(map(str, task.micro_batches))}]"
+    if task.global_batch and size * (1 if candidate.techniques.tensor > 1 else candidate.world) == task.global_batch:
+        return f"task.global_batch={task.global_batch}"
+    return f"task.most_micro_batch={task.most_micro_batch}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from llmsys import schema
-from llmsys.bench.advise.answer import EVEN, Answer, Drop, worse_percent
 from llmsys.bench.advise.cells import GIB, Cell
+from llmsys.bench.advise.ranking import EVEN, Answer, Drop, worse_percent
+from llmsys.table import piped
 
 WANTED = {
     "throughput": "most tokens a second",
@@ -43,6 +44,8 @@ def markdown(answer: Answer, config: schema.Config, machine: str, files: Sequenc
 def headline(answer: Answer, config: schema.Config, machine: str) -> str:
     """The answer in a line."""
     asked = f"{config.model.name} on {machine}, {STAGES[answer.stage]}, {WANTED[answer.goal]}"
+    if answer.goal == "batch" and answer.bound:
+        asked += f" (bounded by {answer.bound})"
     choice = answer.choice
     if not answer.ranking:
         over = choice.peak_bytes / GIB - choice.capacity_bytes / GIB
@@ -99,6 +102,8 @@ def _reasons(answer: Answer, files: Sequence[str]) -> Iterable[str]:
     if answer.next_size is not None:
         kind = {"device": "the device's memory", "host": "the host's memory"}[answer.next_size.lacks or "device"]
         yield f"the micro-batch is bound by {kind}: {answer.next_size.micro_batch} does not fit"
+    if answer.bound:
+        yield f"the micro-batch is bounded by {answer.bound}: larger ones were not looked at"
     simple = answer.simplest
     if simple is not None and simple.techniques != choice.techniques:
         worse_by = worse_percent(answer.goal, choice, simple)
@@ -107,6 +112,9 @@ def _reasons(answer: Answer, files: Sequence[str]) -> Iterable[str]:
         yield choice.note
     if choice.measured:
         yield f"measured in {', '.join(choice.runs)}"
+    if answer.unlike:
+        said = ", ".join(f"{number} {why}" for why, number in answer.unlike.items())
+        yield f"runs of these combinations that do not count: {said}"
     yield from files
 
 
@@ -127,7 +135,7 @@ def _drops(answer: Answer) -> list[str]:
         return []
     rows = [[drop.letter, drop.techniques, *_dropped(answer, drop)] for drop in answer.drops]
     head = ["without", "leaves", "micro-batch", "tokens/s", "GiB of a device", f"for {answer.goal}"]
-    return ["## What dropping a letter would cost", "", *_table(head, rows), ""]
+    return ["## What dropping a letter would cost", "", *piped(head, rows), ""]
 
 
 def _dropped(answer: Answer, drop: Drop) -> list[str]:
@@ -157,7 +165,7 @@ def _ranking(answer: Answer) -> list[str]:
         rows.append([str(cell.techniques), str(cell.world), str(cell.micro_batch), *numbers, cell.binds, *last])
     more = len(answer.ranking) - len(rows)
     title = f"## All that fit, the best first ({len(answer.ranking)})"
-    return [title, "", *_table(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
+    return [title, "", *piped(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
 
 
 def _source(cell: Cell) -> str:
@@ -176,7 +184,7 @@ def _short(answer: Answer) -> list[str]:
     head = ["techniques", "devices", "micro-batch", "GiB of a device", "of the host", "lacks memory of the"]
     title = f"## What does not fit, the nearest first ({len(answer.short)})"
     more = len(answer.short) - len(rows)
-    return [title, "", *_table(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
+    return [title, "", *piped(head, rows), *([f"\n{more} more in `advice.json`."] if more > 0 else []), ""]
 
 
 def _left_out(answer: Answer) -> list[str]:
@@ -191,9 +199,4 @@ def _left_out(answer: Answer) -> list[str]:
     if not rows:
         return []
     title = f"## Left out ({len(answer.left_out)})"
-    return [title, "", *_table(["why", "combinations", "for example"], rows), ""]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
+    return [title, "", *piped(["why", "combinations", "for example"], rows), ""]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
 from llmsys.bench.advise import emit, measured, space, tables
-from llmsys.bench.advise.answer import Answer, answer
 from llmsys.bench.advise.cells import GIB, Cell, Predict, Predicted
+from llmsys.bench.advise.ranking import Answer, answer
 from llmsys.files import write_atomic
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def advise(config: schema.Config, context: LightContext) -> dict[str, Any]:
     """The record of the answer, with `advice.md`, `advice.json` (every cell that was looked at) and, in `task.emit`,
     what to run. ValueError where nothing can be chosen among or predicted."""
     from llmsys.bench.predict import machine as machines
-    from llmsys.bench.predict.prediction import predict
+    from llmsys.bench.predict import predict
 
     known = {config.train.world: machines.of(config)}
 
@@ -44,9 +44,11 @@ def advised(
     made = answer(config, predict, measured.read(config, Path(root) if root else None))
     written = []
     if task.emit:
-        files = emit.files(config, made.choice, cuda=cuda) if made.ranking else {}
-        emit.write(files, Path(task.emit).expanduser())
-        written = [f"to run: {', '.join(files)} in {task.emit}" if files else f"nothing to run stands in {task.emit}"]
+        found = emit.files(config, made.choice, cuda=cuda) if made.ranking else emit.Emitted(texts={}, why_not={})
+        emit.write(found, Path(task.emit).expanduser())
+        names = ", ".join(found.texts)
+        written = [f"to run: {names} in {task.emit}" if names else f"nothing to run stands in {task.emit}"]
+        written += [f"no {name}: {why}" for name, why in found.why_not.items()]
     text = tables.markdown(made, config, machine, written)
     (context.out / "advice.md").write_text(text, encoding="utf-8")
     write_atomic(context.out / "advice.json", json.dumps(plain(made), indent=1) + "\n")
@@ -91,8 +93,10 @@ def notes(made: Answer) -> dict[str, str]:
     found = {"choice": str(made.choice.techniques), "binds": made.choice.binds}
     if made.runner_up is not None:
         found["margin_percent"] = f"to {made.runner_up}"
+    if made.bound:
+        found["micro_batch"] = f"bounded by {made.bound}"
     if made.choice.measured:
-        found["tokens_per_s"] = f"measured in {', '.join(made.choice.runs)}"
+        found["tokens_per_s"] = f"measured in {', '.join(made.choice.runs)}; padding counts"
     if made.choice.correction != 1:
         found["predicted_tokens_per_s"] = (
             f"{made.choice.correction:.2f} times the prediction, as runs of others suggest"
@@ -105,6 +109,8 @@ def plain(made: Answer) -> dict[str, Any]:
     return {
         "goal": made.goal,
         "stage": made.stage,
+        "bound": made.bound,
+        "unlike": made.unlike,
         "ranking": [_plain(cell) for cell in made.ranking],
         "short": [_plain(cell) for cell in made.short],
         "drops": [

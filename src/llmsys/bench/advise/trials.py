@@ -1,7 +1,7 @@
 """The cells of every combination: predicted, corrected by runs where there are any, or measured in them.
 
 A run counts for its own cell. It also says by how much predictions are off on this machine: those of the same
-combination at other micro-batches are corrected by the ratio of measured to predicted speed at the nearest one that was
+combination at other micro-batches are corrected by the ratio of predicted to measured time at the nearest one that was
 run, those of other combinations by the median over all runs. Without that what was never run would beat what was run,
 by being predicted too fast. Memory is not corrected; a run that ran out of it bounds its combination's micro-batch.
 """
@@ -34,14 +34,16 @@ class Trials:
         self._own: dict[Candidate, dict[int, Cell]] = {}
         self._ratios: dict[Candidate, dict[int, float]] = {}
         capped = config.hardware.mem_gib is not None
-        for candidate, runs in measured.by_cell(config, candidates, records).items():
+        found = measured.by_cell(config, candidates, records)
+        self.unlike = found.unlike
+        """How many runs of these combinations do not count, by the reason."""
+        for candidate, runs in found.runs.items():
             for size, alike in runs.items():
                 before = self._predicted(candidate, size)
                 cell = measured.measured(before, alike, capped=capped)
                 self._own.setdefault(candidate, {})[size] = cell
                 if all(run.status == "ok" for run in alike):
-                    ratio = cell.tokens_per_s / before.tokens_per_s
-                    self._ratios.setdefault(candidate, {})[size] = ratio
+                    self._ratios.setdefault(candidate, {})[size] = before.step_ms / cell.step_ms
         every = [ratio for ratios in self._ratios.values() for ratio in ratios.values()]
         self._usual = statistics.median(every) if every else 1.0
 

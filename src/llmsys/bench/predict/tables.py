@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from llmsys import schema
 from llmsys.bench.predict.machine import GIB, Machine
 from llmsys.bench.predict.prediction import Prediction, tokens_each
+from llmsys.table import piped
 
 KINDS = ("weights", "gradients", "optimizer", "master", "compress", "activations", "logits", "workspace")
 WORDS = {
@@ -71,20 +70,13 @@ def _memory(found: Prediction) -> str:
     for phase in found.phases:
         sizes = [phase.device.get(kind, 0) for kind in kinds]
         rows.append([phase.name, *(_gib(n) if n else "" for n in (*sizes, phase.device_bytes, phase.host_bytes))])
-    return _table(rows)
+    return "\n".join(piped(rows[0], rows[1:]))
 
 
 def _time(found: Prediction) -> str:
     shown = {name: ms for name, ms in found.by_phase_ms.items() if ms}
-    rows = [["phase", "ms", "share"]]
-    rows += [[name, _ms(ms), f"{100 * ms / found.step_ms:.1f} %"] for name, ms in shown.items()]
-    return _table([*rows, ["step", _ms(found.step_ms), ""]])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
+    rows = [[name, _ms(ms), f"{100 * ms / found.step_ms:.1f} %"] for name, ms in shown.items()]
+    return "\n".join(piped(["phase", "ms", "share"], [*rows, ["step", _ms(found.step_ms), ""]]))
 
 
 def made(config: schema.Config, machine: Machine) -> list[str]:

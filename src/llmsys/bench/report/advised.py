@@ -6,8 +6,6 @@ of training do not hold. Imported late, and only where there is such a card.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 
 from llmsys import schema
@@ -21,10 +19,11 @@ def advised(workload: Workload) -> Markup:
     """A table of the choice by each goal among all combinations of the letters that were measured; "" where there is no
     advice to have."""
     best = next((cell for cell in workload.measured if cell.card and cell.techniques), None)
-    if best is None or importlib.util.find_spec("llmsys.bench.advise") is None:
+    if best is None:
         return Markup("")
-    answer = importlib.import_module("llmsys.bench.advise.answer").answer
-    predict = importlib.import_module("llmsys.bench.predict.prediction").predict
+    from llmsys.bench.advise import answer
+    from llmsys.bench.predict import predict
+
     records = [record for cell in workload.cells for record in cell.records]
     rows = []
     try:

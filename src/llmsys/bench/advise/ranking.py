@@ -12,7 +12,7 @@ letters is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmsys import schema
 from llmsys.bench.advise import space
@@ -39,7 +39,8 @@ class Drop:
 class Answer:
     """`ranking` of what fits, the choice first and then the best; `short`: of what does not, each at its smallest
     micro-batch, the nearest first. `next_size`: the choice at the next micro-batch, which does not fit (None: it is not
-    limited by that)."""
+    limited by that). `bound`: the setting that ended the search for a larger micro-batch ("": none did, or none was
+    looked for). `unlike`: how many runs of these combinations do not count, by the reason."""
 
     goal: str
     stage: str
@@ -48,6 +49,8 @@ class Answer:
     drops: tuple[Drop, ...]
     left_out: tuple[str, ...]
     next_size: Cell | None = None
+    bound: str = ""
+    unlike: dict[str, int] = field(default_factory=dict)
 
     @property
     def choice(self) -> Cell:
@@ -105,14 +108,17 @@ def answer(config: schema.Config, predict: Predict, records: Sequence[Record] = 
     fitting = _chosen(task.goal, sorted((cell for cell in best.values() if cell.fits), key=by))
     short = sorted((cell for cell in best.values() if not cell.fits), key=lambda c: (_over(c), c.peak_bytes))
     choice = (fitting or short)[0]
+    at = Candidate(techniques=choice.techniques, world=choice.world)
     return Answer(
         goal=task.goal,
         stage=task.stage,
         ranking=tuple(fitting),
         short=tuple(short),
-        drops=_drops(config, choice, best, found, trials),
+        drops=_drops(config, choice, best, trials),
         left_out=found.left_out,
+        unlike=trials.unlike,
         next_size=trials.too_large(choice) if fitting else None,
+        bound=space.bound(config, at, choice.micro_batch) if fitting and task.goal != "fit" else "",
     )
 
 
@@ -129,16 +135,13 @@ def _over(cell: Cell) -> float:
     return max(cell.peak_bytes / cell.capacity_bytes, host)
 
 
-def _drops(
-    config: schema.Config, choice: Cell, best: dict[Candidate, Cell], found: Space, trials: Trials
-) -> tuple[Drop, ...]:
+def _drops(config: schema.Config, choice: Cell, best: dict[Candidate, Cell], trials: Trials) -> tuple[Drop, ...]:
     """For each letter of the choice what is left without it, also where that is none of `task.letters`."""
-    reasons = dict(line.removeprefix("techniques=").split(": ", 1) for line in found.left_out)
     drops = []
     for letter in choice.techniques.letters:
         less = Candidate(techniques=choice.techniques.without(letter), world=choice.world)
         name, cell = str(less.techniques), best.get(less)
-        why = "" if cell else reasons.get(name) or space.why_not(config, less)
+        why = "" if cell else space.why_not(config, less)  # on so many ranks: on others it may be another one
         if not cell and not why:
             goal = space.advise(config).goal
             cell = trials.best(less, goal, order(goal))
