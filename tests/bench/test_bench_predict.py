@@ -20,8 +20,9 @@ from llmsys.bench.predict.speeds import Speeds
 from llmsys.cost import case as cases
 from llmsys.cost import flops, walk
 from llmsys.cost.case import Case
+from llmsys.cost.hardware import DEVICES
 from llmsys.cost.links import Line
-from llmsys.cost.work import AGAIN, FORWARD
+from llmsys.cost.work import AGAIN, FORWARD, Op
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 A800 = "hardware=a800x8"
@@ -208,6 +209,43 @@ def test_a_rate_goes_through_its_points_straight_in_logarithms() -> None:
     assert [speeds.at(curve, size) for size in (1e4, 1e6)] == pytest.approx([1.0, 100.0])
     assert speeds.at(curve, 1e5) == pytest.approx(10.0)
     assert (speeds.at(curve, 1.0), speeds.at(curve, 1e9)) == pytest.approx((1.0, 100.0)), "and stays beyond them"
+
+
+@pytest.mark.parametrize("name", sorted(DEVICES))
+def test_a_launch_on_a_listed_device_has_one_tail_however_many_matrices_it_multiplies(name: str) -> None:
+    """Eager attention multiplies B H matrices in one kernel. Of every kind: work over rate, and a tail for a launch."""
+    given = speeds.listed(DEVICES[name])
+    widths = {2: "bf16", 4: "fp32"}
+    arithmetic = [
+        (kind, width) for kind in speeds.ARITHMETIC for width in widths if f"{kind}/{widths[width]}" in given.curves
+    ]
+    for kind, width in arithmetic:
+        for launches, matrices in ((1, 1), (1, 256), (3, 256)):
+            op = Op(FORWARD, kind, 1e7 * launches * matrices, 0.0, launches, matrices, width)
+            bound = (
+                op.flops / max(rate for _, rate in given.curves[f"{kind}/{widths[width]}"]) + launches * speeds.TAIL_S
+            )
+            assert given.seconds(op) == pytest.approx(bound, rel=1e-6)
+    for kind in ("stream", "exp", "dequant", "adam"):
+        op = Op(FORWARD, kind, 0.0, 1e6, 5)
+        assert given.seconds(op) == pytest.approx(1e6 / given.rate(kind, 1e6) + 5 * speeds.KERNEL_S, rel=1e-6)
+
+
+def test_measured_batches_go_by_the_size_of_a_matrix() -> None:
+    """As the probes time them: the curve has the time of small matrices in it, and nothing is added to it."""
+    curves = {"batched/fp32": ((1e4, 1e9), (1e6, 1e10)), "stream": ((1.0, 1e30),)}
+    given = Speeds(curves=curves, start_s=speeds.START_S, behind=False)
+    assert given.seconds(Op(FORWARD, "batched", 64e6, 0.0, 1, 64)) == pytest.approx(64e6 / 1e10)
+
+
+def test_eager_attention_of_a_small_batch_is_a_part_of_its_step() -> None:
+    """LLaMA-2 7B at 350 tokens: 0.2 of 15 TFLOPs are the scores' and the context's."""
+    given = config(A800)
+    machine = machines.of(given)
+    case = Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cuda"))
+    batched = [op for ops in walk.run(case).ops.values() for op in ops if op.kind == "batched"]
+    whole = predict(given, machine)
+    assert sum(map(machine.speeds.seconds, batched)) < 0.06e-3 * whole.step_ms
 
 
 def test_two_cells_tell_work_and_starts_apart() -> None:

@@ -1,10 +1,11 @@
 """How long operators take on a device: a rate for each kind, by size and precision; listed, or measured on the spot.
 
-A product of 10**7 FLOPs does not reach the rate of one of 10**11, nor a pass over 64 KiB that of one over 64 MiB, so
-a rate is a curve: points (size, FLOP/s or bytes/s), between which it goes straight in logarithms, and beyond which it
-stays. `cost.work` says what the kinds are and what a size is. An operator takes the longer one of its arithmetic and
-its bytes; a device that works behind its host (CUDA) is idle where the host cannot start operators so fast, and one
-that is the host itself (a CPU) pays for each start.
+A product of 10**7 FLOPs does not reach the rate of one of 10**11, nor a pass over 64 KiB that of one over 64 MiB.
+Measured, a rate is a curve: points (size, FLOP/s or bytes/s), between which it goes straight in logarithms, and beyond
+which it stays; `cost.work` says what the kinds are and what a size is. Listed, it is one number, and each launch takes
+a tail beside its work: many matrices in one launch have one tail. An operator takes the longer one of its arithmetic
+and its bytes; a device that works behind its host (CUDA) is idle where the host cannot start operators so fast, and
+one that is the host itself (a CPU) pays for each start.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ ARITHMETIC = ("product", "batched", "attention", "attention_backward")
 PRECISIONS = {1: "fp8", 2: "bf16", 4: "fp32"}
 """By bytes an element."""
 Curve = tuple[tuple[float, float], ...]
-SIZES = tuple(10.0**exponent for exponent in range(4, 15))
 
 TAIL_S = 10e-6
 """What a kernel of matrix products takes beside its arithmetic: its start, and its last wave."""
@@ -38,11 +38,14 @@ skips half and the whole is counted; memory in streaming operators and in those 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
     """`curves`: `<kind>/<precision>` of `ARITHMETIC`, and `<kind>` of those that are paid by bytes. `start_s`: by pass,
-    of an operator. `behind`: the device works behind the host."""
+    of an operator. `behind`: the device works behind the host. `product_s`, `kernel_s`: what each launch takes beside
+    its arithmetic, or its bytes; 0 where the curves have it, since they were measured."""
 
     curves: Mapping[str, Curve]
     start_s: Mapping[str, float]
     behind: bool
+    product_s: float = 0.0
+    kernel_s: float = 0.0
 
     def rate(self, kind: str, size: float, width: int = 4) -> float:
         """FLOP/s or bytes/s. A kind that was not measured is as fast as the one that it is most like."""
@@ -56,9 +59,10 @@ class Speeds:
     def seconds(self, op: Op) -> float:
         """Of all of its launches, without what it takes to start them."""
         streamed = op.nbytes / self.rate("stream" if op.flops else op.kind, op.nbytes / op.launches)
+        streamed += op.launches * self.kernel_s
         if not op.flops:
             return streamed
-        return max(op.flops / self.rate(op.kind, op.size, op.width), streamed)
+        return max(op.flops / self.rate(op.kind, op.size, op.width) + op.launches * self.product_s, streamed)
 
     def passed(self, ops: Iterable[Op]) -> Passed:
         """How long operators take one after another."""
@@ -133,12 +137,12 @@ def listed(device: Device, *, fp8: bool = False) -> Speeds:
         shares = {"product": 1.0, "batched": BATCHED, "attention": FUSED, "attention_backward": FUSED_BACKWARD}
         for kind, share in shares.items():
             rate = peak * 1e12 * device.sustained * share
-            curves[f"{kind}/{precision}"] = _saturating(rate, TAIL_S)
+            curves[f"{kind}/{precision}"] = _flat(rate)
     memory = device.gb_per_s * 1e9
-    curves["stream"] = _saturating(MEMORY * memory, KERNEL_S)
-    curves["dequant"] = _saturating(WIDENING * memory, KERNEL_S)
-    return Speeds(curves=curves, start_s=START_S, behind=True)
+    curves |= dict.fromkeys(("stream", "exp", "adam"), _flat(MEMORY * memory))
+    curves["dequant"] = _flat(WIDENING * memory)
+    return Speeds(curves=curves, start_s=START_S, behind=True, product_s=TAIL_S, kernel_s=KERNEL_S)
 
 
-def _saturating(rate: float, tail_s: float) -> Curve:
-    return tuple((size, size / (size / rate + tail_s)) for size in SIZES)
+def _flat(rate: float) -> Curve:
+    return ((1.0, rate),)
