@@ -29,8 +29,6 @@ COPY = 0.8
 HOST_BYTES_PER_S = 1.2e11
 """What AdamW on a host moves, on all cores of two sockets: DeepSpeed's CPU Adam updates 10**9 parameters, 28 bytes
 each, in 0.22 s (ZeRO-Offload, arXiv 2101.06840, table 4)."""
-FP8 = ("rtx4090", "h100_pcie", "h100", "h200")
-"""Rows of `cost.hardware` that multiply 8-bit floats: Ada's and Hopper's."""
 CONTEXT_GIB = 0.6
 """What a GPU's context and libraries take of its memory before there is a tensor; NCCL's buffers are half of it."""
 SLACK = 0.03
@@ -91,12 +89,13 @@ def of(config: schema.Config) -> Machine:
     kind, line = _line(config, device)
     whose = "as given" if config.hardware.name == "auto" else f"by its datasheet ({device.source})"
     notes = [
-        f"speeds: {device.title}, {whose}, of which large products reach {100 * device.sustained:.0f} %; the rest are "
-        "round assumptions (llmsys.bench.predict.speeds)"
+        f"speeds: {device.title}, {whose}; large products reach {100 * device.reached(config.train.precision):.0f} % of "
+        f"it, {'as measured by others' if device.products else 'assumed'} (llmsys.cost.hardware); the other shares stand "
+        "in llmsys.bench.predict.speeds"
     ]
     if config.train.world > 1:
         notes.append(f"links: {kind}")
-    if config.train.fp8 and config.hardware.name not in FP8:
+    if config.train.fp8 and "fp8" not in device.tflops:
         notes.append("train.fp8: not known to be on this card, so predicted in bf16; a run there may be refused")
     if config.hardware.host_gib is None:
         notes.append("host memory: not known (hardware.host_gib), so it is not compared")
@@ -106,7 +105,7 @@ def of(config: schema.Config) -> Machine:
         mem_gib=device.mem_gib,
         host_gib=config.hardware.host_gib,
         devices=config.hardware.devices,
-        speeds=speeds.listed(device, fp8=config.hardware.name in FP8),
+        speeds=speeds.listed(device),
         lines={"all": line},
         peak={name: tflops * 1e12 for name, tflops in device.tflops.items()},
         copy_bytes_per_s=COPY * device.pcie_gbps * 1e9,

@@ -126,17 +126,15 @@ def at(curve: Curve, size: float) -> float:
     return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
 
 
-def listed(device: Device, *, fp8: bool = False) -> Speeds:
-    """Of a GPU by its datasheet, and the assumptions of this file. `fp8`: it multiplies 8-bit floats, as fast as 8-bit
-    integers."""
+def listed(device: Device) -> Speeds:
+    """Of a GPU by its datasheet, what was measured of its generation, and the assumptions of this file."""
     curves: dict[str, Curve] = {}
-    peaks = {**device.tflops, **({"fp8": device.tflops["int8"]} if fp8 else {})}
-    for precision, peak in ((name, peaks.get(name)) for name in PRECISIONS.values()):
+    for precision, peak in ((name, device.tflops.get(name)) for name in PRECISIONS.values()):
         if peak is None:
             continue
         shares = {"product": 1.0, "batched": BATCHED, "attention": FUSED, "attention_backward": FUSED_BACKWARD}
         for kind, share in shares.items():
-            rate = peak * 1e12 * device.sustained * share
+            rate = peak * 1e12 * device.reached(precision) * share
             curves[f"{kind}/{precision}"] = _flat(rate)
     memory = device.gb_per_s * 1e9
     curves |= dict.fromkeys(("stream", "exp", "adam"), _flat(MEMORY * memory))
