@@ -18,7 +18,7 @@ from llmsys.bench.predict.machine import GIB, Machine
 from llmsys.bench.predict.prediction import Prediction, predict
 from llmsys.bench.predict.speeds import Speeds
 from llmsys.cost import case as cases
-from llmsys.cost import flops, walk
+from llmsys.cost import flops, walk, work
 from llmsys.cost.case import Case
 from llmsys.cost.hardware import DEVICES
 from llmsys.cost.links import Line
@@ -38,7 +38,7 @@ def predicted(*words: str, machine: Machine | None = None) -> Prediction:
 
 def ideal(rate: float = 1e12, **changes: Any) -> Machine:
     """Arithmetic at one rate, everything else for nothing."""
-    kinds = [f"{kind}/{precision}" for kind in speeds.ARITHMETIC for precision in ("bf16", "fp32")]
+    kinds = [f"{kind}/{precision}" for kind in work.ARITHMETIC for precision in ("bf16", "fp32")]
     curves = {**dict.fromkeys(kinds, ((1.0, rate),)), "stream": ((1.0, 1e30),)}
     values: dict[str, Any] = {
         "title": "ideal", "device": "cuda", "mem_gib": 80.0, "host_gib": None, "devices": 8,
@@ -217,7 +217,7 @@ def test_a_launch_on_a_listed_device_has_one_tail_however_many_matrices_it_multi
     given = speeds.listed(DEVICES[name])
     widths = {2: "bf16", 4: "fp32"}
     arithmetic = [
-        (kind, width) for kind in speeds.ARITHMETIC for width in widths if f"{kind}/{widths[width]}" in given.curves
+        (kind, width) for kind in work.ARITHMETIC for width in widths if f"{kind}/{widths[width]}" in given.curves
     ]
     for kind, width in arithmetic:
         for launches, matrices in ((1, 1), (1, 256), (3, 256)):
@@ -246,6 +246,28 @@ def test_eager_attention_of_a_small_batch_is_a_part_of_its_step() -> None:
     batched = [op for ops in walk.run(case).ops.values() for op in ops if op.kind == "batched"]
     whole = predict(given, machine)
     assert sum(map(machine.speeds.seconds, batched)) < 0.06e-3 * whole.step_ms
+
+
+@pytest.mark.parametrize(
+    ("words", "skips"),
+    [
+        (("model=llama2_7b",), True),
+        (("model=gpt2",), True),
+        (("model=llama2_7b", "data=code_docstrings"), False),  # rows of different lengths: with a mask
+        (("model=llama2_7b", "data=code_docstrings", "model.attention=flash_attention_2"), True),  # which reads lengths
+        (("model=bert_base", "data=glue_sst2"), False),
+        (("model=t5_base", "data=code_docstrings"), False),
+    ],
+)
+def test_only_a_causal_kernel_skips_what_comes_later(words: tuple[str, ...], skips: bool) -> None:
+    given = config(A800, "techniques=F", *words)
+    case = Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cuda"))
+    found = [op for ops in walk.run(case).ops.values() for op in ops if "attention" in op.kind]
+    assert {op.kind for op in found} == {("" if skips else "whole_") + f"attention{way}" for way in ("", "_backward")}
+    known = machines.of(given).speeds
+    seconds = [op.flops / known.rate(kind, op.size, op.width) for op in found for kind in (op.kind, "attention")]
+    ratio = 1.0 if skips else speeds.CAUSAL
+    assert seconds[0] / seconds[1] == pytest.approx(ratio)
 
 
 def test_two_cells_tell_work_and_starts_apart() -> None:

@@ -88,10 +88,10 @@ def of(config: schema.Config) -> Machine:
     device.peak(config.train.precision)  # a precision that it has not is said here
     kind, line = _line(config, device)
     whose = "as given" if config.hardware.name == "auto" else f"by its datasheet ({device.source})"
+    large, by = 100 * device.reached(config.train.precision), "as others measured" if device.products else "assumed"
     notes = [
-        f"speeds: {device.title}, {whose}; large products reach {100 * device.reached(config.train.precision):.0f} % of "
-        f"it, {'as measured by others' if device.products else 'assumed'} (llmsys.cost.hardware); the other shares stand "
-        "in llmsys.bench.predict.speeds"
+        f"speeds: {device.title}, {whose}; large products reach {large:.0f} % of it, {by} (llmsys.cost.hardware); the "
+        "other shares stand in llmsys.bench.predict.speeds"
     ]
     if config.train.world > 1:
         notes.append(f"links: {kind}")

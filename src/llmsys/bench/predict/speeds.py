@@ -16,23 +16,36 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmsys.cost.hardware import Device
-from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
+from llmsys.cost.work import AGAIN, ARITHMETIC, BACKWARD, FORWARD, WHOLE, Op
 
-ARITHMETIC = ("product", "batched", "attention", "attention_backward")
 PRECISIONS = {1: "fp8", 2: "bf16", 4: "fp32"}
 """By bytes an element."""
 Curve = tuple[tuple[float, float], ...]
 
-TAIL_S = 10e-6
-"""What a kernel of matrix products takes beside its arithmetic: its start, and its last wave."""
-KERNEL_S = 2e-6
-"""The least of any other kernel."""
+FUSED, FUSED_BACKWARD, CAUSAL = 0.7, 0.6, 1.75
+"""Fused attention: shares of the rate of large products where nothing is skipped, and how many times as fast a causal
+kernel is, by the whole square. FlashAttention-2 (arXiv 2307.08691): 50 to 73 % of an A100's peak forward, up to 63 %
+backward, and 1.7 to 1.8 times as fast with a causal mask; large products reach 85 % of it."""
+MEMORY = 0.89
+"""Of the bandwidth, in operators that stream: an A800 PCIe's 1727 of 1935 GB/s (github.com/mli/transformers-benchmarks,
+issue 4)."""
+BATCHED, WIDENING = 0.5, 0.5
+"""Assumed: eager attention's products, of the rate of large ones (most of them are paid by their bytes); making 4 bits
+wide, of the bandwidth."""
+SHARES = {
+    "product": 1.0,
+    "batched": BATCHED,
+    "attention": CAUSAL * FUSED,
+    "attention_backward": CAUSAL * FUSED_BACKWARD,
+    f"{WHOLE}attention": FUSED,
+    f"{WHOLE}attention_backward": FUSED_BACKWARD,
+}
+"""By kind, of the rate of large products."""
+TAIL_S, KERNEL_S = 10e-6, 2e-6
+"""Assumed: what a kernel of matrix products takes beside its arithmetic, its start and its last wave; and any other."""
 START_S = {FORWARD: 15e-6, AGAIN: 15e-6, BACKWARD: 8e-6}
-"""What the host takes to start an operator: in Python, and in autograd's own thread. A LLaMA block of transformers is
-about 35 operators forward, and 32 of them take some 20 ms on servers' CPUs."""
-BATCHED, FUSED, FUSED_BACKWARD, MEMORY, WIDENING = 0.5, 1.1, 0.8, 0.85, 0.5
-"""Round shares: eager attention's products, of the rate of large products; fused attention, of which a causal kernel
-skips half and the whole is counted; memory in streaming operators and in those that widen 4 bits, of its bandwidth."""
+"""Assumed: what the host takes to start an operator, in Python and in autograd's own thread. A LLaMA block of
+transformers is about 35 operators forward, so 32 of them take 17 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +94,8 @@ LIKE = {
     "batched": ("product",),
     "attention": ("batched", "product"),
     "attention_backward": ("attention", "batched", "product"),
+    f"{WHOLE}attention": ("attention", "batched", "product"),
+    f"{WHOLE}attention_backward": ("attention_backward", "attention", "batched", "product"),
     "exp": ("stream",),
     "dequant": ("stream",),
     "adam": ("stream",),
@@ -132,8 +147,7 @@ def listed(device: Device) -> Speeds:
     for precision, peak in ((name, device.tflops.get(name)) for name in PRECISIONS.values()):
         if peak is None:
             continue
-        shares = {"product": 1.0, "batched": BATCHED, "attention": FUSED, "attention_backward": FUSED_BACKWARD}
-        for kind, share in shares.items():
+        for kind, share in SHARES.items():
             rate = peak * 1e12 * device.reached(precision) * share
             curves[f"{kind}/{precision}"] = _flat(rate)
     memory = device.gb_per_s * 1e9
