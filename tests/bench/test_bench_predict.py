@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_a_card_by_its_numbers_and_a_model_by_its_config(tmp_path: Path) -> None
         (("hardware=auto",), "hardware.name=auto.*hardware.mem_gib=24"),
         ((A800, "engine=ddp", "train.world=16"), "train.world=16: 8 devices.*network=eth10g"),
         (("hardware=rtx2080ti", "engine=local"), "train.precision=bf16"),
-        ((A800, "task.speeds=/nowhere"), "task.speeds=/nowhere: no record.json"),
+        (("hardware=auto", "task.speeds=/nowhere"), "task.speeds=/nowhere: no record.json"),
     ],
 )
 def test_what_is_missing_is_named(words: tuple[str, ...], line: str) -> None:
@@ -309,6 +310,69 @@ def test_a_calibration_is_the_machine(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(json.dumps({**measured(), "task": "train"}), encoding="utf-8")
     with pytest.raises(ValueError, match="not a finished run of bench_calibrate, but of train"):
         predict(given)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((A800,), "hardware.name=a800: task.speeds=.*another machine.*hardware=auto"),
+        (("hardware.tflops=5",), "hardware.tflops=5: task.speeds=.*measured"),
+        (
+            ("train.precision=bf16",),
+            r"train.precision=bf16: task.speeds=.* in fp32; run .*_calibrate train.precision=bf16",
+        ),
+        (("model.dtype=bf16", "train.precision=bf16"), "train.precision=bf16: task.speeds="),
+        (("engine=ddp", "train.world=2", "train.global_batch=2"), "train.world=2: task.speeds=.*1 rank.*train.world=2"),
+    ],
+)
+def test_what_a_calibration_cannot_tell_is_refused(words: tuple[str, ...], line: str, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps(measured()), encoding="utf-8")
+    with pytest.raises(ValueError, match=line) as refused:
+        predicted(*SMALL, *words, f"task.speeds={tmp_path}")
+    assert "\n" not in str(refused.value)
+
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = [ROOT / "docs" / "bench.md", ROOT / "conf" / "exp" / "bench_calibrate.yaml"]
+
+
+def documented(path: Path) -> tuple[list[str], list[str]]:
+    """(a calibration, a prediction from it but for the run's id), as the file has them."""
+    text = path.read_text(encoding="utf-8")
+    (calibrate,) = re.findall(r"python -m llmsys (\+exp=bench_calibrate\b.*)", text)
+    (predict,) = re.findall(
+        r"python -m llmsys (\+exp=bench_predict .*task\.speeds=)results/bench_calibrate/<run id>", text
+    )
+    return calibrate.split(), predict.split()
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_the_documented_prediction_goes_by_a_calibration_in_its_own_precision(path: Path, tmp_path: Path) -> None:
+    """Of a calibration as it is documented, which has fp32 alone."""
+    calibrate, predict = documented(path)
+    own = compose.compose(calibrate)
+    assert {own["train"]["precision"], "fp32"} == {"fp32"}
+    (tmp_path / "record.json").write_text(json.dumps(measured()), encoding="utf-8")
+    predict[-1] += str(tmp_path)
+    (made,) = main.make_jobs([compose.compose([*predict, f"results={tmp_path}"])])
+    record = runner.run(made)
+    assert record.status == "ok", record.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_calibrating_and_predicting_work_as_they_are_documented(path: Path, tmp_path: Path) -> None:
+    calibrate, predict = documented(path)
+    smoke = compose.compose(calibrate)["smoke"]
+    (first,) = main.make_jobs([compose.compose([*calibrate, *smoke, f"results={tmp_path}"])])
+    measured_here = runner.run(first)
+    assert measured_here.status == "ok", measured_here.error
+    predict[-1] += first.out
+    (second,) = main.make_jobs([compose.compose([*predict, f"results={tmp_path}"])])
+    record = runner.run(second)
+    assert record.status == "ok", record.error
+    assert record.summary["predicted_step_ms"] > 0
+    assert f"run {first.run_id}" in record.notes["made"]
 
 
 def test_ranks_of_a_cpu_share_its_memory_and_hide_nothing() -> None:

@@ -7,7 +7,7 @@ machine are NVLink where it joins so many, else PCIe, and between machines what 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,12 @@ def read(name: str) -> dict[str, Any]:
 
 def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
     """The machine of a calibration's record. What was not measured there (a link, where it ran on one rank) is taken
-    from `config`, or assumed, and `notes` says so."""
+    from `config`, or assumed, and `notes` says so. ValueError where `config` names another machine, or asks for a
+    precision or for ranks that were not calibrated."""
     summary, given = record["summary"], record["config"]
     device = given["hardware"]["device"]
     measured = {key: value for key, value in summary.items() if "/" in key}
+    _asked(record, config, {key.split("/")[2] for key in measured if key.startswith("rate/product/")})
     curves, starts = _curves(measured), {key.partition("/")[2]: v for key, v in measured.items() if key[:6] == "start/"}
     title = str(record["env"].get("device_name") or device)
     notes = [f"speeds: measured on {_ranks(record)} of {title}, run {record['run_id']}"]
@@ -195,6 +197,31 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
         scales=scales,
         notes=tuple(notes),
     )
+
+
+def _asked(record: Mapping[str, Any], config: schema.Config, precisions: Set[str]) -> None:
+    """ValueError where `config` asks for what a calibration in `precisions` cannot tell."""
+    speeds = f"task.speeds={getattr(config.task, 'speeds', None) or record['run_id']}"
+    hardware, train = config.hardware, config.train
+    if hardware.name != "auto":
+        raise ValueError(
+            f"hardware.name={hardware.name}: {speeds} is another machine, the one that was calibrated; take "
+            "hardware=auto with it, or leave task.speeds out"
+        )
+    for key in ("tflops", "mem_gbps", "host_gbps"):
+        if getattr(hardware, key) is not None:
+            raise ValueError(f"hardware.{key}={getattr(hardware, key):g}: {speeds} has it measured; leave one out")
+    if train.precision not in precisions:
+        raise ValueError(
+            f"train.precision={train.precision}: {speeds} was calibrated in {', '.join(sorted(precisions))}; run "
+            f"+exp=bench_calibrate train.precision={train.precision}"
+        )
+    world = int(record["world"])
+    if record["config"]["hardware"]["device"] == "cpu" and train.world > world:
+        raise ValueError(
+            f"train.world={train.world}: {speeds} was calibrated with {_ranks(record)} of a CPU, whose cores they "
+            f"share; run +exp=bench_calibrate engine=ddp train.world={train.world} train.global_batch={4 * train.world}"
+        )
 
 
 def _ranks(record: Mapping[str, Any]) -> str:
