@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from llmsys import compose, main, runner, schema
+from llmsys.bench.predict import lines, scales, speeds, steps, tables
 from llmsys.bench.predict import machine as machines
-from llmsys.bench.predict import scales, speeds, steps, tables
 from llmsys.bench.predict.machine import GIB, Machine
 from llmsys.bench.predict.prediction import Prediction, predict
 from llmsys.bench.predict.speeds import Speeds
@@ -188,7 +188,8 @@ def test_a_card_by_its_numbers_and_a_model_by_its_config(tmp_path: Path) -> None
     ("words", "line"),
     [
         (("hardware=auto",), "hardware.name=auto.*hardware.mem_gib=24"),
-        ((A800, "engine=ddp", "train.world=16"), "train.world=16: 8 devices.*network=eth10g"),
+        ((A800, "engine=ddp", "train.world=16"), "train.world=16: hardware.devices=8.*=16 for one.*network=eth10g"),
+        (("hardware=a800", "train.world=8"), "train.world=8: hardware.devices=1; type hardware.devices=8"),
         (("hardware=rtx2080ti", "engine=local"), "train.precision=bf16"),
         (("hardware=auto", "task.speeds=/nowhere"), "task.speeds=/nowhere: no record.json"),
     ],
@@ -203,6 +204,37 @@ def test_several_machines_talk_over_the_network() -> None:
     far = predicted(A800, "engine=zero3", "train.world=16", "network=eth10g")
     assert far.by_phase_ms["comm"] > 10 * near.by_phase_ms["comm"]
     assert far.binds == "network"
+
+
+def test_a_network_joins_machines_and_nothing_within_one() -> None:
+    alone = predicted(A800, "engine=zero3")
+    typed = predicted(A800, "engine=zero3", "network=eth1g")
+    assert typed.by_phase_ms == alone.by_phase_ms
+    assert "network=eth1g: not used" in typed.note
+    assert "eth10g between machines" in predicted("hardware=a800", "train.world=2", "network=eth10g").note
+
+
+def test_bridges_take_every_second_hop_off_the_host() -> None:
+    """Of GeForce cards, whose traffic goes through it; as fast as two cards alone at most. The paper has 10 % more
+    scaling efficiency by the bridges of its RTX 3090s."""
+    names, words = ("rtx3090x8", "rtx3090x8_pcie", "rtx4090x8"), ("techniques=F+R+Z2", "model.num_layers=8")
+    bridged, plain, ada = (machines.of(config(f"hardware={name}", *words)).lines["all"] for name in names)
+    gain = plain.beta_s / bridged.beta_s
+    assert gain == pytest.approx(min(2 * lines.EIGHT_SHARE, lines.LINK["host"]) / lines.EIGHT_SHARE)
+    assert 1 < gain <= 2, "half as many flows"
+    assert ada == plain, "the same PCIe, and no bridges"
+    pair = machines.of(config("hardware=rtx3090x8", "train.world=2")).lines["all"]
+    assert 1e-9 / pair.beta_s == pytest.approx(0.8 * 56.25), "all of the ring over a bridge"
+    four = [config(f"hardware={name}", "train.world=4") for name in names]
+    assert machines.of(four[0]).lines == machines.of(four[1]).lines, "so few flows do not limit each other"
+    spent = [predicted(f"hardware={name}", *words) for name in names[:2]]
+    assert spent[0].by_phase_ms["comm"] < spent[1].by_phase_ms["comm"]
+    assert "bridges take 4 of the ring's 8 hops" in spent[0].note
+    a100 = [
+        machines.of(config("hardware=a100_pcie", "hardware.devices=8", *how)).lines
+        for how in ((), ("hardware.nvlink=false",))
+    ]
+    assert a100[0] == a100[1], "cards that read each other are limited by their slots"
 
 
 def test_a_rate_goes_through_its_points_straight_in_logarithms() -> None:

@@ -1,7 +1,7 @@
 """What a prediction knows of a machine: its devices and links by `cost.hardware`, or by a calibration on the spot.
 
-Devices are equal, each a rank's; `host_gib` is one host's memory, which all of its devices offload to. Links inside a
-machine are NVLink where it joins so many, else PCIe, and between machines what `network` says.
+Devices are equal, each a rank's; `host_gib` is one host's memory, which all of its devices offload to. What joins them
+is said by `lines`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import schema
-from llmsys.bench.predict import speeds
+from llmsys.bench.predict import lines, speeds
 from llmsys.bench.predict.speeds import Curve, Speeds
 from llmsys.cost import hardware
-from llmsys.cost.hardware import Device
 from llmsys.cost.links import Line
 
 GIB = 2**30
-LINK = {"nvlink": 0.8, "pcie": 0.65, "host": 0.35, "given": 1.0}
-"""Round shares of a link's rate that collectives reach: NCCL's over NVLink, over PCIe, and over PCIe where cards cannot
-read each other, so that each byte goes through the host's memory. Rates that are given are taken as they are."""
-LATENCY_S = {"nvlink": 3e-6, "pcie": 6e-6, "host": 12e-6, "given": 6e-6}
 COPY = 0.8
 """Share of PCIe's rate that copies from and to pinned memory reach."""
 HOST_BYTES_PER_S = 1.2e11
@@ -86,15 +81,14 @@ def of(config: schema.Config) -> Machine:
             "bench_calibrate>"
         )
     device.peak(config.train.precision)  # a precision that it has not is said here
-    kind, line = _line(config, device)
+    line, links = lines.listed(config, device)
     whose = "as given" if config.hardware.name == "auto" else f"by its datasheet ({device.source})"
     large, by = 100 * device.reached(config.train.precision), "as others measured" if device.products else "assumed"
     notes = [
         f"speeds: {device.title}, {whose}; large products reach {large:.0f} % of it, {by} (llmsys.cost.hardware); the "
         "other shares stand in llmsys.bench.predict.speeds"
     ]
-    if config.train.world > 1:
-        notes.append(f"links: {kind}")
+    notes += links
     if config.train.fp8 and "fp8" not in device.tflops:
         notes.append("train.fp8: not known to be on this card, so predicted in bf16; a run there may be refused")
     if config.hardware.host_gib is None:
@@ -112,26 +106,6 @@ def of(config: schema.Config) -> Machine:
         usd_per_hour=device.usd_per_hour,
         notes=tuple(notes),
     )
-
-
-def _line(config: schema.Config, device: Device) -> tuple[str, Line]:
-    """(in words, the slowest link of a ring through all ranks)."""
-    world, here = config.train.world, config.hardware.devices
-    if world > here and here > 1 and config.network.up_mbit is None:
-        raise ValueError(
-            f"train.world={world}: {here} devices are in a machine (hardware.devices); for several machines say what "
-            "joins them, e.g. network=eth10g"
-        )
-    if config.network.up_mbit is not None:
-        return f"between machines {config.network.name}", Line.of_network(config.network, LATENCY_S["given"])
-    rate, kind = device.gbps(world), "nvlink"
-    if config.hardware.gbps is not None:
-        kind = "given"
-    elif world > device.nvlink_ranks:
-        kind = "pcie" if device.p2p else "host"
-    share = LINK[kind]
-    words = {"nvlink": "NVLink", "pcie": "PCIe", "host": "PCIe, through the host's memory", "given": "as given"}[kind]
-    return f"{words}, {rate:g} GB/s each way, of which {100 * share:.0f} %", Line.of_rate(rate * share, LATENCY_S[kind])
 
 
 def read(name: str) -> dict[str, Any]:
@@ -161,19 +135,12 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
     curves, starts = _curves(measured), {key.partition("/")[2]: v for key, v in measured.items() if key[:6] == "start/"}
     title = str(record["env"].get("device_name") or device)
     notes = [f"speeds: measured on {_ranks(record)} of {title}, run {record['run_id']}"]
-    lines = {
-        key.split("/")[1]: Line(value, measured[f"beta_s/{key.split('/')[1]}"])
-        for key, value in measured.items()
-        if key.startswith("alpha_s/")
-    }
     world = int(record["world"])
+    devices = max(config.hardware.devices, world)
     if config.train.world > 1 and config.train.world != world:
         notes.append(f"calibrated with {world} ranks, predicted for {config.train.world}")
-    if not lines:
-        rate = config.hardware.gbps or summary["copy_gb_per_s"] / 4
-        notes.append(f"links: not measured; {rate:.3g} GB/s, " + ("as given" if config.hardware.gbps else "assumed"))
-        lines = {"all": Line.of_rate(rate, 1e-4)}
-    lines.setdefault("all", lines.get("all_reduce") or next(iter(lines.values())))
+    joined, links = _lines(config, measured, devices, summary["copy_gb_per_s"] / 4)
+    notes += links * (config.train.world > 1)
     scales = {
         each: (measured[f"scale/{each}/work"], measured[f"scale/{each}/start"])
         for each in ("forward", "backward", "optimizer")
@@ -185,9 +152,9 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
         device=device,
         mem_gib=config.hardware.mem_gib or summary["mem_gib"],
         host_gib=config.hardware.host_gib or summary["host_gib"],
-        devices=max(config.hardware.devices, world),
+        devices=devices,
         speeds=Speeds(curves=curves, start_s={**starts, "again": starts["forward"]}, behind=device == "cuda"),
-        lines=lines,
+        lines=joined,
         peak=peak,
         copy_bytes_per_s=summary["copy_gb_per_s"] * 1e9,
         host_bytes_per_s=summary["host_adam_gb_per_s"] * 1e9,
@@ -197,6 +164,25 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
         scales=scales,
         notes=tuple(notes),
     )
+
+
+def _lines(
+    config: schema.Config, measured: Mapping[str, float], devices: int, assumed: float
+) -> tuple[dict[str, Line], list[str]]:
+    """(lines by kind of collective, how they were come by): a network's, as given, as measured, or `assumed` GB/s."""
+    outer, given = lines.between(config, devices), config.hardware.gbps
+    if outer is not None:
+        return {"all": outer}, [f"links: {config.network.name} between machines, by which the whole ring goes"]
+    if given is not None:
+        return {"all": Line.of_rate(given, lines.LATENCY_S["given"])}, [f"links: {given:.3g} GB/s, as given"]
+    kinds = [key.partition("/")[2] for key in measured if key.startswith("alpha_s/")]
+    found = {kind: Line(measured[f"alpha_s/{kind}"], measured[f"beta_s/{kind}"]) for kind in kinds}
+    if not found:
+        note = (
+            f"links: not measured; {assumed:.3g} GB/s and 0.1 ms a message, assumed (hardware.gbps says another rate)"
+        )
+        return {"all": Line.of_rate(assumed, 1e-4)}, [note]
+    return {"all": found.get("all_reduce") or next(iter(found.values())), **found}, []
 
 
 def _asked(record: Mapping[str, Any], config: schema.Config, precisions: Set[str]) -> None:
