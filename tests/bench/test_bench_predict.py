@@ -152,6 +152,42 @@ def test_ddp_hides_all_but_the_last_bucket_behind_its_backward_pass() -> None:
     assert 0 < shown < whole / 100, "of about 500 buckets"
 
 
+def test_an_offloaded_update_is_adamw_clipping_and_a_cast_of_the_weights() -> None:
+    """28, 8 and 4 + 2 bytes a parameter of a model in bf16, of all ranks; the rest is the device's. The paper of
+    ZeRO-Offload has AdamW alone at 0.22 s for 10**9 parameters."""
+    given = config(A800, "techniques=Z2+O")
+    numel = steps.Sizes.of(
+        Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cuda"))
+    ).numel
+    slow = ideal(host_bytes_per_s=1e9)
+    assert predict(given, slow).by_phase_ms["optimizer"] == pytest.approx(numel * 42e-6, rel=1e-3)
+    unclipped = config(A800, "techniques=Z2+O", "train.clip=0")
+    assert predict(unclipped, slow).by_phase_ms["optimizer"] == pytest.approx(numel * 34e-6, rel=1e-3)
+    cited = ideal(host_bytes_per_s=machines.HOST_BYTES_PER_S)
+    assert predict(unclipped, cited).by_phase_ms["optimizer"] == pytest.approx(220e-9 * numel * 34 / 28, rel=1e-3)
+
+
+@pytest.mark.parametrize(("techniques", "once", "twice"), [("Z2+O", 4 + 2, 4 + 2 + 6), ("Z3+O", 4 + 8, 4 + 16)])
+def test_gradients_go_to_the_host_in_fp32(techniques: str, once: int, twice: int) -> None:
+    """Bytes of a rank's elements over PCIe in bf16, of one micro-batch and of two. With ZeRO-3 the weights go to the
+    device in either pass, and each micro-batch's gradients to the host and back."""
+    for micro, wanted in ((1, once), (2, twice)):
+        given = config(A800, f"techniques={techniques}", f"train.global_batch={8 * micro}")
+        slow = ideal(copy_bytes_per_s=1e9, overlaps=False)
+        case = Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cuda"))
+        share = steps.Sizes.of(case).share
+        assert predict(given, slow).by_phase_ms["offload"] == pytest.approx(wanted * share * 1e-6, rel=1e-3)
+
+
+def test_messages_of_tensor_parallelism_are_as_wide_as_the_products() -> None:
+    """One for each matrix of a block, forward and backward: their latency is counted so often, in fp32 too."""
+    words = (A800, "techniques=TP8", "model.num_layers=4", "model.vocab_size=800")
+    latency = ideal(lines={"all": Line(1.0, 1e-30)}, peak={"bf16": 1e12, "fp32": 1e12})
+    wide = ("model.dtype=fp32", "train.precision=fp32")
+    counts = [predict(config(*words, *how), latency).by_phase_ms["comm"] for how in ((), wide)]
+    assert counts[0] == pytest.approx(counts[1])
+
+
 def test_what_does_not_fit_says_so() -> None:
     found = predicted("hardware=rtx4090x8", "techniques=Naive")
     assert not found.fits

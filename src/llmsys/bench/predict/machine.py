@@ -19,9 +19,10 @@ from llmsys.cost import hardware
 from llmsys.cost.links import Line
 
 GIB = 2**30
-COPY = 0.8
-"""Share of PCIe's rate that copies from and to pinned memory reach."""
-HOST_BYTES_PER_S = 1.2e11
+COPY = 0.76
+"""Share of PCIe's rate that copies from and to pinned memory reach: 12.0 of 15.75 GB/s of third generation (`PCI_BW` of
+NCCL's src/graph/topo.h)."""
+HOST_BYTES_PER_S = 28e9 / 0.22
 """What AdamW on a host moves, on all cores of two sockets: DeepSpeed's CPU Adam updates 10**9 parameters, 28 bytes
 each, in 0.22 s (ZeRO-Offload, arXiv 2101.06840, table 4)."""
 CONTEXT_GIB = 0.6
