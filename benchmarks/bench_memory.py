@@ -32,8 +32,8 @@ from typing import Any
 
 import memory_cells
 from llmsys import compose, job, schema
-from llmsys.bench.predict.machine import SLACK
 from llmsys.cost import case, memory
+from llmsys.cost.room import SLACK
 from llmsys.job import Record, code_hash
 from llmsys.profile import environment
 

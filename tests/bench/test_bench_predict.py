@@ -15,14 +15,15 @@ import pytest
 from llmsys import compose, main, runner, schema
 from llmsys.bench.predict import lines, scales, speeds, steps, tables
 from llmsys.bench.predict import machine as machines
-from llmsys.bench.predict.machine import GIB, Machine
-from llmsys.bench.predict.prediction import Prediction, predict
+from llmsys.bench.predict.machine import Machine
+from llmsys.bench.predict.prediction import Prediction, predict, resolved
 from llmsys.bench.predict.speeds import Speeds
 from llmsys.cost import case as cases
 from llmsys.cost import flops, walk, work
 from llmsys.cost.case import Case
 from llmsys.cost.hardware import DEVICES
 from llmsys.cost.links import Line
+from llmsys.cost.room import CONTEXT_GIB, GIB, NCCL_GIB, SLACK
 from llmsys.cost.work import AGAIN, FORWARD, Op
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
@@ -371,7 +372,7 @@ def test_a_calibration_is_the_machine(tmp_path: Path) -> None:
     parts = (given.model, given.train, given.method, given.engine)
     assert found.step_ms > 1e3 * flops.step_flops(*parts, **cases.facts(given, "cpu")) / 1e10
     assert found.by_phase_ms["data"] == 2.0
-    assert found.capacity_bytes == 16 * GIB
+    assert found.capacity_bytes == int((1 - SLACK) * 16 * GIB)
     twice = machines.calibrated(measured(**{"scale/forward/work": 2.0, "scale/forward/start": 2.0}), given)
     assert predict(given, twice).by_phase_ms["forward"] == pytest.approx(2 * found.by_phase_ms["forward"])
     assert "1 rank of 2 threads of a CPU" in found.note
@@ -448,7 +449,7 @@ def test_ranks_of_a_cpu_share_its_memory_and_hide_nothing() -> None:
     given = config(*SMALL[:3], "engine=ddp", "hardware=auto", "train.world=2", "train.global_batch=2")
     machine = machines.calibrated(measured(2, **line), given)
     found = predict(given, machine)
-    assert found.capacity_bytes == 8 * GIB
+    assert found.capacity_bytes == int((1 - SLACK) * 8 * GIB)
     assert found.host_bytes == 0
     nbytes = 4 * 5_701_376
     assert found.by_phase_ms["comm"] == pytest.approx(1e3 * Line(1e-4, 1e-9).seconds("all_reduce", nbytes, 2), rel=0.01)
@@ -469,6 +470,30 @@ def test_auto_recomputation_is_chosen_for_the_machine_at_hand() -> None:
     assert roomy.peak_bytes == plain.peak_bytes, "all of it fits"
     assert tight.peak_bytes < roomy.peak_bytes
     assert tight.fits
+
+
+def test_a_run_recomputes_what_was_predicted() -> None:
+    """`auto`, by one rule: at every size of memory the same blocks."""
+    import torch
+
+    from llmsys.train import checks
+
+    words = ("hardware=a100_sxm_40gb", "model=llama2_13b", "method=lorafa", "engine=local", "train.micro_batch=8")
+    found = set()
+    for gib in (31, 33.5, 36, 38.5):
+        given = config(*words, f"hardware.mem_gib={gib}", "train.length=1024", "train.recompute=auto")
+        chosen = resolved(given, machines.of(given)).train.recompute
+        assert chosen == checks.resolved(given, torch.device("cpu")).train.recompute
+        found.add(chosen)
+    assert len(found) == 4, "which the size decides"
+
+
+def test_several_ranks_leave_less_of_a_gpu_than_one() -> None:
+    alone, two = (predicted("hardware=a800", f"hardware.devices={n}", "techniques=F") for n in (1, 2))
+    assert alone.capacity_bytes == int((1 - SLACK) * (79.25 - CONTEXT_GIB) * GIB)
+    assert alone.capacity_bytes - two.capacity_bytes == pytest.approx((1 - SLACK) * NCCL_GIB * GIB, abs=1)
+    text = tables.markdown(config("hardware=a800x8"), machines.of(config("hardware=a800x8")), two)
+    assert f"{CONTEXT_GIB + NCCL_GIB:g} GiB that are used before there is a tensor" in text
 
 
 def test_what_predicted_times_are_scored_by(monkeypatch: pytest.MonkeyPatch) -> None:

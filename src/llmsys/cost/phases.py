@@ -26,7 +26,6 @@ from llmsys.cost.engines import Holding
 if TYPE_CHECKING:
     from llmsys.cost.memory import Ledger
 
-NAMES = ("forward", "loss", "backward", "reduction", "optimizer")
 KERNELS = 32 * 2**20
 """cuBLAS's workspace as the trainer sets it (`:4096:8`); torch takes it from the same allocator."""
 

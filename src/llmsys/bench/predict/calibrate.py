@@ -23,12 +23,13 @@ import torch.distributed as dist
 from llmsys import schema
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict import prediction, scales, steps
-from llmsys.bench.predict.machine import GIB, Machine
+from llmsys.bench.predict.machine import Machine
 from llmsys.bench.predict.probes import Probes
 from llmsys.bench.predict.scales import Seen
 from llmsys.cost import case as cases
 from llmsys.cost import walk
 from llmsys.cost.case import Case
+from llmsys.cost.room import GIB
 from llmsys.device import host_available
 from llmsys.profile.spans import Spans
 from llmsys.train.measure import peak_flops

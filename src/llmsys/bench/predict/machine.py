@@ -15,20 +15,16 @@ from typing import Any
 from llmsys import schema
 from llmsys.bench.predict import lines, speeds
 from llmsys.bench.predict.speeds import Curve, Speeds
-from llmsys.cost import hardware
+from llmsys.cost import hardware, room
 from llmsys.cost.links import Line
+from llmsys.cost.room import GIB
 
-GIB = 2**30
 COPY = 0.76
 """Share of PCIe's rate that copies from and to pinned memory reach: 12.0 of 15.75 GB/s of third generation (`PCI_BW` of
 NCCL's src/graph/topo.h)."""
 HOST_BYTES_PER_S = 28e9 / 0.22
 """What AdamW on a host moves, on all cores of two sockets: DeepSpeed's CPU Adam updates 10**9 parameters, 28 bytes
 each, in 0.22 s (ZeRO-Offload, arXiv 2101.06840, table 4)."""
-CONTEXT_GIB = 0.6
-"""What a GPU's context and libraries take of its memory before there is a tensor; NCCL's buffers are half of it."""
-SLACK = 0.03
-"""What the allocator cannot use: blocks of other sizes than are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +57,9 @@ class Machine:
     def line(self, kind: str) -> Line:
         return self.lines.get(kind) or self.lines["all"]
 
-    def capacity_bytes(self, ranks: int) -> float:
-        """Of a rank, where `ranks` are on the machine."""
-        if self.device == "cpu":
-            return self.mem_gib * GIB / ranks
-        return (self.mem_gib - CONTEXT_GIB) * GIB * (1 - SLACK)
+    def capacity_bytes(self, world: int) -> float:
+        """What a rank may fill, of `world`, which on a CPU share one machine."""
+        return room.room(self.mem_gib * GIB, cuda=self.device != "cpu", ranks=world)
 
 
 def of(config: schema.Config) -> Machine:

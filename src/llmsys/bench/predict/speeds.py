@@ -99,7 +99,6 @@ LIKE = {
     "exp": ("stream",),
     "dequant": ("stream",),
     "adam": ("stream",),
-    "host_adam": ("adam", "stream"),
 }
 
 

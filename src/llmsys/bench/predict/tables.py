@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmsys import schema
-from llmsys.bench.predict.machine import GIB, Machine
+from llmsys.bench.predict.machine import Machine
 from llmsys.bench.predict.prediction import Prediction, tokens_each
+from llmsys.cost import room
+from llmsys.cost.room import GIB
 
 KINDS = ("weights", "gradients", "optimizer", "master", "compress", "activations", "logits", "workspace")
 WORDS = {
@@ -91,7 +93,11 @@ def made(config: schema.Config, machine: Machine) -> list[str]:
     """Where each number is from, a line each."""
     found = ["memory: what autograd keeps, ranks hold and engines work with, by phase of a step (llmsys.cost.phases)"]
     if machine.device == "cuda":
-        found.append("what can be used: the device's memory less 0.6 GiB for its context and 3 % that blocks leave")
+        before = room.taken(config.train.world)
+        found.append(
+            f"what can be used: the device's memory less {before:g} GiB that are used before there is a tensor, and "
+            f"{100 * room.SLACK:.0f} % of the rest (llmsys.cost.room)"
+        )
     found.append("time: operators by size, collectives, copies and the update (llmsys.bench.predict.steps)")
     found += machine.notes
     if config.compress.kind != "none":
