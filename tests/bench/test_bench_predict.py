@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -30,6 +31,7 @@ BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 A800 = "hardware=a800x8"
 
 
+@functools.cache
 def config(*words: str) -> schema.Config:
     return schema.build(compose.compose(["+exp=bench_predict", *words]))
 
@@ -210,9 +212,9 @@ def test_what_does_not_fit_says_so() -> None:
 )
 def test_the_papers_machines_have_its_host_memory(name: str, gib: int | None) -> None:
     """Its table I; of others nobody knows what stands beside the cards."""
-    found = predicted(f"hardware={name}", "techniques=F+R+Z2+O")
-    assert found.host_capacity_bytes == (gib * GIB if gib else None)
-    assert ("host memory: not known" in found.note) == (gib is None)
+    found = machines.of(config(f"hardware={name}"))
+    assert found.host_gib == gib
+    assert any("host memory: not known" in note for note in found.notes) == (gib is None)
 
 
 def test_money_is_rent_over_tokens() -> None:
@@ -356,13 +358,29 @@ def test_only_a_causal_kernel_skips_what_comes_later(words: tuple[str, ...], ski
 
 def test_two_cells_tell_work_and_starts_apart() -> None:
     planted = [scales.Seen(work, start, 1.5 * work + 3 * start) for work, start in ((1.0, 0.2), (0.05, 0.1))]
-    assert scales.factors(planted, behind=False) == pytest.approx((1.5, 3.0))
+    assert scales.factors(planted, behind=False)[:2] == pytest.approx((1.5, 3.0))
     alike = [scales.Seen(1.0, 0.2, 2.4), scales.Seen(2.0, 0.4, 4.8)]
-    assert scales.factors(alike, behind=False) == pytest.approx((2.0, 2.0)), "proportional cells: one factor"
+    assert scales.factors(alike, behind=False)[:2] == pytest.approx((2.0, 2.0)), "proportional cells: one factor"
     hidden = [scales.Seen(1.0, 0.2, 1.3), scales.Seen(0.05, 0.1, 0.2)]
-    assert scales.factors(hidden, behind=True) == pytest.approx((1.3, 2.0)), "each side by the cells where it is longer"
+    assert scales.factors(hidden, behind=True)[:2] == pytest.approx((1.3, 2.0)), (
+        "each side by the cells where it is longer"
+    )
     with pytest.raises(ValueError, match="0 cells"):
         scales.factors([], behind=True)
+
+
+def test_factors_that_were_not_fitted_say_why() -> None:
+    alike = [scales.Seen(1.0, 0.2, 2.4), scales.Seen(2.0, 0.4, 4.8)]
+    assert "too alike" in scales.factors(alike, behind=False).why
+    wild = [scales.Seen(1.0, 0.1, 1.0), scales.Seen(0.1, 0.1, 1.0)]
+    found = scales.factors(wild, behind=False)
+    assert found.work == found.start
+    assert re.search(r"for work and .* for starts are out of 0.2 to 5; .* for both", found.why)
+    one_sided = scales.factors([scales.Seen(1.0, 0.1, 1.2), scales.Seen(0.5, 0.1, 0.6)], behind=True)
+    assert one_sided == (pytest.approx(1.2), pytest.approx(1.2), one_sided.why)
+    assert "same side" in one_sided.why
+    sane = [scales.Seen(work, start, 1.5 * work + 3 * start) for work, start in ((1.0, 0.2), (0.05, 0.1))]
+    assert not scales.factors(sane, behind=False).why
 
 
 def measured(world: int = 1, **more: float) -> dict[str, Any]:
@@ -456,6 +474,68 @@ def test_calibrating_and_predicting_work_as_they_are_documented(path: Path, tmp_
     assert record.status == "ok", record.error
     assert record.summary["predicted_step_ms"] > 0
     assert f"run {first.run_id}" in record.notes["made"]
+
+
+FALLBACKS = "scale/forward: one factor; 4-bit weights: not measured, for bitsandbytes is not installed"
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (
+            (),
+            [
+                FALLBACKS,
+                "no whole steps (task.cells)",
+                "attention/fp32: no speed of it is known; predicted at that of p",
+            ],
+        ),
+        (("model.quant=nf4",), ["dequant: no speed of it is known; predicted at that of stream"]),
+        (("hardware.devices=2", "engine=ddp", "train.world=1"), []),
+    ],
+)
+def test_what_stands_for_what_was_not_measured_is_said(
+    words: tuple[str, ...], lines: list[str], tmp_path: Path
+) -> None:
+    """In the record, and in what is printed."""
+    record = {**measured(), "notes": {"fallbacks": FALLBACKS}}
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    given = config(*SMALL, *words, "model.attention=sdpa", f"task.speeds={tmp_path}")
+    found = predict(given)
+    text = tables.markdown(given, machines.of(given), found)
+    for line in lines:
+        assert line in found.note
+        assert line in text
+
+
+def test_a_calibration_says_what_it_fell_back_to() -> None:
+    """Communication that would be most of a backward pass is taken off by half of it at most."""
+    from llmsys.bench.predict import calibrate
+
+    given = config(*SMALL[:3], "engine=ddp", "hardware=auto", "train.world=2", "train.global_batch=2")
+    machine = machines.measured(measured(2, **{"alpha_s/all_reduce": 0.0, "beta_s/all_reduce": 1e-6}), given)
+    took = {"forward_ms": 50.0, "backward_ms": 100.0, "optimizer_ms": 5.0}
+    _, said = calibrate.fitted(machine, [(given, took)])
+    assert any(line.startswith("cell 0, backward: ") and "half was taken off" in line for line in said)
+    assert any(line.startswith("scale/optimizer: ") for line in said), "one cell tells no two factors"
+
+
+def test_what_nobody_gave_of_a_card_is_said() -> None:
+    words = ("hardware=auto", "hardware.mem_gib=48", "hardware.tflops=180", "hardware.devices=2")
+    bare = predicted(*words).note
+    for line in (
+        "hardware.mem_gbps: not given; 1200 GB/s",
+        "hardware.host_gbps: not given",
+        "hardware.gbps: not given",
+    ):
+        assert line in bare
+    assert "hardware.tflops=180: taken as the peak in every precision" in bare
+    assert "assumed (llmsys.cost.hardware)" in bare, "the share that large products reach"
+    given = predicted(*words, "hardware.mem_gbps=900", "hardware.host_gbps=25", "hardware.gbps=25").note
+    assert "not given" not in given
+    assert "not given" not in predicted(A800).note
+    eighths = predicted(A800, "techniques=Q8").note
+    assert "product/fp8: no speed of it is known; predicted at that of product/bf16" in eighths
 
 
 def test_ranks_of_a_cpu_share_its_memory_and_hide_nothing() -> None:

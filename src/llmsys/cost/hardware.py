@@ -279,6 +279,25 @@ def described(hardware: schema.Hardware) -> Device | None:
     return _changed(card, hardware)
 
 
+def assumed(hardware: schema.Hardware) -> list[str]:
+    """A line for each number of `described` that nobody gave."""
+    found = []
+    if hardware.tflops is not None:
+        found.append(f"hardware.tflops={hardware.tflops:g}: taken as the peak in every precision")
+    card = described(hardware)
+    if card is None or hardware.name != "auto":
+        return found
+    if hardware.mem_gbps is None:
+        found.append(
+            f"hardware.mem_gbps: not given; {card.gb_per_s:g} GB/s assumed, a byte for {BALANCE:g} FLOPs, as cards have"
+        )
+    if hardware.host_gbps is None:
+        found.append(f"hardware.host_gbps: not given; PCIe 4 assumed, {PCIE_4:g} GB/s")
+    if hardware.gbps is None and hardware.devices > 1:
+        found.append(f"hardware.gbps: not given; PCIe 4 assumed between cards, {PCIE_4:g} GB/s")
+    return found
+
+
 def _changed(device: Device, hardware: schema.Hardware) -> Device:
     changes: dict[str, Any] = {}
     if hardware.mem_gib is not None:

@@ -83,9 +83,9 @@ def of(config: schema.Config) -> Machine:
         f"speeds: {device.title}, {whose}; large products reach {large:.0f} % of it, {by} (llmsys.cost.hardware); the "
         "other shares stand in llmsys.bench.predict.speeds"
     ]
-    notes += links
+    notes += [*links, *hardware.assumed(config.hardware)]
     if config.train.fp8 and "fp8" not in device.tflops:
-        notes.append("train.fp8: not known to be on this card, so predicted in bf16; a run there may be refused")
+        notes.append("train.fp8: not known to be on this card; a run there may be refused")
     if config.hardware.host_gib is None:
         notes.append("host memory: not known (hardware.host_gib), so it is not compared")
     return Machine(
@@ -120,28 +120,37 @@ def read(name: str) -> dict[str, Any]:
 
 
 def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
-    """The machine of a calibration's record. What was not measured there (a link, where it ran on one rank) is taken
-    from `config`, or assumed, and `notes` says so. ValueError where `config` names another machine, or asks for a
+    """The machine of a calibration's record, for `config`. ValueError where that names another machine, or asks for a
     precision or for ranks that were not calibrated."""
+    _asked(record, config, {key.split("/")[2] for key in record["summary"] if key.startswith("rate/product/")})
+    return measured(record, config)
+
+
+def measured(record: Mapping[str, Any], config: schema.Config) -> Machine:
+    """As `calibrated`, unasked. What was not measured there (a link, where it ran on one rank) is taken from `config`,
+    or assumed, and `notes` says so."""
     summary, given = record["summary"], record["config"]
     device = given["hardware"]["device"]
-    measured = {key: value for key, value in summary.items() if "/" in key}
-    _asked(record, config, {key.split("/")[2] for key in measured if key.startswith("rate/product/")})
-    curves, starts = _curves(measured), {key.partition("/")[2]: v for key, v in measured.items() if key[:6] == "start/"}
+    values = {key: value for key, value in summary.items() if "/" in key}
+    curves, starts = _curves(values), {key.partition("/")[2]: v for key, v in values.items() if key[:6] == "start/"}
     title = str(record["env"].get("device_name") or device)
     notes = [f"speeds: measured on {_ranks(record)} of {title}, run {record['run_id']}"]
     world = int(record["world"])
     devices = max(config.hardware.devices, world)
     if config.train.world > 1 and config.train.world != world:
         notes.append(f"calibrated with {world} ranks, predicted for {config.train.world}")
-    joined, links = _lines(config, measured, devices, summary["copy_gb_per_s"] / 4)
+    joined, links = _lines(config, values, devices, summary["copy_gb_per_s"] / 4)
     notes += links * (config.train.world > 1)
     scales = {
-        each: (measured[f"scale/{each}/work"], measured[f"scale/{each}/start"])
+        each: (values[f"scale/{each}/work"], values[f"scale/{each}/start"])
         for each in ("forward", "backward", "optimizer")
-        if f"scale/{each}/work" in measured
+        if f"scale/{each}/work" in values
     }
-    peak = {key.split("/")[1]: value * 1e12 for key, value in measured.items() if key.startswith("peak_tflops/")}
+    if not scales:
+        notes.append("calibration: no whole steps (task.cells), so a step is the sum of its operators")
+    if fallbacks := record.get("notes", {}).get("fallbacks"):
+        notes.append(f"calibration: {fallbacks}")
+    peak = {key.split("/")[1]: value * 1e12 for key, value in values.items() if key.startswith("peak_tflops/")}
     return Machine(
         title=title,
         device=device,
@@ -162,7 +171,7 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
 
 
 def _lines(
-    config: schema.Config, measured: Mapping[str, float], devices: int, assumed: float
+    config: schema.Config, values: Mapping[str, float], devices: int, assumed: float
 ) -> tuple[dict[str, Line], list[str]]:
     """(lines by kind of collective, how they were come by): a network's, as given, as measured, or `assumed` GB/s."""
     outer, given = lines.between(config, devices), config.hardware.gbps
@@ -170,8 +179,8 @@ def _lines(
         return {"all": outer}, [f"links: {config.network.name} between machines, by which the whole ring goes"]
     if given is not None:
         return {"all": Line.of_rate(given, lines.LATENCY_S["given"])}, [f"links: {given:.3g} GB/s, as given"]
-    kinds = [key.partition("/")[2] for key in measured if key.startswith("alpha_s/")]
-    found = {kind: Line(measured[f"alpha_s/{kind}"], measured[f"beta_s/{kind}"]) for kind in kinds}
+    kinds = [key.partition("/")[2] for key in values if key.startswith("alpha_s/")]
+    found = {kind: Line(values[f"alpha_s/{kind}"], values[f"beta_s/{kind}"]) for kind in kinds}
     if not found:
         note = (
             f"links: not measured; {assumed:.3g} GB/s and 0.1 ms a message, assumed (hardware.gbps says another rate)"
@@ -211,10 +220,10 @@ def _ranks(record: Mapping[str, Any]) -> str:
     return f"{world} rank{'s' * (world > 1)}{each}"
 
 
-def _curves(measured: Mapping[str, float]) -> dict[str, Curve]:
+def _curves(values: Mapping[str, float]) -> dict[str, Curve]:
     """`rate/<kind>[/<precision>]/<size>` -> points, in order."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for key, value in measured.items():
+    for key, value in values.items():
         head, _, rest = key.partition("/")
         if head == "rate":
             name, _, size = rest.rpartition("/")

@@ -22,6 +22,7 @@ from llmsys.cost import engines, flops, memory, phases, policy, walk
 from llmsys.cost.case import Case
 from llmsys.cost.phases import Phase
 from llmsys.cost.room import GIB
+from llmsys.cost.tape import Tape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Prediction:
     together, and `host_capacity_bytes` None where it is not known. `step_ms` is the sum of `by_phase_ms`: data,
     forward, backward, comm (what shows of it), optimizer, offload. `tokens_per_s` of all devices; 0 of images. `binds`:
     what takes the most of a step (`spent_ms`: `host` is its AdamW, its copies and its starting of operators); or
-    `memory`, where it does not fit. `note`: how all this was come by.
+    `memory`, where it does not fit. `notes`: how all this was come by, and what was assumed.
     """
 
     phases: tuple[Phase, ...]
@@ -49,7 +50,11 @@ class Prediction:
     binds: str
     spent_ms: dict[str, float]
     usd_per_million_tokens: float | None
-    note: str
+    notes: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        return "; ".join(self.notes)
 
     @property
     def fullest(self) -> Phase:
@@ -100,8 +105,14 @@ def predict(config: schema.Config, machine: Machine | None = None) -> Prediction
         binds=limit if fits else "memory",
         spent_ms={what: value * 1e3 for what, value in step.spent.items()},
         usd_per_million_tokens=1e6 * rent / tokens if rent and tokens else None,
-        note="; ".join(machine.notes),
+        notes=(*machine.notes, *_instead(tape, machine)),
     )
+
+
+def _instead(tape: Tape, machine: Machine) -> list[str]:
+    """A line for each kind of operator that goes at another one's speed."""
+    kinds = {(op.kind, op.width) for ops in tape.ops.values() for op in ops} | {("adam", 4)}
+    return sorted(filter(None, {machine.speeds.instead(kind, width) for kind, width in kinds}))
 
 
 def tokens_each(config: schema.Config) -> int:

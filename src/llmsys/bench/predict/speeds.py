@@ -62,11 +62,19 @@ class Speeds:
 
     def rate(self, kind: str, size: float, width: int = 4) -> float:
         """FLOP/s or bytes/s. A kind that was not measured is as fast as the one that it is most like."""
+        return at(self.curves[self._known(kind, width)], size)
+
+    def instead(self, kind: str, width: int = 4) -> str:
+        """In words, if the speed of another kind or precision stands for this one; else nothing."""
+        known = self._known(kind, width)
+        wanted = _name(kind, width)
+        return "" if known == wanted else f"{wanted}: no speed of it is known; predicted at that of {known}"
+
+    def _known(self, kind: str, width: int) -> str:
         for each in (width, 2) if width == 1 else (width,):  # without 8-bit floats it is a product in bf16
             for known in (kind, *LIKE.get(kind, ())):
-                curve = self.curves.get(f"{known}/{PRECISIONS[each]}" if known in ARITHMETIC else known)
-                if curve:
-                    return at(curve, size)
+                if (name := _name(known, each)) in self.curves:
+                    return name
         raise KeyError(f"no speed is known for {kind} of {width} bytes an element")
 
     def seconds(self, op: Op) -> float:
@@ -88,6 +96,10 @@ class Speeds:
                 memory += seconds
             start += op.launches * self.start_s[op.passed]
         return Passed(compute=compute, memory=memory, start=start, behind=self.behind)
+
+
+def _name(kind: str, width: int) -> str:
+    return f"{kind}/{PRECISIONS[width]}" if kind in ARITHMETIC else kind
 
 
 LIKE = {

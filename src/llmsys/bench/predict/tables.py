@@ -30,7 +30,7 @@ def markdown(config: schema.Config, machine: Machine, found: Prediction) -> str:
         "## Time of a step, ms",
         _time(found),
         "## How this was made",
-        "\n".join(f"- {line}" for line in made(config, machine)),
+        "\n".join(f"- {line}" for line in made(config, machine, found)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -89,22 +89,22 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
 
 
-def made(config: schema.Config, machine: Machine) -> list[str]:
+def made(config: schema.Config, machine: Machine, found: Prediction) -> list[str]:
     """Where each number is from, a line each."""
-    found = ["memory: what autograd keeps, ranks hold and engines work with, by phase of a step (llmsys.cost.phases)"]
+    said = ["memory: what autograd keeps, ranks hold and engines work with, by phase of a step (llmsys.cost.phases)"]
     if machine.device == "cuda":
         before = room.taken(config.train.world)
-        found.append(
+        said.append(
             f"what can be used: the device's memory less {before:g} GiB that are used before there is a tensor, and "
             f"{100 * room.SLACK:.0f} % of the rest (llmsys.cost.room)"
         )
-    found.append("time: operators by size, collectives, copies and the update (llmsys.bench.predict.steps)")
-    found += machine.notes
+    said.append("time: operators by size, collectives, copies and the update (llmsys.bench.predict.steps)")
+    said += found.notes
     if config.compress.kind != "none":
-        found.append(f"compress={config.compress.kind}: what is sent counts, what compressing it takes does not")
+        said.append(f"compress={config.compress.kind}: what is sent counts, what compressing it takes does not")
     if not machine.calibrated:
-        found.append("not calibrated: on the machine itself, +exp=bench_calibrate and task.speeds=<its folder>")
-    return found
+        said.append("not calibrated: on the machine itself, +exp=bench_calibrate and task.speeds=<its folder>")
+    return said
 
 
 def _gib(nbytes: float) -> str:
