@@ -604,6 +604,26 @@ def test_what_predicted_times_are_scored_by(monkeypatch: pytest.MonkeyPatch) -> 
     assert bench_time.scores(rows)["tau"] == 1
 
 
+def test_published_rows_are_runs_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """MPT has GPT-2's parameters, to the last one, and its step the batch and the ranks of the row."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_published_time
+
+    for row in bench_published_time.ROWS:
+        given = bench_published_time.config(row)
+        case = Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cuda"))
+        assert steps.Sizes.of(case).numel == row.params, row
+        assert schema.accumulation(given.train, given.engine) == row.accumulation
+        assert given.train.world == 8
+    found = bench_published_time.main([row for row in bench_published_time.ROWS if row.model == "760m"])
+    assert list(found) == [*bench_published_time.CARDS, "all"]
+    assert "| all | 3 |" in capsys.readouterr().out
+    scored = bench_published_time.scores([(110.0, 100.0), (40.0, 50.0)])
+    assert scored["error_percent"] == pytest.approx(15)
+    assert scored["bias_percent"] == pytest.approx(-5)
+    assert (scored["worst_percent"], scored["tau"]) == (pytest.approx(20), 1)
+
+
 def test_a_false_fit_is_one_that_was_predicted_and_did_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_memory
