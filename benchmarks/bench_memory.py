@@ -11,7 +11,8 @@ operator, weights and the optimizer's state among them; on a GPU `torch.cuda.max
     static      state alone: weights, gradients, optimizer, master weights
 
 Errors are |predicted / measured - 1|. A cell is a `false_fit` where there is a memory that it is predicted to fit
-(`SLACK` of it left free, as `bench.predict` does) and does not. The peer, MemTracker, can do cells of one rank, and is asked for the same ones.
+(with `SLACK` of it left free, as `bench.predict` does) and does not. The peer, MemTracker, can do cells of one rank,
+and is asked for the same ones.
 
 It leaves records/bench_memory/<id>/record.json: `samples` has all cells in the order of `config.cells`.
 """
@@ -31,8 +32,8 @@ from typing import Any
 
 import memory_cells
 from llmsys import compose, job, schema
-from llmsys.bench.predict.machine import SLACK
 from llmsys.cost import case, memory
+from llmsys.cost.room import SLACK
 from llmsys.job import Record, code_hash
 from llmsys.profile import environment
 

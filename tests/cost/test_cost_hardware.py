@@ -42,6 +42,9 @@ def test_dtypes_of_one_device_agree_with_each_other(name: str) -> None:
     if "bf16" in peaks:
         assert peaks["bf16"] == peaks["fp16"]
         assert peaks["tf32"] == pytest.approx(peaks["fp16"] / 2, rel=0.01)
+    if "fp8" in peaks:
+        assert peaks["fp8"] == pytest.approx(2 * peaks["bf16"], rel=0.01), "with fp32 accumulation, as bf16 has it"
+    assert ("fp8" in peaks) == (name in hardware.FP8)
     assert device.source
     assert device.gbps(10**6) == device.pcie_gbps
 
@@ -52,6 +55,20 @@ def test_same_chip_same_peaks() -> None:
     assert devices["h200"].tflops == devices["h100"].tflops
     assert devices["a800"].tflops == devices["a100"].tflops
     assert devices["a800"].gbps(8) == pytest.approx(devices["a100"].gbps(8) * 400 / 600)
+
+
+def test_eight_bit_floats_are_adas_and_hoppers() -> None:
+    """Compute capability 8.9 and later. An RTX 4090's 660.6 TFLOP/s are with fp16 accumulation; training has fp32."""
+    assert set(hardware.FP8) == {"rtx4090", "h100_pcie", "h100", "h200"}
+    assert hardware.DEVICES["rtx4090"].tflops["fp8"] == 330.3
+
+
+@pytest.mark.parametrize("name", hardware.DEVICES)
+def test_products_stay_below_the_peak(name: str) -> None:
+    device = hardware.DEVICES[name]
+    assert all(0.5 < share <= 1 for share in device.products.values())
+    assert device.reached("fp8") <= 1
+    assert device.sustained == device.products.get("bf16", hardware.SUSTAINED)
 
 
 def test_a_bridge_joins_two() -> None:

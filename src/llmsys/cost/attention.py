@@ -1,8 +1,10 @@
 """What attention keeps, by kernel: fused, eager, and the fallback that a CPU takes where no fused one serves.
 
 A fused kernel keeps its operands, its output and a log-sum-exp a row, and computes the scores again in the backward
-pass. The others keep the probabilities, B H L L of them. A CPU falls back where there is dropout, or where the bias on
-the scores is trained. Letters: B batch, L length, H heads, D model width.
+pass. It skips what comes later where it is told that it is causal: transformers does that for decoders of one stack
+without a batch's mask, and flash_attention_2 reads lengths where there is one. The others keep the probabilities,
+B H L L of them. A CPU falls back where there is dropout, or where the bias on the scores is trained. Letters: B batch,
+L length, H heads, D model width.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ from __future__ import annotations
 from llmsys import schema
 from llmsys.cost.case import Case
 from llmsys.cost.tape import Tape, Tensor
-from llmsys.cost.work import BACKWARD, FORWARD, Op
+from llmsys.cost.work import BACKWARD, FORWARD, WHOLE, Op
+
+CAUSAL = ("llama", "gpt2")
+"""Families whose attention is a causal kernel's; T5's decoder adds a bias to its scores."""
 
 
 class Attention:
@@ -31,6 +36,7 @@ class Attention:
         if self.model.attention == "eager":
             return self.eager(q, k, v, mask, bias)
         tape = self.tape
+        skips = self.model.family in CAUSAL and (mask is None or self.model.attention == "flash_attention_2")
         q, k, v = (tape.operand(x) for x in (q, k, v))
         if bias is not None:
             bias = tape.operand(bias)
@@ -40,10 +46,11 @@ class Attention:
             k, v = self.repeat(k), self.repeat(v)
         if not tape.cuda and (self.model.dropout or (bias is not None and bias.grad)):
             return self.math(q, k, v)
-        return self.fused(q, k, v, bias)
+        return self.fused(q, k, v, bias, skips)
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        tape = self.tape
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, skips: bool) -> Tensor:
+        """`skips`: the kernel leaves out what comes later."""
+        tape, kind = self.tape, "" if skips else WHOLE
         grad = q.grad or k.grad or v.grad
         out = tape.new(q.numel, q.width, grad)
         if grad:
@@ -54,9 +61,9 @@ class Attention:
         product, nbytes = self.flops(q), q.nbytes + k.nbytes + v.nbytes + out.nbytes
         tape.uses(q, k, v)
         own = tape.ops[tape.part]
-        own.append(Op(FORWARD, "attention", 2 * product, nbytes, 1, 1, q.width))
+        own.append(Op(FORWARD, kind + "attention", 2 * product, nbytes, 1, 1, q.width))
         if grad:
-            own.append(Op(BACKWARD, "attention_backward", 5 * product, 2 * nbytes, 1, 1, q.width))
+            own.append(Op(BACKWARD, kind + "attention_backward", 5 * product, 2 * nbytes, 1, 1, q.width))
         tape.work(2 * product, 5 * product * grad)  # dq, dk, dv, dP and the scores once more
         return out
 

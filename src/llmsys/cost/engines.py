@@ -60,7 +60,7 @@ class Holding:
     """Bytes of a rank by kind; `host` is the share of each kind that an engine keeps in the host's memory.
 
     `standing`: gradients have memory of their own between steps too. `trained`: bytes of all trained weights, as the
-    model has them; 0 where gradients are not kept as they come. `reducing`: what is on its way to other ranks while the
+    model has them; 0 where gradients are not kept as they come. `loading`: what a rank holds whole before the engine cuts it. `reducing`: what is on its way to other ranks while the
     block before it goes backward. `workspace`: by phase, or `always`, see above, or
     `message`, in the forward pass before there are logits; its share in the host's memory stands in `host`. `compress`
     is what gradient compression keeps.
@@ -74,6 +74,7 @@ class Holding:
     host: dict[str, int] = field(default_factory=dict)
     standing: bool = False
     trained: int = 0
+    loading: int = 0
     reducing: int = 0
     workspace: dict[str, int] = field(default_factory=dict)
 
@@ -90,8 +91,20 @@ def hold(case: Case) -> Holding:
         return Holding(weights=0, gradients=0, optimizer=0)
     parameters = shapes.held(case)
     holding = ENGINES[case.engine.kind](case, parameters)
-    holding = dataclasses.replace(holding, weights=holding.weights + shapes.buffer_bytes(case))
+    buffers = shapes.buffer_bytes(case)
+    holding = dataclasses.replace(
+        holding, weights=holding.weights + buffers, loading=_loading(case, parameters) + buffers
+    )
     return holding if case.compress.kind == "none" else _compressed(case, holding, parameters)
+
+
+def _loading(case: Case, parameters: list[Parameter]) -> int:
+    """Weights that are whole on a rank before they are cut; none are where `method=full` has them cut as they are
+    filled, but for those of a quantised base, which are packed first."""
+    engine = case.engine
+    if not (engine.kind in ("fsdp2", "tp") or (isinstance(engine, schema.DeepSpeed) and engine.zero == 3)):
+        return 0
+    return sum(p.nbytes for p in parameters if case.method.kind != "full" or not p.trained)
 
 
 def _compressed(case: Case, holding: Holding, parameters: list[Parameter]) -> Holding:

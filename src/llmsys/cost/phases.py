@@ -1,5 +1,6 @@
 """A step's phases, and what is alive in each: the peak is their maximum.
 
+    load        before the first step, where an engine cuts weights over ranks that it is given whole
     forward     its end: everything that is kept, and the logits as the head has made them, cast for the loss, and as
                 log-probabilities; or the last block, with what it does not keep; what an engine has gathered
     loss        the backward pass begins: the log-probabilities and their gradient, before and after the softmax. A
@@ -26,7 +27,6 @@ from llmsys.cost.engines import Holding
 if TYPE_CHECKING:
     from llmsys.cost.memory import Ledger
 
-NAMES = ("forward", "loss", "backward", "reduction", "optimizer")
 KERNELS = 32 * 2**20
 """cuBLAS's workspace as the trainer sets it (`:4096:8`); torch takes it from the same allocator."""
 
@@ -80,7 +80,9 @@ def of(case: Case, parts: Ledger, held: Holding) -> list[Phase]:
     if message + parts.running > logits:
         forward = {"activations": parts.kept + parts.running, "workspace": message}
     gradient = 0 if parts.fleeting else 2 * parts.logits
+    loading = [Phase(name="load", device={"weights": held.loading})] if held.loading else []
     return [
+        *loading,
         phase("forward", **forward),
         phase("loss", activations=parts.kept, logits=parts.logits + gradient, workspace=parts.fleeting),
         phase("backward", gradients=made, activations=there),

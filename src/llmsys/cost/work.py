@@ -21,10 +21,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-KINDS = ("product", "batched", "attention", "attention_backward", "stream", "exp", "dequant")
-"""`product`: of two matrices; `batched`: many small ones at once, eager attention's; `attention`: a fused kernel;
-`stream`: paid by bytes; `exp`: exponentials and random numbers, by bytes too; `dequant`: 4-bit and 8-bit weights made
-wide again, by bytes."""
+WHOLE = "whole_"
+ARITHMETIC = (
+    "product",
+    "batched",
+    "attention",
+    "attention_backward",
+    f"{WHOLE}attention",
+    f"{WHOLE}attention_backward",
+)
+KINDS = (*ARITHMETIC, "stream", "exp", "dequant")
+"""`product`: of two matrices; `batched`: many small ones at once, eager attention's; `attention`: a fused kernel that
+skips what comes later, causal attention without a mask; `whole_attention`: one that skips nothing; of both the whole
+square counts. `stream`: paid by bytes; `exp`: exponentials and random numbers, by bytes too; `dequant`: 4-bit and 8-bit
+weights made wide again, by bytes."""
 FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"
 
 

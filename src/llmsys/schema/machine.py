@@ -17,8 +17,9 @@ class Hardware:
     `auto` is this one. `mem_gib`, `tflops` and `gbps` (GB/s to the next device in the machine) replace what is listed
     or would be measured; so do, for predictions, `mem_gbps` (the device's memory) and `host_gbps` (to the host's
     memory), in GB/s. With `name=auto` the first two describe a card that is not listed. `devices` of this kind are in
-    the machine: the ranks of a prediction. `nvlink=false`: without the bridges or the switch that the card can have.
-    `host_gib` is the host's memory.
+    the machine: the ranks of a prediction, unless `train.world` is more, which are then in several machines that a
+    `network` joins. `nvlink=false`: without the bridges or the switch that the card can have. `host_gib` is the host's
+    memory.
     """
 
     device: str = "auto"

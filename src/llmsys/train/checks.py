@@ -14,7 +14,7 @@ import torch
 
 from llmsys import schema
 from llmsys.comm import collectives
-from llmsys.cost import case, engines, flops, hardware, links, memory, policy, traffic
+from llmsys.cost import case, engines, flops, hardware, links, memory, policy, room, traffic
 from llmsys.cost.case import Case, Facts
 from llmsys.device import host_available
 from llmsys.errors import Contradiction, MissingPackage, Refused
@@ -24,8 +24,7 @@ from llmsys.train.alternatives import alternatives
 
 log = logging.getLogger(__name__)
 GIB = 2**30
-SPARE = 0.05
-"""Of the memory, for what `peak_bytes` leaves out: the allocator's slack and workspaces."""
+SPARE = room.SLACK
 MAX_CPU_S = 3600.0
 """A run predicted to take longer than this on a CPU was most likely meant for a GPU."""
 
@@ -95,11 +94,11 @@ def resolved(config: schema.Config, device: torch.device) -> schema.Config:
 
 
 def _chosen(config: schema.Config, device: torch.device, have: float) -> policy.Choice:
-    """The cheapest policies that leave `SPARE` of the memory free, else those that need the least."""
+    """The cheapest policies that fit into a rank's `cost.room`, else those that need the least."""
     assert isinstance(config.model, schema.Transformer), "of others `schema.coherence` lets only none pass"
-    room = have * (1 - SPARE) / _sharing(config, device)
+    mine = room.room(have, cuda=not _is_host(config, device), ranks=config.train.world)
     parts = (config.model, config.train, config.method, config.engine)
-    return policy.cheapest(lambda peak: peak <= room, *parts, **facts(config, device))
+    return policy.cheapest(lambda peak: peak <= mine, *parts, **facts(config, device))
 
 
 def _with(config: schema.Config, text: str) -> schema.Config:

@@ -14,9 +14,7 @@ from typing import Any
 from llmsys import schema
 from llmsys.bench.techniques import FUSED, KINDS, LETTERS, METHODS, Techniques
 from llmsys.cost import shapes
-
-FP8 = ("rtx4090", "h100_pcie", "h100", "h200")
-"""Machines of `llmsys.cost.hardware` whose tensor cores take 8-bit floats: compute capability 8.9 (Ada) and later."""
+from llmsys.cost.hardware import FP8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@
 
     predict(schema.build(compose.compose(["+exp=bench_predict", "hardware=h100x8", "techniques=F+Z3"]))).fits
 
-`machine` says what a machine has, `speeds` how fast it runs operators, `steps` what a step takes of both, `prediction`
-what a config needs, `tables` prints it. `calibrate` measures the speeds of the machine at hand. The public names are
-resolved late (PEP 562).
+`machine` says what a machine has, `speeds` how fast it runs operators, `lines` what joins its ranks, `steps` what a
+step takes of all these, `prediction` what a config needs, `tables` prints it. `calibrate` measures the speeds of the
+machine at hand. The public names are resolved late (PEP 562).
 """
 
 from __future__ import annotations

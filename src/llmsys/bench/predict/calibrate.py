@@ -7,8 +7,9 @@ with a quarter of the length at micro-batch 1 (`scales`). The summary's keys are
     alpha_s/<kind>, beta_s/<kind>      of a collective         scale/<pass>/<of what>  of whole steps
     peak_tflops/<precision>            of products             copy_gb_per_s, host_adam_gb_per_s, mem_gib, host_gib
 
-`cells/<n>/<phase>_ms` are the steps themselves. Ranks measure at the same time, as they will work; a CPU's share its
-cores, so it is calibrated with the ranks that will be predicted.
+`cells/<n>/<phase>_ms` are the steps themselves. Where something could not be measured or fitted as meant, `notes` has a
+line under `fallbacks`, which every prediction repeats. Ranks measure at the same time, as they will work; a CPU's ranks
+share its cores, so it is calibrated with those that will be predicted.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import torch.distributed as dist
 from llmsys import schema
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict import prediction, scales, steps
-from llmsys.bench.predict.machine import GIB, Machine
+from llmsys.bench.predict.machine import Machine
 from llmsys.bench.predict.probes import Probes
 from llmsys.bench.predict.scales import Seen
 from llmsys.cost import case as cases
 from llmsys.cost import walk
 from llmsys.cost.case import Case
+from llmsys.cost.room import GIB
 from llmsys.device import host_available
 from llmsys.profile.spans import Spans
 from llmsys.train.measure import peak_flops
@@ -66,11 +68,17 @@ def calibrate(config: schema.Config, context: Context) -> dict[str, Any]:
         samples |= {f"cells/{number}/{name}": values for name, values in took.items()}
         seen.append((cell, {name: statistics.median(values) for name, values in took.items()}))
     found |= {f"cells/{i}/{name}": value for i, (_, took) in enumerate(seen) for name, value in took.items()}
+    fallbacks = []
+    if not any(key.startswith("rate/dequant/") for key in found):
+        fallbacks.append("4-bit weights: not measured, for bitsandbytes is not installed")
     if seen:
         record = {"summary": found, "config": {"hardware": {"device": context.device.type}}, "env": context.env}
-        known = machines.calibrated({**record, "run_id": context.out.name, "world": context.place.world}, config)
-        found |= fitted(known, seen)
-    return {"summary": found, "samples": samples, "notes": {"peak_tflops": whose}}
+        known = machines.measured({**record, "run_id": context.out.name, "world": context.place.world}, config)
+        factors, said = fitted(known, seen)
+        found |= factors
+        fallbacks += said
+    notes = {"peak_tflops": whose, **({"fallbacks": "; ".join(fallbacks)} if fallbacks else {})}
+    return {"summary": found, "samples": samples, "notes": notes}
 
 
 def _memory(device: torch.device) -> dict[str, float]:
@@ -102,23 +110,31 @@ def _steps(config: schema.Config, context: Context, number: int) -> dict[str, li
         return loop.spans.samples
 
 
-def fitted(machine: Machine, seen: list[tuple[schema.Config, dict[str, float]]]) -> dict[str, float]:
-    """`scale/<pass>/work` and `/start`, and `data_ms`, of cells (config, ms by phase). Of a backward pass in which
-    ranks talk, what that is predicted to take is taken off first."""
+def fitted(machine: Machine, seen: list[tuple[schema.Config, dict[str, float]]]) -> tuple[dict[str, float], list[str]]:
+    """(`scale/<pass>/work` and `/start`, and `data_ms`, of cells (config, ms by phase), what did not go as meant). Of a
+    backward pass in which ranks talk, what that is predicted to take is taken off first, but at most half of it."""
     of_pass: dict[str, list[Seen]] = {name: [] for name in (*PASSES, "optimizer")}
-    for config, took in seen:
+    fallbacks: list[str] = []
+    for number, (config, took) in enumerate(seen):
         known = cases.facts(config, machine.device)
         case = Case(config.model, config.train, config.method, config.engine, **known)
         tape = walk.run(case)
         said = prediction.predict(config, machine).by_phase_ms["comm"]
         for name, passed in steps.alone(case, tape, machine).items():
             measured = took[f"{name}_ms"]
+            if name == "backward" and said > measured / 2:
+                fallbacks.append(
+                    f"cell {number}, backward: {said:.3g} of {measured:.3g} ms are predicted for ranks to talk; half "
+                    "was taken off"
+                )
             if name == "backward":
-                measured = max(measured - said, measured / 2)
+                measured -= min(said, measured / 2)
             of_pass[name].append(Seen(passed.work, passed.start, measured / 1e3))
     found: dict[str, float] = {}
     for name, cells in of_pass.items():
-        work, start = scales.factors(cells, behind=machine.speeds.behind)
-        found |= {f"scale/{name}/work": work, f"scale/{name}/start": start}
+        fit = scales.factors(cells, behind=machine.speeds.behind)
+        found |= {f"scale/{name}/work": fit.work, f"scale/{name}/start": fit.start}
+        if fit.why:
+            fallbacks.append(f"scale/{name}: {fit.why}")
     found["data_ms"] = statistics.mean(took.get("data_ms", 0.0) + took.get("agreement_ms", 0.0) for _, took in seen)
-    return found
+    return found, fallbacks

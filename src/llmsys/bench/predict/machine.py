@@ -1,40 +1,30 @@
 """What a prediction knows of a machine: its devices and links by `cost.hardware`, or by a calibration on the spot.
 
-Devices are equal, each a rank's; `host_gib` is one host's memory, which all of its devices offload to. Links inside a
-machine are NVLink where it joins so many, else PCIe, and between machines what `network` says.
+Devices are equal, each a rank's; `host_gib` is one host's memory, which all of its devices offload to. What joins them
+is said by `lines`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmsys import schema
-from llmsys.bench.predict import speeds
+from llmsys.bench.predict import lines, speeds
 from llmsys.bench.predict.speeds import Curve, Speeds
-from llmsys.cost import hardware
-from llmsys.cost.hardware import Device
+from llmsys.cost import hardware, room
 from llmsys.cost.links import Line
+from llmsys.cost.room import GIB
 
-GIB = 2**30
-LINK = {"nvlink": 0.8, "pcie": 0.65, "host": 0.35, "given": 1.0}
-"""Round shares of a link's rate that collectives reach: NCCL's over NVLink, over PCIe, and over PCIe where cards cannot
-read each other, so that each byte goes through the host's memory. Rates that are given are taken as they are."""
-LATENCY_S = {"nvlink": 3e-6, "pcie": 6e-6, "host": 12e-6, "given": 6e-6}
-COPY = 0.8
-"""Share of PCIe's rate that copies from and to pinned memory reach."""
-HOST_BYTES_PER_S = 1.2e11
+COPY = 0.76
+"""Share of PCIe's rate that copies from and to pinned memory reach: 12.0 of 15.75 GB/s of third generation (`PCI_BW` of
+NCCL's src/graph/topo.h)."""
+HOST_BYTES_PER_S = 28e9 / 0.22
 """What AdamW on a host moves, on all cores of two sockets: DeepSpeed's CPU Adam updates 10**9 parameters, 28 bytes
 each, in 0.22 s (ZeRO-Offload, arXiv 2101.06840, table 4)."""
-FP8 = ("rtx4090", "h100_pcie", "h100", "h200")
-"""Rows of `cost.hardware` that multiply 8-bit floats: Ada's and Hopper's."""
-CONTEXT_GIB = 0.6
-"""What a GPU's context and libraries take of its memory before there is a tensor; NCCL's buffers are half of it."""
-SLACK = 0.03
-"""What the allocator cannot use: blocks of other sizes than are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +57,9 @@ class Machine:
     def line(self, kind: str) -> Line:
         return self.lines.get(kind) or self.lines["all"]
 
-    def capacity_bytes(self, ranks: int) -> float:
-        """Of a rank, where `ranks` are on the machine."""
-        if self.device == "cpu":
-            return self.mem_gib * GIB / ranks
-        return (self.mem_gib - CONTEXT_GIB) * GIB * (1 - SLACK)
+    def capacity_bytes(self, world: int) -> float:
+        """What a rank may fill, of `world`, which on a CPU share one machine."""
+        return room.room(self.mem_gib * GIB, cuda=self.device != "cpu", ranks=world)
 
 
 def of(config: schema.Config) -> Machine:
@@ -88,16 +76,16 @@ def of(config: schema.Config) -> Machine:
             "bench_calibrate>"
         )
     device.peak(config.train.precision)  # a precision that it has not is said here
-    kind, line = _line(config, device)
+    line, links = lines.listed(config, device)
     whose = "as given" if config.hardware.name == "auto" else f"by its datasheet ({device.source})"
+    large, by = 100 * device.reached(config.train.precision), "as others measured" if device.products else "assumed"
     notes = [
-        f"speeds: {device.title}, {whose}, of which large products reach {100 * device.sustained:.0f} %; the rest are "
-        "round assumptions (llmsys.bench.predict.speeds)"
+        f"speeds: {device.title}, {whose}; large products reach {large:.0f} % of it, {by} (llmsys.cost.hardware); the "
+        "other shares stand in llmsys.bench.predict.speeds"
     ]
-    if config.train.world > 1:
-        notes.append(f"links: {kind}")
-    if config.train.fp8 and config.hardware.name not in FP8:
-        notes.append("train.fp8: not known to be on this card, so predicted in bf16; a run there may be refused")
+    notes += [*links, *hardware.assumed(config.hardware)]
+    if config.train.fp8 and "fp8" not in device.tflops:
+        notes.append("train.fp8: not known to be on this card; a run there may be refused")
     if config.hardware.host_gib is None:
         notes.append("host memory: not known (hardware.host_gib), so it is not compared")
     return Machine(
@@ -106,33 +94,13 @@ def of(config: schema.Config) -> Machine:
         mem_gib=device.mem_gib,
         host_gib=config.hardware.host_gib,
         devices=config.hardware.devices,
-        speeds=speeds.listed(device, fp8=config.hardware.name in FP8),
+        speeds=speeds.listed(device),
         lines={"all": line},
         peak={name: tflops * 1e12 for name, tflops in device.tflops.items()},
         copy_bytes_per_s=COPY * device.pcie_gbps * 1e9,
         usd_per_hour=device.usd_per_hour,
         notes=tuple(notes),
     )
-
-
-def _line(config: schema.Config, device: Device) -> tuple[str, Line]:
-    """(in words, the slowest link of a ring through all ranks)."""
-    world, here = config.train.world, config.hardware.devices
-    if world > here and here > 1 and config.network.up_mbit is None:
-        raise ValueError(
-            f"train.world={world}: {here} devices are in a machine (hardware.devices); for several machines say what "
-            "joins them, e.g. network=eth10g"
-        )
-    if config.network.up_mbit is not None:
-        return f"between machines {config.network.name}", Line.of_network(config.network, LATENCY_S["given"])
-    rate, kind = device.gbps(world), "nvlink"
-    if config.hardware.gbps is not None:
-        kind = "given"
-    elif world > device.nvlink_ranks:
-        kind = "pcie" if device.p2p else "host"
-    share = LINK[kind]
-    words = {"nvlink": "NVLink", "pcie": "PCIe", "host": "PCIe, through the host's memory", "given": "as given"}[kind]
-    return f"{words}, {rate:g} GB/s each way, of which {100 * share:.0f} %", Line.of_rate(rate * share, LATENCY_S[kind])
 
 
 def read(name: str) -> dict[str, Any]:
@@ -152,41 +120,45 @@ def read(name: str) -> dict[str, Any]:
 
 
 def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
-    """The machine of a calibration's record. What was not measured there (a link, where it ran on one rank) is taken
-    from `config`, or assumed, and `notes` says so."""
+    """The machine of a calibration's record, for `config`. ValueError where that names another machine, or asks for a
+    precision or for ranks that were not calibrated."""
+    _asked(record, config, {key.split("/")[2] for key in record["summary"] if key.startswith("rate/product/")})
+    return measured(record, config)
+
+
+def measured(record: Mapping[str, Any], config: schema.Config) -> Machine:
+    """As `calibrated`, unasked. What was not measured there (a link, where it ran on one rank) is taken from `config`,
+    or assumed, and `notes` says so."""
     summary, given = record["summary"], record["config"]
     device = given["hardware"]["device"]
-    measured = {key: value for key, value in summary.items() if "/" in key}
-    curves, starts = _curves(measured), {key.partition("/")[2]: v for key, v in measured.items() if key[:6] == "start/"}
+    values = {key: value for key, value in summary.items() if "/" in key}
+    curves, starts = _curves(values), {key.partition("/")[2]: v for key, v in values.items() if key[:6] == "start/"}
     title = str(record["env"].get("device_name") or device)
     notes = [f"speeds: measured on {_ranks(record)} of {title}, run {record['run_id']}"]
-    lines = {
-        key.split("/")[1]: Line(value, measured[f"beta_s/{key.split('/')[1]}"])
-        for key, value in measured.items()
-        if key.startswith("alpha_s/")
-    }
     world = int(record["world"])
+    devices = max(config.hardware.devices, world)
     if config.train.world > 1 and config.train.world != world:
         notes.append(f"calibrated with {world} ranks, predicted for {config.train.world}")
-    if not lines:
-        rate = config.hardware.gbps or summary["copy_gb_per_s"] / 4
-        notes.append(f"links: not measured; {rate:.3g} GB/s, " + ("as given" if config.hardware.gbps else "assumed"))
-        lines = {"all": Line.of_rate(rate, 1e-4)}
-    lines.setdefault("all", lines.get("all_reduce") or next(iter(lines.values())))
+    joined, links = _lines(config, values, devices, summary["copy_gb_per_s"] / 4)
+    notes += links * (config.train.world > 1)
     scales = {
-        each: (measured[f"scale/{each}/work"], measured[f"scale/{each}/start"])
+        each: (values[f"scale/{each}/work"], values[f"scale/{each}/start"])
         for each in ("forward", "backward", "optimizer")
-        if f"scale/{each}/work" in measured
+        if f"scale/{each}/work" in values
     }
-    peak = {key.split("/")[1]: value * 1e12 for key, value in measured.items() if key.startswith("peak_tflops/")}
+    if not scales:
+        notes.append("calibration: no whole steps (task.cells), so a step is the sum of its operators")
+    if fallbacks := record.get("notes", {}).get("fallbacks"):
+        notes.append(f"calibration: {fallbacks}")
+    peak = {key.split("/")[1]: value * 1e12 for key, value in values.items() if key.startswith("peak_tflops/")}
     return Machine(
         title=title,
         device=device,
         mem_gib=config.hardware.mem_gib or summary["mem_gib"],
         host_gib=config.hardware.host_gib or summary["host_gib"],
-        devices=max(config.hardware.devices, world),
+        devices=devices,
         speeds=Speeds(curves=curves, start_s={**starts, "again": starts["forward"]}, behind=device == "cuda"),
-        lines=lines,
+        lines=joined,
         peak=peak,
         copy_bytes_per_s=summary["copy_gb_per_s"] * 1e9,
         host_bytes_per_s=summary["host_adam_gb_per_s"] * 1e9,
@@ -198,16 +170,60 @@ def calibrated(record: Mapping[str, Any], config: schema.Config) -> Machine:
     )
 
 
+def _lines(
+    config: schema.Config, values: Mapping[str, float], devices: int, assumed: float
+) -> tuple[dict[str, Line], list[str]]:
+    """(lines by kind of collective, how they were come by): a network's, as given, as measured, or `assumed` GB/s."""
+    outer, given = lines.between(config, devices), config.hardware.gbps
+    if outer is not None:
+        return {"all": outer}, [f"links: {config.network.name} between machines, by which the whole ring goes"]
+    if given is not None:
+        return {"all": Line.of_rate(given, lines.LATENCY_S["given"])}, [f"links: {given:.3g} GB/s, as given"]
+    kinds = [key.partition("/")[2] for key in values if key.startswith("alpha_s/")]
+    found = {kind: Line(values[f"alpha_s/{kind}"], values[f"beta_s/{kind}"]) for kind in kinds}
+    if not found:
+        note = (
+            f"links: not measured; {assumed:.3g} GB/s and 0.1 ms a message, assumed (hardware.gbps says another rate)"
+        )
+        return {"all": Line.of_rate(assumed, 1e-4)}, [note]
+    return {"all": found.get("all_reduce") or next(iter(found.values())), **found}, []
+
+
+def _asked(record: Mapping[str, Any], config: schema.Config, precisions: Set[str]) -> None:
+    """ValueError where `config` asks for what a calibration in `precisions` cannot tell."""
+    speeds = f"task.speeds={getattr(config.task, 'speeds', None) or record['run_id']}"
+    hardware, train = config.hardware, config.train
+    if hardware.name != "auto":
+        raise ValueError(
+            f"hardware.name={hardware.name}: {speeds} is another machine, the one that was calibrated; take "
+            "hardware=auto with it, or leave task.speeds out"
+        )
+    for key in ("tflops", "mem_gbps", "host_gbps"):
+        if getattr(hardware, key) is not None:
+            raise ValueError(f"hardware.{key}={getattr(hardware, key):g}: {speeds} has it measured; leave one out")
+    if train.precision not in precisions:
+        raise ValueError(
+            f"train.precision={train.precision}: {speeds} was calibrated in {', '.join(sorted(precisions))}; run "
+            f"+exp=bench_calibrate train.precision={train.precision}"
+        )
+    world = int(record["world"])
+    if record["config"]["hardware"]["device"] == "cpu" and train.world > world:
+        raise ValueError(
+            f"train.world={train.world}: {speeds} was calibrated with {_ranks(record)} of a CPU, whose cores they "
+            f"share; run +exp=bench_calibrate engine=ddp train.world={train.world} train.global_batch={4 * train.world}"
+        )
+
+
 def _ranks(record: Mapping[str, Any]) -> str:
     world, threads = int(record["world"]), record["config"].get("train", {}).get("threads")
     each = f" of {threads} threads" if record["config"]["hardware"]["device"] == "cpu" and threads else ""
     return f"{world} rank{'s' * (world > 1)}{each}"
 
 
-def _curves(measured: Mapping[str, float]) -> dict[str, Curve]:
+def _curves(values: Mapping[str, float]) -> dict[str, Curve]:
     """`rate/<kind>[/<precision>]/<size>` -> points, in order."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for key, value in measured.items():
+    for key, value in values.items():
         head, _, rest = key.partition("/")
         if head == "rate":
             name, _, size = rest.rpartition("/")

@@ -2,7 +2,7 @@
 
 Pure functions of a config and a machine; no torch, and milliseconds for a model of 70 B parameters. Memory is
 `cost.memory`'s; whether it fits, is asked of the device's memory less its context and the allocator's slack
-(`machine`), and of the host's where that is known. Time is `steps`' sum of operators, collectives and copies.
+(`cost.room`), and of the host's where that is known. Time is `steps`' sum of operators, collectives and copies.
 
 `mfu` is as in a run's record (`train.measure`): FLOPs that the method needs over the step and the peak of the device in
 `train.precision`. `tokens_per_s` counts padding, for there are no data here.
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from llmsys import schema
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict import steps
-from llmsys.bench.predict.machine import GIB, Machine
+from llmsys.bench.predict.machine import Machine
 from llmsys.cost import case as cases
 from llmsys.cost import engines, flops, memory, phases, policy, walk
 from llmsys.cost.case import Case
 from llmsys.cost.phases import Phase
-
-BINDS = ("memory", "compute", "bandwidth", "network", "host")
+from llmsys.cost.room import GIB
+from llmsys.cost.tape import Tape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Prediction:
     together, and `host_capacity_bytes` None where it is not known. `step_ms` is the sum of `by_phase_ms`: data,
     forward, backward, comm (what shows of it), optimizer, offload. `tokens_per_s` of all devices; 0 of images. `binds`:
     what takes the most of a step (`spent_ms`: `host` is its AdamW, its copies and its starting of operators); or
-    `memory`, where it does not fit. `note`: how all this was come by.
+    `memory`, where it does not fit. `notes`: how all this was come by, and what was assumed.
     """
 
     phases: tuple[Phase, ...]
@@ -50,7 +50,11 @@ class Prediction:
     binds: str
     spent_ms: dict[str, float]
     usd_per_million_tokens: float | None
-    note: str
+    notes: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        return "; ".join(self.notes)
 
     @property
     def fullest(self) -> Phase:
@@ -77,7 +81,7 @@ def predict(config: schema.Config, machine: Machine | None = None) -> Prediction
     tape, held = walk.run(case), engines.hold(case)
     found = tuple(phases.of(case, memory.ledger(case, tape), held))
     here = min(config.train.world, machine.devices)
-    peak, capacity = max(phase.device_bytes for phase in found), int(machine.capacity_bytes(here))
+    peak, capacity = max(phase.device_bytes for phase in found), int(machine.capacity_bytes(config.train.world))
     host = here * max(phase.host_bytes for phase in found)
     room = None if machine.host_gib is None else int(machine.host_gib * GIB)
     fits = peak <= capacity and (room is None or machine.device == "cpu" or host <= room)
@@ -101,8 +105,14 @@ def predict(config: schema.Config, machine: Machine | None = None) -> Prediction
         binds=limit if fits else "memory",
         spent_ms={what: value * 1e3 for what, value in step.spent.items()},
         usd_per_million_tokens=1e6 * rent / tokens if rent and tokens else None,
-        note="; ".join(machine.notes),
+        notes=(*machine.notes, *_instead(tape, machine)),
     )
+
+
+def _instead(tape: Tape, machine: Machine) -> list[str]:
+    """A line for each kind of operator that goes at another one's speed."""
+    kinds = {(op.kind, op.width) for ops in tape.ops.values() for op in ops} | {("adam", 4)}
+    return sorted(filter(None, {machine.speeds.instead(kind, width) for kind, width in kinds}))
 
 
 def tokens_each(config: schema.Config) -> int:
@@ -116,7 +126,7 @@ def resolved(config: schema.Config, machine: Machine) -> schema.Config:
     """`config` with what `train.recompute=auto` comes to on `machine`: the least that has to be computed again."""
     if not isinstance(config.model, schema.Transformer):
         raise ValueError(f"train.recompute=auto: is for transformers, not for model {config.model.name}")
-    room = machine.capacity_bytes(min(config.train.world, machine.devices))
+    room = machine.capacity_bytes(config.train.world)
     known = cases.facts(config, machine.device)
     chosen = policy.cheapest(
         lambda peak: peak <= room, config.model, config.train, config.method, config.engine, **known

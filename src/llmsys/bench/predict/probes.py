@@ -9,6 +9,7 @@ Letters: B batch, H heads, L length, W width of a head.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from llmsys import schema
 from llmsys.bench.ops import transfers
 from llmsys.bench.ops.clock import Clock
 from llmsys.cost import links
+from llmsys.cost.work import WHOLE
 from llmsys.models.build import DTYPES
 
 Rates = Iterator[tuple[str, float]]
@@ -109,14 +111,15 @@ class Probes:
             yield self._rate(f"batched/{precision}", flops, h * flops, seconds, start)
 
     def _fused(self, precision: str, start: float) -> Rates:
-        """The whole square counts, of a causal kernel too; its derivative as five products."""
+        """A causal kernel, and one that skips nothing. The whole square counts of both; its derivative as five
+        products."""
         h, w = self.model.num_heads, self.model.head_width
-        for length in (64, 256, 1024):
+        for length, kind in itertools.product((64, 256, 1024), ("", WHOLE)):
             q, k, v = (self._random(1, h, length, w, dtype=precision, grad=True) for _ in "qkv")
             flops = 2.0 * h * length * length * w
 
-            def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v, causal: bool = not kind) -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
             out = forward()
             dy = torch.ones_like(out)
@@ -124,9 +127,9 @@ class Probes:
             def backward(out: Tensor = out, dy: Tensor = dy, inputs: Any = (q, k, v)) -> object:
                 return torch.autograd.grad(out, inputs, dy, retain_graph=True)
 
-            yield self._rate(f"attention/{precision}", 2 * flops, 2 * flops, self._seconds(forward), start)
+            yield self._rate(f"{kind}attention/{precision}", 2 * flops, 2 * flops, self._seconds(forward), start)
             seconds = self._seconds(backward)
-            yield self._rate(f"attention_backward/{precision}", 5 * flops, 5 * flops, seconds, start)
+            yield self._rate(f"{kind}attention_backward/{precision}", 5 * flops, 5 * flops, seconds, start)
 
     def _streams(self, start: float) -> Rates:
         for power in STREAMS[self.device.type]:

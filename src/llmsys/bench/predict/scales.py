@@ -16,6 +16,14 @@ from typing import NamedTuple
 SANE = (0.2, 5.0)
 
 
+class Factors(NamedTuple):
+    """a and b; `why`: what was wrong with the two of a fit, where they are one."""
+
+    work: float
+    start: float
+    why: str = ""
+
+
 class Seen(NamedTuple):
     """A pass of one cell: predicted seconds of work and of starting operators, and seconds measured."""
 
@@ -24,16 +32,22 @@ class Seen(NamedTuple):
     measured: float
 
 
-def factors(cells: Sequence[Seen], *, behind: bool) -> tuple[float, float]:
-    """(a, b). ValueError without cells, or with one that took no time."""
+def factors(cells: Sequence[Seen], *, behind: bool) -> Factors:
+    """Of at least one cell. ValueError without cells, or with one that took no time."""
     if not cells or min(cell.measured for cell in cells) <= 0:
         raise ValueError(f"{len(cells)} cells: factors need at least one, each of some time")
     found = _behind(cells) if behind else _both(cells)
     if found and all(SANE[0] <= value <= SANE[1] for value in found):
-        return found
+        longer = {cell.work >= cell.start for cell in cells} if behind else {True, False}
+        why = "" if len(longer) == 2 else "in all cells the same side is the longer one; its factor for both"
+        return Factors(*found, why)
     total = sum(max(cell.work, cell.start) if behind else cell.work + cell.start for cell in cells)
     same = sum(cell.measured for cell in cells) / total
-    return same, same
+    if found is None:
+        why = "the cells are too alike to tell work and starts apart"
+    else:
+        why = f"{found[0]:.3g} for work and {found[1]:.3g} for starts are out of {SANE[0]:g} to {SANE[1]:g}"
+    return Factors(same, same, f"{why}; {same:.3g} for both")
 
 
 def _behind(cells: Sequence[Seen]) -> tuple[float, float]:

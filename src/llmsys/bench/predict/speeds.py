@@ -1,10 +1,11 @@
 """How long operators take on a device: a rate for each kind, by size and precision; listed, or measured on the spot.
 
-A product of 10**7 FLOPs does not reach the rate of one of 10**11, nor a pass over 64 KiB that of one over 64 MiB, so
-a rate is a curve: points (size, FLOP/s or bytes/s), between which it goes straight in logarithms, and beyond which it
-stays. `cost.work` says what the kinds are and what a size is. An operator takes the longer one of its arithmetic and
-its bytes; a device that works behind its host (CUDA) is idle where the host cannot start operators so fast, and one
-that is the host itself (a CPU) pays for each start.
+A product of 10**7 FLOPs does not reach the rate of one of 10**11, nor a pass over 64 KiB that of one over 64 MiB.
+Measured, a rate is a curve: points (size, FLOP/s or bytes/s), between which it goes straight in logarithms, and beyond
+which it stays; `cost.work` says what the kinds are and what a size is. Listed, it is one number, and each launch takes
+a tail beside its work: many matrices in one launch have one tail. An operator takes the longer one of its arithmetic
+and its bytes; a device that works behind its host (CUDA) is idle where the host cannot start operators so fast, and
+one that is the host itself (a CPU) pays for each start.
 """
 
 from __future__ import annotations
@@ -15,50 +16,74 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmsys.cost.hardware import Device
-from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
+from llmsys.cost.work import AGAIN, ARITHMETIC, BACKWARD, FORWARD, WHOLE, Op
 
-ARITHMETIC = ("product", "batched", "attention", "attention_backward")
 PRECISIONS = {1: "fp8", 2: "bf16", 4: "fp32"}
 """By bytes an element."""
 Curve = tuple[tuple[float, float], ...]
-SIZES = tuple(10.0**exponent for exponent in range(4, 15))
 
-TAIL_S = 10e-6
-"""What a kernel of matrix products takes beside its arithmetic: its start, and its last wave."""
-KERNEL_S = 2e-6
-"""The least of any other kernel."""
+FUSED, FUSED_BACKWARD, CAUSAL = 0.7, 0.6, 1.75
+"""Fused attention: shares of the rate of large products where nothing is skipped, and how many times as fast a causal
+kernel is, by the whole square. FlashAttention-2 (arXiv 2307.08691): 50 to 73 % of an A100's peak forward, up to 63 %
+backward, and 1.7 to 1.8 times as fast with a causal mask; large products reach 85 % of it."""
+MEMORY = 0.89
+"""Of the bandwidth, in operators that stream: an A800 PCIe's 1727 of 1935 GB/s (github.com/mli/transformers-benchmarks,
+issue 4)."""
+BATCHED, WIDENING = 0.5, 0.5
+"""Assumed: eager attention's products, of the rate of large ones (most of them are paid by their bytes); making 4 bits
+wide, of the bandwidth."""
+SHARES = {
+    "product": 1.0,
+    "batched": BATCHED,
+    "attention": CAUSAL * FUSED,
+    "attention_backward": CAUSAL * FUSED_BACKWARD,
+    f"{WHOLE}attention": FUSED,
+    f"{WHOLE}attention_backward": FUSED_BACKWARD,
+}
+"""By kind, of the rate of large products."""
+TAIL_S, KERNEL_S = 10e-6, 2e-6
+"""Assumed: what a kernel of matrix products takes beside its arithmetic, its start and its last wave; and any other."""
 START_S = {FORWARD: 15e-6, AGAIN: 15e-6, BACKWARD: 8e-6}
-"""What the host takes to start an operator: in Python, and in autograd's own thread. A LLaMA block of transformers is
-about 35 operators forward, and 32 of them take some 20 ms on servers' CPUs."""
-BATCHED, FUSED, FUSED_BACKWARD, MEMORY, WIDENING = 0.5, 1.1, 0.8, 0.85, 0.5
-"""Round shares: eager attention's products, of the rate of large products; fused attention, of which a causal kernel
-skips half and the whole is counted; memory in streaming operators and in those that widen 4 bits, of its bandwidth."""
+"""Assumed: what the host takes to start an operator, in Python and in autograd's own thread. A LLaMA block of
+transformers is about 35 operators forward, so 32 of them take 17 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
     """`curves`: `<kind>/<precision>` of `ARITHMETIC`, and `<kind>` of those that are paid by bytes. `start_s`: by pass,
-    of an operator. `behind`: the device works behind the host."""
+    of an operator. `behind`: the device works behind the host. `product_s`, `kernel_s`: what each launch takes beside
+    its arithmetic, or its bytes; 0 where the curves have it, since they were measured."""
 
     curves: Mapping[str, Curve]
     start_s: Mapping[str, float]
     behind: bool
+    product_s: float = 0.0
+    kernel_s: float = 0.0
 
     def rate(self, kind: str, size: float, width: int = 4) -> float:
         """FLOP/s or bytes/s. A kind that was not measured is as fast as the one that it is most like."""
+        return at(self.curves[self._known(kind, width)], size)
+
+    def instead(self, kind: str, width: int = 4) -> str:
+        """In words, if the speed of another kind or precision stands for this one; else nothing."""
+        known = self._known(kind, width)
+        wanted = _name(kind, width)
+        return "" if known == wanted else f"{wanted}: no speed of it is known; predicted at that of {known}"
+
+    def _known(self, kind: str, width: int) -> str:
         for each in (width, 2) if width == 1 else (width,):  # without 8-bit floats it is a product in bf16
             for known in (kind, *LIKE.get(kind, ())):
-                curve = self.curves.get(f"{known}/{PRECISIONS[each]}" if known in ARITHMETIC else known)
-                if curve:
-                    return at(curve, size)
+                if (name := _name(known, each)) in self.curves:
+                    return name
         raise KeyError(f"no speed is known for {kind} of {width} bytes an element")
 
     def seconds(self, op: Op) -> float:
         """Of all of its launches, without what it takes to start them."""
         streamed = op.nbytes / self.rate("stream" if op.flops else op.kind, op.nbytes / op.launches)
+        streamed += op.launches * self.kernel_s
         if not op.flops:
             return streamed
-        return max(op.flops / self.rate(op.kind, op.size, op.width), streamed)
+        return max(op.flops / self.rate(op.kind, op.size, op.width) + op.launches * self.product_s, streamed)
 
     def passed(self, ops: Iterable[Op]) -> Passed:
         """How long operators take one after another."""
@@ -73,14 +98,19 @@ class Speeds:
         return Passed(compute=compute, memory=memory, start=start, behind=self.behind)
 
 
+def _name(kind: str, width: int) -> str:
+    return f"{kind}/{PRECISIONS[width]}" if kind in ARITHMETIC else kind
+
+
 LIKE = {
     "batched": ("product",),
     "attention": ("batched", "product"),
     "attention_backward": ("attention", "batched", "product"),
+    f"{WHOLE}attention": ("attention", "batched", "product"),
+    f"{WHOLE}attention_backward": ("attention_backward", "attention", "batched", "product"),
     "exp": ("stream",),
     "dequant": ("stream",),
     "adam": ("stream",),
-    "host_adam": ("adam", "stream"),
 }
 
 
@@ -122,23 +152,20 @@ def at(curve: Curve, size: float) -> float:
     return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
 
 
-def listed(device: Device, *, fp8: bool = False) -> Speeds:
-    """Of a GPU by its datasheet, and the assumptions of this file. `fp8`: it multiplies 8-bit floats, as fast as 8-bit
-    integers."""
+def listed(device: Device) -> Speeds:
+    """Of a GPU by its datasheet, what was measured of its generation, and the assumptions of this file."""
     curves: dict[str, Curve] = {}
-    peaks = {**device.tflops, **({"fp8": device.tflops["int8"]} if fp8 else {})}
-    for precision, peak in ((name, peaks.get(name)) for name in PRECISIONS.values()):
+    for precision, peak in ((name, device.tflops.get(name)) for name in PRECISIONS.values()):
         if peak is None:
             continue
-        shares = {"product": 1.0, "batched": BATCHED, "attention": FUSED, "attention_backward": FUSED_BACKWARD}
-        for kind, share in shares.items():
-            rate = peak * 1e12 * device.sustained * share
-            curves[f"{kind}/{precision}"] = _saturating(rate, TAIL_S)
+        for kind, share in SHARES.items():
+            rate = peak * 1e12 * device.reached(precision) * share
+            curves[f"{kind}/{precision}"] = _flat(rate)
     memory = device.gb_per_s * 1e9
-    curves["stream"] = _saturating(MEMORY * memory, KERNEL_S)
-    curves["dequant"] = _saturating(WIDENING * memory, KERNEL_S)
-    return Speeds(curves=curves, start_s=START_S, behind=True)
+    curves |= dict.fromkeys(("stream", "exp", "adam"), _flat(MEMORY * memory))
+    curves["dequant"] = _flat(WIDENING * memory)
+    return Speeds(curves=curves, start_s=START_S, behind=True, product_s=TAIL_S, kernel_s=KERNEL_S)
 
 
-def _saturating(rate: float, tail_s: float) -> Curve:
-    return tuple((size, size / (size / rate + tail_s)) for size in SIZES)
+def _flat(rate: float) -> Curve:
+    return ((1.0, rate),)

@@ -141,25 +141,28 @@ class Sizes:
 
 
 def _update(case: Case, held: Holding, sizes: Sizes, machine: Machine) -> tuple[Passed, float]:
-    """(what the device does of clipping and AdamW, seconds of the host's). ZeRO reads the gradients into fp32 and
-    writes the weights back from it; AdamW reads and writes its moments and the weights, and reads the gradients."""
-    own = held.gradients if case.zero < 2 else case.width * sizes.share
+    """(what the device does of clipping and AdamW, seconds of the host's).
+
+    AdamW reads and writes its moments and the weights, and reads the gradients. Under ZeRO (DeepSpeed 0.19, stages 1
+    to 3), an element of w bytes: the gradients are laid flat 2 w, read into fp32 w + 4, their norm is taken of a copy
+    in doubles w + 16, they are scaled 8, and the weights written back from fp32, 4 + w. What is offloaded is scaled,
+    updated and cast on the host, all ranks at once; norm and fp32 gradients are made on the device.
+    """
+    scales = case.train.clip > 0
     if case.zero:
-        elements = sizes.share
-        adam, around = 2.0 * held.optimizer + 12.0 * elements, (16.0 + 2 * (4 + case.width)) * elements
+        n, w = float(sizes.share), case.width
+        adam, scaled = 2.0 * held.optimizer + 12.0 * n, 8.0 * n * (scales or case.zero == 3)
+        norm, flat, back = (w + 16) * n, (2 * w + (w + 4) * (w < 4)) * n, (4 + w) * n
     else:
-        adam, around = 2.0 * held.optimizer + 3.0 * own, 0.0
-    clip = 3.0 * (4.0 * sizes.share if case.zero else own) * (case.train.clip > 0)
-    away = isinstance(case.engine, schema.DeepSpeed) and case.engine.offload != "none"
-    if away and machine.device != "cpu":
+        adam, scaled = 2.0 * held.optimizer + 3.0 * held.gradients, 2.0 * held.gradients * scales
+        norm, flat, back = float(held.gradients), 0.0, 0.0
+    launches = 8 if machine.speeds.behind else 2 if case.zero else sizes.tensors
+    if isinstance(case.engine, schema.DeepSpeed) and case.engine.offload != "none" and machine.device != "cpu":
         ranks = min(case.train.world, machine.devices)
-        return Passed(behind=machine.speeds.behind), (adam + around + clip) * ranks / machine.host_bytes_per_s
-    tensors = 2 if case.zero else sizes.tensors
-    launches = 8 if machine.speeds.behind else tensors
-    ops = [Op(FORWARD, "adam", 0.0, adam, launches)]
-    if around + clip:
-        ops.append(Op(FORWARD, "stream", 0.0, around + clip, 3 * launches))
-    return _scaled(machine, "optimizer", machine.speeds.passed(ops)), 0.0
+        ops = [Op(FORWARD, "stream", 0.0, norm, 2 * launches)]
+        return machine.speeds.passed(ops), (adam + scaled + back) * ranks / machine.host_bytes_per_s
+    around = Op(FORWARD, "stream", 0.0, norm + flat + scaled + back, 3 * launches)
+    return _scaled(machine, "optimizer", machine.speeds.passed([Op(FORWARD, "adam", 0.0, adam, launches), around])), 0.0
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,13 @@ def _copies(case: Case, held: Holding, micro: int, sizes: Sizes, machine: Machin
     if not isinstance(engine, schema.DeepSpeed) or engine.offload == "none" or machine.device == "cpu":
         return _Copies()
     own, rate = case.width * sizes.share, machine.copy_bytes_per_s
-    if engine.zero < 3:  # gradients there, updated weights back
-        return _Copies(update=(micro * own + own) / rate)
+    there = 4.0 * sizes.share  # gradients go there in fp32, when all are there
+    if engine.zero < 3:  # what is accumulated waits on the host, and is fetched to be added to; updated weights back
+        return _Copies(update=(there + (2 * micro - 1) * own * (micro > 1) + own) / rate)
+    gradients = 2.0 * micro * own + there  # each micro-batch's go there and back
     if engine.offload == "optimizer":
-        return _Copies(backward=micro * own / rate, update=own / rate)
-    return _Copies(forward=micro * held.weights / rate, backward=micro * (held.weights + own) / rate)
+        return _Copies(backward=gradients / rate, update=own / rate)
+    return _Copies(forward=micro * held.weights / rate, backward=(micro * held.weights + gradients) / rate)
 
 
 class _Talk:
@@ -207,7 +212,8 @@ class _Talk:
             blocks = max(1, len(self.case.policies))
             if engine.kind == "fsdp2":
                 return self.sizes.nbytes / blocks
-            return float(self.case.train.micro_batch * self.case.train.length * self.case.model.hidden_size * 2)
+            width = self.case.product_width
+            return float(self.case.train.micro_batch * self.case.train.length * self.case.model.hidden_size * width)
         return 25.0 * MIB
 
     def exposed(self, forward: float, backward: float, last: float, copies: _Copies) -> tuple[float, float]:

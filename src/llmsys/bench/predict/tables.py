@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from llmsys import schema
-from llmsys.bench.predict.machine import GIB, Machine
+from llmsys.bench.predict.machine import Machine
 from llmsys.bench.predict.prediction import Prediction, tokens_each
+from llmsys.cost import room
+from llmsys.cost.room import GIB
 from llmsys.table import piped
 
 KINDS = ("weights", "gradients", "optimizer", "master", "compress", "activations", "logits", "workspace")
@@ -27,7 +29,7 @@ def markdown(config: schema.Config, machine: Machine, found: Prediction) -> str:
         "## Time of a step, ms",
         _time(found),
         "## How this was made",
-        "\n".join(f"- {line}" for line in made(config, machine)),
+        "\n".join(f"- {line}" for line in made(config, machine, found)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -79,18 +81,22 @@ def _time(found: Prediction) -> str:
     return "\n".join(piped(["phase", "ms", "share"], [*rows, ["step", _ms(found.step_ms), ""]]))
 
 
-def made(config: schema.Config, machine: Machine) -> list[str]:
+def made(config: schema.Config, machine: Machine, found: Prediction) -> list[str]:
     """Where each number is from, a line each."""
-    found = ["memory: what autograd keeps, ranks hold and engines work with, by phase of a step (llmsys.cost.phases)"]
+    said = ["memory: what autograd keeps, ranks hold and engines work with, by phase of a step (llmsys.cost.phases)"]
     if machine.device == "cuda":
-        found.append("what can be used: the device's memory less 0.6 GiB for its context and 3 % that blocks leave")
-    found.append("time: operators by size, collectives, copies and the update (llmsys.bench.predict.steps)")
-    found += machine.notes
+        before = room.taken(config.train.world)
+        said.append(
+            f"what can be used: the device's memory less {before:g} GiB that are used before there is a tensor, and "
+            f"{100 * room.SLACK:.0f} % of the rest (llmsys.cost.room)"
+        )
+    said.append("time: operators by size, collectives, copies and the update (llmsys.bench.predict.steps)")
+    said += found.notes
     if config.compress.kind != "none":
-        found.append(f"compress={config.compress.kind}: what is sent counts, what compressing it takes does not")
+        said.append(f"compress={config.compress.kind}: what is sent counts, what compressing it takes does not")
     if not machine.calibrated:
-        found.append("not calibrated: on the machine itself, +exp=bench_calibrate and task.speeds=<its folder>")
-    return found
+        said.append("not calibrated: on the machine itself, +exp=bench_calibrate and task.speeds=<its folder>")
+    return said
 
 
 def _gib(nbytes: float) -> str:

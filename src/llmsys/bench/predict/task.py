@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llmsys import schema
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict import prediction, tables
-from llmsys.bench.predict.machine import GIB
 from llmsys.bench.predict.prediction import Prediction
+from llmsys.cost.room import GIB
 
 if TYPE_CHECKING:
     from llmsys.context import LightContext
