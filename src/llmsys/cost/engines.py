@@ -60,10 +60,10 @@ class Holding:
     """Bytes of a rank by kind; `host` is the share of each kind that an engine keeps in the host's memory.
 
     `standing`: gradients have memory of their own between steps too. `trained`: bytes of all trained weights, as the
-    model has them; 0 where gradients are not kept as they come. `loading`: what a rank holds whole before the engine cuts it. `reducing`: what is on its way to other ranks while the
-    block before it goes backward. `workspace`: by phase, or `always`, see above, or
-    `message`, in the forward pass before there are logits; its share in the host's memory stands in `host`. `compress`
-    is what gradient compression keeps.
+    model has them; 0 where gradients are not kept as they come. `loading`: what a rank holds whole before the engine
+    cuts it. `reducing`: what is on its way to other ranks while the block before it goes backward. `workspace`: by
+    phase, or `always`, see above, or `message`, in the forward pass before there are logits; its share in the host's
+    memory stands in `host`. `compress` is what gradient compression keeps.
     """
 
     weights: int
@@ -92,9 +92,8 @@ def hold(case: Case) -> Holding:
     parameters = shapes.held(case)
     holding = ENGINES[case.engine.kind](case, parameters)
     buffers = shapes.buffer_bytes(case)
-    holding = dataclasses.replace(
-        holding, weights=holding.weights + buffers, loading=_loading(case, parameters) + buffers
-    )
+    whole = _loading(case, parameters)
+    holding = dataclasses.replace(holding, weights=holding.weights + buffers, loading=whole and whole + buffers)
     return holding if case.compress.kind == "none" else _compressed(case, holding, parameters)
 
 
