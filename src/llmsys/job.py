@@ -96,6 +96,12 @@ class Record:
         if self.status not in STATUSES:
             raise ValueError(f"status={self.status}: must be one of {', '.join(STATUSES)}")
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the run ran out of memory where its sweep had seen, or could not rule out, that others held some of
+        it (`llmsys.sweep.memory`): alone it might have run."""
+        return self.status == "oom" and not self.env.get("sweep", {}).get("clean", True)
+
     def to_json(self) -> str:
         """Readable JSON, in which a NaN or an infinity is an error: they are not JSON."""
         values = asdict(self)

@@ -365,6 +365,7 @@ PADDED = {"data.kind": "synthetic_pairs"}
         ("rtx4090", [], {"status": "oom", "dispatch.memory_gib": 1.0}, "that had less memory"),
         ("rtx4090", ["hardware.mem_gib=48"], {"status": "oom"}, "that had less memory"),
         ("rtx4090", ["hardware.mem_gib=12"], {"status": "oom"}, ""),
+        ("rtx4090", [], {"status": "oom", "env": {"sweep": {"clean": False}}}, "that ran out of memory beside others"),
     ],
 )
 def test_a_run_of_another_thing_does_not_count(

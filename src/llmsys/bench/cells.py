@@ -91,7 +91,7 @@ class Cell:
     @property
     def ending(self) -> str:
         """How its runs ended: `ok`, `oom (host memory)`."""
-        reason = self.record.reason
+        reason = ", ".join(filter(None, (self.record.reason, "beside others" if self.record.doubtful else "")))
         return f"{self.record.status} ({reason})" if reason else self.record.status
 
     @property

@@ -73,15 +73,9 @@ def finished(job: Job) -> Record | None:
     if reuse == "never":
         return None
     record = read_or_set_aside(Path(job.out))
-    if record is None or record.status not in FINAL or doubtful(record):
+    if record is None or record.status not in FINAL or record.doubtful:
         return None
     return record if reuse == "any" or record.code_hash == code_hash() else None
-
-
-def doubtful(record: Record) -> bool:
-    """Whether a run ran out of memory where its sweep had seen, or could not rule out, that others held some of it
-    (`llmsys.sweep.memory`): alone it might have run."""
-    return record.status == "oom" and not record.env.get("sweep", {}).get("clean", True)
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ class Baseline:
     and its record final, and whoever reads records would have to know. The same command, which begins with another
     baseline, makes it. The memory of a host is also everybody else's, and a browser that was opened is nothing that a
     run left behind: there the run is made. If it runs out of memory, that is neither final nor a witness against others
-    (`dispatch.doubtful`); nor is it of a GPU that did not say how much was in use.
+    (`Record.doubtful`); nor is it of a GPU that did not say how much was in use.
 
     `gib`: how much more may be in use (None: nothing is looked at). `look`, `clock` and `sleep` are the world.
     """

@@ -2,7 +2,7 @@
 
 A config is a point: its place on the monotone axes, along which memory never shrinks, and the rest. A run that was seen
 to run out of memory is a witness against every point with the same rest that is nowhere below it, unless others may
-have held that memory (`dispatch.doubtful`). Prediction takes no part: another project's analytic estimate, used as a
+have held that memory (`Record.doubtful`). Prediction takes no part: another project's analytic estimate, used as a
 gate, under-predicted by 2.5x and was thrown out for this rule (lablup/mlxcel, issues 807 and 808).
 
 What is compared on an axis is not always the setting itself. With several micro-batches a step, the gradients of the
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmsys import dispatch, tasks
+from llmsys import tasks
 from llmsys.job import Record, code_hash
 from llmsys.sweep.settings import Config, get, shares
 
@@ -119,7 +119,7 @@ class Witnesses:
 
     def see(self, record: Record) -> None:
         """Remembers a record, if it is one of running out of memory, and not a doubtful one."""
-        if record.status == "oom" and not dispatch.doubtful(record) and (place := point(record.config, self._more)):
+        if record.status == "oom" and not record.doubtful and (place := point(record.config, self._more)):
             self._seen[record.run_id] = Witness(record.run_id, record.reason, place)
 
     def against(self, config: Config) -> Witness | None:
@@ -150,7 +150,7 @@ def kept(folders: Iterable[Path], *, reuse: str, device_name: str, memory_gib: f
             record = Record.read(path.parent)
         except ValueError:  # set aside, with a word, when its run is made
             continue
-        if record is None or record.status != "oom" or dispatch.doubtful(record):
+        if record is None or record.status != "oom" or record.doubtful:
             continue
         if record.env.get("device_name") != device_name:
             continue

@@ -150,6 +150,8 @@ def _unlike(config: schema.Config, candidate: Candidate, here: Place, record: Re
     limited = typed.dispatch.memory_gib is not None or (config.hardware.mem_gib or 0) > here.mem_gib
     if record.status == "oom" and limited:
         return "that had less memory"
+    if record.doubtful:
+        return "that ran out of memory beside others"
     return ""
 
 
