@@ -187,8 +187,8 @@ def cut(place: Place, overrides: list[str]) -> dict[str, Any]:
     class Forgetful(zero.DeepSpeed):
         """As with a large model, of which nothing is kept because it will be used again soon."""
 
-        def _settings(self) -> dict[str, Any]:
-            found = super()._settings()
+        def _settings(self, trained: int) -> dict[str, Any]:
+            found = super()._settings(trained)
             found["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
             return found
 
