@@ -2,18 +2,18 @@
 
     python benchmarks/bench_time.py [--rounds 3] [--small] [--ranks 1,2] [--work DIR] [--out DIR] [KEY=VALUE]
 
-For each number of ranks and in each round: `+exp=bench_calibrate` (operators, collectives, two whole cells; under a
-minute), then every cell as a training run in a fresh process (`+exp=bench_pretrain`), in a shuffled order. The cells
-are combinations of techniques, lengths, micro-batches and shapes; the two that were calibrated with are not among
-them. On one rank they are eager and fused attention, recomputation, LoRA and LoRA-FA; on two ranks also the engines.
+For each number of ranks and in each round every cell is run as training in a fresh process (`+exp=bench_pretrain`), in
+a shuffled order, and before every five of them `+exp=bench_calibrate` (operators, collectives, two whole cells; under a
+minute). The cells are combinations of techniques, lengths, micro-batches and shapes; the two that were calibrated with
+are not among them. On one rank they are eager and fused attention, recomputation, LoRA and LoRA-FA; on two ranks also
+the engines.
 
-A machine that others use too is faster in one minute than in the next. So a cell's time is the median of its rounds,
-and `spread` says what the same cell varies by. Each calibration is scored alone, as a user has one; the table of cells
-has the median of their predictions.
+A machine that others use too is faster in one minute than in the next: `spread` says how much the same cell varies. So
+a cell's error is the median over the rounds of predicted / measured - 1, where the prediction is from the calibration
+last before that run. `alone` is what somebody gets who calibrates once: every calibration against the median times.
 
-    error    the mean of |predicted / measured - 1| over the cells, and over the calibrations
-    worst    the same of the worst calibration
-    tau      Kendall's tau-b of the two orders of cells, the mean over the calibrations
+    error    the mean of |that median| over the cells; `bias` their mean, `worst` the largest
+    tau      Kendall's tau-b of the two orders of cells
     spread   the median over cells of (slowest round / fastest round - 1)
 
 With `--work` the runs are kept there, and what is finished is not run again. It leaves
@@ -43,6 +43,8 @@ from llmsys.job import Record, code_hash
 
 RECORDS = Path(__file__).parent / "records"
 Cell = tuple[str, list[str]]
+EVERY = 5
+"""Cells between two calibrations."""
 SHORT = ["train.steps=10", "profile.warmup=3", "profile.probe=false", "data.num_examples=512"]
 WORLDS = {1: ["engine=local", "train.world=1"], 2: ["train.world=2"]}
 PLAIN = {1: [], 2: ["engine=ddp"]}
@@ -109,20 +111,24 @@ def predicted(record: Record, calibration: dict[str, Any]) -> dict[str, float]:
 
 
 def scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """`error_percent`, `worst_percent`, `bias_percent`, `tau` and `spread_percent` of rows that have `measured` ms,
-    `rounds`, the ms of each round, and `calibrated`, the ms that each calibration predicts."""
-    errors, taus = [], []
-    for number in range(len(rows[0]["calibrated"])):
-        errors.append([100 * (row["calibrated"][number] / row["measured"] - 1) for row in rows])
-        taus.append(kendall((row["calibrated"][number], row["measured"]) for row in rows) or 0.0)
-    means = [statistics.mean(map(abs, each)) for each in errors]
+    """Of rows that have `rounds`, the measured ms of each round, `predicted`, what the calibration before each of them
+    predicts, and `alone`, the ms that each calibration of all predicts."""
+    ratios = [statistics.median(p / m for p, m in zip(row["predicted"], row["rounds"], strict=True)) for row in rows]
+    medians = [statistics.median(row["rounds"]) for row in rows]
+    errors = [100 * (ratio - 1) for ratio in ratios]
+    alone = [
+        statistics.mean(100 * abs(ms / median - 1) for ms, median in zip(each, medians, strict=True))
+        for each in zip(*(row["alone"] for row in rows), strict=True)
+    ]
     return {
         "cells": len(rows),
-        "error_percent": statistics.mean(means),
-        "worst_percent": max(means),
-        "bias_percent": statistics.mean(map(statistics.mean, errors)),
-        "tau": statistics.mean(taus),
+        "error_percent": statistics.mean(map(abs, errors)),
+        "worst_percent": max(map(abs, errors)),
+        "bias_percent": statistics.mean(errors),
+        "tau": kendall((ratio * median, median) for ratio, median in zip(ratios, medians, strict=True)) or 0.0,
         "spread_percent": statistics.median(100 * (max(row["rounds"]) / min(row["rounds"]) - 1) for row in rows),
+        "alone_error_percent": statistics.mean(alone),
+        "alone_worst_percent": max(alone),
     }
 
 
@@ -130,57 +136,60 @@ def group(world: int, asked: argparse.Namespace, work: Path) -> list[dict[str, A
     """Calibrates, runs and predicts all cells of so many ranks."""
     chosen = small(world) if asked.small else cells(world)
     quick = ["task.most_s=0.005", "task.steps=2", "model=llama_tiny", "train.length=32"] if asked.small else []
-    taken: dict[str, list[Record]] = {name: [] for name, _ in chosen}
-    calibrations, seconds = [], []
+    taken: dict[str, list[tuple[Record, int]]] = {name: [] for name, _ in chosen}
+    calibrations: list[dict[str, Any]] = []
+    seconds = []
     for number in range(asked.rounds):
-        folder, begun = work / f"{world}" / f"{number}", time.monotonic()
-        calibrations.append(calibrated(world, folder / "calibration", [*quick, *asked.overrides]))
-        seconds.append(time.monotonic() - begun)
-        for place in random.Random(number).sample(range(len(chosen)), len(chosen)):
+        folder = work / f"{world}" / f"{number}"
+        for turn, place in enumerate(random.Random(number).sample(range(len(chosen)), len(chosen))):
+            if turn % EVERY == 0:
+                begun, where = time.monotonic(), folder / f"calibration{turn // EVERY}"
+                calibrations.append(calibrated(world, where, [*quick, *asked.overrides]))
+                seconds.append(time.monotonic() - begun)
             name, words = chosen[place]
-            taken[name].append(
-                made("+exp=bench_pretrain", *SHORT, *words, *asked.overrides, folder=folder / f"{place}")
-            )
+            words = ["+exp=bench_pretrain", *SHORT, *words, *asked.overrides]
+            taken[name].append((made(*words, folder=folder / f"{place}"), len(calibrations) - 1))
     rows = []
-    for name, records in taken.items():
+    for name, runs in taken.items():
+        records = [record for record, _ in runs]
         wanted = [predicted(records[0], calibration) for calibration in calibrations]
-        seen = [record.summary["step_ms_p50"] for record in records]
         rows.append(
             {
                 "name": name,
                 "world": world,
-                "measured": statistics.median(seen),
-                "rounds": seen,
-                "calibrated": [each["step_ms"] for each in wanted],
-                "predicted": statistics.median(each["step_ms"] for each in wanted),
-                "phases": {key: statistics.median(each[key] for each in wanted) for key in wanted[0]},
+                "rounds": [record.summary["step_ms_p50"] for record in records],
+                "predicted": [wanted[before]["step_ms"] for _, before in runs],
+                "alone": [each["step_ms"] for each in wanted],
+                "phases": {key: statistics.median(wanted[before][key] for _, before in runs) for key in wanted[0]},
                 "records": records,
                 "calibrated_s": max(seconds),
             }
         )
         last = rows[-1]
-        print(f"{name}: {last['predicted']:.1f} for {last['measured']:.1f} ms", file=sys.stderr, flush=True)
+        middle, other = statistics.median(last["predicted"]), statistics.median(last["rounds"])
+        print(f"{name}: {middle:.1f} for {other:.1f} ms", file=sys.stderr, flush=True)
     return rows
 
 
 def show(record: Record) -> str:
     """One record as Markdown."""
     lines = [
-        "| ranks | cells | mean error | worst calibration | bias | Kendall's tau | spread |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| ranks | cells | mean error | worst | bias | Kendall's tau | spread | one calibration alone |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for world in record.config["ranks"]:
         s = {key.partition("/")[2]: v for key, v in record.summary.items() if key.startswith(f"ranks_{world}/")}
         lines.append(
             f"| {world} | {s['cells']:.0f} | {s['error_percent']:.1f} % | {s['worst_percent']:.1f} % | "
-            f"{s['bias_percent']:+.1f} % | {s['tau']:.2f} | {s['spread_percent']:.1f} % |"
+            f"{s['bias_percent']:+.1f} % | {s['tau']:.2f} | {s['spread_percent']:.1f} % | "
+            f"{s['alone_error_percent']:.1f} % |"
         )
     lines += ["", "| cell | ranks | measured ms | predicted | error |", "|---|---:|---:|---:|---:|"]
     samples = record.samples
-    for (name, world), measured, wanted in zip(
-        record.config["cells"], samples["measured_ms"], samples["predicted_ms"], strict=True
+    for (name, world), measured, wanted, error in zip(
+        record.config["cells"], samples["measured_ms"], samples["predicted_ms"], samples["error_percent"], strict=True
     ):
-        lines.append(f"| {name} | {world} | {measured:.1f} | {wanted:.1f} | {100 * (wanted / measured - 1):+.1f} % |")
+        lines.append(f"| {name} | {world} | {measured:.1f} | {wanted:.1f} | {error:+.1f} % |")
     return "\n".join(lines)
 
 
@@ -203,7 +212,7 @@ def main(words: Sequence[str]) -> Record:
         own = [row for row in rows if row["world"] == world]
         summary |= {f"ranks_{world}/{key}": value for key, value in scores(own).items()}
         summary[f"ranks_{world}/calibration_s"] = own[0]["calibrated_s"]
-    summary |= scores(rows)
+    summary |= {"cells": len(rows)}
     example = rows[0]["records"][0]
     settings = {"cells": [[row["name"], row["world"]] for row in rows], "ranks": ranks, "overrides": asked.overrides}
     text = json.dumps([settings, asked.rounds, example.env.get("device_name")])
@@ -220,9 +229,11 @@ def main(words: Sequence[str]) -> Record:
         seconds=round(time.monotonic() - begin, 1),
         summary=summary,
         samples={
-            "measured_ms": [row["measured"] for row in rows],
-            "predicted_ms": [row["predicted"] for row in rows],
+            "measured_ms": [statistics.median(row["rounds"]) for row in rows],
+            "predicted_ms": [statistics.median(row["predicted"]) for row in rows],
+            "error_percent": [scores([row])["bias_percent"] for row in rows],
             **{f"round_{i}_ms": [row["rounds"][i] for row in rows] for i in range(asked.rounds)},
+            **{f"predicted_{i}_ms": [row["predicted"][i] for row in rows] for i in range(asked.rounds)},
             **{f"measured_{p}_ms": [_median(row["records"], f"{p}_ms_p50") for row in rows] for p in phases},
             **{f"predicted_{p}_ms": [row["phases"][f"{p}_ms"] for row in rows] for p in phases},
         },

@@ -220,15 +220,16 @@ def test_what_predicted_times_are_scored_by(monkeypatch: pytest.MonkeyPatch) -> 
     import bench_time
 
     rows = [
-        {"calibrated": [110.0, 120.0], "measured": 100.0, "rounds": [90.0, 99.0]},
-        {"calibrated": [45.0, 70.0], "measured": 50.0, "rounds": [40.0, 48.0]},
+        {"predicted": [110.0, 55.0, 220.0], "rounds": [100.0, 50.0, 200.0], "alone": [110.0, 55.0, 220.0]},
+        {"predicted": [45.0, 90.0, 45.0], "rounds": [50.0, 100.0, 50.0], "alone": [45.0, 90.0, 45.0]},
     ]
     found = bench_time.scores(rows)
-    assert found["error_percent"] == pytest.approx(20), "10 % of the first calibration, 30 % of the second"
-    assert found["worst_percent"] == pytest.approx(30)
-    assert found["bias_percent"] == pytest.approx(15)
-    assert found["spread_percent"] == pytest.approx(15)
+    assert found["error_percent"] == pytest.approx(10), "the machine's own speed is in both sides of each round"
+    assert found["worst_percent"] == pytest.approx(10)
+    assert found["bias_percent"] == pytest.approx(0)
+    assert found["spread_percent"] == pytest.approx(200)
     assert found["tau"] == 1
+    assert found["alone_worst_percent"] > 60, "one calibration may be of a bad minute"
 
 
 def test_a_false_fit_is_a_cell_that_some_memory_is_too_small_for(monkeypatch: pytest.MonkeyPatch) -> None:

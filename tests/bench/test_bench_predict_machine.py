@@ -47,6 +47,14 @@ def test_a_launch_on_a_listed_device_has_one_tail_however_many_matrices_it_multi
         assert given.seconds(op) == pytest.approx(1e6 / given.rate(kind, 1e6) + 5 * speeds.KERNEL_S, rel=1e-6)
 
 
+def test_a_cpu_pays_for_a_products_bytes_too_and_a_gpu_for_the_longer_one() -> None:
+    """Measured are products of operands in the cache; those of a step come from memory."""
+    curves = {"product/fp32": ((1.0, 1e10),), "stream": ((1.0, 1e9),)}
+    op = Op(FORWARD, "product", 3e9, 1e8, 1, 1)
+    for behind, seconds in ((False, 0.3 + 0.1), (True, 0.3)):
+        assert Speeds(curves=curves, start_s=speeds.START_S, behind=behind).seconds(op) == pytest.approx(seconds)
+
+
 def test_measured_batches_go_by_the_size_of_a_matrix() -> None:
     """As the probes time them: the curve has the time of small matrices in it, and nothing is added to it."""
     curves = {"batched/fp32": ((1e4, 1e9), (1e6, 1e10)), "stream": ((1.0, 1e30),)}

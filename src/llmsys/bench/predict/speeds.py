@@ -3,9 +3,10 @@
 A product of 10**7 FLOPs does not reach the rate of one of 10**11, nor a pass over 64 KiB that of one over 64 MiB.
 Measured, a rate is a curve: points (size, FLOP/s or bytes/s), between which it goes straight in logarithms, and beyond
 which it stays; `cost.work` says what the kinds are and what a size is. Listed, it is one number, and each launch takes
-a tail beside its work: many matrices in one launch have one tail. An operator takes the longer one of its arithmetic
-and its bytes; a device that works behind its host (CUDA) is idle where the host cannot start operators so fast, and
-one that is the host itself (a CPU) pays for each start.
+a tail beside its work: many matrices in one launch have one tail. A device that works behind its
+host (CUDA) has so much in flight that an operator takes the longer one of its arithmetic and its bytes, and is idle
+where the host cannot start operators so fast. A CPU takes the sum, since a product is measured on operands that lie in
+its cache, and a step's come from memory; and it pays for each start.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Speeds:
         streamed += op.launches * self.kernel_s
         if not op.flops:
             return streamed
-        return max(op.flops / self.rate(op.kind, op.size, op.width) + op.launches * self.product_s, streamed)
+        arithmetic = op.flops / self.rate(op.kind, op.size, op.width) + op.launches * self.product_s
+        return max(arithmetic, streamed) if self.behind else arithmetic + streamed
 
     def passed(self, ops: Iterable[Op]) -> Passed:
         """How long operators take one after another."""
