@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-from predict_harness import A800, BENCHMARKS, config, predicted
+from predict_harness import A800, BENCHMARKS, config, ideal, predicted
 
 from llmsys import schema
 from llmsys.bench.predict import lines, speeds, steps
@@ -17,7 +18,7 @@ from llmsys.cost import case as cases
 from llmsys.cost import walk, work
 from llmsys.cost.case import Case
 from llmsys.cost.hardware import DEVICES
-from llmsys.cost.work import FORWARD, Op
+from llmsys.cost.work import BACKWARD, FORWARD, Op
 
 
 def test_a_rate_goes_through_its_points_straight_in_logarithms() -> None:
@@ -60,6 +61,25 @@ def test_measured_batches_go_by_the_size_of_a_matrix() -> None:
     curves = {"batched/fp32": ((1e4, 1e9), (1e6, 1e10)), "stream": ((1.0, 1e30),)}
     given = Speeds(curves=curves, start_s=speeds.START_S, behind=False)
     assert given.seconds(Op(FORWARD, "batched", 64e6, 0.0, 1, 64)) == pytest.approx(64e6 / 1e10)
+
+
+def test_engines_lay_gradients_and_weights_flat_for_messages() -> None:
+    """Bytes by hand, at 1 byte/s and nothing else: DeepSpeed moves a gradient three times, and once what it takes out;
+    what is gathered is copied out. Stage 1 waits for the last micro-batch."""
+    slow = ideal(speeds=dataclasses.replace(ideal().speeds, curves={**ideal().speeds.curves, "stream": ((1.0, 1.0),)}))
+    sizes = ("model=llama2_7b", "train.world=8", "train.micro_batch=1", "train.global_batch=16")
+    found = {}
+    for words in (("techniques=Z1",), ("techniques=Z2",), ("techniques=Z3",), ("techniques=Z3", "engine=fsdp2")):
+        given = config(A800, *sizes, *words)
+        case = Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cuda"))
+        size = steps.Sizes.of(case)
+        laid = steps._laid(case, size, 2, slow)
+        found[words[-1]] = tuple(laid[name].memory / size.trained_nbytes for name in (FORWARD, BACKWARD))
+    own = 2 / 8
+    assert found["techniques=Z1"] == pytest.approx((0, 6 + own))
+    assert found["techniques=Z2"] == pytest.approx((0, 2 * (6 + own)))
+    assert found["techniques=Z3"] == pytest.approx((4, 2 * (6 + own + 2)))
+    assert found["engine=fsdp2"] == pytest.approx((4, 2 * (2 + 2)))
 
 
 def test_eager_attention_of_a_small_batch_is_a_part_of_its_step() -> None:

@@ -46,6 +46,7 @@ def step(case: Case, known: Facts, tape: Tape, held: Holding, machine: Machine) 
     micro = schema.accumulation(case.train, case.engine)
     forward, backward = (_scaled(machine, name, passed) for name, passed in _passes(case, tape, machine).items())
     sizes = Sizes.of(case)
+    laid = {name: _scaled(machine, name, passed) for name, passed in _laid(case, sizes, micro, machine).items()}
     update, host_s = _update(case, held, sizes, machine)
     talk = _Talk(case, known, sizes, machine)
     copies = _copies(case, held, micro, sizes, machine)
@@ -56,13 +57,13 @@ def step(case: Case, known: Facts, tape: Tape, held: Holding, machine: Machine) 
     exposed, offload = talk.exposed(micro * forward.total, micro * backward.total, backward.total, copies)
     phases = {
         "data": machine.data_s,
-        "forward": micro * forward.total,
-        "backward": micro * backward.total,
+        "forward": micro * forward.total + laid[FORWARD].total,
+        "backward": micro * backward.total + laid[BACKWARD].total,
         "comm": exposed,
         "optimizer": update.total + host_s,
         "offload": offload,
     }
-    both = [(micro, forward), (micro, backward), (1, update)]
+    both = [(micro, forward), (micro, backward), (1, laid[FORWARD]), (1, laid[BACKWARD]), (1, update)]
     starts = sum(times * each.start for times, each in both) if not machine.speeds.behind else 0.0
     spent = {
         "compute": sum(times * each.compute for times, each in both) + starts,
@@ -165,6 +166,38 @@ def _update(case: Case, held: Holding, sizes: Sizes, machine: Machine) -> tuple[
     return _scaled(machine, "optimizer", machine.speeds.passed([Op(FORWARD, "adam", 0.0, adam, launches), around])), 0.0
 
 
+def _laid(case: Case, sizes: Sizes, micro: int, machine: Machine) -> dict[str, Passed]:
+    """What a step's passes take to lay weights and gradients flat for messages, and out of them.
+
+    Of an element of w bytes: DeepSpeed (0.19) copies a gradient into a bucket, that into a message, divides it, 2 w
+    each, and takes this rank's part out, 2 w / N; FSDP2 (torch 2.13) copies it into a message, 2 w. What is gathered is
+    copied out, 2 w. Stages 2 and 3 and FSDP2 do so with every micro-batch, stage 1 with the last. A bucket has four
+    operators for each tensor, a block of FSDP2 three.
+    """
+    engine, world, n, w = case.engine, case.train.world, sizes.trained_numel, float(case.width)
+    nothing = {name: Passed(behind=machine.speeds.behind) for name in (FORWARD, BACKWARD)}
+    sharded = isinstance(engine, schema.FSDP2)
+    if world == 1 or not (sharded or case.zero):
+        return nothing
+    if sharded:
+        gradients, launches = 2 * w * n, 3 * max(1, len(case.policies))
+    else:
+        gradients, launches = (6 + 2 / world) * w * n, 4 * sizes.tensors
+    gathered = 2.0 * sizes.nbytes if sharded or case.zero == 3 else 0.0
+    again = _gathers_twice(case, sizes)
+    times = 1 if case.zero == 1 else micro
+    nbytes = {FORWARD: gathered, BACKWARD: gradients + gathered * again}
+    ops = {name: Op(name, "stream", 0.0, times * moved, times * launches) for name, moved in nbytes.items() if moved}
+    return nothing | {name: machine.speeds.passed([op]) for name, op in ops.items()}
+
+
+def _gathers_twice(case: Case, sizes: Sizes) -> bool:
+    """Whether weights are gathered for the backward pass too."""
+    if isinstance(case.engine, schema.FSDP2):
+        return case.engine.reshard
+    return sizes.numel > traffic.REUSE
+
+
 @dataclass(frozen=True)
 class _Copies:
     """Seconds between device and host: within the passes, and around the update."""
@@ -226,7 +259,7 @@ class _Talk:
             return total, copied + around
         if isinstance(engine, schema.FSDP2) or self.case.zero == 3:
             gather = said.get("all_gather", 0.0)
-            early = gather / 2 if self._twice() else gather
+            early = gather / 2 if _gathers_twice(self.case, self.sizes) else gather
             late = gather - early + said.get("reduce_scatter", 0.0)
             blocks = max(1, len(self.case.policies))
             shown = [
@@ -238,12 +271,6 @@ class _Talk:
             messages = max(1.0, self.sizes.trained_nbytes / self._bucket())
             return max(total / messages, total - last * (1 - 1 / messages)) if total else 0.0, copied + around
         return total, copied + around
-
-    def _twice(self) -> bool:
-        """Whether weights are gathered for the backward pass too."""
-        if isinstance(self.case.engine, schema.FSDP2):
-            return self.case.engine.reshard
-        return self.sizes.numel > traffic.REUSE
 
 
 def _behind(talk: float, copy: float, hiding: float, blocks: int) -> tuple[float, float]:
