@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -29,39 +29,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS = ("task", "pretraining")
 
 
-def load(
-    cfg: schema.Model,
-    *,
-    objective: str,
-    num_labels: int,
-    device: torch.device,
-    seed: int,
-    folder: Path | None,
-) -> nn.Module:
+class How(TypedDict):
+    """What a model is built for. `folder` is what `weights.find` returned: None fills every parameter at random from
+    `seed`; otherwise the safetensors in it are read, and only a classifier that they lack is random. `num_labels`
+    matters to classification and images only."""
+
+    objective: str
+    num_labels: int
+    device: torch.device
+    seed: int
+    folder: Path | None
+
+
+def load(cfg: schema.Model, **how: Unpack[How]) -> nn.Module:
     """The model of `cfg` on `device` in `cfg.dtype`, in training mode; `model(**batch)` has `.loss` and `.logits`.
 
-    `folder` is what `weights.find` returned: None fills every parameter at random from `seed`; otherwise the
-    safetensors in it are read, and only a classifier that they lack is random. `num_labels` matters to classification
-    and images only. Raises ValueError when the objective does not fit the family, or the files do not fit the shape.
+    Raises ValueError when the objective does not fit the family, or the files do not fit the shape.
     """
-    asked = {"objective": objective, "num_labels": num_labels, "device": device, "seed": seed, "folder": folder}
-    model, fill = unfilled(cfg, **asked)  # type: ignore[arg-type]
+    model, fill = unfilled(cfg, **how)
     fill(model)
     return model
 
 
-def unfilled(
-    cfg: schema.Model,
-    *,
-    objective: str,
-    num_labels: int,
-    device: torch.device,
-    seed: int,
-    folder: Path | None,
-) -> tuple[nn.Module, Filler]:
+def unfilled(cfg: schema.Model, **how: Unpack[How]) -> tuple[nn.Module, Filler]:
     """`load`, and what fills it: the model's parameters are on the meta device until `filler(module)` is called for a
     module, but for those of quantised layers, which are packed. So that weights can be cut over ranks piece by piece.
     """
+    objective, device, folder = how["objective"], how["device"], how["folder"]
     if objective != cfg.objective:
         raise ValueError(f"model.family={cfg.family}: trains {cfg.objective}, not {objective}")
     attention = ""
@@ -69,8 +63,8 @@ def unfilled(
         attention = resolve_attention(cfg.attention, device, cfg.dtype, cfg.family)
     if folder is not None:
         published.check_shape(cfg, folder)
-    model = skeleton(cfg, num_labels=num_labels, attention=attention)
-    fill = Filler(model, cfg, seed=seed, device=device, folder=folder)
+    model = skeleton(cfg, num_labels=how["num_labels"], attention=attention)
+    fill = Filler(model, cfg, seed=how["seed"], device=device, folder=folder)
     quant.quantise(model, cfg, fill)
     if isinstance(cfg, schema.Transformer):
         model.attention_asked = cfg.attention

@@ -15,6 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+"""Builds the optimizer of a model's trained parameters."""
+Fill = Callable[[nn.Module], None]
+"""Gives the parameters of a module their values (`models.filling`)."""
+
 
 def filled(module: nn.Module) -> None:
     """What fills a model that has all its values."""
@@ -69,12 +74,7 @@ class Engine(Protocol):
     cuts_weights: bool
     """Whether a rank holds a part of each weight: then `wrap` is given a model that is not filled, where it can be."""
 
-    def wrap(
-        self,
-        model: nn.Module,
-        make: Callable[[nn.Module], torch.optim.Optimizer],
-        fill: Callable[[nn.Module], None] = filled,
-    ) -> nn.Module:
+    def wrap(self, model: nn.Module, make: Make, fill: Fill = filled) -> nn.Module:
         """Takes over `model`, changing its parameters in place where they are cut over ranks; returns the module to
         call in the forward pass. `make` builds the optimizer of a model: an engine that cuts weights calls it after.
         `fill(module)` gives the parameters of a module their values where they have none yet (`models.filling`)."""

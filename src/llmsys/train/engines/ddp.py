@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmsys import schema
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local
-from llmsys.train.protocols import filled
+from llmsys.train.protocols import Fill, Make, filled
 
 NO_BUFFERS: dict[str, Any] = {
     ("forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"): False
@@ -37,12 +36,7 @@ class DDP(Local):
         super().__init__(config, place, device)
         self.divisor = self.world
 
-    def wrap(
-        self,
-        model: nn.Module,
-        make: Callable[[nn.Module], torch.optim.Optimizer],
-        fill: Callable[[nn.Module], None] = filled,
-    ) -> nn.Module:
+    def wrap(self, model: nn.Module, make: Make, fill: Fill = filled) -> nn.Module:
         super().wrap(model, make, fill)
         assert isinstance(self.config.engine, schema.DDP)
         self._ddp = DistributedDataParallel(

@@ -8,7 +8,7 @@ arXiv 1910.02054 on DTensors).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local
-from llmsys.train.protocols import filled
+from llmsys.train.protocols import Fill, Make, filled
 
 
 class FSDP2(Local):
@@ -32,12 +32,7 @@ class FSDP2(Local):
         super().__init__(config, place, device)
         self.divisor = self.world
 
-    def wrap(
-        self,
-        model: nn.Module,
-        make: Callable[[nn.Module], torch.optim.Optimizer],
-        fill: Callable[[nn.Module], None] = filled,
-    ) -> nn.Module:
+    def wrap(self, model: nn.Module, make: Make, fill: Fill = filled) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

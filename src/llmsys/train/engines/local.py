@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +16,7 @@ from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.profile import memory
 from llmsys.train.optimizer import keep, state_of
-from llmsys.train.protocols import SyncState, filled
+from llmsys.train.protocols import Fill, Make, SyncState, filled
 
 
 class Local:
@@ -34,12 +34,7 @@ class Local:
         self.rank, self.world = place.rank, place.world
         self.data_rank, self.data_world = place.rank, place.world
 
-    def wrap(
-        self,
-        model: nn.Module,
-        make: Callable[[nn.Module], torch.optim.Optimizer],
-        fill: Callable[[nn.Module], None] = filled,
-    ) -> nn.Module:
+    def wrap(self, model: nn.Module, make: Make, fill: Fill = filled) -> nn.Module:
         fill(model)
         self.model, self.optimizer = model, make(model)
         self.trained = [p for p in model.parameters() if p.requires_grad]

@@ -9,7 +9,6 @@ Norms, embeddings and biases of summed results are whole everywhere and, compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.place import Place
 from llmsys.train.engines.local import Local, local
-from llmsys.train.protocols import filled
+from llmsys.train.protocols import Fill, Make, filled
 
 BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "self.query", "self.key", "self.value")
 BY_INPUT = ("o_proj", "down_proj", "attention.output.dense")
@@ -36,12 +35,7 @@ class TP(Local):
         super().__init__(config, place, device)
         self.data_rank, self.data_world = 0, 1
 
-    def wrap(
-        self,
-        model: nn.Module,
-        make: Callable[[nn.Module], torch.optim.Optimizer],
-        fill: Callable[[nn.Module], None] = filled,
-    ) -> nn.Module:
+    def wrap(self, model: nn.Module, make: Make, fill: Fill = filled) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Replicate
         from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module

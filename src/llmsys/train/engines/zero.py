@@ -14,7 +14,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from llmsys.train import zero_settings
 from llmsys.train.engines import compiled
 from llmsys.train.engines.local import Local
 from llmsys.train.optimizer import keep, piece_of
-from llmsys.train.protocols import filled
+from llmsys.train.protocols import Fill, Make, filled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,12 +57,7 @@ class DeepSpeed(Local):
         self.divisor = self.world
         self.cuts_weights = self.settings.zero == 3
 
-    def wrap(
-        self,
-        model: nn.Module,
-        make: Callable[[nn.Module], torch.optim.Optimizer],
-        fill: Callable[[nn.Module], None] = filled,
-    ) -> nn.Module:
+    def wrap(self, model: nn.Module, make: Make, fill: Fill = filled) -> nn.Module:
         deepspeed = _import(self.device)
         if self.device.type == "cpu":
             compiled.load("ShareMemCommBuilder")
@@ -218,7 +213,7 @@ class DeepSpeed(Local):
         }
 
 
-def _cut(model: nn.Module, fill: Callable[[nn.Module], None], settings: dict[str, Any]) -> None:
+def _cut(model: nn.Module, fill: Fill, settings: dict[str, Any]) -> None:
     """Fills a block, cuts its weights over the ranks, and goes on to the next, so that no rank holds all of them.
 
     DeepSpeed itself, given a model that is not cut, moves the whole of it to each rank's device first. What it would
