@@ -11,7 +11,7 @@ import pytest
 from report_harness import GIB, calibration, cell, on_gpu
 
 from llmsys import schema
-from llmsys.bench import cells
+from llmsys.bench import cells, workloads
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict.prediction import predict
 from llmsys.bench.report import ablation, choice, costs, front, paper, predictions, quality
@@ -22,15 +22,15 @@ from llmsys.job import Record
 from llmsys.spread import student
 
 
-def only(records: list[Record]) -> cells.Workload:
-    (workload,) = cells.workloads(records)
+def only(records: list[Record]) -> workloads.Workload:
+    (workload,) = workloads.workloads(records)
     return workload
 
 
 def test_repeats_are_one_cell_and_another_length_is_another_workload() -> None:
     records = [cell("F", 1000 + 10 * i, repeat=i) for i in range(5)]
     records += [cell("F", keys={"train.length": 64}), cell("F+R")]
-    one, other = cells.workloads(records)
+    one, other = workloads.workloads(records)
     assert [(each.label, len(each.records)) for each in one.cells] == [("F", 5), ("F+R", 1)]
     assert [each.label for each in other.cells] == ["F"]
     assert "length 64" in other.title
@@ -48,7 +48,7 @@ def test_what_letters_do_not_tell_apart_stands_beside_them() -> None:
 def test_other_kernels_are_another_workload() -> None:
     """A mean over deterministic kernels and others would be of neither."""
     records = [cell("F", 1000), cell("F", 2000, keys={"train.deterministic": False})]
-    found = cells.workloads(records)
+    found = workloads.workloads(records)
     assert [[len(each.records) for each in workload.cells] for workload in found] == [[1], [1]]
     assert {workload.title.rpartition(" · ")[2] for workload in found} == {"deterministic True", "deterministic False"}
 
@@ -68,7 +68,7 @@ def test_a_killed_run_which_left_no_word_of_its_device_stays_with_its_workload()
 def test_settings_of_another_version_keep_their_cell() -> None:
     old = cell("F")
     old.config["train"]["gone"] = 1
-    labels = sorted(each.label for workload in cells.workloads([old, cell("F")]) for each in workload.cells)
+    labels = sorted(each.label for workload in workloads.workloads([old, cell("F")]) for each in workload.cells)
     assert labels == ["F", "ddp, full"]
 
 

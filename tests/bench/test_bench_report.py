@@ -13,7 +13,7 @@ import pytest
 from report_harness import ROOT, calibration, cell, on_gpu
 
 from llmsys import results
-from llmsys.bench import cells
+from llmsys.bench import workloads
 from llmsys.bench.modules import figures
 from llmsys.bench.report import html, pictures, svg
 from llmsys.bench.report.__main__ import main
@@ -332,7 +332,7 @@ def test_axes_of_any_values_have_ticks_around_them(values: tuple[float, float]) 
 
 
 def test_pictures_draw_the_same_cells() -> None:
-    (workload,) = cells.workloads([record for record in grid() if record.status == "ok"])
+    (workload,) = workloads.workloads([record for record in grid() if record.status == "ok"])
     assert len(pictures.predicted(workload, [calibration()]).axes) == 2
     axes = pictures.over_memory(workload).axes[0]
     drawn = [each for line in axes.lines if line.get_linestyle() == "None" for each in line.get_xdata()]
@@ -342,7 +342,7 @@ def test_pictures_draw_the_same_cells() -> None:
     assert len(pictures.predicted(workload).axes) == 1, "of time nothing is known without a calibration"
     assert pictures.letters(workload).axes[0].lines
     assert pictures.modules(modules()).axes[0].patches
-    (empty,) = cells.workloads([cell("F", status="oom", reason="host memory")])
+    (empty,) = workloads.workloads([cell("F", status="oom", reason="host memory")])
     for draw in (pictures.over_memory, pictures.letters, pictures.phases, pictures.predicted):
         with pytest.raises(ValueError, match="llama_6m"):
             draw(empty)
@@ -350,10 +350,10 @@ def test_pictures_draw_the_same_cells() -> None:
 
 def test_advice_is_asked_for_cards_that_are_known_and_for_no_other() -> None:
     """Of a CPU nothing is known without a calibration. Only letters that were tried are combined."""
-    assert advised(cells.workloads([cell("F"), cell("Z3")])[0]) == ""
+    assert advised(workloads.workloads([cell("F"), cell("Z3")])[0]) == ""
     keys = {"train.precision": "bf16", "model.dtype": "bf16"}
     records = [on_gpu(cell(text, tokens, keys=keys), peak_gib=1.0) for text, tokens in (("F", 9e5), ("Z3", 3e5))]
-    (workload,) = cells.workloads(records)
+    (workload,) = workloads.workloads(records)
     said = re.sub(r"\s+", " ", " ".join(Tags(advised(workload)).texts.values()))
     for goal in ("throughput", "fit"):
         assert re.search(rf"{goal} (Naive|F|Z3|F\+Z3) at micro-batch \d+ (measured|predicted) [\d,.]+", said), said

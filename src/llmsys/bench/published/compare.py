@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from llmsys import compose
-from llmsys.bench import cells
+from llmsys.bench import cells, workloads
 from llmsys.bench.cells import Cell
 from llmsys.bench.published.quantities import EFFICIENCY, LARGEST
 from llmsys.bench.published.table import Machine, Row, Table
@@ -83,7 +83,7 @@ def candidates(table: Table, records: Sequence[Record]) -> list[Cell]:
     if table.of_modules:
         timed = [record for record in records if record.task == "bench_modules" and record.status == "ok"]
         return [cells.alone(record) for record in timed]
-    return [cell for workload in cells.workloads(records) for cell in workload.cells]
+    return [cell for workload in workloads.workloads(records) for cell in workload.cells]
 
 
 def matches(row: Row, cell: Cell, ignore: Collection[str] = ()) -> bool:

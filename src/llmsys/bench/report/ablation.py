@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmsys.bench.cells import Cell, Workload
+from llmsys.bench.cells import Cell
 from llmsys.bench.report.choice import Ratio, Value, between, sibling
 from llmsys.bench.techniques import LETTERS
+from llmsys.bench.workloads import Workload
 from llmsys.spread import spread
 
 ORDER = ("F", "R", "Z1", "Z2", "Z3", "O", "Q", "L", "LFA", "O8", "Q8")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from llmsys import schema
-from llmsys.bench.cells import GIB, Workload
+from llmsys.bench.cells import GIB
 from llmsys.bench.report.html import Markup, join, number, paragraph, table, tag
+from llmsys.bench.workloads import Workload
 
 GOALS = ("throughput", "fit")
 

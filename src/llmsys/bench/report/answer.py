@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from llmsys.bench.cells import GIB, Cell, Workload
+from llmsys.bench.cells import GIB, Cell
 from llmsys.bench.report import choice, paper
 from llmsys.bench.report.advised import advised
 from llmsys.bench.report.choice import Choice
 from llmsys.bench.report.common import change, size
 from llmsys.bench.report.html import Markup, interval, join, measured, paragraph, table, tag
+from llmsys.bench.workloads import Workload
 from llmsys.cost.hardware import RENT
 
 WANTED = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from llmsys.bench.cells import GIB, Cell, Workload
+from llmsys.bench.cells import GIB, Cell
 from llmsys.bench.report import ablation, front, paper, svg
 from llmsys.bench.report.choice import Ratio
 from llmsys.bench.report.common import change, family, size
@@ -25,6 +25,7 @@ from llmsys.bench.report.html import (
     table,
     tag,
 )
+from llmsys.bench.workloads import Workload
 
 BARS = 16
 """In a chart of phases; the table has all."""

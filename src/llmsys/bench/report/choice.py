@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmsys.bench.cells import Cell, Workload
+from llmsys.bench.cells import Cell
+from llmsys.bench.workloads import Workload
 from llmsys.cost import hardware
 from llmsys.spread import Spread, student
 

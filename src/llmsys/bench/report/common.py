@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llmsys.bench.cells import Cell, Workload
+from llmsys.bench.cells import Cell
 from llmsys.bench.report.choice import Ratio
 from llmsys.bench.report.html import Markup, count, interval, join, paragraph, signed, tag
+from llmsys.bench.workloads import Workload
 
 Draw = Callable[[Workload], Markup]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmsys.bench.cells import GIB, Cell, Workload
+from llmsys.bench.cells import GIB, Cell
 from llmsys.bench.report import paper
 from llmsys.bench.report.common import size
 from llmsys.bench.report.html import Markup, count, join, measured, paragraph, table, tag
+from llmsys.bench.workloads import Workload
 
 USE = (
     ("TFLOP/s", "achieved_tflops", 1.0),

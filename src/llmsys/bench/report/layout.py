@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmsys.bench.cells import GIB, Cell, Workload
+from llmsys.bench.cells import GIB, Cell
 from llmsys.bench.report import paper
 from llmsys.bench.report.html import Markup, count, join, measured, number, paragraph, table, tag
+from llmsys.bench.workloads import Workload
 
 
 def tables(workloads: Sequence[Workload]) -> Markup:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmsys.bench import cells
-from llmsys.bench.cells import Workload
+from llmsys.bench import workloads
 from llmsys.bench.report import answer, charts, costs, layout, trust
 from llmsys.bench.report.common import each
 from llmsys.bench.report.html import Markup, count, join, paragraph, tag
 from llmsys.bench.report.predicted import predicted
 from llmsys.bench.report.style import STYLE
+from llmsys.bench.workloads import Workload
 from llmsys.job import Record
 
 GRID = "python -m llmsys sweep=bench_pretrain_grid"
@@ -19,7 +19,7 @@ GRIDS = "a grid of combinations has them"
 
 def page(records: Sequence[Record], source: str) -> str:
     """The report of `records`; `source` says in words where they lie. Pure: the same records give the same page."""
-    found = cells.workloads(records)
+    found = workloads.workloads(records)
     parts = [
         ("answer", "The answer", _answer(found, records)),
         ("pareto", "Speed over memory", each(found, charts.pareto, f"No two cells with speed and memory: {GRID}")),

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmsys.bench.cells import Cell, Workload
+from llmsys.bench.cells import Cell
 from llmsys.bench.techniques import Techniques
+from llmsys.bench.workloads import Workload
 from llmsys.rows import over_repeats, row
 from llmsys.sweep.scaling import efficiency
 

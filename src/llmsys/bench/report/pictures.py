@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmsys.bench.cells import GIB, Cell, Workload
+from llmsys.bench.cells import GIB, Cell
 from llmsys.bench.modules import tables
 from llmsys.bench.report import ablation, front, paper, predictions
 from llmsys.bench.report.common import family, size
 from llmsys.bench.report.style import LIGHT
+from llmsys.bench.workloads import Workload
 from llmsys.job import Record
 
 FAR = 20

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmsys.bench.cells import GIB, Cell, Workload
+from llmsys.bench.cells import GIB, Cell
 from llmsys.bench.report import predictions, quality, svg
 from llmsys.bench.report.common import family, size
 from llmsys.bench.report.html import Markup, count, details, join, number, paragraph, signed, table, tag
 from llmsys.bench.report.predictions import Guess, Guesses
+from llmsys.bench.workloads import Workload
 from llmsys.job import Record
 
 LEAST = "lower bound ms: arithmetic and links at their peaks"

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 
 from llmsys import schema
 from llmsys.bench import cells
-from llmsys.bench.cells import Cell, Workload
+from llmsys.bench.cells import Cell
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict.machine import Machine
 from llmsys.bench.predict.prediction import predict
+from llmsys.bench.workloads import Workload
 from llmsys.cost import case as cases
 from llmsys.cost import memory
 from llmsys.job import Record

@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llmsys.bench.cells import Cell, Workload, limit
+from llmsys.bench.cells import Cell, limit
 from llmsys.bench.report.predictions import Guess
+from llmsys.bench.workloads import Workload
 from llmsys.drift import Drift, drift, seconds
 from llmsys.job import Record
 

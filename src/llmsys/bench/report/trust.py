@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from llmsys.bench.cells import Workload, techniques
+from llmsys.bench.cells import techniques
 from llmsys.bench.modules import tables
 from llmsys.bench.report import quality, svg
 from llmsys.bench.report.common import size
 from llmsys.bench.report.html import Markup, count, details, join, measured, number, paragraph, table, tag
+from llmsys.bench.workloads import Workload
 from llmsys.job import UNFINISHED, Record
 
 ERROR = 240
