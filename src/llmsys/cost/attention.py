@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from llmsys import schema
 from llmsys.cost.case import Case
-from llmsys.cost.tape import Tape, Tensor
+from llmsys.cost.notes import Tensor
+from llmsys.cost.tape import Tape
 from llmsys.cost.work import BACKWARD, FORWARD, WHOLE, Op
 
 CAUSAL = ("llama", "gpt2")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmsys.cost.pieces import Core, Piece
-from llmsys.cost.tape import Tape, Tensor
+from llmsys.cost.cores import Core
+from llmsys.cost.notes import Tensor
+from llmsys.cost.pieces import Piece
+from llmsys.cost.tape import Tape
 from llmsys.cost.work import AGAIN, BACKWARD, FORWARD, Op
 
 

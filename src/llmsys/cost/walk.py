@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 from llmsys import schema
-from llmsys.cost import chains, pieces, shapes
+from llmsys.cost import chains, cores, pieces, shapes
 from llmsys.cost.attention import Attention
 from llmsys.cost.case import Case
 from llmsys.cost.chains import Chain
 from llmsys.cost.families import FAMILIES, Linear
 from llmsys.cost.kept import Kept
-from llmsys.cost.tape import Tape, Tensor
+from llmsys.cost.notes import Tensor
+from llmsys.cost.tape import Tape
 from llmsys.cost.work import FORWARD, Op
 
 
@@ -182,7 +183,7 @@ class Walk:
                 self._additive[mask.storage] = self.tape.new(mask.numel, q.width, False)
             bias = self._additive[mask.storage]
         if self.model.dropout and not self.tape.cuda:
-            return chains.run(self.tape, pieces.Scores(self, bias, attention.flops(q)), q, k, v)[0]
+            return chains.run(self.tape, cores.Scores(self, bias, attention.flops(q)), q, k, v)[0]
         return attention(q, k, v, mask, bias)
 
     def attend(
@@ -195,7 +196,7 @@ class Walk:
     ) -> Tensor:
         """out(core(into(inputs))) of a chained block, under `attn+mlp` in one chain; `held`: what else `core` reads."""
         if self.policy == "attn+mlp":
-            return chains.run(self.tape, Chain(into, pieces.Core(self, core, *held), out), *inputs)[0]
+            return chains.run(self.tape, Chain(into, cores.Core(self, core, *held), out), *inputs)[0]
         return chains.run(self.tape, out, core(*chains.run_apart(self.tape, into, *inputs)))[0]
 
     def loss(self, logits: Tensor, rows: int) -> None:

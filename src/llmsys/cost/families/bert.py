@@ -14,7 +14,7 @@ from llmsys.cost.families.base import Linear, Shape, norms, weights
 from llmsys.cost.pieces import Activation, Dropout, Linears, Norm, Piece
 
 if TYPE_CHECKING:
-    from llmsys.cost.tape import Tensor
+    from llmsys.cost.notes import Tensor
     from llmsys.cost.walk import Walk
 
 

@@ -15,7 +15,7 @@ from llmsys import schema
 from llmsys.cost.families.base import Linear, Shape
 
 if TYPE_CHECKING:
-    from llmsys.cost.tape import Tensor
+    from llmsys.cost.notes import Tensor
     from llmsys.cost.walk import Walk
 
 

@@ -19,7 +19,7 @@ from llmsys.cost.families.base import Linear, Shape, weights
 from llmsys.cost.pieces import Activation, Dropout, Linears, Norm, Piece, ReLU
 
 if TYPE_CHECKING:
-    from llmsys.cost.tape import Tensor
+    from llmsys.cost.notes import Tensor
     from llmsys.cost.walk import Walk
 
 BUCKETS = 32
