@@ -12,6 +12,7 @@ import torch
 import train_harness as harness
 
 from llmsys import schema
+from llmsys.cost import room
 from llmsys.errors import Refused
 from llmsys.train import checks
 
@@ -29,7 +30,7 @@ def config(mem_gib: float | None = None, text: str = "auto", **changes: Any) -> 
 
 def peak(text: str, **changes: Any) -> float:
     """GiB with which `text` just fits."""
-    return checks.kinds_and_peak(config(text=text, **changes), CPU)[1] / (1 - checks.SPARE) / checks.GIB * 1.0001
+    return checks.kinds_and_peak(config(text=text, **changes), CPU)[1] / (1 - room.SLACK) / checks.GIB * 1.0001
 
 
 def test_a_run_is_the_same_with_less_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,7 +71,7 @@ def test_every_family_can_be_fitted(tmp_path: Path, family: str) -> None:
 def test_what_cannot_fit_is_refused_as_the_leanest_and_what_can_is_offered() -> None:
     with pytest.raises(Refused, match=r"train\.recompute=block needs about"):
         checks.check_memory(checks.resolved(config(1e-4), CPU), CPU)
-    whole = config((peak("none") + peak("attn+mlp")) / 2 * (1 - checks.SPARE), "none")
+    whole = config((peak("none") + peak("attn+mlp")) / 2 * (1 - room.SLACK), "none")
     with pytest.raises(Refused, match=r"  python -m llmsys .* train\.recompute=auto\n"):
         checks.check_memory(whole, CPU)
 

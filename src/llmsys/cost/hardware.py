@@ -3,7 +3,7 @@
 Peaks are dense (datasheets of Ampere and Hopper print twice as much, with 2:4 sparsity) and, for fp16 and bf16 on
 tensor cores, with fp32 accumulation, as training has it: on GeForce cards half of the rate with fp16 accumulation. fp32
 is without TF32, torch's default. No kernel reaches a peak; a time from it is a lower bound. CPUs have no row: their
-speed is measured (`train.checks.matmul_flops`). The tests derive the peaks from cores and clocks once more.
+speed is measured (`train.peaks.matmul_flops`). The tests derive the peaks from cores and clocks once more.
 
 `mem_gib` is what CUDA reports as the device's memory (as in torch's out-of-memory messages), less than its label;
 `gb_per_s` memory bandwidth. Links are GB/s in each direction; a bridge joins two cards, a switch all of a machine.

@@ -24,7 +24,6 @@ from llmsys.train.alternatives import alternatives
 
 log = logging.getLogger(__name__)
 GIB = 2**30
-SPARE = room.SLACK
 MAX_CPU_S = 3600.0
 """A run predicted to take longer than this on a CPU was most likely meant for a GPU."""
 

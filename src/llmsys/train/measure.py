@@ -43,7 +43,7 @@ from llmsys.profile.spans import Spans
 from llmsys.schema import recompute
 from llmsys.train import checks
 from llmsys.train.loop import Loop, Outcome
-from llmsys.train.peaks import peak_flops as peak_flops
+from llmsys.train.peaks import peak_flops
 
 HIDDEN = {
     "ddp": "gradients are exchanged within backward",

@@ -33,7 +33,7 @@ from llmsys.cost.case import Case
 from llmsys.cost.room import GIB
 from llmsys.device import host_available
 from llmsys.profile.spans import Spans
-from llmsys.train.measure import peak_flops
+from llmsys.train.peaks import peak_flops
 from llmsys.train.task import trainer
 
 if TYPE_CHECKING:
