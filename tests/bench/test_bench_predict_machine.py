@@ -73,13 +73,29 @@ def test_engines_lay_gradients_and_weights_flat_for_messages() -> None:
         given = config(A800, *sizes, *words)
         case = Case(given.model, given.train, given.method, given.engine, **cases.facts(given, "cuda"))
         size = steps.Sizes.of(case)
-        laid = steps._laid(case, size, 2, slow)
-        found[words[-1]] = tuple(laid[name].memory / size.trained_nbytes for name in (FORWARD, BACKWARD))
+        around = steps._around(case, size, 2, slow)
+        found[words[-1]] = tuple(around[name].memory / size.trained_nbytes for name in (FORWARD, BACKWARD))
     own = 2 / 8
     assert found["techniques=Z1"] == pytest.approx((0, 6 + own))
     assert found["techniques=Z2"] == pytest.approx((0, 2 * (6 + own)))
     assert found["techniques=Z3"] == pytest.approx((4, 2 * (6 + own + 2)))
     assert found["engine=fsdp2"] == pytest.approx((4, 2 * (2 + 2)))
+
+
+def test_engines_that_gather_weights_wait_for_their_own_python() -> None:
+    """Of small blocks a pass waits for its host, with hooks around each weight; of large ones the device hides them."""
+    start_s = dict.fromkeys((FORWARD, work.AGAIN, BACKWARD), 1e-5)
+    deep = ("model.num_layers=24", "train.world=2", "train.global_batch=2", "train.micro_batch=1", "train.length=350")
+
+    def forward(*words: str, rate: float) -> float:
+        machine = ideal(rate, speeds=dataclasses.replace(ideal(rate).speeds, start_s=start_s))
+        return predicted(A800, "model=llama_tiny", *deep, *words, machine=machine).by_phase_ms["forward"]
+
+    weights = 9 * 24 + 3
+    for words, starts in ((("techniques=Z3",), 21), (("techniques=Z3", "engine=fsdp2"), 12)):
+        waited = forward(*words, rate=1e15) - forward("techniques=Z2", rate=1e15)
+        assert waited == pytest.approx(starts * weights * 1e-2, rel=0.05), "ms of the host"
+        assert forward(*words, rate=1e9) == pytest.approx(forward("techniques=Z2", rate=1e9), rel=1e-3)
 
 
 def test_eager_attention_of_a_small_batch_is_a_part_of_its_step() -> None:
