@@ -26,11 +26,13 @@ CONF = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / 
 @cache
 def register() -> None:
     """Puts the settings' classes into Hydra's store, as `<group>/<group or kind>_schema`, and teaches OmegaConf
-    `${product:a,b}`: a global batch is so many micro-batches. Once in a process."""
+    `${product:a,b}`: a global batch is so many micro-batches; and `${texts:length,tokens}`: so many texts of so many
+    tokens fill more than a row of that length. Once in a process."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("product", _product, replace=True)
+    OmegaConf.register_new_resolver("texts", _texts, replace=True)
     store = ConfigStore.instance()
     for group, kinds in schema.SCHEMAS.items():
         for kind, cls in kinds.items():
@@ -41,6 +43,10 @@ def register() -> None:
 
 def _product(*factors: int) -> int:
     return math.prod(int(factor) for factor in factors)
+
+
+def _texts(length: int, tokens: int) -> int:
+    return 1 + math.ceil(int(length) / int(tokens))
 
 
 def plain(config: Any, words: Sequence[str]) -> dict[str, Any]:

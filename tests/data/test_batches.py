@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmsys import data, schema
+from llmsys import compose, data, schema
 from llmsys.data import tokenizer
 from llmsys.data.batches import Dataset, fit, fit_two
 from llmsys.data.examples import Example, Source
@@ -96,6 +96,15 @@ def test_classes_have_one_label_and_a_mask() -> None:
 def test_a_split_shorter_than_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.length=512: the training split is shorter"):
         encode(source(Example("short")), 512)
+
+
+@pytest.mark.parametrize("exp", ["bench_pretrain", "bench_calibrate"])
+@pytest.mark.parametrize("length", [64, 512, 2048, 4096])
+def test_a_benchmark_of_any_length_has_a_row_to_validate_on(exp: str, length: int) -> None:
+    """A run ends with the loss of the validation split, which for a benchmark is as small as can be."""
+    cfg = schema.build(compose.compose([f"+exp={exp}", f"train.length={length}", "model.max_length=4096"]))
+    encoded = encode(data.open(cfg.data), length)
+    assert 1 <= len(encoded.val) <= 2 + 1024 / length
 
 
 def test_an_epoch_visits_every_index_once() -> None:
