@@ -218,7 +218,7 @@ def main(given: Sequence[str]) -> Record:
         config={
             **settings,
             "cells": [[*key] for key in cells],
-            "command": list(given),
+            "repeats": asked.repeats,
             "train": {"threads": example.config["train"]["threads"]},
         },
         env=example.env,

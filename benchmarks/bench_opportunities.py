@@ -124,7 +124,8 @@ def main(given: Sequence[str]) -> Record:
         status="ok",
         config={
             "changes": [[*name] for name, _ in rows],
-            "command": list(given),
+            "rounds": asked.rounds,
+            "overrides": asked.overrides,
             "train": {"threads": example.config["train"]["threads"]},
         },
         env=example.env,
