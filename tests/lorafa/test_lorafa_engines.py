@@ -262,7 +262,7 @@ def test_over_a_quantised_base_two_ranks_compute_what_one_computes(
     assert two["a"] == one["a"]
 
 
-@pytest.mark.parametrize("engine", briefly(SHARED, "zero3"))
+@pytest.mark.parametrize("engine", briefly(SHARED, "fsdp2"))
 def test_a_stopped_run_goes_on_with_the_same_bits(pool: Pool, engine: str, tmp_path: Path) -> None:
     """With dropout, whose masks are drawn again from seeds that come of the run's random stream."""
     overrides = ["method=lorafa", MIXED, "method.dropout=0.1", *ENGINES[engine]]
