@@ -6,7 +6,7 @@ Both are `python -m llmsys -m +exp=bench_pretrain` over micro-batches x lengths 
 and really out of memory: `dispatch.memory_gib` is the limit, and `force=true`, so that no estimate refuses a cell.
 The exhaustive one makes every run. The pruned one begins with what is predicted to need least, and leaves out what
 needs at least as much as a run that was seen to run out. The lists of batches and lengths are those that the paper's
-authors sweep with their toolkit (github.com/AaronZLT/llm-toolkit, e2e-benchmark/run.sh), some left out.
+authors sweep with their toolkit (github.com/AaronZLT/llm-toolkit, e2e-benchmark/run.sh).
 
 Cells are compared within a length. Best are those that no other beats both ways: in tokens a second and in batch size,
 or in tokens a second and in memory (`accounted_bytes`). Each sweep measures speed for itself, and two cells that lie
@@ -32,7 +32,7 @@ from llmsys import results
 from llmsys.job import HARMLESS, Record, code_hash
 
 RECORDS = Path(__file__).parent / "records"
-BATCHES, LENGTHS = "1,2,4,8,16,32,64,128,256", "256,512,1024,2048"
+BATCHES, LENGTHS = "1,2,4,8,16,32,64,96,128,160,192,224,256", "256,512,1024,2048,4096"
 SETTINGS = ("+exp=bench_pretrain", "engine=local", "train.world=1", "model.max_length=4096", "force=true")
 SHORT = ("train.steps=3", "profile.warmup=1", "data.num_examples=512")
 SWEEPS = {
