@@ -179,6 +179,16 @@ def test_the_command_line_beats_the_experiment() -> None:
         ("results=/proc/foo", ["results=/proc/foo"]),
         ("data=glue_sst2 model=bert_tiny", ["glue/sst2", "load_dataset"]),
         ("data=digits", ["data.kind=digits", "llama_tiny"]),
+        ("+exp=bench_pretrain smoke=treu", ["smoke=treu", "true or false"]),
+        ("+exp=bench_predict hardware=auto", ["hardware.name=auto", "task.speeds"]),
+        ("+exp=bench_predict hardware=a800x8 model.config=nowhere", ["model.config=nowhere", "config.json"]),
+        ("+exp=bench_advise hardware=a800x8 task.require=[Z9]", ["task.require=Z9", "Z3"]),
+        ("+exp=bench_advise hardware=a800x8 task.letters=[F,X]", ["task.letters=X", "QLFA"]),
+        ("+exp=bench_advise hardware=a800x8 task.require=[QL]", ["task.require=[QL]", "task.stage=finetune"]),
+        ("+exp=bench_advise hardware=a800x8 task.require=[Z2,Z3]", ["task.require=[Z2,Z3]", "one stage of ZeRO"]),
+        ("+exp=bench_advise hardware=a800x8 task.require=QL", ["task.require", "must be a list"]),
+        ("+exp=bench_advise hardware=a800x8 techniques=F", ["techniques", "task.letters"]),
+        ("+exp=bench_advise hardware=a800x8 emit=/proc/foo", ["task.emit=/proc/foo"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(forked: Run, argument: str, words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -81,9 +82,15 @@ def test_odd_records_keep_their_row_and_spoil_no_table(tmp_path: Path, capsys: p
     record("full", **accuracy(0.6)).write(folders[0])
     Record(name="bare", run_id="b", task="train", status="crashed", reason="signal").write(folders[1])
     (folders[2] / "record.json").write_text('{"schema": 2}')
+    for number, damage in enumerate(({"summary": []}, {"summary": {"step_ms": "fast"}}, {"samples": 5}, {"name": 1})):
+        (tmp_path / str(number)).mkdir()
+        text = json.dumps({**json.loads(record("full").to_json()), **damage})
+        (tmp_path / str(number) / "record.json").write_text(text)
     rows = [results.row(r) for r in results.read(tmp_path)]
     assert "crashed (signal)" in results.markdown(rows)
-    assert "left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("left out") == 5
+    assert "0/record.json: summary: is not what a record of schema 1 has there" in said
 
 
 def test_a_resumed_run_says_from_where_it_was_timed() -> None:

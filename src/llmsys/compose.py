@@ -90,8 +90,12 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 def smoked(words: Sequence[str]) -> list[str]:
     """`words` of a command line with what `smoke=true` stands for: the list `smoke` of the experiment, under which it
     runs in seconds on a CPU. What else is said wins over the list. ValueError where there is no one such list."""
-    rest = [word for word in words if word.lower() != "smoke=true"]
-    if len(rest) == len(words):
+    said = [word.partition("=")[2].lower() for word in words if word.startswith("smoke=")]
+    for value in said:
+        if value not in ("true", "false"):
+            raise ValueError(f"smoke={value}: must be true or false")
+    rest = [word for word in words if not word.startswith("smoke=")]
+    if "true" not in said:
         return rest
     names = [word.partition("=")[2] for word in rest if word.startswith("+exp=")]
     if len(names) != 1 or "," in names[0]:
@@ -100,8 +104,8 @@ def smoked(words: Sequence[str]) -> list[str]:
     found = compose([f"+exp={names[0]}", *own])["smoke"]
     if not found:
         raise ValueError(f"smoke=true: +exp={names[0]} has no list `smoke`")
-    said = {key_of(word) for word in rest}
-    return [*rest, *(word for word in found if key_of(word) not in said)]
+    given = {key_of(word) for word in rest}
+    return [*rest, *(word for word in found if key_of(word) not in given)]
 
 
 def _own_folders(words: Sequence[str]) -> list[Path]:

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmsys import device, resume, schema
+from llmsys import device, resume, schema, tasks, wiring
 from llmsys.errors import Contradiction
 from llmsys.files import write_atomic
 from llmsys.schema.compress import as_before
@@ -59,10 +59,25 @@ class Job:
         """What a person calls this run: experiment, method, compression, seed and id."""
         method, seed = self.config["method"]["kind"], self.config["train"]["seed"]
         compress = self.config.get("compress", {}).get("kind", "none")
+        if self.config["task"]["kind"] in tasks.LIGHT:  # a question: its method is one of the answers
+            about = (self.config["model"]["name"], self.config.get("techniques") or "")
+            return f"{self.config['name']} · {' · '.join(part for part in about if part)} · {self.run_id}"
         parts = (self.config.get("techniques") or "", method, "" if compress == "none" else compress)
         what = " · ".join(part for part in parts if part)
         repeat = f" · repeat {self.config['repeat']}" if self.config.get("repeat") else ""
         return f"{self.config['name']} · {what} · seed {seed}{repeat} · {self.run_id}"
+
+
+_NUMBER = (int, float)
+_HOLDS: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("name", "run_id", "task", "reason", "error"), (str, object)),
+    **dict.fromkeys(("config", "env"), (dict, object)),
+    **dict.fromkeys(("notes", "files"), (dict, str)),
+    "summary": (dict, _NUMBER),
+    "samples": (dict, list),
+    "seconds": (_NUMBER, object),
+}
+"""What a record's fields are, and what each of their values is: a file from elsewhere may say anything."""
 
 
 @dataclass(kw_only=True)
@@ -118,6 +133,11 @@ class Record:
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)} in a record of schema 1")
+        for name, (kind, inner) in _HOLDS.items():
+            value = values.get(name, 0 if kind is _NUMBER else kind())
+            items = list(value.values()) if isinstance(value, dict) else []
+            if not isinstance(value, kind) or not all(isinstance(item, inner) for item in items):
+                raise ValueError(f"{name}: is not what a record of schema 1 has there")
         return cls(**values)
 
     def write(self, folder: Path) -> None:
@@ -195,7 +215,6 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     `inputs` as in `Job`. Raises ValueError, in one line that names the key, for anything wrong with the settings or
     with the files they name.
     """
-    from llmsys import tasks
     from llmsys.cost import hardware, pace, shapes
 
     tasks.check(config["task"]["kind"])
@@ -210,6 +229,8 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     hardware.named(typed.hardware)  # an unknown name is said here
     if isinstance(typed.task, schema.Replay):
         pace.flops_per_s(typed.task, typed.hardware.device)  # and an unknown device or precision of its
+    if isinstance(typed.task, schema.Predicting):
+        wiring.check_question(typed)
     if not isinstance(typed.task, schema.Ledger):  # which makes a model of its own width
         try:
             shapes.check_adapters(typed.model, typed.method)
@@ -225,7 +246,6 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
 def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """(a copy of `config` with what depends on this machine in place of `auto` and 0, the device's name). ValueError
     where CUDA is asked for in vain."""
-    from llmsys import tasks
 
     config = copy.deepcopy(config)
     light, elsewhere = config["task"]["kind"] in tasks.LIGHT, _elsewhere(config)

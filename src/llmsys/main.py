@@ -101,7 +101,7 @@ def submit(configs: Sequence[dict[str, Any]]) -> int:
         answers = [made for made in course.records.values() if made[1].task in tasks.LIGHT]
         for job, record in answers:
             _show_tables(job, record)
-        results.show(records)
+        results.show([record for record in records if record.task not in tasks.LIGHT or record.status != "ok"])
         for title, headers, lines in report.tables(course):
             print(f"\n{title}")
             results.print_lines(headers, lines)
@@ -141,13 +141,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     compose.register()
     configs: list[dict[str, Any]] = []
+    wrong: list[ValueError] = []
 
     def collect(config: Any) -> None:
-        configs.append(compose.plain(config, compose.typed()))
+        try:
+            configs.append(compose.plain(config, compose.typed()))
+        except ValueError as error:  # raised in here Hydra would print words around it that nobody typed
+            wrong.append(error)
 
     try:
         sys.argv[1:] = wiring.techniques().expanded(compose.smoked(sys.argv[1:]))
         hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()
+        if wrong:
+            raise wrong[0]
         code = submit(configs) if configs else 0
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"llmsys: {messages.one_line(error) or error}", file=sys.stderr)

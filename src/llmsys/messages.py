@@ -89,6 +89,8 @@ def _type(text: str) -> str | None:
     key = re.search(r"full_key: (\S+)", text)
     if not key:
         return None
+    if "is not a ListConfig" in text:
+        return f"{key.group(1)}: must be a list: {key.group(1)}=[...]"
     if found:
         return f"{key.group(1)}={found.group(1)}: must be of type {found.group(2).lower()}"
     first = next(line for line in text.splitlines() if line.strip() and "Error merging" not in line)

@@ -136,12 +136,15 @@ def _apart(records: Sequence[Record], root: str) -> None:
     """Prints tables that records have of their own, or, where there are records of other tasks, the commands that do:
     such tables are long."""
     found = [record for record in records if tasks.has_tables(record)]
-    if all(record.task in tasks.TABLES for record in records):
+    if all(record.task in (*tasks.TABLES, tasks.SCRIPTS) for record in records):
         for record in found:
             print(tasks.table(record))
-    else:
-        for task, number in Counter(record.task for record in found).items():
-            print(f"{task}: {number} records: python -m {tasks.TABLES[task]} {root}", file=sys.stderr)
+        return
+    scripts = Counter(record.name for record in found if record.task == tasks.SCRIPTS)
+    for task, number in Counter(record.task for record in found if record.task != tasks.SCRIPTS).items():
+        print(f"{task}: {number} records: python -m {tasks.TABLES[task]} {root}", file=sys.stderr)
+    for name, number in scripts.items():
+        print(f"{name}: {number} records of a script: python -m llmsys.results {root}/{name}", file=sys.stderr)
 
 
 def main() -> None:

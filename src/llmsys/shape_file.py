@@ -62,6 +62,8 @@ ABSENT: dict[str, dict[str, Any]] = {
 UNSAID = {"type_vocab_size": {"roberta": 2, "xlm-roberta": 2}}
 """The same of keys that are fixed here, where it is another value than ours."""
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+SIZES = (*NEEDED, "num_kv_heads", "max_length")
+MOST = 2**31
 FREE = ("name", "dropout")
 """Of what a file gives, that is not its shape: a value given beside it wins."""
 
@@ -92,6 +94,7 @@ def shape(name: str, *, build: bool = False) -> dict[str, Any]:
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
     theirs = _read(name, path)
+    _check_types(name, theirs)
     kind = theirs.get("model_type")
     if kind not in FAMILY:
         raise ValueError(f"model.config={name}: model_type={kind}: {_reason(kind, theirs)}; there are {_known()}")
@@ -114,10 +117,37 @@ def shape(name: str, *, build: bool = False) -> dict[str, Any]:
     length = theirs.get(LENGTH.get(family, "max_position_embeddings")) or found["max_length"]
     found["max_length"] = length - 2 * (family == "roberta")
     _own(name, theirs, found, build=build)
-    missing = [key for key in NEEDED if not found.get(key)]
+    missing = [_theirs(family, key) for key in NEEDED if not found.get(key)]
     if missing:
         raise ValueError(f"model.config={name}: says nothing of {', '.join(missing)}; it is not a whole config.json")
     return found
+
+
+def _theirs(family: str, field: str) -> str:
+    """The key of a file that gives a field of ours."""
+    if field == "num_layers":
+        return LAYERS.get(family, "num_hidden_layers")
+    return next((key for key, own in FIELDS[family].items() if own == field), field)
+
+
+def _check_types(name: str, theirs: dict[str, Any]) -> None:
+    """ValueError, which names the key, for a size that is no size, and for what should be true or false and is not."""
+    sizes = {key for fields in FIELDS.values() for key, own in fields.items() if own in SIZES}
+    sizes |= {*LAYERS.values(), *LENGTH.values(), "num_hidden_layers", "max_position_embeddings", "num_decoder_layers"}
+    for key in sorted((sizes | {"head_dim", "d_kv"}) & set(theirs)):
+        value = theirs[key]
+        if value is not None and (type(value) is not int or not 0 < value < MOST):
+            raise ValueError(
+                f"model.config={name}: {key}={json.dumps(value)}: must be a whole number, 1 to {MOST - 1:,}"
+            )
+    for key in ("tie_word_embeddings", "attention_bias"):
+        if not isinstance(theirs.get(key, False), bool | None):
+            raise ValueError(f"model.config={name}: {key}={json.dumps(theirs[key])}: must be true or false")
+    if theirs.get("quantization_config"):
+        raise ValueError(
+            f"model.config={name}: quantization_config: weights that are packed already are not known here; take the "
+            "config.json of the model that they were made of, and model.quant=nf4 for a 4-bit base"
+        )
 
 
 def _known() -> str:

@@ -62,12 +62,19 @@ def find(kind: str) -> Callable[..., dict[str, Any]]:
     return function
 
 
+SCRIPTS = "benchmark"
+"""The task of records that a script of `benchmarks/` has left: each has numbers of its own."""
+
+
 def has_tables(record: Record) -> bool:
     """Whether a record is of numbers with tables of their own."""
-    return record.task in TABLES and record.status == "ok"
+    return record.task in (*TABLES, SCRIPTS) and record.status == "ok"
 
 
 def table(record: Record) -> str:
-    """These tables."""
+    """These tables; of a script's record its numbers, a line each."""
+    if record.task == SCRIPTS:
+        lines = [f"| {record.name} {record.run_id} | |", "|---|---:|"]
+        return "\n".join([*lines, *(f"| {key} | {value:,.6g} |" for key, value in record.summary.items()), ""])
     made: str = importlib.import_module(f"{TABLES[record.task]}.__main__").table(record)
     return made

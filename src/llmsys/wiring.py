@@ -76,6 +76,17 @@ def grad_sync(config: schema.Config) -> GradSync:
     return made
 
 
+def check_question(config: schema.Config) -> None:
+    """ValueError where a prediction is asked about a machine that is not described, or advice among letters that are
+    not known, or for a folder to write to that is somebody else's."""
+    machines = importlib.import_module("llmsys.bench.predict.machine")
+    machines.of(config)
+    if isinstance(config.task, schema.Advise):
+        importlib.import_module("llmsys.bench.advise.space").check(config)
+        if config.task.emit:
+            importlib.import_module("llmsys.bench.advise.emit").check(config.task.emit)
+
+
 def techniques() -> ModuleType:
     """`llmsys.bench.expand`, which knows what the key `techniques` stands for."""
     from llmsys.bench import expand

@@ -39,6 +39,12 @@ def test_repeats_are_one_cell_and_another_length_is_another_workload() -> None:
     assert (tokens.mean, tokens.half) == (1020.0, pytest.approx(student(4) * 15.811388 / 5**0.5))
 
 
+def test_another_seed_or_learning_rate_is_a_repeat() -> None:
+    """They change no step's time or memory, and the luckiest seed is no choice."""
+    records = [cell("F", 1000), cell("F", 1010, keys={"train.seed": 7}), cell("F", 1020, keys={"train.lr_scale": 2.0})]
+    assert [(each.label, len(each.records)) for each in only(records).cells] == [("F", 3)]
+
+
 def test_what_letters_do_not_tell_apart_stands_beside_them() -> None:
     fsdp2 = {"engine": {"kind": "fsdp2"}}
     workload = only([cell("F+Z3"), cell("F+Z3", keys=fsdp2), cell("F", keys={"train.loss": "whole"})])
@@ -70,6 +76,12 @@ def test_settings_of_another_version_keep_their_cell() -> None:
     old.config["train"]["gone"] = 1
     labels = sorted(each.label for workload in workloads.workloads([old, cell("F")]) for each in workload.cells)
     assert labels == ["F", "ddp, full"]
+
+
+def test_settings_that_came_later_are_at_their_defaults_though_the_rest_would_be_refused() -> None:
+    old = cell("F", keys={"train.schedule": "gone"})
+    assert "head_dim" not in old.config["model"], "of a published record from before there was one"
+    assert len(only([old, cell("F")]).cells) == 2
 
 
 def test_memory_is_the_allocators_peak_on_a_gpu() -> None:

@@ -174,9 +174,22 @@ def test_of_an_earlier_choice_nothing_is_left(tmp_path: Path) -> None:
     for text, words in (("F+Z2", ()), ("Z3", ("engine=fsdp2",)), ("TP2", ())):
         found = emitted(text, *words)
         emit.write(found, tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == set(found.texts)
+        assert {path.name for path in tmp_path.iterdir()} == {*found.texts, emit.WRITTEN}
         named = {name for name in found.texts if f'"$here/{name}"' in found.texts.get("torchrun.sh", "")}
         assert set(found.texts) - {"run.sh", "torchrun.sh"} == named
+
+
+def test_what_somebody_else_has_written_stays(tmp_path: Path) -> None:
+    """Said before anything is predicted: a file of one's own by that name, and one of ours that was changed since."""
+    emit.check(str(tmp_path / "new"))
+    emit.write(emitted("F+Z2"), tmp_path)
+    emit.check(str(tmp_path))
+    (tmp_path / "run.sh").write_text("mine")
+    with pytest.raises(ValueError, match=rf"task\.emit={tmp_path}: run\.sh there is not as an answer has left it"):
+        emit.check(str(tmp_path))
+    with pytest.raises(ValueError, match=r"run\.sh: is a file; it is a folder"):
+        emit.check(str(tmp_path / "run.sh"))
+    assert (tmp_path / "run.sh").read_text() == "mine"
 
 
 def test_buckets_are_emitted_as_large_as_memory_was_predicted_with() -> None:

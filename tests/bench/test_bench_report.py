@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -150,6 +152,24 @@ def test_an_empty_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "\n" not in str(ended.value)
     assert not (tmp_path / "report.html").exists()
     assert not capsys.readouterr().out
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """A terminal, a pipe, a device: an atomic write would put a file in its place."""
+    (tmp_path / "records").mkdir()
+    cell("F").write(tmp_path / "records")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 2**20)
+        main([str(tmp_path / "records"), "-o", str(pipe)])
+        assert os.read(reader, 15) == b"<!doctype html>"
+        assert pipe.is_fifo()
+    finally:
+        os.close(reader)
+    with pytest.raises(SystemExit, match="is a folder"):
+        main([str(tmp_path / "records"), "-o", str(tmp_path)])
 
 
 def test_records_of_every_kind_make_a_page() -> None:

@@ -21,6 +21,7 @@ from llmsys.rows import compress
 from llmsys.spread import LIMITS, Spread, spread
 
 GIB = 2**30
+RATES = ("sweep.", "tracker.", "techniques", "train.seed", "train.lr_")
 Settings = dict[str, Any]
 
 
@@ -139,16 +140,37 @@ def settings(record: Record) -> Settings:
     rest."""
     try:
         plain = dataclasses.asdict(schema.build(record.config))
-    except ValueError:  # of another version of this package
-        plain = record.config
+    except (ValueError, TypeError):  # of another version of this package, or not of one
+        plain = _with_defaults(record.config)
     return _flat(plain)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with what came later at its default, though its settings would not go together any more."""
+    found = dict(config)
+    for group, kinds in schema.SCHEMAS.items():
+        own: Mapping[str, Any] = config.get(group) or {}
+        cls = kinds.get("*") or kinds.get(str(own.get("kind", "none")))
+        if cls is not None and (own or group in schema.LATER):
+            found[group] = {**_defaults(cls), **own}
+    return found
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    found = {}
+    for each in dataclasses.fields(cls):
+        if each.default is not dataclasses.MISSING:
+            found[each.name] = each.default
+        elif each.default_factory is not dataclasses.MISSING:
+            found[each.name] = each.default_factory()
+    return found
 
 
 def techniques(record: Record) -> Techniques | None:
     """The combination that a record's settings amount to; None where this version does not know them."""
     try:
         return Techniques.of(schema.build(record.config))
-    except ValueError:
+    except (ValueError, TypeError):
         return None
 
 
@@ -158,13 +180,14 @@ def alone(record: Record) -> Cell:
 
 
 def grouped(records: Sequence[Record]) -> list[Cell]:
-    """Runs that differ in nothing but the repeat are one cell."""
+    """Runs that differ in nothing that a step's time or memory depends on are one cell: repeats, and other seeds or
+    learning rates."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     known: dict[tuple[Any, ...], Settings] = {}
     for record in records:
         found = settings(record)
         apart = {k: str(v) for k, v in found.items() if not k.startswith(("repeat", "command", "results", "reuse"))}
-        apart = {k: v for k, v in apart.items() if not k.startswith(("sweep.", "tracker.", "techniques"))}
+        apart = {k: v for k, v in apart.items() if not k.startswith(RATES)}
         place = (record.name, device(record), record.data_hash, record.status, *sorted(apart.items()))
         groups.setdefault(place, []).append(record)
         known.setdefault(place, found)

@@ -27,6 +27,11 @@ def expanded(words: Sequence[str]) -> list[str]:
     """`words` with what `techniques=...` stands for behind it, and its text in the order that it is printed in; as they
     are where there is none, or it is swept over. ValueError for a text that stands for nothing."""
     words = [_whole(word) for word in words]
+    if "+exp=bench_advise" in words and KEY in map(key_of, words):
+        raise ValueError(
+            f"{KEY}: is what bench_advise answers; task.letters=[F,Z3] says among which letters, and task.require=[F] "
+            "which of them it must have"
+        )
     given = {key_of(word) for word in words}
     found = []
     for word in words:

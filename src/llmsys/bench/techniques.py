@@ -98,6 +98,8 @@ class Techniques:
     @classmethod
     def parse(cls, text: str) -> Techniques:
         """The combination that `text` stands for. ValueError says what is wrong with it, and what would be right."""
+        if not isinstance(text, str):
+            raise ValueError(f"techniques={text}: must be letters, F+R+Z3, or Naive")
         if text.strip().lower() in (NAIVE.lower(), "-"):
             return cls()
         values: dict[str, Any] = {}

@@ -11,6 +11,7 @@ parallelism Trainer does not have; a shape that is predicted and not built here 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from llmsys.files import write_atomic
 from llmsys.train import zero_settings
 
 NAMES = ("run.sh", "torchrun.sh", "ds_config.json", "fsdp.json")
+WRITTEN = ".written.json"
+"""Hashes of what was written, by which it is known again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +71,48 @@ def files(config: schema.Config, cell: Cell, *, cuda: bool) -> Emitted:
     return Emitted(texts=texts, why_not=why_not)
 
 
+def check(name: str) -> None:
+    """ValueError where `task.emit=name` is no folder, cannot be one, or has files of these names that are not of an
+    earlier answer, or were changed since: nobody's work is written over."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"task.emit={name}: is a file; it is a folder") from None
+    except OSError as error:
+        raise ValueError(f"task.emit={name}: cannot be made: {error.strerror}") from None
+    ours = _written(folder)
+    for each in NAMES:
+        if (folder / each).exists() and _hash((folder / each).read_bytes()) not in ours.get(each, []):
+            raise ValueError(f"task.emit={name}: {each} there is not as an answer has left it; name another folder")
+
+
 def write(found: Emitted, folder: Path) -> None:
-    """Each file into `folder`, which is made; of earlier choices none stays. OSError where it cannot be written."""
+    """Each file into `folder`, which is made; of earlier choices none stays (`check` is asked before). OSError where it
+    cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
+    ours = _written(folder)
+    for name, text in found.texts.items():  # said first: who is killed in between finds its own files again
+        ours[name] = [*ours.get(name, [])[-1:], _hash(text.encode())]
+    write_atomic(folder / WRITTEN, json.dumps(ours, indent=1) + "\n")
     for name in NAMES:
         if name in found.texts:
             write_atomic(folder / name, found.texts[name])
         else:
             (folder / name).unlink(missing_ok=True)
+
+
+def _written(folder: Path) -> dict[str, list[str]]:
+    """What the last two answers wrote there: hashes by name."""
+    try:
+        found = json.loads((folder / WRITTEN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _case(config: schema.Config, cuda: bool) -> Case:

@@ -53,6 +53,27 @@ def space(config: schema.Config) -> Space:
     return Space(candidates=tuple(candidates), left_out=tuple(left_out))
 
 
+def check(config: schema.Config) -> None:
+    """ValueError, which names the key, for letters that are not known or contradict each other, and where they need
+    another stage."""
+    task = advise(config)
+    for key in ("letters", "require"):
+        for letter in getattr(task, key):
+            try:
+                _parts(letter)
+            except ValueError as error:
+                raise ValueError(f"task.{key}={letter}: {str(error).partition(': ')[2]}") from None
+    if not task.require:
+        return
+    asked = f"task.require=[{','.join(task.require)}]"
+    try:
+        together = Techniques.parse("+".join(task.require))
+    except ValueError as error:
+        raise ValueError(f"{asked}: {str(error).partition(': ')[2]}") from None
+    if task.stage == "pretrain" and together.adapter:
+        raise ValueError(f"{asked}: trains adapters alone, and this is pre-training; task.stage=finetune")
+
+
 def advise(config: schema.Config) -> schema.Advise:
     assert isinstance(config.task, schema.Advise), config.task
     return config.task
@@ -174,7 +195,7 @@ def micro_batches(config: schema.Config, candidate: Candidate) -> Sequence[int]:
     asked = task.micro_batches or range(1, min(task.most_micro_batch, each) + 1)
     found = sorted({size for size in asked if not rest and size <= each and each % size == 0})
     if not found:
-        raise ValueError(f"task.global_batch={task.global_batch}: no micro-batch on {shares} ranks makes it")
+        raise ValueError(f"train.global_batch={task.global_batch}: no micro-batch on {shares} ranks makes it")
     return found
 
 
@@ -187,5 +208,5 @@ def bound(config: schema.Config, candidate: Candidate, size: int) -> str:
     if task.micro_batches:
         return f"task.micro_batches=[{','.join(map(str, task.micro_batches))}]"
     if task.global_batch and size * (1 if candidate.techniques.tensor > 1 else candidate.world) == task.global_batch:
-        return f"task.global_batch={task.global_batch}"
+        return f"train.global_batch={task.global_batch}"
     return f"task.most_micro_batch={task.most_micro_batch}"

@@ -93,8 +93,10 @@ def _reasons(answer: Answer, files: Sequence[str]) -> Iterable[str]:
         worse = {"fit": "more memory", "cost": "more for a token", "batch": "fewer examples"}
         margin = worse_percent(answer.goal, choice, second)
         much = f"{margin:.1f} % {worse.get(answer.goal, 'fewer tokens a second')}"
-        if margin < 0:
-            much = f"as good within {100 * EVEN:g} %, with more letters"
+        if margin <= 100 * EVEN:
+            much = f"as good within {100 * EVEN:g} %"
+            if len(second.techniques.letters) > len(choice.techniques.letters):
+                much += ", with more letters"
         mixed = "; one is measured and the other predicted" if second.measured != choice.measured else ""
         yield f"runner-up: {second}{_on(second, choice)}: {much}{mixed}"
     if answer.ranking:
@@ -108,6 +110,8 @@ def _reasons(answer: Answer, files: Sequence[str]) -> Iterable[str]:
     if simple is not None and simple.techniques != choice.techniques:
         worse_by = worse_percent(answer.goal, choice, simple)
         yield f"fewest letters that fit: {simple}, {worse_by:.1f} % worse"
+    if choice.techniques.zero and choice.techniques.adapter and choice.world == 1:
+        yield "ZeRO cuts nothing on one device; it casts adapters to the model's dtype, and with them what they keep"
     if choice.note:
         yield choice.note
     if choice.measured:

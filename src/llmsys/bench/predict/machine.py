@@ -7,6 +7,7 @@ is said by `lines`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def of(config: schema.Config) -> Machine:
     if config.hardware.host_gib is None:
         notes.append("host memory: not known (hardware.host_gib), so it is not compared")
     return Machine(
-        title=f"{config.hardware.devices} x {device.title}" if config.hardware.devices > 1 else device.title,
+        title=_title(config, device.title),
         device="cuda",
         mem_gib=device.mem_gib,
         host_gib=config.hardware.host_gib,
@@ -101,6 +102,12 @@ def of(config: schema.Config) -> Machine:
         usd_per_hour=device.usd_per_hour,
         notes=tuple(notes),
     )
+
+
+def _title(config: schema.Config, card: str) -> str:
+    devices = config.hardware.devices
+    own = f"{devices} x {card}" if devices > 1 else card
+    return f"{math.ceil(config.train.world / devices)} machines of {own}" if config.train.world > devices else own
 
 
 def read(name: str) -> dict[str, Any]:

@@ -28,10 +28,14 @@ def main(words: Sequence[str] | None = None) -> None:
     root = os.environ.get("LLMSYS_RESULTS", "results")
     parser.add_argument("--published", type=Path, required=True, metavar="FILE", help="published/<paper>_<table>.csv")
     parser.add_argument("roots", nargs="*", default=[root], metavar="FOLDER", help=f"default: {root}")
-    parser.add_argument("--ignore", action="append", default=[], choices=KEYS, help="compare whatever this key is")
+    parser.add_argument(
+        "--ignore", action="append", default=[], choices=KEYS, help="compare whatever this key is; once for each key"
+    )
     parser.add_argument("--csv", action="store_true", help="every pair of numbers, unrounded, as CSV")
     arguments = parser.parse_args(words)
     try:
+        if not arguments.published.is_file():
+            raise ValueError(f"--published {arguments.published}: no such file; published/ has templates")
         table = read(arguments.published)
         records = [record for folder in dict.fromkeys(arguments.roots) for record in results.read(folder)]
         found = compare(table, records, arguments.ignore)

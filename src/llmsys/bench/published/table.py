@@ -113,6 +113,11 @@ def read(path: Path) -> Table:
     return Table(name=path.stem, keys=keys, columns=tuple(columns), rows=tuple(rows))
 
 
+def _example(name: str) -> str:
+    units = QUANTITIES[name].units if name in QUANTITIES else of_module(name, MODULES[0]).units
+    return f"{name} [{next(iter(units))}]"
+
+
 def _columns(path: Path, headers: Sequence[str]) -> list[Column]:
     """The numbers' columns, of headers that are all known."""
     names = OF_MODULES if "module" in headers else tuple(QUANTITIES)
@@ -125,6 +130,10 @@ def _columns(path: Path, headers: Sequence[str]) -> list[Column]:
         parts = _HEADER.fullmatch(header)
         if parts is None or parts["name"] not in names:
             word = parts["name"] if parts else header
+            if word in names:
+                raise ValueError(
+                    f"{path}: column {header!r} is without its unit: a number's header is {_example(word)}"
+                )
             near = difflib.get_close_matches(word, (*KEYS, *names, SOURCE), n=1)
             hint = f"did you mean {near[0]}?" if near else f"keys are {', '.join(KEYS)}, numbers {', '.join(names)}"
             raise ValueError(

@@ -25,11 +25,22 @@ def main(words: list[str] | None = None) -> None:
         records = [record for folder in dict.fromkeys(arguments.roots) for record in results.read(folder)]
         once = {(record.name, record.run_id): record for record in records}
         text = page(list(once.values()), ", ".join(Path(folder).name or str(folder) for folder in arguments.roots))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(arguments.out, text)
+        _write(arguments.out, text)
     except (ValueError, OSError) as error:
         sys.exit(f"llmsys.bench.report: {error}")
     print(arguments.out)
+
+
+def _write(out: Path, text: str) -> None:
+    """Atomically, into a folder that is made; to what is no file (a terminal, a pipe) as it is. ValueError for a
+    folder."""
+    if out.is_dir():
+        raise ValueError(f"-o {out}: is a folder; it is a file")
+    if out.exists() and not out.is_file():
+        out.write_text(text, encoding="utf-8")
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, text)
 
 
 if __name__ == "__main__":
