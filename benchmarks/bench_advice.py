@@ -144,7 +144,7 @@ def advised(asked: argparse.Namespace, folder: Path, speeds: Path, room: float) 
     if not any(word.startswith("model=") for word in asked.overrides):
         own.append("model=llama_6m")
     own += ["train.precision=fp32", f"task.speeds={speeds}", f"hardware.mem_gib={gib!r}", f"train.world={asked.ranks}"]
-    own += [f"train.global_batch={asked.ranks}", f"hardware.devices={asked.ranks}", "task.global_batch=0"]
+    own += [f"hardware.devices={asked.ranks}"]
     own += [f"task.letters=[{','.join(asked.letters)}]", f"task.micro_batches=[{','.join(map(str, asked.batches))}]"]
     record = made([*own, *asked.overrides, f"results={folder / 'advice'}"], inline=True)
     choice = (record.notes["choice"], round(record.summary["micro_batch"]))
