@@ -246,7 +246,6 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
 def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """(a copy of `config` with what depends on this machine in place of `auto` and 0, the device's name). ValueError
     where CUDA is asked for in vain."""
-
     config = copy.deepcopy(config)
     light, elsewhere = config["task"]["kind"] in tasks.LIGHT, _elsewhere(config)
     kind, device_name = ("cpu", "") if elsewhere else device.resolve(config["hardware"]["device"])

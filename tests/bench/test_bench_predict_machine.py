@@ -56,6 +56,17 @@ def test_a_cpu_pays_for_a_products_bytes_too_and_a_gpu_for_the_longer_one() -> N
         assert Speeds(curves=curves, start_s=speeds.START_S, behind=behind).seconds(op) == pytest.approx(seconds)
 
 
+def test_moments_in_8_bits_go_at_the_speed_of_their_own_kernel() -> None:
+    """On a CPU it is slower than AdamW's for all its fewer bytes, and O8 costs a small batch a third of its speed."""
+    curves = {**ideal().speeds.curves, "adam": ((1.0, 1e12),), "adam8": ((1.0, 1e9),)}
+    machine = ideal(speeds=dataclasses.replace(ideal().speeds, curves=curves))
+    words = ("model=llama_6m", "hardware=a800x8", "train.world=1", "train.global_batch=1")
+    plain, eight = (predicted(*words, each, machine=machine) for each in ("techniques=Naive", "techniques=O8"))
+    update = 16 * 5.7e6 / 1e9  # bytes an element, of the parameters of which nearly all are in 8 bits
+    assert eight.by_phase_ms["optimizer"] == pytest.approx(1e3 * update, rel=0.05)
+    assert plain.by_phase_ms["optimizer"] < 0.1 * eight.by_phase_ms["optimizer"]
+
+
 def test_measured_batches_go_by_the_size_of_a_matrix() -> None:
     """As the probes time them: the curve has the time of small matrices in it, and nothing is added to it."""
     curves = {"batched/fp32": ((1e4, 1e9), (1e6, 1e10)), "stream": ((1.0, 1e30),)}

@@ -21,8 +21,9 @@ from llmsys.rows import compress
 from llmsys.spread import LIMITS, Spread, spread
 
 GIB = 2**30
-RATES = ("sweep.", "tracker.", "techniques", "train.seed", "train.lr_")
 Settings = dict[str, Any]
+ALIKE = ("repeat", "command", "results", "reuse", "sweep.", "tracker.", "techniques", "train.seed", "train.lr_")
+"""What may differ among a cell's repeats, by how the keys begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +187,7 @@ def grouped(records: Sequence[Record]) -> list[Cell]:
     known: dict[tuple[Any, ...], Settings] = {}
     for record in records:
         found = settings(record)
-        apart = {k: str(v) for k, v in found.items() if not k.startswith(("repeat", "command", "results", "reuse"))}
-        apart = {k: v for k, v in apart.items() if not k.startswith(RATES)}
+        apart = {k: str(v) for k, v in found.items() if not k.startswith(ALIKE)}
         place = (record.name, device(record), record.data_hash, record.status, *sorted(apart.items()))
         groups.setdefault(place, []).append(record)
         known.setdefault(place, found)

@@ -105,13 +105,13 @@ def predict(config: schema.Config, machine: Machine | None = None) -> Prediction
         binds=limit if fits else "memory",
         spent_ms={what: value * 1e3 for what, value in step.spent.items()},
         usd_per_million_tokens=1e6 * rent / tokens if rent and tokens else None,
-        notes=(*machine.notes, *_instead(tape, machine)),
+        notes=(*machine.notes, *_instead(tape, machine, steps.adam_kind(config.train))),
     )
 
 
-def _instead(tape: Tape, machine: Machine) -> list[str]:
-    """A line for each kind of operator that goes at another one's speed."""
-    kinds = {(op.kind, op.width) for ops in tape.ops.values() for op in ops} | {("adam", 4)}
+def _instead(tape: Tape, machine: Machine, adam: str) -> list[str]:
+    """A line for each kind of operator that goes at another one's speed; `adam`: the update's kind."""
+    kinds = {(op.kind, op.width) for ops in tape.ops.values() for op in ops} | {(adam, 4)}
     return sorted(filter(None, {machine.speeds.instead(kind, width) for kind, width in kinds}))
 
 

@@ -64,6 +64,7 @@ class Probes:
             yield from self._fused(precision, start)
         yield from self._streams(start)
         yield from self._adam("adam", self.device)
+        yield from self._adam8()
         yield from self._copies()
         yield from self._widening()
         if world > 1:
@@ -147,6 +148,20 @@ class Probes:
             nbytes = 28.0 * 2**power
             clock = Clock(device=device, spread=0.1, least_s=self.most_s / 4, most_s=self.most_s)
             yield f"rate/{kind}/{nbytes:.6g}", nbytes / statistics.median(clock.samples([optimizer.step]))
+
+    def _adam8(self) -> Rates:
+        """With moments in 8 bits, by bitsandbytes where it is there: 16 bytes an element, of which moments are 4. On a
+        CPU its kernel is no faster for that."""
+        try:
+            from llmsys.train.adamw_8bit import AdamW8bit
+        except ImportError:
+            return
+        for power in (12, 16, 20, 22):
+            weight = torch.zeros(2**power, device=self.device, requires_grad=True)
+            weight.grad = torch.ones_like(weight)
+            optimizer = AdamW8bit([weight], lr=1e-3)
+            nbytes = 16.0 * 2**power
+            yield f"rate/adam8/{nbytes:.6g}", nbytes / self._seconds(optimizer.step)
 
     def _copies(self) -> Rates:
         """`copy_gb_per_s` between device and host, `host_adam_gb_per_s`; of a CPU from memory to memory."""

@@ -113,6 +113,7 @@ LIKE = {
     "exp": ("stream",),
     "dequant": ("stream",),
     "adam": ("stream",),
+    "adam8": ("adam", "stream"),
 }
 
 
@@ -164,7 +165,7 @@ def listed(device: Device) -> Speeds:
             rate = peak * 1e12 * device.reached(precision) * share
             curves[f"{kind}/{precision}"] = _flat(rate)
     memory = device.gb_per_s * 1e9
-    curves |= dict.fromkeys(("stream", "exp", "adam"), _flat(MEMORY * memory))
+    curves |= dict.fromkeys(("stream", "exp", "adam", "adam8"), _flat(MEMORY * memory))
     curves["dequant"] = _flat(WIDENING * memory)
     return Speeds(curves=curves, start_s=START_S, behind=True, product_s=TAIL_S, kernel_s=KERNEL_S)
 

@@ -171,7 +171,13 @@ def _update(case: Case, held: Holding, sizes: Sizes, machine: Machine) -> tuple[
         ops = [Op(FORWARD, "stream", 0.0, norm, 2 * launches)]
         return machine.speeds.passed(ops), (adam + scaled + back) * ranks / machine.host_bytes_per_s
     around = Op(FORWARD, "stream", 0.0, norm + flat + scaled + back, 3 * launches)
-    return _scaled(machine, "optimizer", machine.speeds.passed([Op(FORWARD, "adam", 0.0, adam, launches), around])), 0.0
+    ops = [Op(FORWARD, adam_kind(case.train), 0.0, adam, launches), around]
+    return _scaled(machine, "optimizer", machine.speeds.passed(ops)), 0.0
+
+
+def adam_kind(train: schema.Train) -> str:
+    """The kind of operator that an update is: with moments in 8 bits it is another kernel."""
+    return "adam8" if train.optimizer == "adamw_8bit" else "adam"
 
 
 def _around(case: Case, sizes: Sizes, micro: int, machine: Machine) -> dict[str, Passed]:
