@@ -1,0 +1,1 @@
+"""Execution planes: how the operators of a stage are run."""
