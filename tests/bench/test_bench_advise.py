@@ -231,7 +231,7 @@ def test_where_a_batch_divides_on_some_ranks_alone_these_are_asked() -> None:
     every = (*made.ranking, *made.short)
     assert {each.world for each in every if each.techniques.tensor == 1} == {4, 2, 1}
     assert {each.world for each in every if each.techniques.tensor == 8} == {8}, "whose ranks share each example"
-    assert "techniques=F: task.global_batch=4: no micro-batch on 8 ranks makes it" in made.left_out
+    assert "techniques=F: train.global_batch=4: no micro-batch on 8 ranks makes it" in made.left_out
     every_batch = {each.examples * each.accumulation for each in every}
     assert every_batch == {4}
 
@@ -242,7 +242,7 @@ def test_a_largest_batch_that_only_the_search_has_ended_says_so(base: schema.Con
     for settings, bound in (
         ({"most_micro_batch": 5}, "task.most_micro_batch=5"),
         ({"micro_batches": [2, 3]}, "task.micro_batches=[2,3]"),
-        ({"global_batch": 12}, "task.global_batch=12"),
+        ({"global_batch": 12}, "train.global_batch=12"),
         ({"global_batch": 48, "most_micro_batch": 5}, "task.most_micro_batch=5"),
         ({"micro_batches": [4]}, ""),
     ):
