@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmsys import device, resume, schema, tasks, wiring
+from llmsys import device, read, schema, tasks, wiring
 from llmsys.errors import Contradiction
 from llmsys.files import write_atomic
 from llmsys.schema.compress import as_before
@@ -237,7 +237,7 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
         except ValueError as error:
             raise Contradiction(str(error)) from None
     inputs = dict(inputs or {})
-    content = _read(config, typed, inputs)
+    content = read.content(config, typed, inputs)
     identifier = run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)
@@ -266,47 +266,6 @@ def _elsewhere(config: dict[str, Any]) -> bool:
     described = given["name"] != "auto" or (given["mem_gib"] is not None and given["tflops"] is not None)
     predicts = issubclass(schema.SCHEMAS["task"][task["kind"]], schema.Predicting)
     return predicts and (described or task["speeds"] is not None)
-
-
-def _read(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
-    """Hashes of the local files and folders that a run reads, by what they are to it; `inputs` gets those that it is to
-    be told the place of."""
-    if isinstance(typed.task, schema.Predicting):
-        found = {} if typed.task.speeds is None else _of_run("speeds", typed.task.speeds, "bench_calibrate", inputs)
-        return {**found, **_runs(typed, inputs)} if isinstance(typed.task, schema.Advise) else found
-    if isinstance(typed.task, schema.Opportunities) and typed.task.modules is not None:
-        return _of_run("modules", typed.task.modules, "bench_modules", inputs)
-    from llmsys import data
-    from llmsys.models import fingerprint
-
-    content = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
-    if continued := resume.source(config):
-        inputs["resume"], content["resume"] = str(continued[0]), continued[1]
-    return content
-
-
-def _of_run(key: str, name: str, task: str, inputs: dict[str, str]) -> dict[str, str]:
-    """The hash of the record that `task.<key>` names, a run of `task`; its place goes into `inputs`."""
-    path = Path(name).expanduser()
-    path = path / "record.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"task.{key}={name}: no record.json there; it is a run of {task}")
-    inputs[key] = str(path.resolve())
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _runs(typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
-    """The hash of all records of training below the folder that advice may read; {} where there are none."""
-    assert isinstance(typed.task, schema.Advise)
-    root = Path(typed.task.records or typed.results).expanduser()
-    if typed.task.records is not None and not root.is_dir():
-        raise ValueError(f"task.records={typed.task.records}: no such folder; it has runs of the task train below it")
-    texts = (path.read_bytes() for path in sorted(root.rglob("record.json")))
-    trained = [hashlib.sha256(text).hexdigest() for text in texts if b'"task": "train"' in text]
-    if not trained:
-        return {}
-    inputs["records"] = str(root.resolve())
-    return {"records": hashlib.sha256("".join(trained).encode()).hexdigest()}
 
 
 def _only_its_own_rate(config: dict[str, Any]) -> None:

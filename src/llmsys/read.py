@@ -1,0 +1,51 @@
+"""What a run reads from this machine: files, and folders that other runs left. Their content is part of what a run is,
+and where they lie is not."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from llmsys import resume, schema
+
+
+def content(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
+    """Hashes of the local files and folders that a run reads, by what they are to it; `inputs` gets those that it is to
+    be told the place of."""
+    if isinstance(typed.task, schema.Predicting):
+        found = {} if typed.task.speeds is None else _of_run("speeds", typed.task.speeds, "bench_calibrate", inputs)
+        return {**found, **_runs(typed, inputs)} if isinstance(typed.task, schema.Advise) else found
+    if isinstance(typed.task, schema.Opportunities) and typed.task.modules is not None:
+        return _of_run("modules", typed.task.modules, "bench_modules", inputs)
+    from llmsys import data
+    from llmsys.models import fingerprint
+
+    found = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
+    if continued := resume.source(config):
+        inputs["resume"], found["resume"] = str(continued[0]), continued[1]
+    return found
+
+
+def _of_run(key: str, name: str, task: str, inputs: dict[str, str]) -> dict[str, str]:
+    """The hash of the record that `task.<key>` names, a run of `task`; its place goes into `inputs`."""
+    path = Path(name).expanduser()
+    path = path / "record.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"task.{key}={name}: no record.json there; it is a run of {task}")
+    inputs[key] = str(path.resolve())
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _runs(typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
+    """The hash of all records of training below the folder that advice may read; {} where there are none."""
+    assert isinstance(typed.task, schema.Advise)
+    root = Path(typed.task.records or typed.results).expanduser()
+    if typed.task.records is not None and not root.is_dir():
+        raise ValueError(f"task.records={typed.task.records}: no such folder; it has runs of the task train below it")
+    texts = (path.read_bytes() for path in sorted(root.rglob("record.json")))
+    trained = [hashlib.sha256(text).hexdigest() for text in texts if b'"task": "train"' in text]
+    if not trained:
+        return {}
+    inputs["records"] = str(root.resolve())
+    return {"records": hashlib.sha256("".join(trained).encode()).hexdigest()}
