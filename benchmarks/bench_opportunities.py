@@ -34,9 +34,10 @@ RECORDS = Path(__file__).parent / "records"
 BOUND = 15.0
 """Percent that a predicted saving may be off."""
 CASES = {
-    "8 x 256": ["train.length=256", "train.micro_batch=8", "train.global_batch=8"],
     "4 x 512": ["train.length=512", "train.micro_batch=4", "train.global_batch=4"],
-    "8 x 256, R": ["train.length=256", "train.micro_batch=8", "train.global_batch=8", "train.recompute=block"],
+    "2 x 1024": ["train.length=1024", "train.micro_batch=2", "train.global_batch=2"],
+    "1 x 2048": ["train.length=2048", "train.micro_batch=1", "train.global_batch=1", "model.max_length=2048"],
+    "2 x 1024, R": ["train.length=1024", "train.micro_batch=2", "train.global_batch=2", "train.recompute=block"],
     "8 x 256, vocabulary 8000": ["train.micro_batch=8", "train.global_batch=8", "model.vocab_size=8000"],
 }
 """Of `llama_6m`, eager, in fp32 on a CPU; overrides given beside them win."""

@@ -67,8 +67,8 @@ def test_advice_is_asked_of_a_sweep_that_really_runs(tmp_path: Path) -> None:
 def test_changes_are_made_and_compared(tmp_path: Path) -> None:
     import bench_opportunities
 
-    sizes = ["--rounds", "2", "--cases", "8 x 256", "--inline", "--out", str(tmp_path)]
+    sizes = ["--rounds", "2", "--cases", "4 x 512", "--inline", "--out", str(tmp_path)]
     small = ["train.micro_batch=2", "train.global_batch=2", "task.warmup=1"]
     found = bench_opportunities.main([*sizes, *TINY, *small])
     assert found.summary["changes"] == 3
-    assert "| 8 x 256 | flash |" in bench_opportunities.show(found)
+    assert "| 4 x 512 | flash |" in bench_opportunities.show(found)
