@@ -8,8 +8,9 @@ modules, and times what would come in the place of some of them alone, at the mo
 difference between steps with it and without it. All four take turns, and medians over rounds count. The changes are
 fused attention in place of eager, a loss over some rows of the logits at a time, and RMSNorm as one call of torch's.
 
-A change counts where it really saves or costs `LEAST` percent of the step or more: of a smaller difference nothing
-could be told. It leaves records/bench_opportunities_check/<id>/record.json.
+A prediction can be told to be right or wrong where what is really saved is known as well as it has to be right: its
+95 % interval (a bootstrap of the median over pairs of steps) is within `BOUND` percent of it. Others are shown with
+their intervals and not scored. It leaves records/bench_opportunities_check/<id>/record.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -25,8 +27,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from side_by_side import median_interval
+
 from llmsys import compose, dispatch, job, runner
-from llmsys.bench.opportunities.tables import LEAST
 from llmsys.dispatch.show import Show
 from llmsys.job import Record, code_hash
 
@@ -56,29 +59,37 @@ def measured(name: str, asked: argparse.Namespace) -> Record:
 
 
 def changes(record: Record) -> dict[str, dict[str, float]]:
-    """Change -> `gone_ms`, `comes_ms`, `saves_ms` (predicted), `saved_ms` (measured), `saved_percent` of the step.
-    Without `off_percent`, which small ones have not: `off`."""
+    """Change -> `gone_ms`, `comes_ms`, `saves_ms` (predicted), `saved_ms` (measured) with its interval, `least_ms` and
+    `most_ms`, and `saved_percent` of the step. Without `off_percent`, which small ones have not: `off`."""
     found: dict[str, dict[str, float]] = {}
     for key, value in record.summary.items():
         if key.startswith("changes/"):
             _, name, what = key.split("/")
             found.setdefault(name, {})[what] = value
     for name, own in found.items():
-        step = statistics.median(record.samples[f"changes/{name}/without_step_ms"])
-        own["saved_percent"] = 100 * own["saved_ms"] / step
+        without, with_it = (record.samples[f"changes/{name}/{which}_step_ms"] for which in ("without", "with"))
+        saved = [before - after for before, after in zip(without, with_it, strict=True)]
+        own["least_ms"], own["saved_ms"], own["most_ms"] = median_interval(saved)
+        own["saved_percent"] = 100 * own["saved_ms"] / statistics.median(without)
         own.pop("off_percent", None)
     return found
 
 
+def known_to(own: dict[str, float]) -> float:
+    """Percent of what is saved to which that is known: the wider side of its interval."""
+    saved = own["saved_ms"]
+    return 100 * max(own["most_ms"] - saved, saved - own["least_ms"]) / abs(saved) if saved else math.inf
+
+
 def off(own: dict[str, float]) -> float:
-    """Percent by which a prediction is off, of a change that counts."""
+    """Percent by which a prediction is off."""
     return 100 * (own["saves_ms"] / own["saved_ms"] - 1)
 
 
 def scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of changes that count: how far off the predictions are. Of none only how many there are."""
-    telling = [row for row in rows if abs(row["saved_percent"]) >= LEAST]
-    found = {"changes": float(len(rows)), "changes_that_count": float(len(telling))}
+    """Of changes that can be told: how far off the predictions are. Of none only how many there are."""
+    telling = [row for row in rows if known_to(row) <= BOUND]
+    found = {"changes": float(len(rows)), "changes_that_can_be_told": float(len(telling))}
     if telling:
         errors = [abs(off(row)) for row in telling]
         found |= {"mean_off_percent": statistics.fmean(errors), "worst_off_percent": max(errors)}
@@ -88,15 +99,17 @@ def scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def show(record: Record) -> str:
     """One record as Markdown."""
-    lines = ["| case | change | predicted ms | saved ms | % of the step | off by % |", "|---|---|---:|---:|---:|---:|"]
+    heads = ["case", "change", "predicted ms", "saved ms", "95 %", "% of the step", "off by %"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|---:|---:|---:|---:|---:|"]
     for at, (case, change) in enumerate(record.config["changes"]):
         own = {key: values[at] for key, values in record.samples.items()}
-        error = f"{off(own):+.1f}" if abs(own["saved_percent"]) >= LEAST else "too small to tell"
-        cells = [f"{own['saves_ms']:.2f}", f"{own['saved_ms']:.2f}", f"{own['saved_percent']:.1f}", error]
+        error = f"{off(own):+.1f}" if known_to(own) <= BOUND else "cannot be told"
+        interval = f"{own['least_ms']:.1f} to {own['most_ms']:.1f}"
+        cells = [f"{own['saves_ms']:.1f}", f"{own['saved_ms']:.1f}", interval, f"{own['saved_percent']:.1f}", error]
         lines.append(f"| {case} | {change} | {' | '.join(cells)} |")
     s = record.summary
     if "worst_off_percent" in s:
-        within = f"{s['within_bound']:.0f} of {s['changes_that_count']:.0f} changes within {BOUND:g} %"
+        within = f"{s['within_bound']:.0f} of {s['changes_that_can_be_told']:.0f} predictions within {BOUND:g} %"
         errors = f"{s['mean_off_percent']:.1f} % off on average, {s['worst_off_percent']:.1f} % at most"
         lines += ["", f"{within}, {errors}."]
     return "\n".join(lines)

@@ -34,18 +34,20 @@ def test_regret_is_against_the_fastest_that_fits() -> None:
     assert notes == {"30/choice": "F, 1", "30/best": "F+R, 8", "70/choice": "F, 8", "70/best": "F, 8"}
 
 
-def test_a_change_that_changes_little_does_not_count() -> None:
-    from bench_opportunities import scores
+def test_a_change_is_scored_where_what_it_saves_is_known_well_enough() -> None:
+    from bench_opportunities import known_to, scores
 
     rows = [
-        {"saved_percent": 20.0, "saved_ms": 10.0, "saves_ms": 9.0},
-        {"saved_percent": -4.0, "saved_ms": -2.0, "saves_ms": -2.4},
-        {"saved_percent": 0.1, "saved_ms": 0.0, "saves_ms": 0.5},
+        {"saved_ms": 10.0, "least_ms": 9.0, "most_ms": 11.0, "saves_ms": 9.0},
+        {"saved_ms": -2.0, "least_ms": -2.2, "most_ms": -1.9, "saves_ms": -2.4},
+        {"saved_ms": 10.0, "least_ms": 5.0, "most_ms": 11.0, "saves_ms": 10.0},
+        {"saved_ms": 0.0, "least_ms": -0.1, "most_ms": 0.1, "saves_ms": 0.5},
     ]
+    assert [known_to(row) for row in rows] == pytest.approx([10, 10, 50, float("inf")])
     found = scores(rows)
-    assert (found["changes"], found["changes_that_count"], found["within_bound"]) == (3, 2, 1)
+    assert (found["changes"], found["changes_that_can_be_told"], found["within_bound"]) == (4, 2, 1)
     assert (found["mean_off_percent"], found["worst_off_percent"]) == pytest.approx((15, 20))
-    assert scores(rows[2:]) == {"changes": 1, "changes_that_count": 0}
+    assert scores(rows[2:]) == {"changes": 2, "changes_that_can_be_told": 0}
 
 
 TINY = ["model=llama_tiny", "train.length=32", "train.threads=1", "data.num_examples=24"]
