@@ -27,11 +27,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from side_by_side import median_interval
-
 from llmsys import compose, dispatch, job, runner
 from llmsys.dispatch.show import Show
 from llmsys.job import Record, code_hash
+from side_by_side import median_interval
 
 RECORDS = Path(__file__).parent / "records"
 BOUND = 15.0

@@ -59,7 +59,7 @@ class Job:
         """What a person calls this run: experiment, method, compression, seed and id."""
         method, seed = self.config["method"]["kind"], self.config["train"]["seed"]
         compress = self.config.get("compress", {}).get("kind", "none")
-        if self.config["task"]["kind"] in tasks.LIGHT:  # a question: its method is one of the answers
+        if self.config["task"]["kind"] in tasks.QUESTIONS:  # its method is one of the answers, or it has none
             about = (self.config["model"]["name"], self.config.get("techniques") or "")
             return f"{self.config['name']} · {' · '.join(part for part in about if part)} · {self.run_id}"
         parts = (self.config.get("techniques") or "", method, "" if compress == "none" else compress)
@@ -264,8 +264,10 @@ def _elsewhere(config: dict[str, Any]) -> bool:
     """Whether a run is about a machine that its config describes: then this one is no part of what it is."""
     given, task = config["hardware"], config["task"]
     described = given["name"] != "auto" or (given["mem_gib"] is not None and given["tflops"] is not None)
-    predicts = issubclass(schema.SCHEMAS["task"][task["kind"]], schema.Predicting)
-    return predicts and (described or task["speeds"] is not None)
+    cls = schema.SCHEMAS["task"][task["kind"]]
+    if issubclass(cls, schema.Planning):
+        return True
+    return issubclass(cls, schema.Predicting) and (described or task["speeds"] is not None)
 
 
 def _only_its_own_rate(config: dict[str, Any]) -> None:

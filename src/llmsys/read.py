@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import resume, schema
+from llmsys.schema.decentral import FLEETS
 
 
 def content(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
@@ -18,6 +19,8 @@ def content(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]
         return {**found, **_runs(typed, inputs)} if isinstance(typed.task, schema.Advise) else found
     if isinstance(typed.task, schema.Opportunities) and typed.task.modules is not None:
         return _of_run("modules", typed.task.modules, "bench_modules", inputs)
+    if isinstance(typed.task, schema.Planning):
+        return _fleet(typed.task, inputs)
     from llmsys import data
     from llmsys.models import fingerprint
 
@@ -25,6 +28,19 @@ def content(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]
     if continued := resume.source(config):
         inputs["resume"], found["resume"] = str(continued[0]), continued[1]
     return found
+
+
+def _fleet(task: schema.Planning, inputs: dict[str, str]) -> dict[str, str]:
+    """The hash of the file with a fleet; {} where it is drawn, or there is none."""
+    if not isinstance(task, schema.DecentralPlan) or task.fleet in FLEETS:
+        return {}
+    path = Path(task.fleet).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"task.fleet={task.fleet}: must be one of {', '.join(FLEETS)}, or a file; there is none of that name"
+        )
+    inputs["fleet"] = str(path.resolve())
+    return {"fleet": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _of_run(key: str, name: str, task: str, inputs: dict[str, str]) -> dict[str, str]:

@@ -21,11 +21,16 @@ TASKS = {
     "bench_ops": "llmsys.bench.ops.task:ops",
     "bench_predict": "llmsys.bench.predict.task:predict",
     "bench_calibrate": "llmsys.bench.predict.calibrate:calibrate",
+    "decentral_plan": "llmsys.decentral.plan_task:plan",
+    "decentral_perf": "llmsys.decentral.perf_task:compare",
+    "decentral_simulate": "llmsys.decentral.simulate_task:simulate",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 LIGHT = ("bench_predict", "bench_advise")
 """Tasks that need neither torch nor ranks: they are run in the process that has composed them, with a `LightContext`,
 and are done in seconds. Their tables are the answer, and printed first."""
+QUESTIONS = (*LIGHT, "decentral_plan", "decentral_perf", "decentral_simulate")
+"""Tasks that are about a model and train none."""
 
 MONOTONE = {
     "train": (

@@ -56,7 +56,8 @@ WIDTHS = {
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """`target`: the operator's name (`aten.linear.default`), or nothing. `values`: one for each result. `flops` of a
-    forward pass. `module`: the path of the module that it came from. `random`: it draws random numbers."""
+    forward pass. `saved`: bytes that it keeps for its backward pass, beside parameters and what an operator before it
+    keeps already. `module`: the path of the module that it came from. `random`: it draws random numbers."""
 
     name: str
     kind: str
@@ -65,6 +66,7 @@ class Node:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     values: tuple[Value, ...] = ()
     flops: float = 0.0
+    saved: int = 0
     module: str = ""
     random: bool = False
 

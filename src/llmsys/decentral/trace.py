@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from llmsys.decentral.graph import ITEM, WIDTHS, Graph, Node, Value
+from llmsys.decentral.planes.saved import saved
 
 NO_GRAD = "wrap_with_set_grad_enabled"
 
@@ -32,21 +34,36 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Traced:
     """`model` called with `example` by keyword, in the mode (training or not) that it is in.
 
     What it returns is its loss, where it has one, else its logits, else its first tensor. Shapes are the example's.
-    Raises ValueError for a module that does not export, that runs operators of another library than torch's own, or
-    that computes with parameters where it has switched gradients off.
+    Raises ValueError for a module that does not export, with the function of torch at which it ended, that runs
+    operators of another library than torch's own, or that computes with parameters where it has switched gradients off.
     """
-    whole = _Whole(model)
+    whole, called = _Whole(model), _Called()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(whole, (), kwargs=dict(example), strict=False)
+            with called:
+                exported = torch.export.export(whole, (), kwargs=dict(example), strict=False)
             _gradients_flow(exported)
+            tied = _untied(exported)
             plain = exported.run_decompositions({})
     except ValueError:
         raise
     except Exception as error:  # torch raises many kinds, some of its own, some the model's
-        raise ValueError(f"{type(model).__name__} does not export: {_first_line(error)}") from error
-    return _Reading(plain).traced()
+        raise ValueError(f"{type(model).__name__} does not export: {called.last}: {_first_line(error)}") from error
+    traced = _Reading(plain, tied).traced()
+    kept = saved(traced.graph) if traced.graph.loss else {}
+    nodes = tuple(dataclasses.replace(node, saved=kept.get(node.name, 0)) for node in traced.graph.nodes)
+    return Traced(dataclasses.replace(traced.graph, nodes=nodes), traced.tensors)
+
+
+class _Called(TorchFunctionMode):
+    """Knows which function of torch was called last: the one that did not export."""
+
+    last = "torch.export"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.last = resolve_name(func) or getattr(func, "__name__", str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class _Whole(nn.Module):
@@ -86,11 +103,27 @@ def _gradients_flow(exported: Any) -> None:
             behind.add(node)
 
 
-class _Reading:
-    """One exported program."""
+def _untied(exported: Any) -> dict[str, str]:
+    """Parameters that are another one's tensor -> that one; in `exported` each has a tensor of its own from now on, as
+    torch cannot decompose a program in which one of two names of a tensor might be changed in place."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind.name != "PARAMETER":
+            continue
+        tensor = exported.state_dict[spec.target]
+        where = (tensor.untyped_storage()._cdata, tensor.storage_offset(), *tensor.shape, *tensor.stride())
+        if first.setdefault(where, spec.target) != spec.target:
+            tied[spec.target] = first[where]
+            exported.state_dict[spec.target] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    return tied
 
-    def __init__(self, exported: Any) -> None:
-        self.exported, self.signature = exported, exported.graph_signature
+
+class _Reading:
+    """One exported program. `tied`: parameters that are another one's tensor."""
+
+    def __init__(self, exported: Any, tied: Mapping[str, str]) -> None:
+        self.exported, self.signature, self.tied = exported, exported.graph_signature, tied
         self.keys: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
         self.kinds: dict[str, dict[str, Value]] = {"parameters": {}, "constants": {}, "variables": {}}
@@ -101,7 +134,6 @@ class _Reading:
     def _own(self) -> None:
         """The tensors that come with the program."""
         changed = {spec.target for spec in self.signature.output_specs if spec.kind.name == "BUFFER_MUTATION"}
-        by_storage: dict[tuple[Any, ...], str] = {}
         for spec in self.signature.input_specs:
             kind = spec.kind.name
             if kind == "USER_INPUT":
@@ -111,12 +143,9 @@ class _Reading:
             state, constants = self.exported.state_dict, self.exported.constants
             tensor = state[spec.target] if spec.target in state else constants[spec.target]
             key = spec.target.removeprefix(PREFIX)
-            where = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), *tensor.shape, *tensor.stride())
-            if kind == "PARAMETER" and where in by_storage:
-                self.aliases[key] = by_storage[where]
-                self.keys[spec.arg.name] = by_storage[where]
+            if spec.target in self.tied:
+                self.aliases[key] = self.keys[spec.arg.name] = self.tied[spec.target].removeprefix(PREFIX)
                 continue
-            by_storage.setdefault(where, key)
             group = "parameters" if kind == "PARAMETER" else "variables" if spec.target in changed else "constants"
             self.kinds[group][key] = value_of(tensor)
             self.tensors[key] = tensor.detach()

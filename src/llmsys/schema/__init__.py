@@ -19,6 +19,7 @@ from llmsys.schema.advise import Advise, Opportunities
 from llmsys.schema.bench import Calibrate, Predict, Predicting
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
+from llmsys.schema.decentral import DecentralPerf, DecentralPlan, DecentralSimulate, Planning
 from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.measured import Iteration, Measured, Replay
@@ -52,6 +53,9 @@ __all__ = [
     "Config",
     "ConvNet",
     "Data",
+    "DecentralPerf",
+    "DecentralPlan",
+    "DecentralSimulate",
     "DeepSpeed",
     "Dispatch",
     "Engine",
@@ -66,6 +70,7 @@ __all__ = [
     "Network",
     "Opportunities",
     "Ops",
+    "Planning",
     "Predict",
     "Predicting",
     "Profile",
@@ -138,6 +143,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "bench_opportunities": Opportunities,
         "bench_modules": Modules,
         "bench_ops": Ops,
+        "decentral_plan": DecentralPlan,
+        "decentral_perf": DecentralPerf,
+        "decentral_simulate": DecentralSimulate,
         "bench_predict": Predict,
         "bench_calibrate": Calibrate,
     },

@@ -8,6 +8,7 @@ from llmsys.errors import Contradiction
 from llmsys.schema import recompute
 from llmsys.schema.bench import Predicting
 from llmsys.schema.data import OBJECTIVES
+from llmsys.schema.decentral import Planning
 from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
 from llmsys.schema.modules import Modules, Ops
@@ -71,7 +72,7 @@ def _model(config: Config) -> None:
 def _data(config: Config) -> None:
     """Of tasks that read any."""
     model, data = config.model, config.data
-    if isinstance(config.task, (Ledger, Ops, Predicting)):
+    if isinstance(config.task, (Ledger, Ops, Planning, Predicting)):
         return
     if model.objective not in OBJECTIVES[data.kind]:
         fitting = [kind for kind, objectives in OBJECTIVES.items() if model.objective in objectives]

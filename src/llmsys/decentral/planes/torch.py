@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmsys.decentral.cut import Stage
-from llmsys.decentral.graph import ITEM, Graph
+from llmsys.decentral.graph import ITEM, Graph, Node
 
 
 class Run:
@@ -47,10 +47,7 @@ class Run:
         device = next(iter(self.tensors.values())).device if self.tensors else torch.device("cpu")
         with torch.set_grad_enabled(self.train):
             for name in self.stage.nodes:
-                node = self.graph.by_name[name]
-                args = [self._live(each, device) for each in node.args]
-                kwargs = {key: self._live(each, device) for key, each in node.kwargs.items()}
-                values[name] = operation(node.target)(*args, **kwargs)
+                values[name] = self._result(self.graph.by_name[name], device)
         return {name: values[name].detach() for name in self.stage.sends}
 
     @property
@@ -96,6 +93,11 @@ class Run:
             {name: each for name, each in back.items() if each is not None},
             {key: each for key, each in updated.items() if each is not None},
         )
+
+    def _result(self, node: Node, device: torch.device) -> Any:
+        args = [self._live(each, device) for each in node.args]
+        kwargs = {key: self._live(each, device) for key, each in node.kwargs.items()}
+        return operation(node.target)(*args, **kwargs)
 
     def _live(self, value: Any, device: torch.device) -> Any:
         """An argument as the operator takes it."""

@@ -1,0 +1,219 @@
+"""Plans against how others lay a model out, how long planning takes, and how far from a lower bound ten thousand are.
+
+    python benchmarks/decentral_plans.py [--fleets 200] [--out DIR] [--no-large]
+
+Training of LLaMA-2 7B in bf16 on fleets drawn by a seed (`llmsys.decentral.fleets`), in turn of data centres, clouds of
+several regions and homes, of 6 to 20 providers each; micro-batches a second, with all that a step of 64 waits for: the
+filling of pipelines, the sum of gradients. `ratio` is the plan's over the best of the baselines
+(`llmsys.decentral.baselines`) that can hold the model; where none can, the fleet counts for `only_ours` and for no
+median. Times are of this process, medians of several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmsys import compose, schema
+from llmsys.decentral import baselines, bound, fleets, shapes
+from llmsys.decentral.chain import Chain
+from llmsys.decentral.cost import Costs, Workload
+from llmsys.decentral.plan import Plan, Planner
+from llmsys.decentral.repair import after_quit
+from llmsys.job import Record, code_hash
+from llmsys.profile import environment
+from llmsys.table import piped
+
+RECORDS = Path(__file__).parent / "records"
+MODEL, LENGTH = "llama2_7b", 2048
+SIZES = (6, 8, 12, 16, 20)
+WORK = Workload(micro_batches=64, optimizer=6.0, recompute=True)
+"""bf16, with AdamW's state and weights in fp32."""
+REPEATS = 5
+LARGE, OPERATORS = 10_000, 40_000
+
+
+def model(layers: int | None = None) -> Chain:
+    """LLaMA-2 7B in bf16, one row; `layers`: as many of these."""
+    config = schema.build(compose.compose(["+exp=decentral_plan", f"model={MODEL}"])).model
+    assert isinstance(config, schema.Transformer)
+    if layers:
+        config = dataclasses.replace(config, num_layers=layers)
+    return shapes.of_model(config, 1, LENGTH)
+
+
+def others(costs: Costs) -> dict[str, float]:
+    """Baseline -> micro-batches a second, of those that can hold the model."""
+    planner, found = Planner(costs), {}
+    for name, make in baselines.PIPELINES.items():
+        if (one := make(costs)) is not None:
+            found[name] = planner.made([one]).per_s
+    for name, spread in baselines.SWARMS.items():
+        if rate := baselines.routed(costs, spread(costs)):
+            found[name] = rate
+    return found
+
+
+def compared(chain: Chain, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Kind of fleet -> a row for each."""
+    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in fleets.FLEETS}
+    for seed in range(count):
+        kind = list(fleets.FLEETS)[seed % len(fleets.FLEETS)]
+        costs = Costs(chain, fleets.FLEETS[kind](SIZES[seed // 3 % len(SIZES)], seed), WORK)
+        begin = time.perf_counter()
+        plan = Planner(costs).best()
+        seconds = time.perf_counter() - begin
+        named = others(costs)
+        best = max(named, key=named.__getitem__, default="")
+        ours = plan.per_s if plan else 0.0
+        bounded = WORK.micro_batches / bound.step_s(costs)
+        row = {
+            "seed": seed,
+            "providers": len(costs.fleet),
+            "per_s": ours,
+            "best": best,
+            "of_bound": ours / bounded if bounded else 0.0,
+        }
+        rows[kind].append(row | {"baseline_per_s": named.get(best, 0.0), "plan_s": seconds})
+    return rows
+
+
+def timed(chain: Chain) -> dict[str, list[float]]:
+    """Milliseconds to plan 50 providers, and to mend the plan after one has gone, by kind of fleet."""
+    found: dict[str, list[float]] = {}
+    for kind, make in fleets.FLEETS.items():
+        for repeat in range(REPEATS):
+            costs = Costs(chain, make(50, repeat), WORK)
+            begin = time.perf_counter()
+            planner = Planner(costs)
+            plan = planner.best()
+            found.setdefault(f"{kind}/plan_ms", []).append((time.perf_counter() - begin) * 1e3)
+            if plan is None:
+                continue
+            gone = plan.pipelines[0].order[len(plan.pipelines[0].order) // 2]
+            begin = time.perf_counter()
+            after_quit(planner, plan, gone)
+            found.setdefault(f"{kind}/repair_ms", []).append((time.perf_counter() - begin) * 1e3)
+    return found
+
+
+def large() -> dict[str, float]:
+    """Ten thousand providers of a cloud, and a model of forty thousand operators."""
+    chain = model(OPERATORS // 55)
+    costs = Costs(chain, fleets.cloud(LARGE, 0), dataclasses.replace(WORK, micro_batches=200_000))
+    begin = time.perf_counter()
+    plan: Plan | None = Planner(costs).best()
+    seconds = time.perf_counter() - begin
+    assert plan is not None
+    least = bound.step_s(costs)
+    return {
+        "large/providers": LARGE,
+        "large/operators": chain.count,
+        "large/plan_s": seconds,
+        "large/replicas": len(plan.pipelines),
+        "large/step_s": plan.score.step_s,
+        "large/sync_s": plan.score.sync_s,
+        "large/bound_s": least,
+        "large/over_bound_percent": 100 * (plan.score.step_s / least - 1),
+    }
+
+
+def summary(rows: dict[str, list[dict[str, Any]]], times: dict[str, list[float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for kind, own in rows.items():
+        ratios = [row["per_s"] / row["baseline_per_s"] for row in own if row["baseline_per_s"]]
+        held = [row for row in own if row["per_s"]]
+        found |= {
+            f"{kind}/fleets": len(own),
+            f"{kind}/compared": len(ratios),
+            f"{kind}/only_ours": sum(not row["baseline_per_s"] for row in held),
+            f"{kind}/held_by_none": len(own) - len(held),
+            f"{kind}/worse": sum(ratio < 1 - 1e-9 for ratio in ratios),
+            f"{kind}/of_bound_median": statistics.median(row["of_bound"] for row in held) if held else 0.0,
+        }
+        if ratios:
+            found |= {f"{kind}/ratio_median": statistics.median(ratios), f"{kind}/ratio_least": min(ratios)}
+    return found | {key: statistics.median(values) for key, values in times.items()}
+
+
+def show(record: Record) -> str:
+    """One record as Markdown."""
+    s = record.summary
+    rows = []
+    for kind in fleets.FLEETS:
+        ratios = [
+            f"{s[f'{kind}/ratio_{which}']:.2f}" if f"{kind}/ratio_{which}" in s else "–"
+            for which in ("median", "least")
+        ]
+        counts = [f"{s[f'{kind}/{key}']:.0f}" for key in ("fleets", "compared", "only_ours", "held_by_none", "worse")]
+        rows.append([kind, *counts, *ratios, f"{s[f'{kind}/of_bound_median']:.2f}"])
+    heads = (
+        "",
+        "fleets",
+        "compared",
+        "only ours",
+        "held by none",
+        "worse",
+        "over the best, median",
+        "least",
+        "of the bound",
+    )
+    lines = piped(heads, rows)
+    rows = [
+        [kind, f"{s[f'{kind}/plan_ms']:.1f}", f"{s.get(f'{kind}/repair_ms', math.nan):.1f}"] for kind in fleets.FLEETS
+    ]
+    lines += ["", *piped(("of 50 providers", "plan ms", "repair ms"), rows)]
+    if "large/plan_s" in s:
+        names = ("providers", "operators", "replicas")
+        what = ", ".join(f"{s[f'large/{name}']:,.0f} {name}" for name in names)
+        lines += ["", f"{what}: {s['large/plan_s']:.1f} s, {s['large/over_bound_percent']:.1f} % over the lower bound"]
+    return "\n".join(lines)
+
+
+def main(given: Sequence[str]) -> Record:
+    """Plans, compares, writes the record, prints its table, and returns it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fleets", type=int, default=200)
+    parser.add_argument("--layers", type=int, help="of the model; else all")
+    parser.add_argument("--no-large", action="store_true")
+    parser.add_argument("--out", type=Path, default=RECORDS)
+    asked = parser.parse_args(given)
+    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    chain = model(asked.layers)
+    rows, times = compared(chain, asked.fleets), timed(chain)
+    numbers = summary(rows, times) | ({} if asked.no_large else large())
+    columns = {
+        f"{kind}/{key}": [row[key] for row in own]
+        for kind, own in rows.items()
+        for key in ("per_s", "baseline_per_s", "of_bound", "plan_s")
+    }
+    record = Record(
+        name="decentral_plans",
+        run_id=f"{asked.fleets}x{chain.count}",
+        task="benchmark",
+        status="ok",
+        config={"model": MODEL, "layers": asked.layers, "length": LENGTH, "sizes": list(SIZES), "fleets": asked.fleets,
+                "best": {kind: [row["best"] for row in own] for kind, own in rows.items()}},
+        env=environment.describe("cpu", 1),
+        code_hash=code_hash(),
+        started=started,
+        seconds=round(time.monotonic() - begin, 1),
+        summary=numbers,
+        samples=columns | times,
+    )  # fmt: skip
+    folder = asked.out / record.name / record.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder)
+    print(show(record))
+    return record
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

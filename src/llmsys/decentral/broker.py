@@ -1,0 +1,214 @@
+"""Who is there, who does what, and which step counts: the broker's state, and what follows from it.
+
+Two pure functions. `apply` adds an event to a state; `decide` says what has to happen next, as events again, by a few
+rules in order, the first that has something to say:
+
+    lost        who has not been heard of for `patience_s` is lost
+    planned     where there is no plan, or one of its providers has gone, a new epoch begins with a plan that is mended
+    committed   when all have prepared a step it is committed, and each applies its update
+    began       when all hold the state after the last committed step, the next one begins
+
+A step is so done in two phases, and a provider that goes in between costs the step under way and no other: before the
+commit nothing has been applied anywhere, and after it each update is certain, and is applied once, by its number, by
+whoever has the stage then. Providers that are in no stage are the backup pool: the first to be asked.
+
+Time comes in as an argument and randomness not at all, so that the simulator, tests and real brokers run the same code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from llmsys.decentral.chain import Chain
+from llmsys.decentral.cost import Costs, Workload
+from llmsys.decentral.events import (
+    Beat,
+    Began,
+    Committed,
+    Event,
+    Held,
+    Joined,
+    Left,
+    Lost,
+    Planned,
+    Prepared,
+)
+from llmsys.decentral.fleet import Between, Fleet, Provider
+from llmsys.decentral.plan import Plan, Planner
+from llmsys.decentral.repair import after_join, after_quit
+
+PATIENCE_S = 1.5
+"""Three beats of half a second."""
+HOLDING, COMPUTING = "holding", "computing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is planned for; it never changes."""
+
+    chain: Chain
+    work: Workload
+    between: Mapping[tuple[str, str], Between] = field(default_factory=dict)
+    other: Between = field(default_factory=Between)
+    patience_s: float = PATIENCE_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """`providers`: all that have ever joined, so that each keeps its place; `absent` of them. `heard_s`: when each was
+    last heard of. `step`: the last that is committed. `phase`: owners of stages fetch what they need to hold the state
+    after `step` (holding), or compute the next one (computing); `said`: who is done with that. `fresh`: places of those
+    that have joined since the plan was made. `stuck`: nothing held the model, and nobody has come since. `places` by
+    name; `known`: as of `Costs`."""
+
+    job: Job
+    providers: tuple[Provider, ...] = ()
+    absent: frozenset[int] = frozenset()
+    heard_s: Mapping[str, float] = field(default_factory=dict)
+    plan: Plan | None = None
+    epoch: int = 0
+    step: int = 0
+    phase: str = HOLDING
+    said: frozenset[str] = frozenset()
+    fresh: tuple[int, ...] = ()
+    stuck: bool = False
+    places: Mapping[str, int] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def owners(self) -> frozenset[str]:
+        """Providers that have a stage."""
+        if self.plan is None:
+            return frozenset()
+        return frozenset(self.providers[p].name for each in self.plan.pipelines for p in each.order)
+
+    @property
+    def present(self) -> frozenset[str]:
+        return frozenset(each.name for at, each in enumerate(self.providers) if at not in self.absent)
+
+    def place(self, name: str) -> int | None:
+        """Of a provider that has joined at some time."""
+        return self.places.get(name)
+
+    @property
+    def costs(self) -> Costs:
+        fleet = Fleet(providers=self.providers, between=self.job.between, other=self.job.other)
+        return Costs(self.job.chain, fleet, self.job.work, self.absent, known=self.known)
+
+    def with_(self, **changes: object) -> Self:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def apply(state: State, event: Event) -> State:
+    """The state after an event. What is said of another epoch or step, or by somebody who has gone, changes nothing;
+    nor does a provider that joins and is there, or leaves and is not."""
+    match event:
+        case Joined(provider=provider):
+            return _joined(state, provider, event.at_s)
+        case Left(name=name) | Lost(name=name):
+            place = state.place(name)
+            return state if place is None else state.with_(absent=state.absent | {place}, stuck=False)
+        case Beat(names=names):
+            there = (name for name in names if name in state.places and state.places[name] not in state.absent)
+            heard = dict.fromkeys(there, event.at_s)
+            return state.with_(heard_s={**state.heard_s, **heard})
+        case Planned(epoch=epoch, plan=plan):
+            return state.with_(epoch=epoch, plan=plan, phase=HOLDING, said=frozenset(), fresh=(), stuck=plan is None)
+        case Held(names=names, epoch=state.epoch, step=state.step) if state.phase == HOLDING:
+            return state.with_(said=state.said | (names & state.owners & state.present))
+        case Prepared(names=names, epoch=state.epoch, step=step) if (state.phase, step) == (COMPUTING, state.step + 1):
+            return state.with_(said=state.said | (names & state.owners & state.present))
+        case Began(epoch=state.epoch):
+            return state.with_(phase=COMPUTING, said=frozenset())
+        case Committed(epoch=state.epoch, step=step):
+            return state.with_(step=step, phase=HOLDING, said=frozenset())
+    return state
+
+
+def decide(state: State, now: float) -> tuple[Event, ...]:
+    """What follows from the state at the time `now`; nothing, where everybody is at work. To be applied, and asked
+    again until there is nothing more."""
+    for rule in (_lost, _planned, _committed, _began):
+        if found := rule(state, now):
+            return found
+    return ()
+
+
+def _joined(state: State, provider: Provider, at_s: float) -> State:
+    heard = {**state.heard_s, provider.name: at_s}
+    place, places, known = state.place(provider.name), state.places, state.known
+    if place is None:
+        place, providers = len(state.providers), (*state.providers, provider)
+        places = {**places, provider.name: place}
+    elif place in state.absent:
+        known = known if provider == state.providers[place] else {}
+        providers = (*state.providers[:place], provider, *state.providers[place + 1 :])
+    else:
+        return state.with_(heard_s=heard)
+    return state.with_(
+        providers=providers,
+        absent=state.absent - {place},
+        heard_s=heard,
+        fresh=(*(p for p in state.fresh if p != place), place),
+        stuck=False,
+        places=places,
+        known=known,
+    )
+
+
+def _lost(state: State, now: float) -> tuple[Event, ...]:
+    late = now - state.job.patience_s
+    silent = [name for name, heard in state.heard_s.items() if heard < late and state.places[name] not in state.absent]
+    return tuple(Lost(at_s=now, name=name) for name in sorted(silent))
+
+
+def _planned(state: State, now: float) -> tuple[Event, ...]:
+    """A plan where there is none that all of its owners are there for; joined ones are asked in between steps."""
+    if state.stuck:
+        return ()
+    if not state.present:
+        nobody = Planned(at_s=now, epoch=state.epoch + 1, plan=None)
+        return () if state.plan is None else (nobody,)
+    gone = [p for each in state.plan.pipelines for p in each.order if p in state.absent] if state.plan else []
+    if state.plan is not None and not gone:
+        between = state.phase == HOLDING and state.said >= state.owners
+        return _welcomed(state, now) if state.fresh and between else ()
+    planner = Planner(dataclasses.replace(state.costs, absent=state.absent - frozenset(gone)), thorough=False)
+    plan, how, moved = state.plan, "plan", 0.0
+    try:
+        for p in gone:
+            assert plan is not None
+            if p not in {*plan.spares, *(q for each in plan.pipelines for q in each.order)}:
+                continue
+            planner, mended = after_quit(planner, plan, p)
+            plan, how, moved = mended.plan, mended.how, moved + mended.moved_bytes
+        if state.plan is None:
+            plan = planner.best()
+    except ValueError:
+        plan = None  # nothing holds the model until somebody joins
+    return (Planned(at_s=now, epoch=state.epoch + 1, plan=plan, how=how, moved_bytes=moved),)
+
+
+def _welcomed(state: State, now: float) -> tuple[Event, ...]:
+    """The plan with those that have joined: in a new epoch where one of them has a stage now, else as spares."""
+    assert state.plan is not None
+    used = {p for each in state.plan.pipelines for p in each.order}
+    spares = [p for p in range(len(state.providers)) if p not in state.absent and p not in used]
+    plan = dataclasses.replace(state.plan, spares=tuple(p for p in spares if p != state.fresh[-1]))
+    found = after_join(Planner(state.costs, thorough=False), plan, state.fresh[-1])
+    return (Planned(at_s=now, epoch=state.epoch + 1, plan=found.plan, how=found.how, moved_bytes=found.moved_bytes),)
+
+
+def _committed(state: State, now: float) -> tuple[Event, ...]:
+    if state.plan is None or state.phase != COMPUTING or not state.said >= state.owners:
+        return ()
+    return (Committed(at_s=now, epoch=state.epoch, step=state.step + 1),)
+
+
+def _began(state: State, now: float) -> tuple[Event, ...]:
+    if state.plan is None or state.phase != HOLDING or not state.said >= state.owners:
+        return ()
+    return (Began(at_s=now, epoch=state.epoch, step=state.step + 1),)

@@ -1,0 +1,261 @@
+"""What a stage costs a provider: the time of its device and of its two lines, and its memory.
+
+Of stage [i, j) of a chain on provider p, between `before` and `after`, in a micro-batch:
+
+    compute   passes x (work of the stage) / (efficiency x peak), and, where the optimizer is on the host, its way there
+    send      ahead[j] beta(p, after) + back[i] beta(p, before)      one line out: one message at a time
+    receive   ahead[i] beta(before, p) + back[j] beta(after, p)      one line in
+    slowest   the largest of the three: what a full pipeline waits for
+
+`passes` is 1 for inference, 3 for training (a backward pass is twice a forward one) and 4 with recomputation. Memory is
+weights, gradients and optimizer state, and what each of the micro-batches that are on their way keeps: what operators
+save for the backward pass and what was received, or with recomputation that of one micro-batch and what was received.
+How many are on their way is the schedule's: all in GPipe; in 1F1B as many as there are stages from here to the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsys.decentral.chain import Chain, Numbers
+from llmsys.decentral.fleet import GIB, Fleet, Provider
+
+SCHEDULES = ("gpipe", "1f1b")
+HOST_BYTES_PER_S = 20e9
+"""Of an optimizer's state on a host of the kind that has a consumer GPU: two channels of DDR4, half of their peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """`micro_batches` of a step in each pipeline. `gradient`, `optimizer`: bytes of these for a byte of weights (fp32
+    and AdamW: 1 and 2; bf16 with fp32 master weights: 1 and 6). `offload`: the optimizer may be on the host, where a
+    stage does not fit otherwise. `private`: operators that only trusted providers may run, by place: the first and the
+    last so many. `regions`: where providers may be; empty: anywhere. `min_mbit`: lines of less are left alone."""
+
+    train: bool = True
+    micro_batches: int = 8
+    schedule: str = "1f1b"
+    gradient: float = 1.0
+    optimizer: float = 2.0
+    recompute: bool = False
+    offload: bool = False
+    private: tuple[int, int] = (0, 0)
+    regions: tuple[str, ...] = ()
+    min_mbit: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule}: must be one of {', '.join(SCHEDULES)}")
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches={self.micro_batches}: must be 1 or more")
+        for key in ("gradient", "optimizer", "min_mbit"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: must be 0 or more")
+        if min(self.private) < 0:
+            raise ValueError(f"private={list(self.private)}: must be 0 or more")
+
+    @property
+    def passes(self) -> float:
+        return (4.0 if self.recompute else 3.0) if self.train else 1.0
+
+    def in_flight(self, stages_after: int) -> int:
+        """Micro-batches that a stage keeps, with so many behind it."""
+        if not self.train:
+            return 1
+        return self.micro_batches if self.schedule == "gpipe" else min(self.micro_batches, stages_after + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one stage; seconds of a micro-batch, bytes."""
+
+    compute_s: float
+    send_s: float
+    receive_s: float
+    device_bytes: float
+    host_bytes: float = 0.0
+
+    @property
+    def slowest_s(self) -> float:
+        return max(self.compute_s, self.send_s, self.receive_s)
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """A chain, a fleet and a workload, with sums from the chain's beginning, so that a stage's cost is a difference.
+    `absent`: places of providers that have gone, which the others keep theirs after. `factors`: of what goes from one
+    provider to another between stages, the share that is sent (`adatopk`)."""
+
+    chain: Chain
+    fleet: Fleet
+    work: Workload
+    absent: frozenset[int] = frozenset()
+    factors: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Of pipelines, what has been computed: a part of no result, and good as long as nobody's place is another's."""
+
+    @functools.cached_property
+    def flops(self) -> Numbers:
+        """Of a micro-batch up to each position, all passes."""
+        return _sums(self.chain.work) * self.work.passes
+
+    @functools.cached_property
+    def weights(self) -> Numbers:
+        """Bytes up to each position; of a tied parameter at each of its readers."""
+        return _sums(self.chain.weights)
+
+    @functools.cached_property
+    def ahead(self) -> Numbers:
+        return self.chain.ahead
+
+    @functools.cached_property
+    def back(self) -> Numbers:
+        """What goes back: nothing, where nothing is trained."""
+        return self.chain.back if self.work.train else np.zeros_like(self.chain.back)
+
+    @functools.cached_property
+    def usable(self) -> tuple[int, ...]:
+        """Providers that are there and that the workload allows, by place."""
+        given = ((at, each) for at, each in enumerate(self.fleet.providers) if at not in self.absent)
+        return tuple(at for at, each in given if not self.work.regions or each.region in self.work.regions)
+
+    @functools.cached_property
+    def private(self) -> Numbers:
+        """How many private operators are before each position."""
+        first, last = self.work.private
+        flags = np.zeros(self.chain.count)
+        flags[:first] = 1
+        flags[max(0, self.chain.count - last) :] = 1
+        return _sums(flags)
+
+    def per_weight(self, offload: bool) -> float:
+        """Bytes on the device for a byte of weights."""
+        if not self.work.train:
+            return 1.0
+        return 1.0 + self.work.gradient + (0.0 if offload else self.work.optimizer)
+
+    def memory(self, in_flight: int, offload: bool) -> Numbers:
+        """Bytes on the device up to each position, without what is received."""
+        kept = 0.0 if not self.work.train else 1.0 if self.work.recompute else float(in_flight)
+        each = self.per_weight(offload)
+        if ("memory", kept, each) not in self.known:
+            sums = self.weights * each + _sums(self.chain.held) + _sums(self.chain.saved) * kept
+            self.known["memory", kept, each] = sums
+        found: Numbers = self.known["memory", kept, each]
+        return found
+
+    def received(self, begin: int, in_flight: int) -> float:
+        """Bytes of what came in."""
+        return float(self.ahead[begin]) * in_flight
+
+    def shared(self, begin: int, end: int) -> float:
+        """Bytes of weights that are counted twice within a stage."""
+        return sum(nbytes for p, q, nbytes in self.chain.ties if begin <= p and q < end)
+
+    def device_bytes(self, begin: int, end: int, in_flight: int, offload: bool = False) -> float:
+        sums = self.memory(in_flight, offload)
+        own = float(sums[end] - sums[begin]) - self.shared(begin, end) * self.per_weight(offload)
+        return own + self.received(begin, in_flight)
+
+    def host_bytes(self, begin: int, end: int) -> float:
+        """With the optimizer on the host."""
+        weights = float(self.weights[end] - self.weights[begin]) - self.shared(begin, end)
+        return weights * self.work.optimizer
+
+    def offload_s(self, provider: Provider) -> float:
+        """A byte of weights, in a micro-batch: its gradient down and itself up, and the state read and written, once a
+        step."""
+        copied = (self.work.gradient + 1.0) / (provider.host_gbps * 1e9)
+        updated = (2 * self.work.optimizer + self.work.gradient + 1.0) / HOST_BYTES_PER_S
+        return (copied + updated) / self.work.micro_batches
+
+    def compute_s(self, p: int, begin: int, end: int, offload: bool = False) -> float:
+        provider = self.fleet.providers[p]
+        seconds = float(self.flops[end] - self.flops[begin]) / provider.flops
+        if offload:
+            seconds += float(self.weights[end] - self.weights[begin]) * self.offload_s(provider)
+        return seconds
+
+    def beta(self, p: int | None, q: int | None) -> float:
+        """Seconds a byte; 0 where there is nobody, infinite where the workload does not take the line."""
+        if p is None or q is None:
+            return 0.0
+        beta = self.fleet.beta_s(p, q)
+        return beta * self.factors.get((p, q), 1.0) if 8e-6 / beta >= self.work.min_mbit else math.inf
+
+    def offloads(self, p: int, begin: int, end: int, in_flight: int) -> bool | None:
+        """Whether the stage needs the host's memory; None where it does not fit, or p may not have it."""
+        provider = self.fleet.providers[p]
+        if not provider.trusted and self.private[end] > self.private[begin]:
+            return None
+        if self.device_bytes(begin, end, in_flight) <= provider.mem_gib * GIB:
+            return False
+        if not (self.work.offload and self.work.train):
+            return None
+        fits = self.device_bytes(begin, end, in_flight, True) <= provider.mem_gib * GIB
+        return True if fits and self.host_bytes(begin, end) <= provider.host_gib * GIB else None
+
+    def stage(self, order: Sequence[int], cuts: Sequence[int], at: int) -> Cost | None:
+        """Of the stage `at` of a pipeline of providers `order`, cut at `cuts` (0 and the end among them); None where
+        its provider cannot hold it, or may not."""
+        p, begin, end = order[at], cuts[at], cuts[at + 1]
+        before = order[at - 1] if at else None
+        after = order[at + 1] if at + 1 < len(order) else None
+        in_flight = self.work.in_flight(len(order) - 1 - at)
+        offload = self.offloads(p, begin, end, in_flight)
+        if offload is None:
+            return None
+        ahead, back = self.ahead, self.back
+        return Cost(
+            compute_s=self.compute_s(p, begin, end, offload),
+            send_s=_times(ahead[end], self.beta(p, after)) + _times(back[begin], self.beta(p, before)),
+            receive_s=_times(ahead[begin], self.beta(before, p)) + _times(back[end], self.beta(after, p)),
+            device_bytes=self.device_bytes(begin, end, in_flight, offload),
+            host_bytes=self.host_bytes(begin, end) if offload else 0.0,
+        )
+
+    def stages(self, order: Sequence[int], cuts: Sequence[int]) -> list[Cost] | None:
+        """Of all; None where one of them cannot be."""
+        found = [self.stage(order, cuts, at) for at in range(len(order))]
+        return [each for each in found if each is not None] if None not in found else None
+
+    def slowest_s(self, order: Sequence[int], cuts: Sequence[int]) -> float:
+        """Of a pipeline: seconds between micro-batches when it is full; infinite where it cannot be."""
+        found = self.stages(order, cuts)
+        return math.inf if found is None else max(each.slowest_s for each in found)
+
+    def latency_s(self, order: Sequence[int], cuts: Sequence[int]) -> float:
+        """Of one micro-batch alone through the pipeline, and back where it is trained; infinite likewise."""
+        key = ("latency", tuple(order), tuple(cuts))
+        if key not in self.known:
+            self.known[key] = self._latency_s(order, cuts)
+        return float(self.known[key])
+
+    def _latency_s(self, order: Sequence[int], cuts: Sequence[int]) -> float:
+        found = self.stages(order, cuts)
+        if found is None:
+            return math.inf
+        total = sum(each.compute_s for each in found)
+        for at, (p, q) in enumerate(itertools.pairwise(order)):
+            cut = cuts[at + 1]
+            total += self.fleet.alpha_s(p, q) + _times(self.ahead[cut], self.beta(p, q))
+            if self.work.train:
+                total += self.fleet.alpha_s(q, p) + _times(self.back[cut], self.beta(q, p))
+        return total
+
+
+def _sums(values: NDArray[np.float64]) -> Numbers:
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def _times(nbytes: float, beta: float) -> float:
+    """0 bytes take no time on a line that does not exist."""
+    return float(nbytes) * beta if nbytes else 0.0

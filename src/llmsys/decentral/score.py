@@ -1,0 +1,129 @@
+"""What a set of pipelines comes to: the time of a step, how micro-batches are shared out, what it is to agree.
+
+Replicas of the pipeline train on micro-batches of their own and add up their gradients at the end of a step: each stage
+with the providers that hold the same operators in the next pipeline, round a ring or up and down a tree, whichever is
+faster (`cost.links`). A pipeline of n micro-batches takes as long as one alone, and n - 1 times its slowest stage more.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmsys.cost.links import Line
+from llmsys.decentral.cost import Costs
+from llmsys.decentral.order import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """`shares`: micro-batches of a step by pipeline. `step_s`, of which `sync_s` the replicas add up gradients; without
+    training the time of so many micro-batches in full pipelines."""
+
+    shares: tuple[int, ...]
+    step_s: float
+    sync_s: float
+
+    @property
+    def per_s(self) -> float:
+        """Micro-batches a second."""
+        return sum(self.shares) / self.step_s
+
+
+def score(costs: Costs, pipelines: Sequence[Pipeline]) -> Score:
+    """Of pipelines whose `seconds` are their slowest stages. A pipeline that would only delay a step has a share of 0,
+    and none where GPipe's memory was planned for equal shares."""
+    work = costs.work
+    slowest = [each.seconds for each in pipelines]
+    if not work.train:
+        rate = sum(1 / each for each in slowest)
+        counts = np.floor(work.micro_batches / np.array(slowest) / rate).astype(int)
+        counts[: work.micro_batches - int(counts.sum())] += 1
+        return Score(shares=tuple(counts.tolist()), step_s=work.micro_batches / rate, sync_s=0.0)
+    alone = [costs.latency_s(each.order, each.cuts) for each in pipelines]
+    shares = _shares(alone, slowest, work.micro_batches, equal=work.schedule == "gpipe")
+    used = [at for at, share in enumerate(shares) if share]
+    steps = [alone[at] + (shares[at] - 1) * slowest[at] for at in used]
+    sync = sync_s(costs, [pipelines[at] for at in used])
+    return Score(shares=tuple(shares), step_s=max(steps) + sync, sync_s=sync)
+
+
+def _shares(alone: Sequence[float], slowest: Sequence[float], total: int, equal: bool) -> list[int]:
+    """Whole numbers that end the last pipeline soonest."""
+    count = len(alone)
+    if equal:
+        return [total // count + (at < total % count) for at in range(count)]
+    low, high = 0.0, max(alone) + total * max(slowest)
+    first, each = np.array(alone), np.array(slowest)
+    for _ in range(60):
+        limit = (low + high) / 2
+        if np.maximum(np.floor((limit - first) / each) + 1, 0).sum() >= total:
+            high = limit
+        else:
+            low = limit
+    shares = np.maximum(np.floor((low - first) / each) + 1, 0).astype(int)
+    left = [(first[at] + shares[at] * each[at], at) for at in range(count)]
+    heapq.heapify(left)
+    for _ in range(total - int(shares.sum())):
+        ends, at = heapq.heappop(left)
+        shares[at] += 1
+        heapq.heappush(left, (ends + each[at], at))
+    return [int(share) for share in shares]
+
+
+def sync_s(costs: Costs, pipelines: Sequence[Pipeline]) -> float:
+    """Seconds until all replicas have the sum of their gradients; of the provider that takes longest."""
+    count = len(pipelines)
+    if count < 2 or not costs.work.train:
+        return 0.0
+    found = [_neighbours(costs, own, pipelines[(at + 1) % count]) for at, own in enumerate(pipelines)]
+    longest, alpha = (max(each[k] for each in found) for k in (0, 1))
+    return Line(alpha, 1.0).best("all_reduce", longest, count)[0]
+
+
+def _neighbours(costs: Costs, own: Pipeline, then: Pipeline) -> tuple[float, float]:
+    """(seconds that the busiest line is busy for when `own` sends all of its gradients to `then` once, the longest
+    latency between them)."""
+    key = ("sum", own.order, own.cuts, then.order, then.cuts)
+    if key in costs.known:
+        found: tuple[float, float] = costs.known[key]
+        return found
+    sent: dict[int, float] = {}
+    came: dict[int, float] = {}
+    alpha = 0.0
+    for p, (begin, end) in zip(own.order, itertools.pairwise(own.cuts), strict=True):
+        place = bisect_right(then.cuts, begin) - 1
+        while place < len(then.order) and then.cuts[place] < end:
+            q = then.order[place]
+            low, high = max(begin, then.cuts[place]), min(end, then.cuts[place + 1])
+            nbytes = float(costs.weights[high] - costs.weights[low]) * costs.work.gradient
+            seconds = nbytes * costs.fleet.beta_s(p, q)
+            sent[p] = sent.get(p, 0.0) + seconds
+            came[q] = came.get(q, 0.0) + seconds
+            alpha = max(alpha, costs.fleet.alpha_s(p, q))
+            place += 1
+    costs.known[key] = (max(*sent.values(), *came.values()), alpha)
+    return max(*sent.values(), *came.values()), alpha
+
+
+def share_of(costs: Costs, pipelines: Sequence[Pipeline]) -> list[float]:
+    """Of each pipeline, the least seconds that adding up takes with others: its own lines', whoever is next."""
+    found = []
+    for each in pipelines:
+        worst = 0.0
+        for p, begin, end in zip(each.order, each.cuts, each.cuts[1:], strict=False):
+            provider = costs.fleet.providers[p]
+            nbytes = float(costs.weights[end] - costs.weights[begin]) * costs.work.gradient
+            worst = max(worst, 2 * nbytes * 8e-6 / min(provider.up_mbit, provider.down_mbit))
+        found.append(worst)
+    return found
+
+
+def per_second(costs: Costs, pipelines: Sequence[Pipeline]) -> float:
+    """Micro-batches a second; 0 without pipelines."""
+    return score(costs, pipelines).per_s if pipelines else 0.0

@@ -1,0 +1,310 @@
+"""A job on providers that come and go, by a virtual clock: the broker's own code, and a world that answers it.
+
+The world is what `churn` says and what `cost` predicts. A provider that is told a plan fetches the weights and the
+optimizer state that it lacks over its line, and holds; told to begin, it is done after its pipeline's share of the
+step; told to commit, it applies at once. Whoever is hung says nothing until it wakes, and then says what it would have
+said, of an epoch that may be past. The broker hears beats every half second, and that somebody is silent only after
+its patience.
+
+After every event the promises are checked (`Broken`): committed steps only ever grow by one, each stage has one owner
+in an epoch and an epoch one plan, no stage is without an owner when a step begins, nobody has more than its memory
+holds, and a step is committed only when every owner has prepared it in that epoch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from llmsys.decentral import broker
+from llmsys.decentral.broker import Job, State
+from llmsys.decentral.churn import Churn, Turn, turns
+from llmsys.decentral.events import Beat, Began, Committed, Event, Held, Joined, Left, Lost, Planned, Prepared
+from llmsys.decentral.fleet import GIB, Fleet
+from llmsys.decentral.plan import Plan
+
+BEAT_S = 0.5
+
+
+Said = tuple[Event, dict[int, int]]
+"""What is said in the name of providers, and in which of their lives."""
+
+
+class Broken(AssertionError):
+    """A promise that was not kept."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """Of `seconds` on the virtual clock. `committed` steps; `lost_steps`: of those under way when somebody went, which
+    were begun again. `goodput`: micro-batches a second of committed steps; `ideal` with nobody ever gone. Seconds spent
+    `computing` steps that were committed, `wasted` on those that were not, `holding` (fetching), and `stuck` without a
+    plan. `repairs` by how. `found_s`: from each silence until it was a loss. `usd`, `joule` of all at work."""
+
+    seconds: float = 0.0
+    committed: int = 0
+    lost_steps: int = 0
+    micro_batches: int = 0
+    ideal_per_s: float = 0.0
+    computing_s: float = 0.0
+    wasted_s: float = 0.0
+    holding_s: float = 0.0
+    stuck_s: float = 0.0
+    moved_bytes: float = 0.0
+    repairs: dict[str, int] = field(default_factory=dict)
+    found_s: list[float] = field(default_factory=list)
+    usd: float = 0.0
+    joule: float = 0.0
+
+    @property
+    def goodput_per_s(self) -> float:
+        return self.committed * self.micro_batches / self.seconds if self.seconds else 0.0
+
+
+def simulate(job: Job, fleet: Fleet, churn: Churn, seconds: float, seed: int, begin: int | None = None) -> Outcome:
+    """`begin`: so many of the fleet are there at first; None: all."""
+    return World(job, fleet, churn, seconds, seed, begin).run()
+
+
+class World:
+    """One run; `state` is the broker's, all else is what is true."""
+
+    def __init__(
+        self, job: Job, fleet: Fleet, churn: Churn, seconds: float, seed: int, begin: int | None = None
+    ) -> None:
+        self.fleet, self.churn, self.until = fleet, churn, seconds
+        self.state = State(job=job)
+        self.names = [each.name for each in fleet.providers]
+        self.at = {name: place for place, name in enumerate(self.names)}
+        initially = range(len(fleet)) if begin is None else range(begin)
+        self.up, self.hung, self.slow = set(initially), set[int](), set[int]()
+        self.lives = dict.fromkeys(range(len(fleet)), 0)  # how often each has gone: what an earlier one said is lost
+        self.waiting: dict[int, list[Event]] = {}  # what the hung will say
+        self.spans: dict[int, tuple[int, int]] = {}  # operators that each has the parameters of
+        self.prepared: set[tuple[str, int, int]] = set()
+        self.holds: set[tuple[str, int, int]] = set()
+        self.silent_s: dict[str, float] = {}
+        self.outcome = Outcome(seconds=seconds, micro_batches=job.work.micro_batches)
+        self.churning = turns(len(fleet), churn, seed, initially)
+        self.queue: list[tuple[float, int, Turn | Said | None]] = []
+        self.numbers = itertools.count()
+        self.began_s = self.since_s = self.since_plan_s = 0.0
+
+    def run(self) -> Outcome:
+        """Until the time is over."""
+        for place in sorted(self.up):
+            self._hear(Joined(at_s=0.0, provider=self.fleet.providers[place]))
+        self._settle(0.0)
+        if self.state.plan is not None:
+            self.outcome.ideal_per_s = self.state.plan.per_s
+        self._next_turn()
+        while self.queue:
+            now, _, given = heapq.heappop(self.queue)
+            if now > self.until:
+                break
+            if isinstance(given, Turn):
+                self._turn(given)
+                self._next_turn()
+            elif given is not None:
+                self._deliver(*given, now)
+            self._settle(now)
+        self._charge(self.until)
+        return self.outcome
+
+    # --- what happens to providers ---
+
+    def _turn(self, turn: Turn) -> None:
+        place, now, name = turn.place, turn.at_s, self.names[turn.place]
+        if turn.what in ("slows", "recovers"):
+            (self.slow.add if turn.what == "slows" else self.slow.discard)(place)
+        elif turn.what == "hangs":
+            self.hung.add(place)
+            self._silent(name, now)
+        elif turn.what == "wakes":
+            self.hung.discard(place)
+            self.silent_s.pop(name, None)
+            for event in self.waiting.pop(place, []):
+                self._hear(event)
+            if name not in self.state.present:  # it has been given up, and begins as anybody who comes
+                self._hear(Joined(at_s=now, provider=self.fleet.providers[place]))
+        elif turn.what == "joins":
+            self.up.add(place)
+            self._hear(Joined(at_s=now, provider=self.fleet.providers[place]))
+        else:
+            self.up.discard(place)
+            self.slow.discard(place)
+            self.spans.pop(place, None)
+            self.lives[place] += 1
+            if turn.what == "leaves":
+                self._hear(Left(at_s=now, name=name))
+            else:
+                self._silent(name, now)
+
+    def _silent(self, name: str, now: float) -> None:
+        """The broker is to look when its patience is over."""
+        self.silent_s[name] = now
+        self._push(now + self.state.job.patience_s + BEAT_S)
+
+    def _deliver(self, event: Event, lives: dict[int, int], now: float) -> None:
+        """What providers say: those that still live; those that hang say it later."""
+        assert isinstance(event, (Held, Prepared))
+        there = {place for place, life in lives.items() if self.lives[place] == life}
+        for place in there & self.hung:
+            self.waiting.setdefault(place, []).append(self._of(event, {place}, now))
+        speaking = there - self.hung
+        kind = self.holds if isinstance(event, Held) else self.prepared
+        kind.update((self.names[place], event.epoch, event.step) for place in there)
+        if isinstance(event, Held) and event.epoch == self.state.epoch and self.state.plan is not None:
+            spans = {self._place(p): span for p, span in _spans(self.state.plan).items()}
+            self.spans |= {place: spans[place] for place in there if place in spans}
+        if speaking:
+            self._hear(self._of(event, speaking, now))
+
+    def _of(self, event: Held | Prepared, places: set[int], now: float) -> Event:
+        return type(event)(at_s=now, names=frozenset(self.names[p] for p in places), epoch=event.epoch, step=event.step)
+
+    # --- what the broker hears and says ---
+
+    def _hear(self, event: Event) -> None:
+        self.state = broker.apply(self.state, event)
+
+    def _settle(self, now: float) -> None:
+        beaten = frozenset(self.names[place] for place in self.up - self.hung)
+        self._hear(Beat(at_s=math.floor(now / BEAT_S) * BEAT_S, names=beaten))
+        while said := broker.decide(self.state, now):
+            for event in said:
+                before = self.state
+                self._check(event, before)
+                self._hear(event)
+                self._follow(event, before, now)
+
+    def _follow(self, event: Event, before: State, now: float) -> None:
+        """What the world does when the broker says something."""
+        if isinstance(event, Planned):
+            self._charge(now)
+            if before.phase == broker.COMPUTING:
+                self.outcome.lost_steps += 1
+                self.outcome.wasted_s += now - self.began_s
+            self.outcome.repairs[event.how] = self.outcome.repairs.get(event.how, 0) + 1
+            self.outcome.moved_bytes += event.moved_bytes
+            if event.plan is not None:
+                self._fetch(event.plan, event.epoch, now)
+        elif isinstance(event, Lost):
+            self.outcome.found_s.append(now - self.silent_s.pop(event.name, now))
+        elif isinstance(event, Began):
+            self.outcome.holding_s += now - self.since_s
+            self.began_s = now
+            assert self.state.plan is not None
+            lives = self._lives(self.state.plan)
+            done = Prepared(at_s=now, names=frozenset(), epoch=event.epoch, step=event.step)
+            self._push(now + self._step_s(self.state.plan), (done, lives))
+        elif isinstance(event, Committed):
+            self.outcome.committed += 1
+            self.outcome.computing_s += now - self.began_s
+            self.since_s = now
+            assert self.state.plan is not None
+            held = Held(at_s=now, names=frozenset(), epoch=event.epoch, step=event.step)
+            self._push(now, (held, self._lives(self.state.plan)))
+
+    def _fetch(self, plan: Plan, epoch: int, now: float) -> None:
+        """Each owner gets what it lacks over its own line, and holds."""
+        costs = self.state.costs
+        state = 1 + (costs.work.optimizer if costs.work.train else 0.0)
+        lives = self._lives(plan)
+        for p, (begin, end) in _spans(plan).items():
+            place = self._place(p)
+            low, high = self.spans.get(place, (begin, begin))
+            inside = (max(begin, low), min(end, high))
+            kept = float(costs.weights[inside[1]] - costs.weights[inside[0]]) if inside[0] < inside[1] else 0.0
+            nbytes = (float(costs.weights[end] - costs.weights[begin]) - kept) * state
+            seconds = nbytes * 8e-6 / self.fleet.providers[place].down_mbit
+            held = Held(at_s=now, names=frozenset(), epoch=epoch, step=self.state.step)
+            self._push(now + seconds, (held, {place: lives[place]}))
+
+    def _step_s(self, plan: Plan) -> float:
+        """With whoever is slow now."""
+        costs, ends = self.state.costs, [0.0]
+        for each, share in zip(plan.pipelines, plan.score.shares, strict=True):
+            stages = costs.stages(each.order, each.cuts)
+            assert stages is not None
+            factors = [self.churn.slowdown if self._place(p) in self.slow else 1.0 for p in each.order]
+            slowest = max(max(s.compute_s * f, s.send_s, s.receive_s) for s, f in zip(stages, factors, strict=True))
+            late = sum(s.compute_s * (f - 1) for s, f in zip(stages, factors, strict=True))
+            ends.append(costs.latency_s(each.order, each.cuts) + late + (share - 1) * slowest)
+        return max(ends) + plan.score.sync_s
+
+    def _charge(self, now: float) -> None:
+        """For the time since the last plan."""
+        spent, plan = now - self.since_plan_s, self.state.plan
+        self.since_plan_s = now
+        if plan is None:
+            self.outcome.stuck_s += spent
+            return
+        for p in _spans(plan):
+            provider = self.state.providers[p]
+            self.outcome.usd += (provider.usd_per_hour or 0.0) * spent / 3600
+            self.outcome.joule += (provider.watts or 0.0) * spent
+
+    # --- the promises ---
+
+    def _check(self, event: Event, before: State) -> None:
+        """Raises `Broken`."""
+        if isinstance(event, Planned):
+            if event.epoch != before.epoch + 1:
+                raise Broken(f"epoch {event.epoch} follows {before.epoch}")
+            if event.plan is not None:
+                self._check_plan(event.plan, before)
+        elif isinstance(event, Began):
+            if not before.owners <= before.present:
+                raise Broken(f"step {event.step} begins without {min(before.owners - before.present)}")
+            lacking = [name for name in before.owners if (name, before.epoch, before.step) not in self.holds]
+            if event.step != before.step + 1 or lacking:
+                raise Broken(f"step {event.step} begins after {before.step}; {lacking} do not hold it")
+        elif isinstance(event, Committed):
+            lacking = [name for name in before.owners if (name, before.epoch, event.step) not in self.prepared]
+            if event.step != before.step + 1 or lacking:
+                raise Broken(f"step {event.step} is committed after {before.step}; {lacking} have not prepared it")
+        elif isinstance(event, Lost) and self.at[event.name] in self.up - self.hung:
+            raise Broken(f"{event.name} is there, and was given up")
+
+    def _check_plan(self, plan: Plan, before: State) -> None:
+        costs, seen = before.costs, set[int]()
+        for each in plan.pipelines:
+            if each.cuts[0] != 0 or each.cuts[-1] != costs.chain.count or len(each.cuts) != len(each.order) + 1:
+                raise Broken(f"a pipeline cut at {each.cuts}: a stage has no owner")
+            if seen & set(each.order) or len(set(each.order)) != len(each.order):
+                raise Broken(f"a provider of {each.order} owns two stages")
+            seen |= set(each.order)
+            stages = costs.stages(each.order, each.cuts)
+            limits = [costs.fleet.providers[p].mem_gib * GIB for p in each.order]
+            if stages is None or any(s.device_bytes > limit for s, limit in zip(stages, limits, strict=True)):
+                raise Broken(f"a provider of {each.order} has more than its memory holds")
+        if seen & before.absent:
+            raise Broken(f"provider {min(seen & before.absent)} has gone, and owns a stage")
+
+    # --- places: the broker numbers providers as they join, the world as they are in its fleet ---
+
+    def _place(self, p: int) -> int:
+        return self.at[self.state.providers[p].name]
+
+    def _lives(self, plan: Plan) -> dict[int, int]:
+        return {self._place(p): self.lives[self._place(p)] for p in _spans(plan)}
+
+    def _push(self, at_s: float, given: Turn | Said | None = None) -> None:
+        """A turn, what somebody says, or nothing but that the broker looks."""
+        heapq.heappush(self.queue, (at_s, next(self.numbers), given))
+
+    def _next_turn(self) -> None:
+        turn = next(self.churning)
+        self._push(turn.at_s, turn)
+
+
+def _spans(plan: Plan) -> dict[int, tuple[int, int]]:
+    """Operators of each provider that has a stage, by its place with the broker."""
+    pairs: Iterator[tuple[int, tuple[int, int]]] = (
+        (p, span) for each in plan.pipelines for p, span in zip(each.order, itertools.pairwise(each.cuts), strict=True)
+    )
+    return dict(pairs)

@@ -1,0 +1,200 @@
+"""Cuts of a given order, fast: each stage as long as its time and its memory allow, one after another.
+
+Within a time T for the slowest stage a provider takes all operators that it can, back to the last position whose
+messages are short enough. That is not always the best (`cuts` is), but a fleet of thousands is gone through in
+milliseconds. Providers whose lines are too slow for T at any cut are passed over.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmsys.decentral.cost import Costs
+from llmsys.decentral.fleet import GIB
+from llmsys.decentral.order import neighbours
+
+STEPS, NEAR = 12, 1.001
+"""Of the bisection, at most; and over the lower bound what is near enough."""
+
+
+LESS, TRIES = 0.999, 2400
+"""What an order has to save, as a share of the slowest stage; how many stages a local search walks, at most."""
+Walked = tuple[list[int], list[int], float]
+"""(providers, cuts, the slowest stage)."""
+
+
+class Walk:
+    """`costs` as plain lists, which are read faster one by one."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        places = costs.chain.places
+        self.places: list[int] = places.tolist()
+        self.flops: list[float] = costs.flops[places].tolist()
+        self.ahead: list[float] = costs.ahead[places].tolist()
+        self.back: list[float] = costs.back[places].tolist()
+        self.private: list[float] = costs.private[places].tolist()
+        inner = slice(1, -1)
+        self.least_ahead = min(self.ahead[inner], default=0.0)
+        self.least_back = min(self.back[inner], default=0.0)
+        self.memory: dict[tuple[int, bool], list[float]] = {}
+        self.betas: dict[tuple[int, int], float] = {}
+        self.weights: list[float] = costs.weights[places].tolist()
+        # a stage has both readers that begins at or before the first one's operator, and ends behind the second's
+        self.ties = [
+            (
+                int(np.searchsorted(places, p, side="right")) - 1,
+                int(np.searchsorted(places, q, side="right")) - 1,
+                nbytes,
+            )
+            for p, q, nbytes in sorted(costs.chain.ties, key=lambda tie: tie[1])
+        ]
+
+    def best(self, order: Sequence[int], below: float = math.inf, steps: int = STEPS) -> Walked | None:
+        """Of those of `order`, in order, in less than `below`; None where there is no way. In `steps` of bisection."""
+        if not order:
+            return None
+        low = self.flops[-1] / sum(self.costs.fleet.providers[p].flops for p in order)
+        found = self.within(order, min(low * 2, below)) or self.within(order, below)
+        if found is None:
+            return None
+        order, cuts, _ = self._refined(order, found, low, steps)
+        seconds = self.costs.slowest_s(order, cuts)
+        return (order, cuts, seconds) if seconds < below else None
+
+    def improved(self, found: Walked, members: Sequence[int], tries: int = TRIES) -> Walked:
+        """By local search: neighbouring orders, each tried at a little less than the slowest stage has; at most `tries`
+        stages are walked."""
+        while tries > 0:
+            for order in neighbours(tuple(found[0]), members):
+                tries -= len(order)
+                better = self.within(order, found[2] * LESS)
+                if better is not None:
+                    found = self._refined(order, better, found[2] / 2, STEPS)
+                    break
+                if tries < 0:
+                    break
+            else:
+                break
+        return found[0], found[1], self.costs.slowest_s(found[0], found[1])
+
+    def sooner(self, found: Walked, members: Sequence[int]) -> Walked:
+        """As fast, and a micro-batch is through sooner, which a step waits for once: by local search likewise."""
+        tries, alone = TRIES, self.costs.latency_s(found[0], found[1])
+        while tries > 0:
+            for order in neighbours(tuple(found[0]), members):
+                tries -= 2 * len(order)
+                other = self.within(order, found[2])
+                if other is not None and (after := self.costs.latency_s(other[0], other[1])) < alone * LESS:
+                    found, alone = other, after
+                    break
+                if tries < 0:
+                    break
+            else:
+                break
+        return found[0], found[1], self.costs.slowest_s(found[0], found[1])
+
+    def within(self, order: Sequence[int], limit: float) -> Walked | None:
+        """With no stage over `limit`, of those of `order`, in order; the first that suffice. One that can have no stage
+        between its neighbours is passed over, and the stage before it is cut for the next."""
+        left = [p for p in order if self._passes(p, limit)] if len(order) > 1 else list(order)
+        ahead, back, last = self.ahead, self.back, len(self.places) - 1
+        # of each stage so far: where it begins, seconds of the line there in this direction and back, the slowest yet
+        begun, at = [(0, 0.0, 0.0, 0.0)], 0
+        while at < len(left):
+            p, (begin, came, went, slowest) = left[at], begun[at]
+            reached, plain, each = self._furthest(p, begin, len(left) - 1 - at, limit)
+            if reached >= last:
+                slowest = max(slowest, self._seconds(p, begin, last, each if last > plain else 0.0))
+                cuts = [*(self.places[begin] for begin, *_ in begun), self.places[last]]
+                return left[: at + 1], cuts, slowest
+            if at + 1 == len(left):
+                return None
+            end, out, home = reached, self._beta(p, left[at + 1]), self._beta(left[at + 1], p)
+            while end > begin and (ahead[end] * out + went > limit or back[end] * home + came > limit):
+                end -= 1
+            if end > begin:
+                sent, brought = ahead[end] * out, back[end] * home
+                seconds = self._seconds(p, begin, end, each if end > plain else 0.0)
+                begun.append((end, sent, brought, max(slowest, seconds, sent + went, brought + came)))
+                at += 1
+                continue
+            gone = at if reached <= begin else self._slower(left, at)
+            del left[gone]
+            if gone == at and at > 0:
+                begun.pop()
+                at -= 1
+        return None
+
+    def _refined(self, order: Sequence[int], best: Walked, low: float, steps: int) -> Walked:
+        """Between `low`, below which nothing is, and what was found."""
+        for _ in range(steps):
+            if best[2] <= low * NEAR:
+                break
+            limit = (low + best[2]) / 2
+            found = self.within(order, limit)
+            if found is None:
+                low = limit
+            else:
+                best = found
+        return best
+
+    def _passes(self, p: int, limit: float) -> bool:
+        """Whether p's lines are fast enough for the first stage or for the last, which have one neighbour."""
+        provider, least = self.costs.fleet.providers[p], 8e-6 / limit
+        ahead, back = self.least_ahead * least, self.least_back * least
+        first = ahead <= provider.up_mbit and back <= provider.down_mbit
+        return first or (back <= provider.up_mbit and ahead <= provider.down_mbit)
+
+    def _seconds(self, p: int, begin: int, end: int, each: float) -> float:
+        """Of computing; `each`: FLOPs that a byte of weights costs, whose optimizer is on the host."""
+        work = self.flops[end] - self.flops[begin] + each * (self.weights[end] - self.weights[begin])
+        return work / self.costs.fleet.providers[p].flops
+
+    def _slower(self, order: Sequence[int], at: int) -> int:
+        """Of two neighbours, the place of the one with the slower lines."""
+        one, other = (self.costs.fleet.providers[p] for p in order[at : at + 2])
+        return at + (min(other.up_mbit, other.down_mbit) < min(one.up_mbit, one.down_mbit))
+
+    def _furthest(self, p: int, begin: int, stages_after: int, limit: float) -> tuple[int, int, float]:
+        """(where p's stage may end, as far as computing, memory and trust go; where without the host's memory; FLOPs
+        that a byte of weights costs there)."""
+        costs, provider = self.costs, self.costs.fleet.providers[p]
+        in_flight = costs.work.in_flight(stages_after)
+        reached = bisect_right(self.flops, self.flops[begin] + limit * provider.flops, begin) - 1
+        end = plain = min(reached, self._room(provider.mem_gib, begin, in_flight, False))
+        each = 0.0
+        if costs.work.offload and costs.work.train and end < reached:
+            each = costs.offload_s(provider) * provider.flops
+            most = self.flops[begin] + self.weights[begin] * each + limit * provider.flops
+            sums = range(len(self.flops))
+            slower = bisect_right(sums, most, begin, key=lambda j: self.flops[j] + self.weights[j] * each) - 1
+            host = self.weights[begin] + provider.host_gib * GIB / max(costs.work.optimizer, 1e-9)
+            held = bisect_right(self.weights, host, begin) - 1
+            end = max(end, min(slower, held, self._room(provider.mem_gib, begin, in_flight, True)))
+        if not provider.trusted:
+            end = min(end, bisect_right(self.private, self.private[begin], begin) - 1)
+        return end, plain, each
+
+    def _room(self, mem_gib: float, begin: int, in_flight: int, offload: bool) -> int:
+        key = (in_flight, offload)
+        if key not in self.memory:
+            self.memory[key] = self.costs.memory(in_flight, offload)[self.costs.chain.places].tolist()
+        sums = self.memory[key]
+        most = sums[begin] + mem_gib * GIB - self.ahead[begin] * in_flight
+        end = bisect_right(sums, most, begin) - 1
+        for p, q, nbytes in self.ties:
+            if begin <= p:
+                most += nbytes * self.costs.per_weight(offload)
+                more = bisect_right(sums, most, begin) - 1
+                end = more if more > q else end
+        return end
+
+    def _beta(self, p: int, q: int) -> float:
+        if (p, q) not in self.betas:
+            self.betas[p, q] = self.costs.beta(p, q)
+        return self.betas[p, q]

@@ -1,0 +1,60 @@
+"""Keys and values are variables of a graph: a cut model generates what the whole one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decentral_harness import model, quarters
+
+from llmsys.decentral import cut as cuts
+from llmsys.decentral.chain import chain
+from llmsys.decentral.decode import trace_decoder
+from llmsys.decentral.planes.torch import Run
+
+LENGTH, NEW = 24, 12
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_cut_model_generates_the_models_tokens(family: str, count: int) -> None:
+    own = model(family).eval()
+    prompt = torch.randint(2, 64, (2, 5), generator=torch.Generator().manual_seed(3))
+    expected = own.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    traced = trace_decoder(own, 2, LENGTH)
+    graph, tensors = traced.graph, dict(traced.tensors)
+    assert graph.variables, "caches are variables"
+    assert graph.loss is None
+    stages = cuts.cut(graph, cuts.contiguous(graph, quarters(graph, count)))
+    tokens = prompt
+    for position in range(prompt.shape[1] + NEW - 1):
+        inputs = {"input_ids": tokens[:, position : position + 1], "cache_position": torch.tensor([position])}
+        sent: dict[str, torch.Tensor] = {}
+        for stage in stages:
+            run = Run(graph, stage, tensors, train=False)
+            sent |= run.forward(inputs, sent)
+            tensors |= run.updates
+            logits = run.outputs.get(graph.outputs[0])
+        assert logits is not None
+        if position + 1 == tokens.shape[1]:
+            tokens = torch.cat([tokens, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(tokens, expected)
+
+
+def test_a_cache_is_memory_of_the_stage_that_has_it() -> None:
+    traced = trace_decoder(model("llama"), 2, LENGTH)
+    own = chain(traced.graph)
+    kept = {**traced.graph.variables, **traced.graph.constants}
+    read = {key for node in traced.graph.operators for key in node.tensors}
+    assert own.held.sum() == sum(value.nbytes for key, value in kept.items() if key in read)
+    assert own.held.sum() >= 4 * 2 * 2 * 2 * LENGTH * 8 * 4, (
+        "layers x (keys, values) x rows x heads x length x width, fp32"
+    )
+    assert own.saved.sum() == 0

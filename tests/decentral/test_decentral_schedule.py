@@ -1,0 +1,69 @@
+"""A step's events: nothing is done before what it needs, by nobody twice at a time, and the times are the closed
+forms' where there are some."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+
+import pytest
+
+from llmsys.decentral.schedule import Span, Timing, ends_s, orders, run
+
+
+def timing(stages: int, forward: float = 1.0, backward: float = 2.0, line: float = 0.0, alpha: float = 0.0) -> Timing:
+    lines = [line] * (stages - 1)
+    alphas = [alpha] * (stages - 1)
+    return Timing([forward] * stages, [backward] * stages if backward else [], lines, lines, alphas, alphas)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("stages", "count"), [(1, 1), (1, 5), (4, 2), (4, 8), (7, 20)])
+def test_without_lines_a_step_takes_what_is_known_of_both_schedules(schedule: str, stages: int, count: int) -> None:
+    """(n + S - 1) (f + b): the bubble of GPipe and of 1F1B alike (Narayanan et al., arXiv 2104.04473, 2.2)."""
+    assert ends_s(run(timing(stages), schedule, count)) == pytest.approx((count + stages - 1) * 3.0)
+
+
+def test_inference_fills_the_pipeline_once() -> None:
+    assert ends_s(run(timing(5, backward=0.0, line=0.5, alpha=3.0), "1f1b", 10)) == pytest.approx(5 + 4 * 3.5 + 9)
+
+
+def test_the_slowest_line_sets_the_pace() -> None:
+    assert ends_s(run(timing(3, backward=0.0, line=4.0), "1f1b", 50)) == pytest.approx(3 + 2 * 4 + 49 * 4)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_nothing_is_before_what_it_needs(schedule: str) -> None:
+    own = Timing([1, 3, 2], [2, 4, 5], [0.7, 2.5], [1.1, 0.4], [0.2, 0.0], [0.0, 0.9])
+    spans = run(own, schedule, 6)
+    at = {(span.what, span.stage, span.micro_batch): span for span in spans}
+    assert len(at) == len(spans) == 6 * (3 * 2 + 2 * 2)
+    for m, stage in itertools.product(range(6), range(2)):
+        sent, back = at["ahead", stage, m], at["back", stage + 1, m]
+        assert at["F", stage, m].end_s <= sent.begin_s
+        assert sent.end_s + own.alpha[stage] <= at["F", stage + 1, m].begin_s
+        assert at["B", stage + 1, m].end_s <= back.begin_s
+        assert back.end_s + own.alpha_back[stage] <= at["B", stage, m].begin_s
+    for m, stage in itertools.product(range(6), range(3)):
+        assert at["F", stage, m].end_s <= at["B", stage, m].begin_s
+    busy: dict[tuple[str, int], list[Span]] = defaultdict(list)
+    for span in spans:
+        if span.what in "FB":
+            busy["computes", span.stage].append(span)
+        else:
+            busy["sends", span.stage].append(span)
+            busy["receives", span.stage + (1 if span.what == "ahead" else -1)].append(span)
+    for who, theirs in busy.items():
+        ordered = sorted(theirs, key=lambda span: span.begin_s)
+        assert all(a.end_s <= b.begin_s + 1e-12 for a, b in itertools.pairwise(ordered)), who
+
+
+@pytest.mark.parametrize(("stages", "count"), [(4, 9), (6, 3)])
+def test_1f1b_keeps_no_more_micro_batches_than_there_are_stages_to_the_end(stages: int, count: int) -> None:
+    for stage, todo in enumerate(orders("1f1b", stages, count)):
+        kept = most = 0
+        for what, _ in todo:
+            kept += 1 if what == "F" else -1
+            most = max(most, kept)
+        assert most == min(count, stages - stage)
+        assert sorted(todo) == sorted((what, m) for what in "FB" for m in range(count))
