@@ -28,6 +28,9 @@ LOOKED_INTO = {
     "bench_opportunities": ("opportunities/qkv/roofline_ms", "| qkv |"),
     "bench_predict": ("predicted_step_ms", "| optimizer |"),
     "bench_calibrate": ("scale/forward/work", ""),
+    "decentral_plan": ("micro_batches_per_s", "| stage |"),
+    "decentral_3080_vs_h100": ("critical_mbit", "compression for lines not to matter"),
+    "decentral_simulate_churn": ("200s/committed_steps", "mean time between failures"),
 }
 TRAINED = [
     pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
