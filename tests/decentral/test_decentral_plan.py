@@ -220,7 +220,7 @@ def test_after_a_quit_the_plan_holds_without_the_one_that_went(seed: int) -> Non
 def test_a_spare_of_the_same_kind_takes_one_stage_and_nothing_else_moves() -> None:
     own = Costs(even(12), equal(4, mem_gib=0.05), Workload(micro_batches=16))
     planner = Planner(own)
-    before = planner.made([planner.search.cut((0, 1, 2))])  # type: ignore[list-item]
+    before = planner.made([planner.finder.search.cut((0, 1, 2))])  # type: ignore[list-item]
     assert before.spares == (3,)
     _, found = after_quit(planner, before, 1)
     assert found.how == "spare"
@@ -233,7 +233,7 @@ def test_a_spare_of_the_same_kind_takes_one_stage_and_nothing_else_moves() -> No
 def test_without_a_spare_neighbours_take_what_is_left() -> None:
     own = Costs(even(12), equal(3), Workload(micro_batches=16))
     planner = Planner(own)
-    before = planner.made([planner.search.cut((0, 1, 2))])  # type: ignore[list-item]
+    before = planner.made([planner.finder.search.cut((0, 1, 2))])  # type: ignore[list-item]
     _, found = after_quit(planner, before, 1)
     assert found.how in ("absorb", "recut")
     assert found.moved_bytes == 4 * MB * 3, "only the operators of the one that went are anywhere else"
@@ -253,7 +253,7 @@ def test_of_many_replicas_one_may_end() -> None:
 def test_a_spare_that_goes_changes_nothing() -> None:
     own = Costs(even(12), equal(4), Workload(micro_batches=16))
     planner = Planner(own)
-    before = planner.made([planner.search.cut((0, 1, 2))])  # type: ignore[list-item]
+    before = planner.made([planner.finder.search.cut((0, 1, 2))])  # type: ignore[list-item]
     _, found = after_quit(planner, before, 3)
     assert (found.how, found.moved_bytes, found.plan.spares) == ("none", 0.0, ())
     with pytest.raises(ValueError, match="provider p3: is not in the plan"):
@@ -271,7 +271,7 @@ def test_when_the_last_that_can_hold_it_goes_what_is_missing_is_said() -> None:
 def test_one_that_comes_is_a_spare_until_it_helps() -> None:
     own = Costs(even(12), equal(2), Workload(micro_batches=16))
     planner = Planner(own)
-    before = planner.made([planner.search.cut((0, 1))])  # type: ignore[list-item]
+    before = planner.made([planner.finder.search.cut((0, 1))])  # type: ignore[list-item]
     weak = Provider(name="weak", tflops=0.01, mem_gib=1.0, up_mbit=1000, down_mbit=1000)
     strong = Provider(name="strong", tflops=2.0, mem_gib=1.0, up_mbit=1000, down_mbit=1000)
     for joined, ways in ((weak, ("none",)), (strong, ("insert", "replica"))):

@@ -60,7 +60,7 @@ def compressed(planner: Planner, plan: Plan, density: float, width: int) -> tupl
     kept = densities(line_seconds(planner.costs, plan), density, width)
     factors = {line: factor(each, width) for line, each in kept.items()}
     other = Planner(dataclasses.replace(planner.costs, factors=factors, known={}), planner.objective)
-    again = [other.cut(each.order) for each in plan.pipelines]
+    again = [other.finder.cut(each.order) for each in plan.pipelines]
     return other, other.made([each for each in again if each is not None]), kept
 
 

@@ -20,6 +20,7 @@ from llmsys.decentral import adatopk, fleet_file, fleets, pictures, schedule, sh
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.fleet import GIB, Fleet
+from llmsys.decentral.missing import missing
 from llmsys.decentral.plan import Plan, Planner
 from llmsys.files import write_atomic
 
@@ -43,7 +44,7 @@ def plan(config: schema.Config, context: Context) -> dict[str, Any]:
     planner = Planner(Costs(own, fleet, workload(config)), task.objective)
     found = planner.best(task.replicas or None)
     if found is None:
-        raise ValueError(planner.short())
+        raise ValueError(missing(planner.costs))
     densities: adatopk.Lines = {}
     if task.density < 1:
         planner, found, densities = adatopk.compressed(planner, found, task.density, WIDTHS[config.model.dtype])

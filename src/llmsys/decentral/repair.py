@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmsys.decentral.cost import Costs
+from llmsys.decentral.missing import missing
 from llmsys.decentral.order import Pipeline
 from llmsys.decentral.plan import Plan, Planner
 
@@ -58,7 +59,7 @@ def after_quit(planner: Planner, plan: Plan, gone: int, worth: float = WORTH) ->
     if best < worth * share * plan.per_s and (fresh := left.best()) is not None and fresh.per_s * worth > best:
         return left, Repair(plan=fresh, how="replan", moved_bytes=moved(planner.costs, plan, fresh))
     if not made:
-        raise ValueError(left.short())
+        raise ValueError(missing(left.costs))
     enough = [(moved(planner.costs, plan, found), how, found) for how, found, _ in made if found.per_s >= worth * best]
     nbytes, how, found = min(enough, key=lambda each: each[0])
     return left, Repair(plan=found, how=how, moved_bytes=nbytes)
@@ -74,12 +75,12 @@ def after_join(planner: Planner, plan: Plan, new: int, worth: float = WORTH) -> 
         return best
     enough = plan.per_s / worth
     ways = []
-    if plan.objective == "throughput" and (own := planner.pipeline(spares)) is not None:
+    if plan.objective == "throughput" and (own := planner.finder.pipeline(spares)) is not None:
         ways.append(("replica", (*plan.pipelines, own)))
     slowest = max(plan.pipelines, key=lambda each: each.seconds)
     others = tuple(each for each in plan.pipelines if each is not slowest)
     orders = [(*slowest.order[:at], new, *slowest.order[at:]) for at in range(len(slowest.order) + 1)]
-    if (found := planner.best_of(orders)) is not None:
+    if (found := planner.finder.best_of(orders)) is not None:
         ways.append(("insert", (*others, found)))
     for how, pipelines in ways:
         made = planner.made(pipelines)
@@ -127,7 +128,7 @@ def _ways(left: Planner, plan: Plan, hurt: Pipeline, gone: int) -> Iterator[tupl
     best = min(absorbed, key=lambda each: each.seconds)
     if best.seconds < math.inf:
         yield "absorb", best
-    if (found := left.best_of([order, *_replaced(hurt.order, at, spares[:NEAR])])) is not None:
+    if (found := left.finder.best_of([order, *_replaced(hurt.order, at, spares[:NEAR])])) is not None:
         yield "recut", found
 
 

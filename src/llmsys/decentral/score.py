@@ -122,8 +122,3 @@ def share_of(costs: Costs, pipelines: Sequence[Pipeline]) -> list[float]:
             worst = max(worst, 2 * nbytes * 8e-6 / min(provider.up_mbit, provider.down_mbit))
         found.append(worst)
     return found
-
-
-def per_second(costs: Costs, pipelines: Sequence[Pipeline]) -> float:
-    """Micro-batches a second; 0 without pipelines."""
-    return score(costs, pipelines).per_s if pipelines else 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,6 +25,8 @@ LESS, TRIES = 0.999, 2400
 """What an order has to save, as a share of the slowest stage; how many stages a local search walks, at most."""
 Walked = tuple[list[int], list[int], float]
 """(providers, cuts, the slowest stage)."""
+Better = Callable[[Sequence[int], Walked], Walked | None]
+"""Of an order, and what is the best so far: something better."""
 
 
 class Walk:
@@ -69,30 +71,33 @@ class Walk:
     def improved(self, found: Walked, members: Sequence[int], tries: int = TRIES) -> Walked:
         """By local search: neighbouring orders, each tried at a little less than the slowest stage has; at most `tries`
         stages are walked."""
-        while tries > 0:
-            for order in neighbours(tuple(found[0]), members):
-                tries -= len(order)
-                better = self.within(order, found[2] * LESS)
-                if better is not None:
-                    found = self._refined(order, better, found[2] / 2, STEPS)
-                    break
-                if tries < 0:
-                    break
-            else:
-                break
-        return found[0], found[1], self.costs.slowest_s(found[0], found[1])
+
+        def faster(order: Sequence[int], now: Walked) -> Walked | None:
+            better = self.within(order, now[2] * LESS)
+            return None if better is None else self._refined(order, better, now[2] / 2, STEPS)
+
+        return self._locally(found, members, faster, tries)
 
     def sooner(self, found: Walked, members: Sequence[int]) -> Walked:
         """As fast, and a micro-batch is through sooner, which a step waits for once: by local search likewise."""
-        tries, alone = TRIES, self.costs.latency_s(found[0], found[1])
+
+        def nearer(order: Sequence[int], now: Walked) -> Walked | None:
+            other = self.within(order, now[2])
+            if other is None:
+                return None
+            after, before = (self.costs.latency_s(each[0], each[1]) for each in (other, now))
+            return other if after < before * LESS else None
+
+        return self._locally(found, members, nearer, TRIES // 2)
+
+    def _locally(self, found: Walked, members: Sequence[int], better: Better, tries: int) -> Walked:
+        """The first better of the neighbours, and again, while there is one and `tries` stages are not walked."""
         while tries > 0:
             for order in neighbours(tuple(found[0]), members):
-                tries -= 2 * len(order)
-                other = self.within(order, found[2])
-                if other is not None and (after := self.costs.latency_s(other[0], other[1])) < alone * LESS:
-                    found, alone = other, after
-                    break
-                if tries < 0:
+                tries -= len(order)
+                other = better(order, found)
+                found = other or found
+                if other is not None or tries < 0:
                     break
             else:
                 break
