@@ -165,6 +165,11 @@ class Costs:
         own = float(sums[end] - sums[begin]) - self.shared(begin, end) * self.per_weight(offload)
         return own + self.received(begin, in_flight)
 
+    @functools.cached_property
+    def least_bytes(self) -> float:
+        """Of the whole chain on devices, with one micro-batch on its way: what a pipeline has at least."""
+        return self.device_bytes(0, self.chain.count, 1, self.work.offload and self.work.train)
+
     def host_bytes(self, begin: int, end: int) -> float:
         """With the optimizer on the host."""
         weights = float(self.weights[end] - self.weights[begin]) - self.shared(begin, end)

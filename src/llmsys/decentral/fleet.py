@@ -100,7 +100,11 @@ class Fleet:
 
     def joint(self, p: int, q: int) -> Between:
         """What is between two providers, by place."""
-        return self._by_region[self.providers[p].region, self.providers[q].region]
+        return self.between_regions(self.providers[p].region, self.providers[q].region)
+
+    def between_regions(self, a: str, b: str) -> Between:
+        """Of two regions that have providers."""
+        return self._by_region[a, b]
 
     def alpha_s(self, p: int, q: int) -> float:
         return self.joint(p, q).delay_ms * 1e-3

@@ -15,7 +15,7 @@ def missing(costs: Costs) -> str:
     if not costs.usable:
         return f"regions={list(work.regions)}: no provider is there"
     chain = costs.chain
-    need = costs.device_bytes(0, chain.count, 1, work.offload and work.train) / GIB
+    need = costs.least_bytes / GIB
     have = sum(fleet.providers[p].mem_gib for p in costs.usable)
     largest = max(fleet.providers[p].mem_gib for p in costs.usable)
     what = "weights, gradients, optimizer and activations" if work.train else "weights"

@@ -6,7 +6,8 @@
 A plan is one pipeline or several replicas of it, with the providers that are left as spares. Up to six providers every
 order of every subset is gone through, and every way to part them into replicas. Of more, providers are put in a row,
 by lines, regions or speed, and the row is parted into 1, 2, 3, ... groups, each of which gets the best pipeline that is
-found of it (`find`); the best of all these is taken.
+found of it (`find`); of many they are dealt out to groups as well (`deal`), and of thousands only that. The best of all
+these is taken.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
+from llmsys.decentral.deal import ALIKE, Deal, everything
 from llmsys.decentral.find import HURRIED, Finder
 from llmsys.decentral.fleet import GIB, Fleet
 from llmsys.decentral.missing import missing
@@ -25,9 +27,13 @@ from llmsys.decentral.order import ALL, Pipeline
 from llmsys.decentral.parts import ROWS, counts, groups_of, partitions
 from llmsys.decentral.score import Score, score, share_of
 
-MANY, POLISHED, PATIENCE = 64, 2, 2
-"""Providers of a fleet up to which groups are searched, and not walked alone; how many of the ways to part it, if it is
-no large one; numbers of replicas, each larger than the last, after which more are not tried where none was better."""
+MANY, THOUSANDS = 64, 1000
+"""Providers of a fleet up to which groups are searched, and not walked alone; up to which they are put in rows."""
+POLISHED, PATIENCE, FEWER = 2, 2, 0.7
+"""How many of the ways to part a fleet are searched, if it is no large one; numbers of replicas, each larger than the
+last, after which more are not tried where none was better; of what is dealt, each next."""
+Way = tuple[float, list[list[int]], list[Pipeline]]
+"""(micro-batches a second, groups of providers, pipelines of these)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +110,26 @@ class Planner:
             yield [one]
 
     def _many(self, members: Sequence[int], replicas: int | None) -> Iterator[list[Pipeline]]:
-        """Rows of them, parted into groups: all ways walked, and the pipelines of the best of these searched."""
-        if replicas in (None, 1) and (one := self.finder.pipeline(members)) is not None:
+        """All ways to group them walked, and the pipelines of the best of these searched."""
+        most = max(1, min(len(members), int(self._memory(members))))
+        numbers = [replicas] if replicas else counts(most)
+        if len(members) <= THOUSANDS and numbers[0] == 1 and (one := self.finder.pipeline(members)) is not None:
             yield [one]
-        numbers = [replicas] if replicas else counts(self._most(members))[1:]
-        walked: list[tuple[float, int, list[list[int]], list[Pipeline]]] = []
+        walked: list[Way] = []
+        if len(members) <= THOUSANDS:
+            walked += self._in_rows(members, [each for each in numbers if each > 1])
+        if len(members) > MANY:
+            walked += self._dealt(members, replicas)
+        walked.sort(key=lambda each: each[0], reverse=True)
+        yield from (some for *_, some in walked[:1])
+        if len(members) <= MANY:
+            for _, groups, some in walked[: POLISHED if len(members) <= HURRIED else 1]:
+                yield [
+                    self._polished(each, group) for each in some for group in groups if set(each.order) <= set(group)
+                ]
+
+    def _in_rows(self, members: Sequence[int], numbers: Sequence[int]) -> Iterator[Way]:
+        """Stretches of rows."""
         for row in ROWS.values():
             order, best, worse = row(self.costs, members), 0.0, 0
             for count in numbers:
@@ -117,17 +138,31 @@ class Planner:
                 rates = [0.0]
                 for some in self._enough(pipelines):
                     rates.append(score(self.costs, some).per_s)
-                    walked.append((rates[-1], -len(walked), groups, some))
+                    yield rates[-1], groups, some
                 best, worse = max(best, *rates), 0 if max(rates) > best else worse + 1
                 if worse == PATIENCE:
                     break
-        walked.sort(reverse=True)
-        yield from (some for *_, some in walked[:1])
-        if len(members) <= MANY:
-            for _, _, groups, some in walked[: POLISHED if len(members) <= HURRIED else 1]:
-                yield [
-                    self._polished(each, group) for each in some for group in groups if set(each.order) <= set(group)
-                ]
+
+    def _dealt(self, members: Sequence[int], replicas: int | None) -> Iterator[Way]:
+        """Those that are alike: as many groups as would do most if gradients cost nothing, and fewer while that is
+        better."""
+        deal, seen = Deal(self.costs, self.finder.walk), []
+        for alike in [everything] if replicas else ALIKE.values():
+            buckets = deal.buckets(members, alike)
+            if (parted := sorted(each.members for each in buckets)) in seen:
+                continue
+            seen.append(parted)
+            most, share, best = [replicas] if replicas else deal.counts(buckets), 1.0, 0.0
+            while True:
+                number = [min(count, max(1, round(count * share))) for count in most]
+                pipelines, rates = deal.pipelines(buckets, number), [0.0]
+                for some in self._enough(pipelines):
+                    rates.append(score(self.costs, some).per_s)
+                    yield rates[-1], [], some
+                share *= FEWER
+                if replicas or max(rates) <= best:
+                    break
+                best = max(rates)
 
     def _polished(self, found: Pipeline, group: Sequence[int]) -> Pipeline:
         """The better of a walked pipeline and one that is searched of the same providers."""
@@ -146,15 +181,9 @@ class Planner:
             dataclasses.replace(self.costs, absent=self.costs.absent | {p}), self.objective, thorough=self.thorough
         )
 
-    def _most(self, members: Sequence[int]) -> int:
-        """Pipelines that there is memory for."""
-        return max(1, min(len(members), int(self._memory(members))))
-
     def _memory(self, members: Sequence[int]) -> float:
         """How often the chain goes into theirs, with one micro-batch on its way, and no cut in an operator."""
-        costs = self.costs
-        need = costs.device_bytes(0, costs.chain.count, 1, offload=costs.work.offload and costs.work.train)
-        return sum(costs.fleet.providers[p].mem_gib for p in members) * GIB / need
+        return sum(self.costs.fleet.providers[p].mem_gib for p in members) * GIB / self.costs.least_bytes
 
     def _without_slow(self, pipelines: Sequence[Pipeline]) -> Iterator[list[Pipeline]]:
         """Without those whose lines hold all others up when gradients are added: of all beginnings, by estimate the

@@ -2,7 +2,8 @@
 
 Replicas of the pipeline train on micro-batches of their own and add up their gradients at the end of a step: each stage
 with the providers that hold the same operators in the next pipeline, round a ring or up and down a tree, whichever is
-faster (`cost.links`). A pipeline of n micro-batches takes as long as one alone, and n - 1 times its slowest stage more.
+faster (`cost.links`); or first within each region, where every replica gets a piece, and then each piece between
+regions. A pipeline of n micro-batches takes as long as one alone, and n - 1 times its slowest stage more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ import numpy as np
 from llmsys.cost.links import Line
 from llmsys.decentral.cost import Costs
 from llmsys.decentral.order import Pipeline
+from llmsys.decentral.regions import ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,49 @@ def _shares(alone: Sequence[float], slowest: Sequence[float], total: int, equal:
 
 
 def sync_s(costs: Costs, pipelines: Sequence[Pipeline]) -> float:
-    """Seconds until all replicas have the sum of their gradients; of the provider that takes longest."""
-    count = len(pipelines)
-    if count < 2 or not costs.work.train:
+    """Seconds until all replicas have the sum of their gradients, of the provider that takes longest: in one ring or
+    tree, or first those of each region a piece each, then each piece between regions, whichever is faster."""
+    if len(pipelines) < 2 or not costs.work.train:
         return 0.0
+    regions: dict[str, list[Pipeline]] = {}
+    for each in pipelines:
+        regions.setdefault(_home(costs, each), []).append(each)
+    key = ("ring", frozenset(regions))
+    if key not in costs.known:
+        costs.known[key] = ring(costs.fleet, regions)
+    groups = [regions[name] for name in costs.known[key]]
+    whole = _summed(costs, [one for group in groups for one in group])
+    if len(groups) in (1, len(pipelines)):
+        return whole
+    within = max(_summed(costs, group) for group in groups)
+    return min(whole, within + _between(costs, groups))
+
+
+def _home(costs: Costs, own: Pipeline) -> str:
+    """The region of most of its providers."""
+    return Counter(costs.fleet.providers[p].region for p in own.order).most_common(1)[0][0]
+
+
+def _summed(costs: Costs, pipelines: Sequence[Pipeline]) -> float:
+    """All-reduce of these, each with the next."""
+    count = len(pipelines)
     found = [_neighbours(costs, own, pipelines[(at + 1) % count]) for at, own in enumerate(pipelines)]
+    return _all_reduce(found, count)
+
+
+def _between(costs: Costs, groups: Sequence[Sequence[Pipeline]]) -> float:
+    """All-reduce of the groups, whose members have a piece each: of two groups the smaller one's pieces are larger."""
+    found = []
+    for at, own in enumerate(groups):
+        then = groups[(at + 1) % len(groups)]
+        pieces, pairs = min(len(own), len(then)), max(len(own), len(then))
+        for k in range(pairs):
+            seconds, alpha = _neighbours(costs, own[k * len(own) // pairs], then[k * len(then) // pairs])
+            found.append((seconds / pieces, alpha))
+    return _all_reduce(found, len(groups))
+
+
+def _all_reduce(found: Sequence[tuple[float, float]], count: int) -> float:
     longest, alpha = (max(each[k] for each in found) for k in (0, 1))
     return Line(alpha, 1.0).best("all_reduce", longest, count)[0]
 

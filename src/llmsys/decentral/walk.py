@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class Walk:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
+        self.speed = [each.flops for each in costs.fleet.providers]
+        self.bytes = [each.mem_gib * GIB for each in costs.fleet.providers]
         places = costs.chain.places
         self.places: list[int] = places.tolist()
         self.flops: list[float] = costs.flops[places].tolist()
@@ -60,11 +62,12 @@ class Walk:
         """Of those of `order`, in order, in less than `below`; None where there is no way. In `steps` of bisection."""
         if not order:
             return None
-        low = self.flops[-1] / sum(self.costs.fleet.providers[p].flops for p in order)
-        found = self.within(order, min(low * 2, below)) or self.within(order, below)
+        low = self.flops[-1] / sum(self.speed[p] for p in order)
+        limits = (min(low * 2, below), *(each for each in self._by_lines(order) if 2 * low < each < below), below)
+        found = next((found for limit in limits if (found := self.within(order, limit)) is not None), None)
         if found is None:
             return None
-        order, cuts, _ = self._refined(order, found, low, steps)
+        order, cuts, _ = self.refined(order, found, low, steps)
         seconds = self.costs.slowest_s(order, cuts)
         return (order, cuts, seconds) if seconds < below else None
 
@@ -74,7 +77,7 @@ class Walk:
 
         def faster(order: Sequence[int], now: Walked) -> Walked | None:
             better = self.within(order, now[2] * LESS)
-            return None if better is None else self._refined(order, better, now[2] / 2, STEPS)
+            return None if better is None else self.refined(order, better, now[2] / 2, STEPS)
 
         return self._locally(found, members, faster, tries)
 
@@ -119,8 +122,11 @@ class Walk:
                 return left[: at + 1], cuts, slowest
             if at + 1 == len(left):
                 return None
-            end, out, home = reached, self._beta(p, left[at + 1]), self._beta(left[at + 1], p)
-            while end > begin and (ahead[end] * out + went > limit or back[end] * home + came > limit):
+            q = left[at + 1]
+            end, out, home = reached, self._beta(p, q), self._beta(q, p)
+            later = self._later(left, at + 1, end, limit)
+            most_out, most_home = limit - max(went, later[0]), limit - max(came, later[1])
+            while end > begin and (ahead[end] * out > most_out or back[end] * home > most_home):
                 end -= 1
             if end > begin:
                 sent, brought = ahead[end] * out, back[end] * home
@@ -135,7 +141,17 @@ class Walk:
                 at -= 1
         return None
 
-    def _refined(self, order: Sequence[int], best: Walked, low: float, steps: int) -> Walked:
+    def _later(self, left: Sequence[int], at: int, begin: int, limit: float) -> tuple[float, float]:
+        """The least seconds that the next stage, from about `begin` on, will receive from the one behind it, and send
+        to it: none where it may be the last."""
+        p = left[at]
+        mine = limit * self.speed[p] >= self.flops[-1] - self.flops[begin]
+        if at + 1 == len(left) or mine:
+            return 0.0, 0.0
+        r = left[at + 1]
+        return self.least_back * self._beta(r, p), self.least_ahead * self._beta(p, r)
+
+    def refined(self, order: Sequence[int], best: Walked, low: float, steps: int) -> Walked:
         """Between `low`, below which nothing is, and what was found."""
         for _ in range(steps):
             if best[2] <= low * NEAR:
@@ -148,6 +164,14 @@ class Walk:
                 best = found
         return best
 
+    def _by_lines(self, order: Sequence[int]) -> Iterator[float]:
+        """Seconds in which a quarter, a half, ... of these send and receive the least that crosses a cut both ways. A
+        longer time does not always do better: messages may be longer in it, and have to be kept."""
+        providers = [self.costs.fleet.providers[p] for p in order]
+        slowest = sorted((min(each.up_mbit, each.down_mbit) for each in providers), reverse=True)
+        for share in (0.25, 0.5, 0.75, 1.0):
+            yield (self.least_ahead + self.least_back) * 8e-6 / slowest[math.ceil(share * len(slowest)) - 1] * NEAR
+
     def _passes(self, p: int, limit: float) -> bool:
         """Whether p's lines are fast enough for the first stage or for the last, which have one neighbour."""
         provider, least = self.costs.fleet.providers[p], 8e-6 / limit
@@ -158,7 +182,7 @@ class Walk:
     def _seconds(self, p: int, begin: int, end: int, each: float) -> float:
         """Of computing; `each`: FLOPs that a byte of weights costs, whose optimizer is on the host."""
         work = self.flops[end] - self.flops[begin] + each * (self.weights[end] - self.weights[begin])
-        return work / self.costs.fleet.providers[p].flops
+        return work / self.speed[p]
 
     def _slower(self, order: Sequence[int], at: int) -> int:
         """Of two neighbours, the place of the one with the slower lines."""
@@ -170,33 +194,33 @@ class Walk:
         that a byte of weights costs there)."""
         costs, provider = self.costs, self.costs.fleet.providers[p]
         in_flight = costs.work.in_flight(stages_after)
-        reached = bisect_right(self.flops, self.flops[begin] + limit * provider.flops, begin) - 1
-        end = plain = min(reached, self._room(provider.mem_gib, begin, in_flight, False))
+        reached = bisect_right(self.flops, self.flops[begin] + limit * self.speed[p], begin) - 1
+        end = plain = min(reached, self._room(p, begin, in_flight, False))
         each = 0.0
         if costs.work.offload and costs.work.train and end < reached:
-            each = costs.offload_s(provider) * provider.flops
-            most = self.flops[begin] + self.weights[begin] * each + limit * provider.flops
+            each = costs.offload_s(provider) * self.speed[p]
+            most = self.flops[begin] + self.weights[begin] * each + limit * self.speed[p]
             sums = range(len(self.flops))
             slower = bisect_right(sums, most, begin, key=lambda j: self.flops[j] + self.weights[j] * each) - 1
             host = self.weights[begin] + provider.host_gib * GIB / max(costs.work.optimizer, 1e-9)
             held = bisect_right(self.weights, host, begin) - 1
-            end = max(end, min(slower, held, self._room(provider.mem_gib, begin, in_flight, True)))
+            end = max(end, min(slower, held, self._room(p, begin, in_flight, True)))
         if not provider.trusted:
             end = min(end, bisect_right(self.private, self.private[begin], begin) - 1)
         return end, plain, each
 
-    def _room(self, mem_gib: float, begin: int, in_flight: int, offload: bool) -> int:
+    def _room(self, p: int, begin: int, in_flight: int, offload: bool) -> int:
         key = (in_flight, offload)
         if key not in self.memory:
             self.memory[key] = self.costs.memory(in_flight, offload)[self.costs.chain.places].tolist()
         sums = self.memory[key]
-        most = sums[begin] + mem_gib * GIB - self.ahead[begin] * in_flight
+        most = sums[begin] + self.bytes[p] - self.ahead[begin] * in_flight
         end = bisect_right(sums, most, begin) - 1
-        for p, q, nbytes in self.ties:
-            if begin <= p:
+        for first, second, nbytes in self.ties:
+            if begin <= first:
                 most += nbytes * self.costs.per_weight(offload)
                 more = bisect_right(sums, most, begin) - 1
-                end = more if more > q else end
+                end = more if more > second else end
         return end
 
     def _beta(self, p: int, q: int) -> float:
