@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +73,7 @@ class Workload:
         return self.micro_batches if self.schedule == "gpipe" else min(self.micro_batches, stages_after + 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
+class Cost(NamedTuple):
     """Of one stage; seconds of a micro-batch, bytes."""
 
     compute_s: float
@@ -193,8 +192,12 @@ class Costs:
         """Seconds a byte; 0 where there is nobody, infinite where the workload does not take the line."""
         if p is None or q is None:
             return 0.0
-        beta = self.fleet.beta_s(p, q)
-        return beta * self.factors.get((p, q), 1.0) if 8e-6 / beta >= self.work.min_mbit else math.inf
+        found: float | None = self.known.get((p, q))
+        if found is None:
+            beta = self.fleet.beta_s(p, q)
+            found = beta * self.factors.get((p, q), 1.0) if 8e-6 / beta >= self.work.min_mbit else math.inf
+            self.known[p, q] = found
+        return found
 
     def offloads(self, p: int, begin: int, end: int, in_flight: int) -> bool | None:
         """Whether the stage needs the host's memory; None where it does not fit, or p may not have it."""

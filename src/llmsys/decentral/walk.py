@@ -46,7 +46,6 @@ class Walk:
         self.least_ahead = min(self.ahead[inner], default=0.0)
         self.least_back = min(self.back[inner], default=0.0)
         self.memory: dict[tuple[int, bool], list[float]] = {}
-        self.betas: dict[tuple[int, int], float] = {}
         self.weights: list[float] = costs.weights[places].tolist()
         # a stage has both readers that begins at or before the first one's operator, and ends behind the second's
         self.ties = [
@@ -123,7 +122,7 @@ class Walk:
             if at + 1 == len(left):
                 return None
             q = left[at + 1]
-            end, out, home = reached, self._beta(p, q), self._beta(q, p)
+            end, out, home = reached, self.costs.beta(p, q), self.costs.beta(q, p)
             later = self._later(left, at + 1, end, limit)
             most_out, most_home = limit - max(went, later[0]), limit - max(came, later[1])
             while end > begin and (ahead[end] * out > most_out or back[end] * home > most_home):
@@ -149,7 +148,7 @@ class Walk:
         if at + 1 == len(left) or mine:
             return 0.0, 0.0
         r = left[at + 1]
-        return self.least_back * self._beta(r, p), self.least_ahead * self._beta(p, r)
+        return self.least_back * self.costs.beta(r, p), self.least_ahead * self.costs.beta(p, r)
 
     def refined(self, order: Sequence[int], best: Walked, low: float, steps: int) -> Walked:
         """Between `low`, below which nothing is, and what was found."""
@@ -222,8 +221,3 @@ class Walk:
                 more = bisect_right(sums, most, begin) - 1
                 end = more if more > second else end
         return end
-
-    def _beta(self, p: int, q: int) -> float:
-        if (p, q) not in self.betas:
-            self.betas[p, q] = self.costs.beta(p, q)
-        return self.betas[p, q]
