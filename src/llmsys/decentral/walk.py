@@ -36,6 +36,7 @@ class Walk:
         self.costs = costs
         self.speed = [each.flops for each in costs.fleet.providers]
         self.bytes = [each.mem_gib * GIB for each in costs.fleet.providers]
+        self.in_flight = [costs.work.in_flight(stages) for stages in range(len(costs.fleet))]
         places = costs.chain.places
         self.places: list[int] = places.tolist()
         self.flops: list[float] = costs.flops[places].tolist()
@@ -125,6 +126,8 @@ class Walk:
             end, out, home = reached, self.costs.beta(p, q), self.costs.beta(q, p)
             later = self._later(left, at + 1, end, limit)
             most_out, most_home = limit - max(went, later[0]), limit - max(came, later[1])
+            if self.least_ahead * out > most_out or self.least_back * home > most_home:
+                end = begin
             while end > begin and (ahead[end] * out > most_out or back[end] * home > most_home):
                 end -= 1
             if end > begin:
@@ -191,8 +194,7 @@ class Walk:
     def _furthest(self, p: int, begin: int, stages_after: int, limit: float) -> tuple[int, int, float]:
         """(where p's stage may end, as far as computing, memory and trust go; where without the host's memory; FLOPs
         that a byte of weights costs there)."""
-        costs, provider = self.costs, self.costs.fleet.providers[p]
-        in_flight = costs.work.in_flight(stages_after)
+        costs, provider, in_flight = self.costs, self.costs.fleet.providers[p], self.in_flight[stages_after]
         reached = bisect_right(self.flops, self.flops[begin] + limit * self.speed[p], begin) - 1
         end = plain = min(reached, self._room(p, begin, in_flight, False))
         each = 0.0
