@@ -250,6 +250,18 @@ def test_of_many_replicas_one_may_end() -> None:
     assert len(found.plan.pipelines) == 3
 
 
+def test_many_that_go_one_after_another_do_not_wear_a_plan_down() -> None:
+    """Each time a little less is let pass: it is measured by what all together were good for, not by the last time."""
+    own = Costs(even(48), equal(24, mem_gib=0.05), Workload(micro_batches=400))
+    planner, now = planned(own)
+    for gone in range(12):
+        planner, found = after_quit(planner, now, gone)
+        now = found.plan
+        fresh = Planner(planner.costs).best()
+        assert fresh is not None
+        assert now.per_s > 0.75 * fresh.per_s, gone
+
+
 def test_a_spare_that_goes_changes_nothing() -> None:
     own = Costs(even(12), equal(4), Workload(micro_batches=16))
     planner = Planner(own)

@@ -40,6 +40,8 @@ def many(seeds: range) -> None:
         committed += outcome.committed  # type: ignore[attr-defined]
         hurt += outcome.lost_steps  # type: ignore[attr-defined]
         assert world.state.step == outcome.committed  # type: ignore[attr-defined]
+        spent = ("computing_s", "wasted_s", "holding_s", "stuck_s")
+        assert sum(getattr(outcome, each) for each in spent) <= 300.0 + 1e-6, "each second is spent once"
     assert committed > 20 * len(seeds), "steps are done between the quits"
     assert hurt > len(seeds) / 4, "and some are lost to them, so that there was something to be kept"
 

@@ -18,6 +18,7 @@ Time comes in as an argument and randomness not at all, so that the simulator, t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -58,17 +59,23 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """`providers`: all that have ever joined, so that each keeps its place; `absent` of them. `heard_s`: when each was
-    last heard of. `step`: the last that is committed. `phase`: owners of stages fetch what they need to hold the state
-    after `step` (holding), or compute the next one (computing); `said`: who is done with that. `fresh`: places of those
-    that have joined since the plan was made. `stuck`: nothing held the model, and nobody has come since. `places` by
-    name; `known`: as of `Costs`."""
+    """`providers`: all that have ever joined, so that each keeps its place; `absent` of them, `present` the others by
+    name. `heard_s`: when each was last heard of, nobody that is there before `quiet_s`. `owners`: who has a stage;
+    `gone`: places of those who had one when they went. `step`: the last that is committed. `phase`: owners of stages
+    fetch what they need to hold the state after `step` (holding), or compute the next one (computing); `said`: which of
+    them are done with that. `fresh`: places of those that have joined since the plan was made. `stuck`: nothing held
+    the model, and nobody has come since. `places` by name; `known`: as of `Costs`. Sets that could be computed from
+    others are kept, as there are thousands in them."""
 
     job: Job
     providers: tuple[Provider, ...] = ()
     absent: frozenset[int] = frozenset()
+    present: frozenset[str] = frozenset()
     heard_s: Mapping[str, float] = field(default_factory=dict)
+    quiet_s: float = math.inf
     plan: Plan | None = None
+    owners: frozenset[str] = frozenset()
+    gone: tuple[int, ...] = ()
     epoch: int = 0
     step: int = 0
     phase: str = HOLDING
@@ -79,15 +86,9 @@ class State:
     known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def owners(self) -> frozenset[str]:
-        """Providers that have a stage."""
-        if self.plan is None:
-            return frozenset()
-        return frozenset(self.providers[p].name for each in self.plan.pipelines for p in each.order)
-
-    @property
-    def present(self) -> frozenset[str]:
-        return frozenset(each.name for at, each in enumerate(self.providers) if at not in self.absent)
+    def done(self) -> bool:
+        """Whether all owners are."""
+        return self.plan is not None and len(self.said) == len(self.owners)
 
     def place(self, name: str) -> int | None:
         """Of a provider that has joined at some time."""
@@ -109,14 +110,15 @@ def apply(state: State, event: Event) -> State:
         case Joined(provider=provider):
             return _joined(state, provider, event.at_s)
         case Left(name=name) | Lost(name=name):
-            place = state.place(name)
-            return state if place is None else state.with_(absent=state.absent | {place}, stuck=False)
+            return _without(state, name)
         case Beat(names=names):
-            there = (name for name in names if name in state.places and state.places[name] not in state.absent)
-            heard = dict.fromkeys(there, event.at_s)
-            return state.with_(heard_s={**state.heard_s, **heard})
+            heard = {**state.heard_s, **dict.fromkeys(names & state.present, event.at_s)}
+            return state.with_(heard_s=heard, quiet_s=min((heard[name] for name in state.present), default=math.inf))
         case Planned(epoch=epoch, plan=plan):
-            return state.with_(epoch=epoch, plan=plan, phase=HOLDING, said=frozenset(), fresh=(), stuck=plan is None)
+            orders = () if plan is None else (each.order for each in plan.pipelines)
+            owners = frozenset(state.providers[p].name for order in orders for p in order)
+            fresh = state.with_(epoch=epoch, plan=plan, phase=HOLDING, said=frozenset(), fresh=(), stuck=plan is None)
+            return fresh.with_(owners=owners, gone=())
         case Held(names=names, epoch=state.epoch, step=state.step) if state.phase == HOLDING:
             return state.with_(said=state.said | (names & state.owners & state.present))
         case Prepared(names=names, epoch=state.epoch, step=step) if (state.phase, step) == (COMPUTING, state.step + 1):
@@ -137,6 +139,14 @@ def decide(state: State, now: float) -> tuple[Event, ...]:
     return ()
 
 
+def _without(state: State, name: str) -> State:
+    place = state.place(name)
+    if place is None or name not in state.present:
+        return state
+    gone = (*state.gone, place) if name in state.owners else state.gone
+    return state.with_(absent=state.absent | {place}, present=state.present - {name}, gone=gone, stuck=False)
+
+
 def _joined(state: State, provider: Provider, at_s: float) -> State:
     heard = {**state.heard_s, provider.name: at_s}
     place, places, known = state.place(provider.name), state.places, state.known
@@ -151,7 +161,9 @@ def _joined(state: State, provider: Provider, at_s: float) -> State:
     return state.with_(
         providers=providers,
         absent=state.absent - {place},
+        present=state.present | {provider.name},
         heard_s=heard,
+        quiet_s=min(state.quiet_s, at_s),
         fresh=(*(p for p in state.fresh if p != place), place),
         stuck=False,
         places=places,
@@ -161,8 +173,9 @@ def _joined(state: State, provider: Provider, at_s: float) -> State:
 
 def _lost(state: State, now: float) -> tuple[Event, ...]:
     late = now - state.job.patience_s
-    silent = [name for name, heard in state.heard_s.items() if heard < late and state.places[name] not in state.absent]
-    return tuple(Lost(at_s=now, name=name) for name in sorted(silent))
+    if state.quiet_s >= late:
+        return ()
+    return tuple(Lost(at_s=now, name=name) for name in sorted(state.present) if state.heard_s[name] < late)
 
 
 def _planned(state: State, now: float) -> tuple[Event, ...]:
@@ -172,14 +185,12 @@ def _planned(state: State, now: float) -> tuple[Event, ...]:
     if not state.present:
         nobody = Planned(at_s=now, epoch=state.epoch + 1, plan=None)
         return () if state.plan is None else (nobody,)
-    gone = [p for each in state.plan.pipelines for p in each.order if p in state.absent] if state.plan else []
-    if state.plan is not None and not gone:
-        between = state.phase == HOLDING and state.said >= state.owners
-        return _welcomed(state, now) if state.fresh and between else ()
-    planner = Planner(dataclasses.replace(state.costs, absent=state.absent - frozenset(gone)), thorough=False)
+    if state.plan is not None and not state.gone:
+        return _welcomed(state, now) if state.fresh and state.done and state.phase == HOLDING else ()
+    planner = Planner(dataclasses.replace(state.costs, absent=state.absent - frozenset(state.gone)), thorough=False)
     plan, how, moved = state.plan, "plan", 0.0
     try:
-        for p in gone:
+        for p in state.gone:
             assert plan is not None
             if p not in {*plan.spares, *(q for each in plan.pipelines for q in each.order)}:
                 continue
@@ -203,12 +214,12 @@ def _welcomed(state: State, now: float) -> tuple[Event, ...]:
 
 
 def _committed(state: State, now: float) -> tuple[Event, ...]:
-    if state.plan is None or state.phase != COMPUTING or not state.said >= state.owners:
+    if state.phase != COMPUTING or not state.done:
         return ()
     return (Committed(at_s=now, epoch=state.epoch, step=state.step + 1),)
 
 
 def _began(state: State, now: float) -> tuple[Event, ...]:
-    if state.plan is None or state.phase != HOLDING or not state.said >= state.owners:
+    if state.phase != HOLDING or not state.done:
         return ()
     return (Began(at_s=now, epoch=state.epoch, step=state.step + 1),)

@@ -40,21 +40,28 @@ class Beat(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held(Event):
-    """These have the parameters of their stages as they are after `step`, and can begin the next."""
+class OfStep(Event):
+    """Said of a step, in an epoch."""
 
-    names: frozenset[str]
     epoch: int
     step: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared(Event):
-    """These have all gradients of `step`, and have changed nothing yet."""
+class ByProviders(OfStep):
+    """By these, of their stages."""
 
     names: frozenset[str]
-    epoch: int
-    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held(ByProviders):
+    """These have the parameters of their stages as they are after `step`, and can begin the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(ByProviders):
+    """These have all gradients of `step`, and have changed nothing yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +82,10 @@ class Planned(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Began(Event):
+class Began(OfStep):
     """All hold the state after `step - 1`, and have been told to compute `step`."""
-
-    epoch: int
-    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Committed(Event):
+class Committed(OfStep):
     """All have prepared `step`: it counts, and each is to apply its update, once."""
-
-    epoch: int
-    step: int

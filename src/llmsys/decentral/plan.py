@@ -39,12 +39,14 @@ Way = tuple[float, list[list[int]], list[Pipeline]]
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """`pipelines` of providers by their place in the fleet, `seconds` of each its slowest stage, or with
-    `objective=latency` the sum; `spares`: providers without a stage. `score` of the pipelines."""
+    `objective=latency` the sum; `spares`: providers without a stage. `score` of the pipelines. `worth`: micro-batches
+    that all providers together were good for by a FLOP, when everything was planned last; 0 where it never was."""
 
     pipelines: tuple[Pipeline, ...]
     spares: tuple[int, ...]
     score: Score
     objective: str = "throughput"
+    worth: float = 0.0
 
     @property
     def per_s(self) -> float:
@@ -81,11 +83,18 @@ class Planner:
             return None
         if self.objective == "latency":
             one = self.finder.pipeline(members)
-            return None if one is None else self.made([one])
-        few = self.thorough and len(members) <= ALL
-        ways = self._few(members) if few else self._many(members, replicas)
-        made = [self.made(way) for way in ways if way and (replicas is None or len(way) == replicas)]
-        return max(made, key=lambda each: each.per_s, default=None)
+            made = [] if one is None else [self.made([one])]
+        else:
+            few = self.thorough and len(members) <= ALL
+            ways = self._few(members) if few else self._many(members, replicas)
+            made = [self.made(way) for way in ways if way and (replicas is None or len(way) == replicas)]
+        found = max(made, key=lambda each: each.per_s, default=None)
+        return None if found is None else dataclasses.replace(found, worth=found.per_s / self.flops)
+
+    @property
+    def flops(self) -> float:
+        """A second, of all providers together."""
+        return sum(self.costs.fleet.providers[p].flops for p in self.costs.usable)
 
     def made(self, pipelines: Sequence[Pipeline]) -> Plan:
         """A plan of these."""
@@ -95,8 +104,8 @@ class Planner:
             result = score(self.costs, pipelines)
             pipelines = [each for each, share in zip(pipelines, result.shares, strict=True) if share]
             result = Score(shares=tuple(s for s in result.shares if s), step_s=result.step_s, sync_s=result.sync_s)
-        used = {p for each in pipelines for p in each.order}
-        spares = tuple(p for p in range(len(self.costs.fleet)) if p not in used | self.costs.absent)
+        taken = self.costs.absent.union(*(each.order for each in pipelines))
+        spares = tuple(p for p in range(len(self.costs.fleet)) if p not in taken)
         return Plan(pipelines=tuple(pipelines), spares=spares, score=result, objective=self.objective)
 
     def _few(self, members: Sequence[int]) -> Iterator[list[Pipeline]]:

@@ -1,15 +1,16 @@
 """A plan after a provider has gone, or one has come: as little as possible moves.
 
-Of one that has gone, in this order of what has to be moved, and so of how soon all goes on:
+Of one that has gone:
 
     spare     another takes its stage
     absorb    its neighbours take its operators
     recut     the pipeline is cut anew, without it or with a spare in its place
-    drop      the pipeline ends, the other replicas go on, and its providers are spares
+    drop      the pipeline ends, the other replicas go on, and its providers are spares: only where that is faster by
+              more than `worth`, as nothing puts these to use again before all is planned anew
     replan    everything is planned anew: only where the best of the above is more than `worth` below what the
-              providers that are left are good for
+              providers that are left were good for when that was done last
 
-Among the first four the one is taken that moves least of those that are not more than `worth` slower than the fastest.
+The one is taken that moves least of those that are not more than `worth` slower than the fastest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llmsys.decentral.cost import Costs
@@ -49,26 +50,26 @@ def after_quit(planner: Planner, plan: Plan, gone: int, worth: float = WORTH) ->
         return left, Repair(plan=dataclasses.replace(plan, spares=spares), how="none", moved_bytes=0.0)
     hurt = next(each for each in plan.pipelines if gone in each.order)
     whole = tuple(each for each in plan.pipelines if each is not hurt)
-    tried = [(how, (*whole, one)) for how, one in _ways(left, plan, hurt, gone)]
-    if whole and plan.objective == "throughput":
-        tried.append(("drop", whole))
-    made = [(how, left.made(pipelines), pipelines) for how, pipelines in tried]
-    good = planner.costs.fleet.providers
-    share = 1 - good[gone].flops / sum(good[p].flops for each in plan.pipelines for p in each.order)
-    best = max((found.per_s for _, found, _ in made), default=0.0)
-    if best < worth * share * plan.per_s and (fresh := left.best()) is not None and fresh.per_s * worth > best:
+    made = [(how, left.made((*whole, one))) for how, one in _ways(left, plan, hurt, gone)]
+    best = max((found.per_s for _, found in made), default=0.0)
+    if whole and plan.objective == "throughput" and (dropped := left.made(whole)).per_s * worth > best:
+        made, best = [("drop", dropped)], dropped.per_s
+    fresh = left.best() if best < worth * _good(left, plan) or not made else None
+    if fresh is not None and fresh.per_s * worth > best:
         return left, Repair(plan=fresh, how="replan", moved_bytes=moved(planner.costs, plan, fresh))
     if not made:
         raise ValueError(missing(left.costs))
-    enough = [(moved(planner.costs, plan, found), how, found) for how, found, _ in made if found.per_s >= worth * best]
-    nbytes, how, found = min(enough, key=lambda each: each[0])
-    return left, Repair(plan=found, how=how, moved_bytes=nbytes)
+    after = (fresh or plan).worth
+    enough = [(moved(planner.costs, plan, found), how, found) for how, found in made if found.per_s >= worth * best]
+    least = min(each[0] for each in enough) * (1 + 1e-9)
+    nbytes, how, found = max((each for each in enough if each[0] <= least), key=lambda each: each[2].per_s)
+    return left, Repair(plan=dataclasses.replace(found, worth=after), how=how, moved_bytes=nbytes)
 
 
 def after_join(planner: Planner, plan: Plan, new: int, worth: float = WORTH) -> Repair:
     """Of `planner`, whose fleet has a provider at place `new` that the plan does not know: it is a spare, or is put
     into a pipeline (`insert`) where that makes all more than 1 / `worth` times as fast; or with the other spares it
-    makes one more (`replica`)."""
+    makes one more (`replica`); or all is planned anew, as above."""
     spares = (*plan.spares, new)
     best = Repair(plan=dataclasses.replace(plan, spares=spares), how="none", moved_bytes=0.0)
     if new not in planner.costs.usable:
@@ -85,9 +86,19 @@ def after_join(planner: Planner, plan: Plan, new: int, worth: float = WORTH) -> 
     for how, pipelines in ways:
         made = planner.made(pipelines)
         if made.per_s > enough:
+            made = dataclasses.replace(made, worth=plan.worth)
             best = Repair(plan=made, how=how, moved_bytes=moved(planner.costs, plan, made))
             enough = made.per_s
+    if best.plan.per_s < worth * _good(planner, plan) and (fresh := planner.best()) is not None:
+        if fresh.per_s * worth > best.plan.per_s:
+            return Repair(plan=fresh, how="replan", moved_bytes=moved(planner.costs, plan, fresh))
+        best = dataclasses.replace(best, plan=dataclasses.replace(best.plan, worth=fresh.worth))
     return best
+
+
+def _good(planner: Planner, plan: Plan) -> float:
+    """Micro-batches a second that those who are there were good for."""
+    return plan.worth * planner.flops
 
 
 def moved(costs: Costs, before: Plan, after: Plan) -> float:
@@ -108,24 +119,34 @@ def moved(costs: Costs, before: Plan, after: Plan) -> float:
 
 def _ways(left: Planner, plan: Plan, hurt: Pipeline, gone: int) -> Iterator[tuple[str, Pipeline]]:
     """The pipeline `hurt`, mended."""
-    at = hurt.order.index(gone)
-    seconds = left.costs.slowest_s if plan.objective == "throughput" else left.costs.latency_s
-    spares = [p for p in plan.spares if p in left.costs.usable]
-    fits = [Pipeline(order, hurt.cuts, seconds(order, hurt.cuts)) for order in _replaced(hurt.order, at, spares)]
-    best = min(fits, key=lambda each: each.seconds, default=None)
-    if best is not None and best.seconds < math.inf:
-        yield "spare", best
+    at, costs = hurt.order.index(gone), left.costs
+    spares = [p for p in plan.spares if p in costs.usable]
+
+    def whole(order: Sequence[int], cuts: Sequence[int]) -> Pipeline:
+        seconds = costs.slowest_s if plan.objective == "throughput" else costs.latency_s
+        return Pipeline(tuple(order), tuple(cuts), seconds(order, cuts))
+
+    def around(order: Sequence[int], cuts: Sequence[int]) -> tuple[float, float]:
+        """(the slowest, the sum) of the stages next to the place, which are all that another one there changes."""
+        near = [costs.stage(order, cuts, k) for k in range(max(0, at - 1), min(len(order), at + 2))]
+        found = [math.inf if each is None else each.slowest_s for each in near]
+        return max(found, default=math.inf), sum(found)
+
+    replaced = _replaced(hurt.order, at, spares)
+    if replaced:
+        best = whole(min(replaced, key=lambda order: around(order, hurt.cuts)), hurt.cuts)
+        if best.seconds < math.inf:
+            yield "spare", best
     order = (*hurt.order[:at], *hurt.order[at + 1 :])
     if not order:
         return
-    begin, end = hurt.cuts[at], hurt.cuts[at + 1]
-    places = [p for p in left.costs.chain.places.tolist() if begin <= p <= end]
-    middles = places if 0 < at < len(order) else [0 if at == 0 else hurt.cuts[-1]]
-    absorbed = []
-    for middle in middles:
-        cuts = (*hurt.cuts[:at], middle, *hurt.cuts[at + 2 :]) if 0 < at < len(order) else _ends(hurt, at)
-        absorbed.append(Pipeline(order, cuts, seconds(order, cuts)))
-    best = min(absorbed, key=lambda each: each.seconds)
+    if 0 < at < len(order):
+        begin, end = hurt.cuts[at], hurt.cuts[at + 1]
+        middles = [p for p in costs.chain.places.tolist() if begin <= p <= end]
+        joined = [(*hurt.cuts[:at], middle, *hurt.cuts[at + 2 :]) for middle in middles]
+    else:
+        joined = [_ends(hurt, at)]
+    best = whole(order, min(joined, key=lambda cuts: around(order, cuts)))
     if best.seconds < math.inf:
         yield "absorb", best
     if (found := left.finder.best_of([order, *_replaced(hurt.order, at, spares[:NEAR])])) is not None:

@@ -22,7 +22,19 @@ from dataclasses import dataclass, field
 from llmsys.decentral import broker
 from llmsys.decentral.broker import Job, State
 from llmsys.decentral.churn import Churn, Turn, turns
-from llmsys.decentral.events import Beat, Began, Committed, Event, Held, Joined, Left, Lost, Planned, Prepared
+from llmsys.decentral.events import (
+    Beat,
+    Began,
+    ByProviders,
+    Committed,
+    Event,
+    Held,
+    Joined,
+    Left,
+    Lost,
+    Planned,
+    Prepared,
+)
 from llmsys.decentral.fleet import GIB, Fleet
 from llmsys.decentral.plan import Plan
 
@@ -84,8 +96,11 @@ class World:
         self.lives = dict.fromkeys(range(len(fleet)), 0)  # how often each has gone: what an earlier one said is lost
         self.waiting: dict[int, list[Event]] = {}  # what the hung will say
         self.spans: dict[int, tuple[int, int]] = {}  # operators that each has the parameters of
-        self.prepared: set[tuple[str, int, int]] = set()
-        self.holds: set[tuple[str, int, int]] = set()
+        self.planned: dict[int, tuple[int, int]] = {}  # and is to have, by the plan
+        # of what each has said so, (epoch, step)
+        self.prepared: dict[str, tuple[int, int]] = {}
+        self.holds: dict[str, tuple[int, int]] = {}
+        self.beaten_s = -math.inf
         self.silent_s: dict[str, float] = {}
         self.outcome = Outcome(seconds=seconds, micro_batches=job.work.micro_batches)
         self.churning = turns(len(fleet), churn, seed, initially)
@@ -126,6 +141,7 @@ class World:
         elif turn.what == "wakes":
             self.hung.discard(place)
             self.silent_s.pop(name, None)
+            self._hear(Beat(at_s=now, names=frozenset({name})))
             for event in self.waiting.pop(place, []):
                 self._hear(event)
             if name not in self.state.present:  # it has been given up, and begins as anybody who comes
@@ -150,20 +166,19 @@ class World:
 
     def _deliver(self, event: Event, lives: dict[int, int], now: float) -> None:
         """What providers say: those that still live; those that hang say it later."""
-        assert isinstance(event, (Held, Prepared))
+        assert isinstance(event, ByProviders)
         there = {place for place, life in lives.items() if self.lives[place] == life}
         for place in there & self.hung:
             self.waiting.setdefault(place, []).append(self._of(event, {place}, now))
         speaking = there - self.hung
         kind = self.holds if isinstance(event, Held) else self.prepared
-        kind.update((self.names[place], event.epoch, event.step) for place in there)
-        if isinstance(event, Held) and event.epoch == self.state.epoch and self.state.plan is not None:
-            spans = {self._place(p): span for p, span in _spans(self.state.plan).items()}
-            self.spans |= {place: spans[place] for place in there if place in spans}
+        kind.update(dict.fromkeys((self.names[place] for place in there), (event.epoch, event.step)))
+        if isinstance(event, Held) and event.epoch == self.state.epoch:
+            self.spans |= {place: self.planned[place] for place in there if place in self.planned}
         if speaking:
             self._hear(self._of(event, speaking, now))
 
-    def _of(self, event: Held | Prepared, places: set[int], now: float) -> Event:
+    def _of(self, event: ByProviders, places: set[int], now: float) -> Event:
         return type(event)(at_s=now, names=frozenset(self.names[p] for p in places), epoch=event.epoch, step=event.step)
 
     # --- what the broker hears and says ---
@@ -172,8 +187,10 @@ class World:
         self.state = broker.apply(self.state, event)
 
     def _settle(self, now: float) -> None:
-        beaten = frozenset(self.names[place] for place in self.up - self.hung)
-        self._hear(Beat(at_s=math.floor(now / BEAT_S) * BEAT_S, names=beaten))
+        last_s = math.floor(now / BEAT_S) * BEAT_S
+        if last_s > self.beaten_s:
+            self._hear(Beat(at_s=last_s, names=frozenset(self.names[place] for place in self.up - self.hung)))
+            self.beaten_s = last_s
         while said := broker.decide(self.state, now):
             for event in said:
                 before = self.state
@@ -188,6 +205,9 @@ class World:
             if before.phase == broker.COMPUTING:
                 self.outcome.lost_steps += 1
                 self.outcome.wasted_s += now - self.began_s
+            elif before.plan is not None:
+                self.outcome.holding_s += now - self.since_s
+            self.since_s = now
             self.outcome.repairs[event.how] = self.outcome.repairs.get(event.how, 0) + 1
             self.outcome.moved_bytes += event.moved_bytes
             if event.plan is not None:
@@ -210,19 +230,21 @@ class World:
             self._push(now, (held, self._lives(self.state.plan)))
 
     def _fetch(self, plan: Plan, epoch: int, now: float) -> None:
-        """Each owner gets what it lacks over its own line, and holds."""
+        """Each owner gets what it lacks over its own line, and holds; those at once that lack nothing."""
         costs = self.state.costs
         state = 1 + (costs.work.optimizer if costs.work.train else 0.0)
-        lives = self._lives(plan)
-        for p, (begin, end) in _spans(plan).items():
-            place = self._place(p)
+        self.planned = {self._place(p): span for p, span in _spans(plan).items()}
+        soon: dict[float, dict[int, int]] = {}
+        for place, (begin, end) in self.planned.items():
             low, high = self.spans.get(place, (begin, begin))
             inside = (max(begin, low), min(end, high))
             kept = float(costs.weights[inside[1]] - costs.weights[inside[0]]) if inside[0] < inside[1] else 0.0
             nbytes = (float(costs.weights[end] - costs.weights[begin]) - kept) * state
             seconds = nbytes * 8e-6 / self.fleet.providers[place].down_mbit
-            held = Held(at_s=now, names=frozenset(), epoch=epoch, step=self.state.step)
-            self._push(now + seconds, (held, {place: lives[place]}))
+            soon.setdefault(seconds, {})[place] = self.lives[place]
+        held = Held(at_s=now, names=frozenset(), epoch=epoch, step=self.state.step)
+        for seconds, lives in soon.items():
+            self._push(now + seconds, (held, lives))
 
     def _step_s(self, plan: Plan) -> float:
         """With whoever is slow now."""
@@ -260,11 +282,11 @@ class World:
         elif isinstance(event, Began):
             if not before.owners <= before.present:
                 raise Broken(f"step {event.step} begins without {min(before.owners - before.present)}")
-            lacking = [name for name in before.owners if (name, before.epoch, before.step) not in self.holds]
+            lacking = [name for name in before.owners if self.holds.get(name) != (before.epoch, before.step)]
             if event.step != before.step + 1 or lacking:
                 raise Broken(f"step {event.step} begins after {before.step}; {lacking} do not hold it")
         elif isinstance(event, Committed):
-            lacking = [name for name in before.owners if (name, before.epoch, event.step) not in self.prepared]
+            lacking = [name for name in before.owners if self.prepared.get(name) != (before.epoch, event.step)]
             if event.step != before.step + 1 or lacking:
                 raise Broken(f"step {event.step} is committed after {before.step}; {lacking} have not prepared it")
         elif isinstance(event, Lost) and self.at[event.name] in self.up - self.hung:
