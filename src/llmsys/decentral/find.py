@@ -18,8 +18,8 @@ from llmsys.decentral.walk import TRIES, Walk, Walked
 EXACTLY, SEARCHED, HURRIED = 12, 16, 24
 """Providers of a fleet up to which neighbouring orders are cut exactly; of a pipeline, up to which the last of them is;
 of a fleet, beyond which less is searched, so that a plan takes hundredths of a second."""
-ROUGH = 6
-"""Steps in which orders are compared."""
+ROUGH, TRIED = 6, 3
+"""Steps in which orders are compared; sets of providers of which one micro-batch is sent through soonest."""
 WINDOW, LOOKED_AT = 24, 8
 """Positions on each side of a cut among which a better one is looked for; how many of them, at most."""
 
@@ -43,7 +43,7 @@ class Finder:
     def _searched(self, members: Sequence[int]) -> Pipeline | None:
         """Walked along each row and improved; in a fleet that is small enough cut exactly in the end."""
         if self.objective == "latency":
-            return self.search.best(members)
+            return self.search.best(members) if len(members) <= HURRIED else self._soonest(members)
         rows = (row(self.costs, members) for row in (*ROWS.values(), by_memory))
         found = [each for row in rows if (each := self.walk.best(row)) is not None]
         best = min(found, key=lambda each: each[2], default=None)
@@ -61,6 +61,31 @@ class Finder:
                 walked = (list(better.order), list(better.cuts), better.seconds)
                 own = _whole(self.walk.sooner(walked, members))
         return self._tidied(own)
+
+    def _soonest(self, members: Sequence[int]) -> Pipeline | None:
+        """One that few are in: the fastest, the largest and those with the best lines, of one region or of all, and
+        more of them where these do not hold the chain. The best of such sets are improved."""
+        providers = self.costs.fleet.providers
+        regions = {providers[p].region for p in members}
+        best = (
+            lambda p: providers[p].flops,
+            lambda p: providers[p].mem_gib,
+            lambda p: min(providers[p].up_mbit, providers[p].down_mbit),
+        )
+        count = SEARCHED // len(best)
+        while True:
+            pools = []
+            for names in (regions, *({name} for name in sorted(regions) if len(regions) > 1)):
+                inside = [p for p in members if providers[p].region in names]
+                pools.append(sorted({p for key in best for p in sorted(inside, key=key, reverse=True)[:count]}))
+            found = [(one, pool) for pool in pools if (one := self.search.first(pool)) is not None]
+            if found:
+                found.sort(key=lambda each: each[0].seconds)
+                tried = [self.search.improved(one, pool) for one, pool in found[:TRIED] if len(pool) <= SEARCHED]
+                return min([found[0][0], *tried], key=lambda each: each.seconds)
+            if count >= len(members):
+                return None
+            count *= 2
 
     def _tidied(self, own: Pipeline) -> Pipeline:
         """Cut as near as less crosses, where no stage becomes slower than the slowest: a micro-batch is through
