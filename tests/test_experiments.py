@@ -30,6 +30,7 @@ LOOKED_INTO = {
     "bench_calibrate": ("scale/forward/work", ""),
     "decentral_plan": ("micro_batches_per_s", "| stage |"),
     "decentral_3080_vs_h100": ("critical_mbit", "compression for lines not to matter"),
+    "decentral_profile": ("efficiency", "ms by the fit"),
     "decentral_simulate_churn": ("200s/committed_steps", "mean time between failures"),
 }
 TRAINED = [

@@ -24,12 +24,13 @@ TASKS = {
     "decentral_plan": "llmsys.decentral.plan_task:plan",
     "decentral_perf": "llmsys.decentral.perf_task:compare",
     "decentral_simulate": "llmsys.decentral.simulate_task:simulate",
+    "decentral_profile": "llmsys.decentral.profile_task:profile",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 LIGHT = ("bench_predict", "bench_advise")
 """Tasks that need neither torch nor ranks: they are run in the process that has composed them, with a `LightContext`,
 and are done in seconds. Their tables are the answer, and printed first."""
-QUESTIONS = (*LIGHT, "decentral_plan", "decentral_perf", "decentral_simulate")
+QUESTIONS = (*LIGHT, "decentral_plan", "decentral_perf", "decentral_simulate", "decentral_profile")
 """Tasks that are about a model and train none."""
 
 MONOTONE = {

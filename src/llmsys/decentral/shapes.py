@@ -39,7 +39,7 @@ def traced(cfg: schema.Model, rows: int, length: int, *, train: bool = True, att
             module.p = 0.0
     if hasattr(model, "config"):
         model.config.use_cache = False
-    return trace(model, _example(cfg, rows, length, train))
+    return trace(model, example(cfg, rows, length, train))
 
 
 def lengthened(short: Chain, cfg: schema.Model) -> Chain:
@@ -61,7 +61,8 @@ def _numbered(own: Chain, prefix: str, begin: int, count: int, times: int) -> Ch
     return dataclasses.replace(own, blocks=tuple(blocks))
 
 
-def _example(cfg: schema.Model, rows: int, length: int, train: bool) -> dict[str, torch.Tensor]:
+def example(cfg: schema.Model, rows: int, length: int, train: bool) -> dict[str, torch.Tensor]:
+    """What the model is called with, on the meta device."""
     with torch.device("meta"):
         if isinstance(cfg, schema.ConvNet):
             size = cfg.image_size

@@ -19,7 +19,7 @@ from llmsys.schema.advise import Advise, Opportunities
 from llmsys.schema.bench import Calibrate, Predict, Predicting
 from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
-from llmsys.schema.decentral import DecentralPerf, DecentralPlan, DecentralSimulate, Planning
+from llmsys.schema.decentral import DecentralPerf, DecentralPlan, DecentralProfile, DecentralSimulate, Planning
 from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
 from llmsys.schema.measured import Iteration, Measured, Replay
@@ -145,6 +145,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "bench_ops": Ops,
         "decentral_plan": DecentralPlan,
         "decentral_perf": DecentralPerf,
+        "decentral_profile": DecentralProfile,
         "decentral_simulate": DecentralSimulate,
         "bench_predict": Predict,
         "bench_calibrate": Calibrate,

@@ -146,3 +146,19 @@ class DecentralPerf(Planning):
         if not self.rates_mbit or not all(each > 0 for each in (self.mbit, *self.rates_mbit)):
             raise ValueError(f"task.rates_mbit={self.rates_mbit}, task.mbit={self.mbit}: must be positive")
         at_least("task.delay_ms", self.delay_ms, 0)
+
+
+@dataclass(kw_only=True)
+class DecentralProfile(Planning):
+    """How much of its peak this machine reaches on the model, in `rounds` of each of its first layers; `provider`: what
+    it is called in a fleet."""
+
+    kind: str = "decentral_profile"
+    rounds: int = 9
+    provider: str = "this"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("task.rounds", self.rounds, 1)
+        if not self.provider:
+            raise ValueError("task.provider: empty; it is the machine's name in a fleet")
