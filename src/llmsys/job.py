@@ -229,8 +229,6 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     hardware.named(typed.hardware)  # an unknown name is said here
     if isinstance(typed.task, schema.Replay):
         pace.flops_per_s(typed.task, typed.hardware.device)  # and an unknown device or precision of its
-    if isinstance(typed.task, schema.Predicting):
-        wiring.check_question(typed)
     if not isinstance(typed.task, schema.Ledger):  # which makes a model of its own width
         try:
             shapes.check_adapters(typed.model, typed.method)
@@ -238,6 +236,8 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
             raise Contradiction(str(error)) from None
     inputs = dict(inputs or {})
     content = read.content(config, typed, inputs)
+    if isinstance(typed.task, (schema.Predicting, schema.Planning)):
+        wiring.check_question(typed, inputs)
     identifier = run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmsys import schema
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import ModuleType
 
     import torch
@@ -76,9 +77,12 @@ def grad_sync(config: schema.Config) -> GradSync:
     return made
 
 
-def check_question(config: schema.Config) -> None:
-    """ValueError where a prediction is asked about a machine that is not described, or advice among letters that are
-    not known, or for a folder to write to that is somebody else's."""
+def check_question(config: schema.Config, inputs: Mapping[str, str]) -> None:
+    """ValueError where a prediction is asked about a machine that is not described, or a plan of machines that are not,
+    or advice among letters that are not known, or for a folder to write to that is somebody else's."""
+    if isinstance(config.task, schema.Planning):
+        importlib.import_module("llmsys.decentral.asked").check(config, inputs)
+        return
     machines = importlib.import_module("llmsys.bench.predict.machine")
     machines.of(config)
     if isinstance(config.task, schema.Advise):

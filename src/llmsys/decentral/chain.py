@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsys.decentral.graph import ITEM, Graph, Node
+from llmsys.schema.decentral import LEVELS
 
 Numbers = NDArray[np.float64]
-LEVELS = ("operator", "layer")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

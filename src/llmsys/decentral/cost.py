@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from llmsys.decentral.chain import Chain, Numbers
 from llmsys.decentral.fleet import GIB, Fleet, Provider
+from llmsys.schema.decentral import SCHEDULES
 
-SCHEDULES = ("gpipe", "1f1b")
 HOST_BYTES_PER_S = 20e9
 """Of an optimizer's state on a host of the kind that has a consumer GPU: two channels of DDR4, half of their peak."""
 

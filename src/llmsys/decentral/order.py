@@ -17,10 +17,10 @@ import numpy as np
 
 from llmsys.decentral.cost import Costs
 from llmsys.decentral.cuts import CLOSE, Cut, Reach
+from llmsys.schema.decentral import OBJECTIVES
 
 ALL = 6
 """Providers up to which everything is tried."""
-OBJECTIVES = ("throughput", "latency")
 
 
 class Pipeline(NamedTuple):

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
 from llmsys.cost.hardware import DEVICES
-from llmsys.decentral import fleets, perf, perf_tables, pictures, plan_task
+from llmsys.decentral import asked, fleets, perf, perf_tables, pictures, plan_task
+from llmsys.decentral.chain import Chain
 from llmsys.decentral.perf import Cards, Comparison, Memory
 from llmsys.files import write_atomic
 
@@ -38,7 +39,6 @@ def compare(config: schema.Config, context: Context) -> dict[str, Any]:
     """The record's summary and samples, `perf.md`, and where matplotlib is there `perf.png`."""
     task = config.task
     assert isinstance(task, schema.DecentralPerf)
-    cards(config)
     context.beat(phase="tracing the model")
     own = plan_task.chain(config)
     context.beat(phase="planning")
@@ -70,19 +70,14 @@ def compare(config: schema.Config, context: Context) -> dict[str, Any]:
     return {"summary": summary, "samples": samples, "files": files, "notes": notes}
 
 
-def cards(config: schema.Config, own: Any = None) -> tuple[Cards, dict[str, Cards]]:
-    """(the small cards, the large ones by name), all at the middle efficiency. ValueError for a name that is no
-    card's."""
+def cards(config: schema.Config, own: Chain) -> tuple[Cards, dict[str, Cards]]:
+    """(the small cards, the large ones by name), all at the middle efficiency."""
     task = config.task
     assert isinstance(task, schema.DecentralPerf)
-    precision = "fp16" if config.model.dtype == "bf16" else "fp32"
-    for key, name in (("small", task.small), *(("large", name) for name in task.large)):
-        if name not in DEVICES:
-            raise ValueError(f"task.{key}={name}: must be one of {', '.join(DEVICES)}")
     work = plan_task.workload(config)
 
     def made(name: str, count: int, mbit: float, delay_ms: float) -> Cards:
-        card = fleets.provider(name, name, 1.0, 1.0, precision=precision, efficiency=MIDDLE)
+        card = fleets.provider(name, name, 1.0, 1.0, precision=asked.precision(config), efficiency=MIDDLE)
         return Cards(own, work, card, count, mbit, delay_ms)
 
     small = made(task.small, task.small_count, task.mbit, task.delay_ms)

@@ -16,10 +16,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import adatopk, fleet_file, fleets, pictures, schedule, shapes, tables
+from llmsys.decentral import adatopk, asked, pictures, schedule, shapes, tables
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
-from llmsys.decentral.fleet import GIB, Fleet
+from llmsys.decentral.fleet import GIB
 from llmsys.decentral.missing import missing
 from llmsys.decentral.plan import Plan, Planner
 from llmsys.files import write_atomic
@@ -36,7 +36,7 @@ def plan(config: schema.Config, context: Context) -> dict[str, Any]:
     """The record's summary; `plan.md` with its tables, `plan.json`, and where matplotlib is there `plan.png`."""
     task = config.task
     assert isinstance(task, schema.DecentralPlan)
-    fleet = drawn(config, context.inputs.get("fleet"))
+    fleet = asked.fleet(config, context.inputs.get("fleet"))
     context.beat(phase="tracing the model")
     own = chain(config)
     context.beat(phase="planning")
@@ -64,15 +64,6 @@ def plan(config: schema.Config, context: Context) -> dict[str, Any]:
     except ImportError:
         notes["picture"] = "none: matplotlib is missing (pip install 'llmsys[notebooks]')"
     return {"summary": summary, "samples": pictures.columns_of(few), "files": files, "notes": notes}
-
-
-def drawn(config: schema.Config, path: str | None) -> Fleet:
-    """The fleet of `task.fleet`, which lies at `path` where it is a file."""
-    task = config.task
-    assert isinstance(task, schema.DecentralPlan)
-    if task.fleet in fleets.FLEETS:
-        return fleets.FLEETS[task.fleet](task.providers, task.fleet_seed)
-    return fleet_file.read(path or task.fleet, "fp16" if config.model.dtype == "bf16" else "fp32")
 
 
 def chain(config: schema.Config) -> Chain:

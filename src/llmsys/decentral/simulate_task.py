@@ -20,7 +20,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import plan_task
+from llmsys.decentral import asked, plan_task
 from llmsys.decentral.broker import Job
 from llmsys.decentral.churn import Churn
 from llmsys.decentral.fleet import GIB, Fleet
@@ -39,9 +39,7 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
     """The record's summary and samples, and `simulate.md`. ValueError where the fleet cannot hold the model."""
     task = config.task
     assert isinstance(task, schema.DecentralSimulate)
-    fleet = plan_task.drawn(config, context.inputs.get("fleet"))
-    if task.begin > len(fleet):
-        raise ValueError(f"task.begin={task.begin}: the fleet has {len(fleet)} providers")
+    fleet = asked.fleet(config, context.inputs.get("fleet"))
     context.beat(phase="tracing the model")
     job = Job(chain=plan_task.chain(config), work=plan_task.workload(config), between=fleet.between, other=fleet.other)
     plan(job.chain, fleet, job.work)  # what cannot be held is said before anything is simulated
