@@ -232,9 +232,7 @@ def main(given: Sequence[str]) -> Record:
         },
         notes=notes,
     )
-    folder = asked.out / record.name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -236,9 +236,7 @@ def main(words: Sequence[str]) -> Record:
         },
         notes=notes,
     )
-    folder = asked.out / record.name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     print(show(record))
     return record
 

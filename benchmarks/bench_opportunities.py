@@ -148,9 +148,7 @@ def main(given: Sequence[str]) -> Record:
         summary=scores([own for _, own in rows]),
         samples={key: [own[key] for _, own in rows] for key in keys},
     )
-    folder = asked.out / record.name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     print(show(record))
     return record
 

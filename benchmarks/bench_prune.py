@@ -146,9 +146,7 @@ def main(words: Sequence[str]) -> Record:
         summary=compare(made["exhaustive"], made["pruned"], seconds),
         samples={f"{name}_run_s": [each.seconds for each in side] for name, side in made.items()},
     )
-    folder = asked.out / record.name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -238,9 +238,7 @@ def main(words: Sequence[str]) -> Record:
             **{f"predicted_{p}_ms": [row["phases"][f"{p}_ms"] for row in rows] for p in phases},
         },
     )
-    folder = asked.out / record.name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -236,9 +236,7 @@ def main(argv: Sequence[str], make: Make | None = None) -> Record:
         whole = record(comparisons, asked)
     whole = timed(whole, times) if times else whole
     if not asked.kept:
-        folder = Path(asked.results) / NAME / whole.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        whole.write(folder)
+        whole.leave(Path(asked.results))
     print(convergence_table.table(whole))
     if asked.keep:
         comparison.keep([whole, *(run for each in comparisons for run in each.records())], RECORDS)

@@ -216,9 +216,7 @@ def main(words: Sequence[str]) -> Record:
         made = max(results.read(side_by_side.RECORDS / NAME), key=lambda each: each.started)
     else:
         made = record(asked)
-        folder = asked.out / NAME / made.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        made.write(folder)
+        made.leave(asked.out)
     print(table(made))
     return made
 

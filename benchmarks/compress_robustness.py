@@ -166,9 +166,7 @@ def main(words: Sequence[str]) -> Record:
         began, start = datetime.datetime.now(datetime.UTC), time.monotonic()
         grid = measure(asked.cells, asked.subjects, asked.deadline)
         found = record(asked, grid, began, time.monotonic() - start, before)
-        folder = asked.out / NAME / found.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        found.write(folder)
+        found.leave(asked.out)
     print(table(found))
     return found
 

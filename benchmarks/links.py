@@ -232,9 +232,7 @@ def main(words: Sequence[str]) -> list[Any]:
             summary=summary(measured, network, asked.world),
             samples=samples,
         )
-        folder = asked.out / "links" / record.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write(folder)
+        record.leave(asked.out)
         records.append(record)
     print(side_by_side.show_links(records))
     return records

@@ -241,9 +241,7 @@ def main(words: Sequence[str]) -> job.Record:
         seconds=round(time.monotonic() - start, 3),
         summary=summary,
     )
-    folder = asked.out / record.name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     for key in ("peak_gib" if bench.device.type == "cuda" else "saved_gib", "tokens_per_s"):
         print("\n" + table(bench.cells, key))
     for key, value in summary.items():

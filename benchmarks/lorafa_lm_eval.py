@@ -184,9 +184,7 @@ def main(argv: Sequence[str]) -> Record:
         seconds=round(time.monotonic() - start, 1),
         summary=found,
     )
-    folder = asked.out / NAME / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     for key, value in found.items():
         print(f"{key:40} {100 * value:6.2f} %")
     return record

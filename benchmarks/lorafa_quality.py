@@ -131,9 +131,7 @@ def main(argv: Sequence[str], make: Make | None = None) -> Record:
         except RuntimeError:  # said already; the other families go on
             code = 1
     whole = record(comparisons, asked)
-    folder = Path(asked.results) / NAME / whole.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    whole.write(folder)
+    whole.leave(Path(asked.results))
     print(quality_table.table(whole))
     if asked.keep:
         comparison.keep([whole, *(run for each in comparisons for run in each.records())], RECORDS)

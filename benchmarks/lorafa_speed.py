@@ -174,9 +174,7 @@ def main(words: Sequence[str]) -> job.Record:
             for column, clock in enumerate(side_by_side.CLOCKS)
         },
     )
-    folder = asked.out / record.name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
+    record.leave(asked.out)
     print(side_by_side.show_speeds(record))
     return record
 

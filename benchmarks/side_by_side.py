@@ -127,9 +127,7 @@ def finish(record: Record, name: str, turns: Turns, warmup: int, out: Path) -> R
     config = {**record.config, "results": "results"}  # not where this machine had its temporary files
     parts: dict[str, Any] = {"config": config, "summary": summary, "samples": samples, "files": {}}
     result = dataclasses.replace(record, name=name, task="benchmark", **parts)
-    folder = out / name / record.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    result.write(folder)
+    result.leave(out)
     return result
 
 

@@ -144,6 +144,12 @@ class Record:
         """Writes `record.json` into `folder`, atomically."""
         write_atomic(folder / "record.json", self.to_json() + "\n")
 
+    def leave(self, root: Path) -> None:
+        """Writes it where a run of its name and id has it below `root`."""
+        folder = root / self.name / self.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write(folder)
+
     @classmethod
     def begin(cls, job: Job) -> Record:
         """The record of an attempt that has just begun: what is true of it if nothing more is ever written."""
