@@ -176,7 +176,11 @@ def show(record: Record) -> str:
         heads = (f"{s['large/providers']:,.0f} providers, {s['large/operators']:,.0f} operators", "plan s", "replicas",
                  "providers used", "step s", "of which gradients", "bound s", "over it %")  # fmt: skip
         keys = ("plan_s", "replicas", "used", "step_s", "sync_s", "bound_s", "over_bound_percent")
-        rows = [[kind, *(f"{s[f'large/{kind}/{key}']:,.4g}" for key in keys)] for kind in fleets.FLEETS]
+        formats = (".1f", ",.0f", ",.0f", ",.0f", ",.0f", ",.0f", ".1f")
+        rows = [
+            [kind, *(format(s[f"large/{kind}/{key}"], how) for key, how in zip(keys, formats, strict=True))]
+            for kind in fleets.FLEETS
+        ]
         lines += ["", *piped(heads, rows)]
     return "\n".join(lines)
 

@@ -7,11 +7,13 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 from decentral_planning import chain, fleet
 
-from llmsys.decentral import broker
+from llmsys.decentral import broker, fleets
 from llmsys.decentral.broker import Job, State, apply, decide
+from llmsys.decentral.chain import Chain
 from llmsys.decentral.churn import Churn, turns
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.events import Beat, Began, Committed, Held, Joined, Left, Lost, Planned, Prepared
@@ -53,6 +55,21 @@ def test_no_promise_is_broken() -> None:
 @pytest.mark.slow
 def test_no_promise_is_broken_in_a_thousand_runs() -> None:
     many(range(1000))
+
+
+@pytest.mark.slow
+def test_no_promise_is_broken_by_ten_thousand_providers() -> None:
+    count = 600
+    ends = np.r_[0, np.full(count - 1, 5e4), 0]
+    own = Chain(
+        names=tuple(f"op{at}" for at in range(count)), work=np.full(count, 1e12), weights=np.full(count, 4e9),
+        saved=np.zeros(count), ahead=ends, back=ends,
+    )  # fmt: skip
+    cloud = fleets.cloud(10_000, 0)
+    job = Job(chain=own, work=Workload(micro_batches=20_000), between=cloud.between, other=cloud.other)
+    found = simulate(job, cloud, Churn(mtbf_s=864_000.0), 1800.0, 0)
+    assert sum(found.repairs.values()) > 10
+    assert found.committed > 0
 
 
 def test_the_same_seed_is_the_same_run() -> None:
