@@ -34,7 +34,7 @@ from llmsys.table import piped
 RECORDS = Path(__file__).parent / "records"
 MODEL, LENGTH = "llama2_7b", 2048
 SIZES = (6, 8, 12, 16, 20)
-WORK = Workload(micro_batches=64, optimizer=6.0, recompute=True)
+WORK = Workload(micro_batches=64, schedule="eager_1f1b", optimizer=6.0, recompute=True)
 """bf16, with AdamW's state and weights in fp32."""
 REPEATS = 5
 LARGE, OPERATORS = 10_000, 40_000

@@ -88,8 +88,6 @@ def by_definition(costs: Costs, order: Sequence[int], cuts: Sequence[int]) -> tu
             host = weights * work.optimizer <= provider.host_gib * GIB
             if not (work.train and work.offload and host and weights * less + kept <= provider.mem_gib * GIB):
                 return math.inf, math.inf
-            moved = (work.gradient + 1) / (provider.host_gbps * 1e9)
-            seconds += own * (moved + (2 * work.optimizer + work.gradient + 1) / 20e9) / work.micro_batches
         sends = receives = 0.0
         for other, cut, ahead_out in ((at + 1, cuts[at + 1], True), (at - 1, cuts[at], False)):
             if not 0 <= other < len(order):

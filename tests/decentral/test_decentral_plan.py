@@ -82,7 +82,7 @@ def test_each_provider_is_in_one_place_at_most_and_nobody_is_lost() -> None:
 
 
 def test_a_step_waits_for_the_last_pipeline_and_for_the_sum_of_gradients() -> None:
-    own = Costs(even(8), equal(4), Workload(micro_batches=8))
+    own = Costs(even(8), equal(4), Workload(micro_batches=8, schedule="eager_1f1b"))
     pipelines = [Pipeline((0, 1), (0, 4, 8), 0.0), Pipeline((2, 3), (0, 4, 8), 0.0)]
     pipelines = [each._replace(seconds=own.slowest_s(each.order, each.cuts)) for each in pipelines]
     found = score(own, pipelines)
@@ -93,6 +93,9 @@ def test_a_step_waits_for_the_last_pipeline_and_for_the_sum_of_gradients() -> No
     # a ring of two: each provider sends all of its gradients once, and so many come back
     assert found.sync_s == pytest.approx(4 * MB * 8e-9)
     assert found.step_s == pytest.approx(alone + 3 * slowest + found.sync_s)
+    # in 1F1B the first stage has two on their way, and of these one is there and back every alone / 2
+    lazy = score(Costs(own.chain, own.fleet, Workload(micro_batches=8)), pipelines)
+    assert lazy.step_s == pytest.approx(alone + 3 * alone / 2 + found.sync_s)
 
 
 def test_a_faster_replica_has_more_of_the_batch() -> None:

@@ -41,12 +41,14 @@ def step_s(costs: Costs) -> float:
     up = np.array([each.up_mbit for each in members]) / 8e-6
     down = np.array([each.down_mbit for each in members]) / 8e-6
     inner = costs.chain.places[1:-1]
-    ahead, back = (float(each[inner].min()) if len(inner) else 0.0 for each in (costs.ahead, costs.back))
+    thinnest = min([1.0, *costs.factors.values()])
+    received, returned = (float(each[inner].min()) if len(inner) else 0.0 for each in (costs.ahead, costs.back))
+    ahead, back = received * thinnest, returned * thinnest
     need, slack = _memory(costs, float(memory.max()))
     room = memory + slack
-    kept = np.concatenate([[0.0], np.cumsum([ahead * work.in_flight(k) for k in range(len(members) - 1)])])
+    kept = np.concatenate([[0.0], np.cumsum([received * work.in_flight(k) for k in range(len(members) - 1)])])
     enough = np.flatnonzero(float(room.max()) * np.arange(1, len(members) + 1) >= need + kept)
-    shares = list(_shares(costs, room, need, ahead, kept))
+    shares = list(_shares(costs, room, need, received, kept))
     if not len(enough) or (most := min(share.sum() for share in shares)) < 1:
         return math.inf
 
@@ -89,11 +91,11 @@ def _memory(costs: Costs, largest: float) -> tuple[float, float]:
     return need, float(max(most)) + ties
 
 
-def _shares(costs: Costs, room: Numbers, need: float, ahead: float, kept: Numbers) -> Iterator[Numbers]:
+def _shares(costs: Costs, room: Numbers, need: float, received: float, kept: Numbers) -> Iterator[Numbers]:
     """Of a pipeline by provider, for s = 0, where nothing is kept, 1, 2, 4, ...; `kept`: K(1), K(2), ..."""
     yield room / need
     for s in (2**k for k in range(len(room).bit_length())):
-        slope = ahead * costs.work.in_flight(s - 1)
+        slope = received * costs.work.in_flight(s - 1)
         left = need + float(kept[s - 1]) - s * slope
         if left > 0:
             yield np.maximum(room - slope, 0.0) / left

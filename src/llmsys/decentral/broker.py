@@ -105,20 +105,23 @@ class State:
 
 def apply(state: State, event: Event) -> State:
     """The state after an event. What is said of another epoch or step, or by somebody who has gone, changes nothing;
-    nor does a provider that joins and is there, or leaves and is not."""
+    nor does a provider that leaves and is not there. One that joins and is there has gone and come again."""
     match event:
         case Joined(provider=provider):
             return _joined(state, provider, event.at_s)
         case Left(name=name) | Lost(name=name):
             return _without(state, name)
         case Beat(names=names):
-            heard = {**state.heard_s, **dict.fromkeys(names & state.present, event.at_s)}
+            there = {name: max(event.at_s, state.heard_s[name]) for name in names & state.present}
+            heard = {**state.heard_s, **there}
             return state.with_(heard_s=heard, quiet_s=min((heard[name] for name in state.present), default=math.inf))
         case Planned(epoch=epoch, plan=plan):
-            orders = () if plan is None else (each.order for each in plan.pipelines)
+            orders = () if plan is None else tuple(each.order for each in plan.pipelines)
             owners = frozenset(state.providers[p].name for order in orders for p in order)
-            fresh = state.with_(epoch=epoch, plan=plan, phase=HOLDING, said=frozenset(), fresh=(), stuck=plan is None)
-            return fresh.with_(owners=owners, gone=())
+            named = {p for order in orders for p in order}.union(() if plan is None else plan.spares)
+            fresh = tuple(p for p in state.fresh if p not in named) if state.plan is not None else ()
+            new = state.with_(epoch=epoch, plan=plan, phase=HOLDING, said=frozenset(), owners=owners, gone=())
+            return new.with_(fresh=fresh, stuck=plan is None and not fresh)
         case Held(names=names, epoch=state.epoch, step=state.step) if state.phase == HOLDING:
             return state.with_(said=state.said | (names & state.owners & state.present))
         case Prepared(names=names, epoch=state.epoch, step=step) if (state.phase, step) == (COMPUTING, state.step + 1):
@@ -148,16 +151,15 @@ def _without(state: State, name: str) -> State:
 
 
 def _joined(state: State, provider: Provider, at_s: float) -> State:
+    state = _without(state, provider.name)  # who joins and is there has begun anew, and holds nothing any more
     heard = {**state.heard_s, provider.name: at_s}
     place, places, known = state.place(provider.name), state.places, state.known
     if place is None:
         place, providers = len(state.providers), (*state.providers, provider)
         places = {**places, provider.name: place}
-    elif place in state.absent:
+    else:
         known = known if provider == state.providers[place] else {}
         providers = (*state.providers[:place], provider, *state.providers[place + 1 :])
-    else:
-        return state.with_(heard_s=heard)
     return state.with_(
         providers=providers,
         absent=state.absent - {place},

@@ -2,7 +2,7 @@
 
 Of stage [i, j) of a chain on provider p, between `before` and `after`, in a micro-batch:
 
-    compute   passes x (work of the stage) / (efficiency x peak), and, where the optimizer is on the host, its way there
+    compute   passes x (work of the stage) / (efficiency x peak)
     send      ahead[j] beta(p, after) + back[i] beta(p, before)      one line out: one message at a time
     receive   ahead[i] beta(before, p) + back[j] beta(after, p)      one line in
     slowest   the largest of the three: what a full pipeline waits for
@@ -10,7 +10,8 @@ Of stage [i, j) of a chain on provider p, between `before` and `after`, in a mic
 `passes` is 1 for inference, 3 for training (a backward pass is twice a forward one) and 4 with recomputation. Memory is
 weights, gradients and optimizer state, and what each of the micro-batches that are on their way keeps: what operators
 save for the backward pass and what was received, or with recomputation that of one micro-batch and what was received.
-How many are on their way is the schedule's: all in GPipe; in 1F1B as many as there are stages from here to the end.
+How many are on their way is the schedule's: all in GPipe; in 1F1B as many as there are stages from here to the end; in
+eager 1F1B one more for each line between these (Zhuang et al., arXiv 2211.05322), so that lines are busy meanwhile.
 """
 
 from __future__ import annotations
@@ -33,12 +34,20 @@ HOST_BYTES_PER_S = 20e9
 """Of an optimizer's state on a host of the kind that has a consumer GPU: two channels of DDR4, half of their peak."""
 
 
+def in_flight(schedule: str, stages_after: int, micro_batches: int) -> int:
+    """Of a schedule of training: micro-batches that a stage keeps, with so many behind it."""
+    if schedule == "gpipe":
+        return micro_batches
+    return min(micro_batches, stages_after * (2 if schedule == "eager_1f1b" else 1) + 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """`micro_batches` of a step in each pipeline. `gradient`, `optimizer`: bytes of these for a byte of weights (fp32
-    and AdamW: 1 and 2; bf16 with fp32 master weights: 1 and 6). `offload`: the optimizer may be on the host, where a
-    stage does not fit otherwise. `private`: operators that only trusted providers may run, by place: the first and the
-    last so many. `regions`: where providers may be; empty: anywhere. `min_mbit`: lines of less are left alone."""
+    """`micro_batches` of a step, over all replicas; GPipe has room for all of them in each. `gradient`, `optimizer`:
+    bytes of these for a byte of weights (fp32 and AdamW: 1 and 2; bf16 with fp32 master weights: 1 and 6). `offload`:
+    the optimizer may be on the host, where a stage does not fit otherwise. `private`: operators that only trusted
+    providers may run, by place: the first and the last so many. `regions`: where providers may be; empty: anywhere.
+    `min_mbit`: lines of less are left alone."""
 
     train: bool = True
     micro_batches: int = 8
@@ -70,17 +79,18 @@ class Workload:
         """Micro-batches that a stage keeps, with so many behind it."""
         if not self.train:
             return 1
-        return self.micro_batches if self.schedule == "gpipe" else min(self.micro_batches, stages_after + 1)
+        return in_flight(self.schedule, stages_after, self.micro_batches)
 
 
 class Cost(NamedTuple):
-    """Of one stage; seconds of a micro-batch, bytes."""
+    """Of one stage; seconds of a micro-batch, bytes; `update_s` once a step, of an optimizer that is on the host."""
 
     compute_s: float
     send_s: float
     receive_s: float
     device_bytes: float
     host_bytes: float = 0.0
+    update_s: float = 0.0
 
     @property
     def slowest_s(self) -> float:
@@ -175,28 +185,26 @@ class Costs:
         return weights * self.work.optimizer
 
     def offload_s(self, provider: Provider) -> float:
-        """A byte of weights, in a micro-batch: its gradient down and itself up, and the state read and written, once a
-        step."""
+        """A byte of weights, once a step: its gradient down and itself up, and the state read and written."""
         copied = (self.work.gradient + 1.0) / (provider.host_gbps * 1e9)
         updated = (2 * self.work.optimizer + self.work.gradient + 1.0) / HOST_BYTES_PER_S
-        return (copied + updated) / self.work.micro_batches
+        return copied + updated
 
-    def compute_s(self, p: int, begin: int, end: int, offload: bool = False) -> float:
-        provider = self.fleet.providers[p]
-        seconds = float(self.flops[end] - self.flops[begin]) / provider.flops
-        if offload:
-            seconds += float(self.weights[end] - self.weights[begin]) * self.offload_s(provider)
-        return seconds
+    def compute_s(self, p: int, begin: int, end: int) -> float:
+        return float(self.flops[end] - self.flops[begin]) / self.fleet.providers[p].flops
+
+    def line(self, p: int, q: int) -> float:
+        """Seconds a byte, uncompressed; infinite where the workload does not take the line."""
+        beta = self.fleet.beta_s(p, q)
+        return beta if 8e-6 / beta >= self.work.min_mbit else math.inf
 
     def beta(self, p: int | None, q: int | None) -> float:
-        """Seconds a byte; 0 where there is nobody, infinite where the workload does not take the line."""
+        """The same of what goes between stages, compressed as it is; 0 where there is nobody."""
         if p is None or q is None:
             return 0.0
         found: float | None = self.known.get((p, q))
         if found is None:
-            beta = self.fleet.beta_s(p, q)
-            found = beta * self.factors.get((p, q), 1.0) if 8e-6 / beta >= self.work.min_mbit else math.inf
-            self.known[p, q] = found
+            found = self.known[p, q] = self.line(p, q) * self.factors.get((p, q), 1.0)
         return found
 
     def offloads(self, p: int, begin: int, end: int, in_flight: int) -> bool | None:
@@ -223,12 +231,18 @@ class Costs:
             return None
         ahead, back = self.ahead, self.back
         return Cost(
-            compute_s=self.compute_s(p, begin, end, offload),
+            compute_s=self.compute_s(p, begin, end),
             send_s=_times(ahead[end], self.beta(p, after)) + _times(back[begin], self.beta(p, before)),
             receive_s=_times(ahead[begin], self.beta(before, p)) + _times(back[end], self.beta(after, p)),
             device_bytes=self.device_bytes(begin, end, in_flight, offload),
             host_bytes=self.host_bytes(begin, end) if offload else 0.0,
+            update_s=self.update_s(p, begin, end) if offload else 0.0,
         )
+
+    def update_s(self, p: int, begin: int, end: int) -> float:
+        """With the optimizer on the host, once a step."""
+        weights = float(self.weights[end] - self.weights[begin]) - self.shared(begin, end)
+        return weights * self.offload_s(self.fleet.providers[p])
 
     def stages(self, order: Sequence[int], cuts: Sequence[int]) -> list[Cost] | None:
         """Of all; None where one of them cannot be."""
@@ -251,13 +265,16 @@ class Costs:
         found = self.stages(order, cuts)
         if found is None:
             return math.inf
-        total = sum(each.compute_s for each in found)
-        for at, (p, q) in enumerate(itertools.pairwise(order)):
-            cut = cuts[at + 1]
-            total += self.fleet.alpha_s(p, q) + _times(self.ahead[cut], self.beta(p, q))
-            if self.work.train:
-                total += self.fleet.alpha_s(q, p) + _times(self.back[cut], self.beta(q, p))
-        return total
+        return sum(each.compute_s for each in found) + sum(map(sum, self.line_s(order, cuts)))
+
+    def line_s(self, order: Sequence[int], cuts: Sequence[int]) -> tuple[list[float], list[float], list[float]]:
+        """(seconds of a micro-batch on each line ahead, and back; latencies there and back)."""
+        ahead, back, waits = [], [], []
+        for cut, (p, q) in zip(cuts[1:-1], itertools.pairwise(order), strict=True):
+            ahead.append(_times(self.ahead[cut], self.beta(p, q)))
+            back.append(_times(self.back[cut], self.beta(q, p)))
+            waits.append(self.fleet.alpha_s(p, q) + (self.fleet.alpha_s(q, p) if self.work.train else 0.0))
+        return ahead, back, waits
 
 
 def _sums(values: NDArray[np.float64]) -> Numbers:

@@ -49,7 +49,7 @@ class Reach:
         self.member: Flags = self.of.reshape(-1)[None, :] == np.arange(len(classes))[:, None]
         self.at = np.arange(len(self.places))
         self.held: dict[tuple[int, int, bool], Places | None] = {}
-        self.timed: dict[tuple[int, bool], Numbers] = {}
+        self.timed: dict[int, Numbers] = {}
 
     def room(self, p: int, in_flight: int, offload: bool) -> Places | None:
         """Of each position, the last that a stage that begins there may end at, as memory and trust allow; None where
@@ -88,25 +88,21 @@ class Reach:
 
     def ends(self, p: int, in_flight: int, limit: float) -> Places:
         """The same within `limit` seconds of computing as well."""
-        found = np.full(len(self.places), -1)
-        for offload in (False, True):
-            room = self.room(p, in_flight, offload)
-            if room is None:
-                continue
-            seconds = self.seconds(p, offload)
-            reached = np.searchsorted(seconds, seconds + limit, side="right") - 1
-            found = np.maximum(found, np.minimum(room, reached))
-        return found
+        room = self.rooms(p, in_flight)
+        seconds = self.seconds(p)
+        return np.minimum(room, np.searchsorted(seconds, seconds + limit, side="right") - 1)
 
-    def seconds(self, p: int, offload: bool) -> Numbers:
+    def rooms(self, p: int, in_flight: int) -> Places:
+        """The further of both: with the optimizer on the device, and on the host."""
+        plain, offloaded = (self.room(p, in_flight, offload) for offload in (False, True))
+        assert plain is not None
+        return plain if offloaded is None else np.maximum(plain, offloaded)
+
+    def seconds(self, p: int) -> Numbers:
         """Computing on p, up to each position."""
-        costs, provider = self.costs, self.costs.fleet.providers[p]
-        if (p, offload) not in self.timed:
-            found = self.flops / provider.flops
-            if offload:
-                found = found + costs.weights[self.places] * costs.offload_s(provider)
-            self.timed[p, offload] = found
-        return self.timed[p, offload]
+        if p not in self.timed:
+            self.timed[p] = self.flops / self.costs.fleet.providers[p].flops
+        return self.timed[p]
 
     def step(
         self, after: Flags, limit: float, p: int, before: int | None, behind: int | None, stages_after: int
@@ -207,17 +203,9 @@ class Reach:
 
     def _cheapest(self, p: int, in_flight: int, after: Numbers) -> tuple[Numbers, Places]:
         """(seconds from each position to the end, where a stage on p that begins there ends)."""
-        n = len(self.places)
-        total, ends = np.full(n, math.inf), np.zeros(n, np.int64)
-        for offload in (False, True):
-            room = self.room(p, in_flight, offload)
-            if room is None:
-                continue
-            seconds = self.seconds(p, offload)
-            value, where = _least(after + seconds, self.at + 1, room)
-            better = value - seconds < total
-            total[better], ends[better] = (value - seconds)[better], where[better]
-        return total, ends
+        seconds = self.seconds(p)
+        value, where = _least(after + seconds, self.at + 1, self.rooms(p, in_flight))
+        return value - seconds, where
 
 
 def _around(order: Sequence[int], at: int) -> tuple[int, int | None, int | None]:

@@ -119,7 +119,8 @@ class Search:
             if not state.any():
                 return None
             left = sum(providers[p].flops for p in members if p not in suffix)
-            return state if reach.flops[int(state.argmax())] <= limit * left * (1 + 1e-9) else None
+            most = limit * left * (1 + 1e-9) if left else 0.0  # nobody is left, and no limit there yet
+            return state if reach.flops[int(state.argmax())] <= most else None
 
         def search(suffix: tuple[int, ...], state: np.ndarray) -> Iterator[tuple[int, ...]]:
             whole = grown(suffix, state, None)

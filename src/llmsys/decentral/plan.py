@@ -57,15 +57,11 @@ class Plan:
 def plan(
     chain: Chain, fleet: Fleet, work: Workload, objective: str = "throughput", replicas: int | None = None
 ) -> Plan:
-    """The best plan that is found; `replicas`: so many pipelines, and not as many as are best. Of one pipeline
-    throughput is that of the full pipeline, its slowest stage; of several a step's, with all that it waits for.
+    """The best plan that is found; `replicas`: so many pipelines, and not as many as are best. Pipelines are those with
+    the fastest slowest stage; which of them are taken is decided by what a step of all comes to.
 
     ValueError where no pipeline of the fleet holds the chain: what is missing, and what would suffice."""
-    costs = Costs(chain, fleet, work)
-    found = Planner(costs, objective).best(replicas)
-    if found is None:
-        raise ValueError(missing(costs))
-    return found
+    return Planner(Costs(chain, fleet, work), objective).must(replicas)
 
 
 class Planner:
@@ -95,6 +91,16 @@ class Planner:
     def flops(self) -> float:
         """A second, of all providers together."""
         return sum(self.costs.fleet.providers[p].flops for p in self.costs.usable)
+
+    def must(self, replicas: int | None = None) -> Plan:
+        """The same, or ValueError, which says what is missing."""
+        found = self.best(replicas)
+        if found is not None:
+            return found
+        one = self.best() if replicas else None
+        if one is not None:
+            raise ValueError(f"replicas={replicas}: no such plan was found; of these providers {len(one.pipelines)} do")
+        raise ValueError(missing(self.costs))
 
     def made(self, pipelines: Sequence[Pipeline]) -> Plan:
         """A plan of these."""

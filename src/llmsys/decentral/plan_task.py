@@ -20,7 +20,6 @@ from llmsys.decentral import adatopk, asked, pictures, schedule, shapes, tables
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.fleet import GIB
-from llmsys.decentral.missing import missing
 from llmsys.decentral.plan import Plan, Planner
 from llmsys.files import write_atomic
 
@@ -42,9 +41,7 @@ def plan(config: schema.Config, context: Context) -> dict[str, Any]:
     context.beat(phase="planning")
     begin = time.perf_counter()
     planner = Planner(Costs(own, fleet, workload(config)), task.objective)
-    found = planner.best(task.replicas or None)
-    if found is None:
-        raise ValueError(missing(planner.costs))
+    found = planner.must(task.replicas or None)
     densities: adatopk.Lines = {}
     if task.density < 1:
         planner, found, densities = adatopk.compressed(planner, found, task.density, WIDTHS[config.model.dtype])

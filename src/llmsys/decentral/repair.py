@@ -70,10 +70,11 @@ def after_join(planner: Planner, plan: Plan, new: int, worth: float = WORTH) -> 
     """Of `planner`, whose fleet has a provider at place `new` that the plan does not know: it is a spare, or is put
     into a pipeline (`insert`) where that makes all more than 1 / `worth` times as fast; or with the other spares it
     makes one more (`replica`); or all is planned anew, as above."""
-    spares = (*plan.spares, new)
-    best = Repair(plan=dataclasses.replace(plan, spares=spares), how="none", moved_bytes=0.0)
+    best = Repair(plan=dataclasses.replace(plan, spares=(*plan.spares, new)), how="none", moved_bytes=0.0)
     if new not in planner.costs.usable:
         return best
+    usable = set(planner.costs.usable)
+    spares = [p for p in best.plan.spares if p in usable]
     enough = plan.per_s / worth
     ways = []
     if plan.objective == "throughput" and (own := planner.finder.pipeline(spares)) is not None:

@@ -1,11 +1,12 @@
 """A step of one pipeline, event by event: when each stage computes and when each line is busy.
 
 Each stage goes through its forwards (F) and backwards (B) of micro-batches in the order of the schedule, each as soon
-as what it needs has come. A message waits for its sender's line out and for its receiver's line in, which carry one at
-a time, first come first served; then it is on its way for alpha more.
+as what it needs has come. A message waits until its sender's line out and its receiver's line in are free, which carry
+one at a time, of those that can go the one that waits longest; then it is on its way for alpha more.
 
-    gpipe    F 0 ... F n-1, then B n-1 ... B 0
-    1f1b     as many F as there are stages behind, then F and B in turn, then the B that are left
+    gpipe         F 0 ... F n-1, then B n-1 ... B 0
+    1f1b          as many F as there are stages behind, then F and B in turn, then the B that are left
+    eager_1f1b    the same with twice as many F before the first B, so that lines are busy meanwhile
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmsys.decentral.cost import Costs
+from llmsys.decentral.cost import Costs, in_flight
 from llmsys.decentral.order import Pipeline
 
 
@@ -50,12 +51,12 @@ class Timing:
         stages = costs.stages(order, cuts)
         assert stages is not None, "a pipeline of a plan"
         passes, pairs = costs.work.passes, list(itertools.pairwise(order))
-        inner = cuts[1:-1]
+        ahead, back, _ = costs.line_s(order, cuts)
         return cls(
             forward=[each.compute_s / passes for each in stages],
             backward=[each.compute_s * (1 - 1 / passes) for each in stages] if costs.work.train else [],
-            ahead=[float(costs.ahead[cut]) * costs.beta(p, q) for cut, (p, q) in zip(inner, pairs, strict=True)],
-            back=[float(costs.back[cut]) * costs.beta(q, p) for cut, (p, q) in zip(inner, pairs, strict=True)],
+            ahead=ahead,
+            back=back,
             alpha=[costs.fleet.alpha_s(p, q) for p, q in pairs],
             alpha_back=[costs.fleet.alpha_s(q, p) for p, q in pairs],
         )
@@ -70,7 +71,7 @@ def orders(schedule: str, stages: int, micro_batches: int, train: bool = True) -
         return [forwards + [("B", m) for m in reversed(range(micro_batches))]] * stages
     found = []
     for stage in range(stages):
-        warm = min(micro_batches, stages - 1 - stage)
+        warm = in_flight(schedule, stages - 1 - stage, micro_batches) - 1
         turns = [(what, m + warm * (what == "F")) for m in range(micro_batches - warm) for what in ("F", "B")]
         found.append(forwards[:warm] + turns + [("B", m) for m in range(micro_batches - warm, micro_batches)])
     return found
@@ -87,7 +88,8 @@ class _Step:
         self.todo = orders(schedule, count, micro_batches, train=bool(timing.backward))
         self.next = [0] * count
         self.busy = [False] * count
-        self.out_free, self.in_free = [0.0] * count, [0.0] * count
+        self.sending, self.receiving = [False] * count, [False] * count
+        self.waiting: list[tuple[int, str, int]] = []
         self.here = {(0, "F", m) for m in range(micro_batches)}
         self.spans: list[Span] = []
         self.events: list[tuple[float, int, str, int, str, int]] = []
@@ -101,6 +103,9 @@ class _Step:
             if event == "done":
                 self.busy[stage] = False
                 self._send(stage, what, m, now)
+            elif event == "sent":
+                self.sending[stage] = self.receiving[_to(stage, what)] = False
+                self._go(now)
             else:
                 self.here.add((stage, what, m))
             self._start(stage, now)
@@ -129,18 +134,34 @@ class _Step:
             return
         if what == "B" and stage == 0:
             return
-        to = stage + 1 if what == "F" else stage - 1
-        line = min(stage, to)
-        seconds = (self.timing.ahead if what == "F" else self.timing.back)[line]
-        alpha = (self.timing.alpha if what == "F" else self.timing.alpha_back)[line]
-        begin = max(now, self.out_free[stage], self.in_free[to])
-        self.out_free[stage] = self.in_free[to] = begin + seconds
-        if seconds:
-            self.spans.append(Span(stage, "ahead" if what == "F" else "back", m, begin, begin + seconds))
-        self._push(begin + seconds + alpha, "come", to, what, m)
+        self.waiting.append((stage, what, m))
+        self._go(now)
+
+    def _go(self, now: float) -> None:
+        """Messages whose lines are free."""
+        left = []
+        for stage, what, m in self.waiting:
+            to = _to(stage, what)
+            if self.sending[stage] or self.receiving[to]:
+                left.append((stage, what, m))
+                continue
+            line = min(stage, to)
+            seconds = (self.timing.ahead if what == "F" else self.timing.back)[line]
+            alpha = (self.timing.alpha if what == "F" else self.timing.alpha_back)[line]
+            if seconds:
+                self.sending[stage] = self.receiving[to] = True
+                self.spans.append(Span(stage, "ahead" if what == "F" else "back", m, now, now + seconds))
+                self._push(now + seconds, "sent", stage, what, m)
+            self._push(now + seconds + alpha, "come", to, what, m)
+        self.waiting = left
 
     def _push(self, when: float, event: str, stage: int, what: str, m: int) -> None:
         heapq.heappush(self.events, (when, next(self.sequence), event, stage, what, m))
+
+
+def _to(stage: int, what: str) -> int:
+    """Where what a stage gives goes."""
+    return stage + 1 if what == "F" else stage - 1
 
 
 def ends_s(spans: Sequence[Span]) -> float:

@@ -3,13 +3,14 @@
 Replicas of the pipeline train on micro-batches of their own and add up their gradients at the end of a step: each stage
 with the providers that hold the same operators in the next pipeline, round a ring or up and down a tree, whichever is
 faster (`cost.links`); or first within each region, where every replica gets a piece, and then each piece between
-regions. A pipeline of n micro-batches takes as long as one alone, and n - 1 times its slowest stage more.
+regions. How long a pipeline takes for its share is `pace`'s.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from llmsys.cost.links import Line
 from llmsys.decentral.cost import Costs
 from llmsys.decentral.order import Pipeline
+from llmsys.decentral.pace import pace
 from llmsys.decentral.regions import ring
 
 
@@ -48,10 +50,13 @@ def score(costs: Costs, pipelines: Sequence[Pipeline]) -> Score:
         counts = np.floor(work.micro_batches / np.array(slowest) / rate).astype(int)
         counts[: work.micro_batches - int(counts.sum())] += 1
         return Score(shares=tuple(counts.tolist()), step_s=work.micro_batches / rate, sync_s=0.0)
-    alone = [costs.latency_s(each.order, each.cuts) for each in pipelines]
-    shares = _shares(alone, slowest, work.micro_batches, equal=work.schedule == "gpipe")
+    paces = [pace(costs, each.order, each.cuts) for each in pipelines]
+    if not all(math.isfinite(each.step_s(1)) for each in paces):
+        return Score(shares=(work.micro_batches, *[0] * (len(paces) - 1)), step_s=math.inf, sync_s=0.0)
+    alone, period = [each.alone_s + each.once_s for each in paces], [each.period_s for each in paces]
+    shares = _shares(alone, period, work.micro_batches, equal=work.schedule == "gpipe")
     used = [at for at, share in enumerate(shares) if share]
-    steps = [alone[at] + (shares[at] - 1) * slowest[at] for at in used]
+    steps = [paces[at].step_s(shares[at]) for at in used]
     sync = sync_s(costs, [pipelines[at] for at in used])
     return Score(shares=tuple(shares), step_s=max(steps) + sync, sync_s=sync)
 
@@ -143,7 +148,7 @@ def _neighbours(costs: Costs, own: Pipeline, then: Pipeline) -> tuple[float, flo
             q = then.order[place]
             low, high = max(begin, then.cuts[place]), min(end, then.cuts[place + 1])
             nbytes = float(costs.weights[high] - costs.weights[low]) * costs.work.gradient
-            seconds = nbytes * costs.fleet.beta_s(p, q)
+            seconds = nbytes * costs.line(p, q)
             sent[p] = sent.get(p, 0.0) + seconds
             came[q] = came.get(q, 0.0) + seconds
             alpha = max(alpha, costs.fleet.alpha_s(p, q))

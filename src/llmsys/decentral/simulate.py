@@ -36,6 +36,7 @@ from llmsys.decentral.events import (
     Prepared,
 )
 from llmsys.decentral.fleet import GIB, Fleet
+from llmsys.decentral.pace import pace
 from llmsys.decentral.plan import Plan
 
 BEAT_S = 0.5
@@ -126,7 +127,7 @@ class World:
             elif given is not None:
                 self._deliver(*given, now)
             self._settle(now)
-        self._charge(self.until)
+        self._charge(self.until, self.state.plan)
         return self.outcome
 
     # --- what happens to providers ---
@@ -172,7 +173,8 @@ class World:
             self.waiting.setdefault(place, []).append(self._of(event, {place}, now))
         speaking = there - self.hung
         kind = self.holds if isinstance(event, Held) else self.prepared
-        kind.update(dict.fromkeys((self.names[place] for place in there), (event.epoch, event.step)))
+        for name in (self.names[place] for place in there):
+            kind[name] = max(kind.get(name, (0, 0)), (event.epoch, event.step))  # of the hung, late ones come late
         if isinstance(event, Held) and event.epoch == self.state.epoch:
             self.spans |= {place: self.planned[place] for place in there if place in self.planned}
         if speaking:
@@ -201,7 +203,7 @@ class World:
     def _follow(self, event: Event, before: State, now: float) -> None:
         """What the world does when the broker says something."""
         if isinstance(event, Planned):
-            self._charge(now)
+            self._charge(now, before.plan)
             if before.phase == broker.COMPUTING:
                 self.outcome.lost_steps += 1
                 self.outcome.wasted_s += now - self.began_s
@@ -223,6 +225,7 @@ class World:
             self._push(now + self._step_s(self.state.plan), (done, lives))
         elif isinstance(event, Committed):
             self.outcome.committed += 1
+            self.spans = dict(self.planned)  # who is in no stage has parameters that are old now
             self.outcome.computing_s += now - self.began_s
             self.since_s = now
             assert self.state.plan is not None
@@ -240,27 +243,36 @@ class World:
             inside = (max(begin, low), min(end, high))
             kept = float(costs.weights[inside[1]] - costs.weights[inside[0]]) if inside[0] < inside[1] else 0.0
             nbytes = (float(costs.weights[end] - costs.weights[begin]) - kept) * state
-            seconds = nbytes * 8e-6 / self.fleet.providers[place].down_mbit
+            seconds = self._fetch_s(place, (begin, end), nbytes) if nbytes else 0.0
             soon.setdefault(seconds, {})[place] = self.lives[place]
         held = Held(at_s=now, names=frozenset(), epoch=epoch, step=self.state.step)
         for seconds, lives in soon.items():
             self._push(now + seconds, (held, lives))
 
+    def _fetch_s(self, place: int, span: tuple[int, int], nbytes: float) -> float:
+        """From the others that have some of these operators, each over its line out, all of them at once, and over the
+        one line in. Where nobody has them any more they come from the job's owner, whose line is not the slower one."""
+        providers, joint = self.fleet.providers, self.fleet.joint
+        some = [
+            other
+            for other, (begin, end) in self.spans.items()
+            if other != place and other in self.up - self.hung and begin < span[1] and span[0] < end
+        ]
+        out = sum(min(providers[other].up_mbit, joint(other, place).mbit) for other in some) or math.inf
+        wait = max((self.fleet.alpha_s(other, place) for other in some), default=0.0)
+        return wait + nbytes * 8e-6 / min(out, providers[place].down_mbit)
+
     def _step_s(self, plan: Plan) -> float:
         """With whoever is slow now."""
         costs, ends = self.state.costs, [0.0]
         for each, share in zip(plan.pipelines, plan.score.shares, strict=True):
-            stages = costs.stages(each.order, each.cuts)
-            assert stages is not None
-            factors = [self.churn.slowdown if self._place(p) in self.slow else 1.0 for p in each.order]
-            slowest = max(max(s.compute_s * f, s.send_s, s.receive_s) for s, f in zip(stages, factors, strict=True))
-            late = sum(s.compute_s * (f - 1) for s, f in zip(stages, factors, strict=True))
-            ends.append(costs.latency_s(each.order, each.cuts) + late + (share - 1) * slowest)
+            slow = [self.churn.slowdown if self._place(p) in self.slow else 1.0 for p in each.order]
+            ends.append(pace(costs, each.order, each.cuts, slow).step_s(share))
         return max(ends) + plan.score.sync_s
 
-    def _charge(self, now: float) -> None:
-        """For the time since the last plan."""
-        spent, plan = now - self.since_plan_s, self.state.plan
+    def _charge(self, now: float, plan: Plan | None) -> None:
+        """For the time since `plan` was made."""
+        spent = now - self.since_plan_s
         self.since_plan_s = now
         if plan is None:
             self.outcome.stuck_s += spent

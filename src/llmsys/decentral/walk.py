@@ -115,9 +115,9 @@ class Walk:
         begun, at = [(0, 0.0, 0.0, 0.0)], 0
         while at < len(left):
             p, (begin, came, went, slowest) = left[at], begun[at]
-            reached, plain, each = self._furthest(p, begin, len(left) - 1 - at, limit)
+            reached = self._furthest(p, begin, len(left) - 1 - at, limit)
             if reached >= last:
-                slowest = max(slowest, self._seconds(p, begin, last, each if last > plain else 0.0))
+                slowest = max(slowest, self._seconds(p, begin, last))
                 cuts = [*(self.places[begin] for begin, *_ in begun), self.places[last]]
                 return left[: at + 1], cuts, slowest
             if at + 1 == len(left):
@@ -132,7 +132,7 @@ class Walk:
                 end -= 1
             if end > begin:
                 sent, brought = ahead[end] * out, back[end] * home
-                seconds = self._seconds(p, begin, end, each if end > plain else 0.0)
+                seconds = self._seconds(p, begin, end)
                 begun.append((end, sent, brought, max(slowest, seconds, sent + went, brought + came)))
                 at += 1
                 continue
@@ -181,34 +181,26 @@ class Walk:
         first = ahead <= provider.up_mbit and back <= provider.down_mbit
         return first or (back <= provider.up_mbit and ahead <= provider.down_mbit)
 
-    def _seconds(self, p: int, begin: int, end: int, each: float) -> float:
-        """Of computing; `each`: FLOPs that a byte of weights costs, whose optimizer is on the host."""
-        work = self.flops[end] - self.flops[begin] + each * (self.weights[end] - self.weights[begin])
-        return work / self.speed[p]
+    def _seconds(self, p: int, begin: int, end: int) -> float:
+        return (self.flops[end] - self.flops[begin]) / self.speed[p]
 
     def _slower(self, order: Sequence[int], at: int) -> int:
         """Of two neighbours, the place of the one with the slower lines."""
         one, other = (self.costs.fleet.providers[p] for p in order[at : at + 2])
         return at + (min(other.up_mbit, other.down_mbit) < min(one.up_mbit, one.down_mbit))
 
-    def _furthest(self, p: int, begin: int, stages_after: int, limit: float) -> tuple[int, int, float]:
-        """(where p's stage may end, as far as computing, memory and trust go; where without the host's memory; FLOPs
-        that a byte of weights costs there)."""
+    def _furthest(self, p: int, begin: int, stages_after: int, limit: float) -> int:
+        """Where p's stage may end, as far as computing, memory and trust go."""
         costs, provider, in_flight = self.costs, self.costs.fleet.providers[p], self.in_flight[stages_after]
         reached = bisect_right(self.flops, self.flops[begin] + limit * self.speed[p], begin) - 1
-        end = plain = min(reached, self._room(p, begin, in_flight, False))
-        each = 0.0
+        end = min(reached, self._room(p, begin, in_flight, False))
         if costs.work.offload and costs.work.train and end < reached:
-            each = costs.offload_s(provider) * self.speed[p]
-            most = self.flops[begin] + self.weights[begin] * each + limit * self.speed[p]
-            sums = range(len(self.flops))
-            slower = bisect_right(sums, most, begin, key=lambda j: self.flops[j] + self.weights[j] * each) - 1
             host = self.weights[begin] + provider.host_gib * GIB / max(costs.work.optimizer, 1e-9)
             held = bisect_right(self.weights, host, begin) - 1
-            end = max(end, min(slower, held, self._room(p, begin, in_flight, True)))
+            end = max(end, min(reached, held, self._room(p, begin, in_flight, True)))
         if not provider.trusted:
             end = min(end, bisect_right(self.private, self.private[begin], begin) - 1)
-        return end, plain, each
+        return end
 
     def _room(self, p: int, begin: int, in_flight: int, offload: bool) -> int:
         key = (in_flight, offload)

@@ -9,7 +9,7 @@ from llmsys.schema.task import Task
 
 FLEETS = ("datacentre", "cloud", "homes")
 OBJECTIVES = ("throughput", "latency")
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = ("eager_1f1b", "1f1b", "gpipe")
 LEVELS = ("operator", "layer")
 
 
@@ -54,7 +54,7 @@ class DecentralPlan(Planning):
     objective: str = "throughput"
     replicas: int = 0
     micro_batches: int = 64
-    schedule: str = "1f1b"
+    schedule: str = "eager_1f1b"
     offload: bool = False
     private: list[int] = field(default_factory=lambda: [0, 0])
     regions: list[str] = field(default_factory=list)
