@@ -40,6 +40,12 @@ class Finder:
             self.found[key] = self.search.all_orders(key) if few else self._searched(members)
         return self.found[key]
 
+    def soonest(self, members: Sequence[int]) -> Pipeline | None:
+        """The one that a micro-batch alone is through soonest, of a few providers; of more the best of a few orders."""
+        search = Search(self.costs, "latency")
+        found = search.all_orders(members) if len(members) <= ALL else search.first(members)
+        return None if found is None else found._replace(seconds=self.costs.slowest_s(found.order, found.cuts))
+
     def _searched(self, members: Sequence[int]) -> Pipeline | None:
         """Walked along each row and improved; in a fleet that is small enough cut exactly in the end."""
         if self.objective == "latency":

@@ -26,7 +26,7 @@ def groups_of(costs: Costs, row: Sequence[int], count: int) -> list[list[int]]:
 
 
 def partitions(members: list[int]) -> Iterator[list[list[int]]]:
-    """Every set of disjoint groups of some of `members`, but none at all."""
+    """Every set of disjoint groups of some of `members`, but none at all, one group alone among them."""
 
     def parted(left: list[int]) -> Iterator[list[list[int]]]:
         if not left:
@@ -39,9 +39,9 @@ def partitions(members: list[int]) -> Iterator[list[list[int]]]:
                 for groups in parted(remaining):
                     yield [[first, *others], *groups]
 
-    for groups in parted(members):
-        if len(groups) > 1:
-            yield groups
+    for count in range(1, len(members) + 1):
+        for some in itertools.combinations(members, count):
+            yield from parted(list(some))
 
 
 def by_memory(costs: Costs, members: Sequence[int]) -> list[int]:

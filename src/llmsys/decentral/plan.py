@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.deal import ALIKE, Deal, everything
-from llmsys.decentral.find import HURRIED, Finder
+from llmsys.decentral.find import HURRIED, SEARCHED, Finder
 from llmsys.decentral.fleet import GIB, Fleet
 from llmsys.decentral.missing import missing
 from llmsys.decentral.order import ALL, Pipeline
@@ -29,9 +29,10 @@ from llmsys.decentral.score import Score, score, share_of
 
 MANY, THOUSANDS = 64, 1000
 """Providers of a fleet up to which groups are searched, and not walked alone; up to which they are put in rows."""
-POLISHED, PATIENCE, FEWER = 2, 2, 0.7
+POLISHED, PATIENCE, FEWER, IDLE = 2, 2, 0.7, 0.25
 """How many of the ways to part a fleet are searched, if it is no large one; numbers of replicas, each larger than the
-last, after which more are not tried where none was better; of what is dealt, each next."""
+last, after which more are not tried where none was better; of what is dealt, each next; of the slowest stage, how much
+one that may be left out computes."""
 Way = tuple[float, list[list[int]], list[Pipeline]]
 """(micro-batches a second, groups of providers, pipelines of these)."""
 
@@ -85,7 +86,11 @@ class Planner:
             ways = self._few(members) if few else self._many(members, replicas)
             made = [self.made(way) for way in ways if way and (replicas is None or len(way) == replicas)]
         found = max(made, key=lambda each: each.per_s, default=None)
-        return None if found is None else dataclasses.replace(found, worth=found.per_s / self.flops)
+        if found is None or found.score.step_s == math.inf:
+            return None
+        if self.objective == "throughput" and len(members) <= MANY:
+            found = self._without_idle(found)
+        return dataclasses.replace(found, worth=found.per_s / self.flops)
 
     @property
     def flops(self) -> float:
@@ -115,14 +120,39 @@ class Planner:
         return Plan(pipelines=tuple(pipelines), spares=spares, score=result, objective=self.objective)
 
     def _few(self, members: Sequence[int]) -> Iterator[list[Pipeline]]:
-        """Every way to part some of them."""
+        """Every way to part some of them; and what is through soonest, which a step of a few micro-batches is."""
         for parts in partitions(list(members)):
             pipelines = [self.finder.pipeline(part) for part in parts]
             if None not in pipelines:
                 yield [each for each in pipelines if each is not None]
-        one = self.finder.pipeline(members)
-        if one is not None:
-            yield [one]
+        if self.costs.work.train and (soon := self.finder.soonest(members)) is not None:
+            yield [soon]
+
+    def _alone(self, members: Sequence[int]) -> Iterator[list[Pipeline]]:
+        """Those that hold the chain by themselves: the fastest of them, and all."""
+        cuts = (0, self.costs.chain.count)
+        alone = [Pipeline((p,), cuts, self.costs.slowest_s((p,), cuts)) for p in members]
+        alone = sorted((each for each in alone if each.seconds < math.inf), key=lambda each: each.seconds)
+        yield from ([each] for each in alone[:1])
+        if len(alone) > 1:
+            yield from self._enough(alone)
+
+    def _without_idle(self, plan: Plan) -> Plan:
+        """Without stages that do little, as long as a step is sooner done without them: a faster slowest stage may cost
+        more in lines and in waiting than it saves."""
+        while True:
+            tried = []
+            for each in plan.pipelines:
+                others = tuple(other for other in plan.pipelines if other is not each)
+                stages = self.costs.stages(each.order, each.cuts) or []
+                for at, stage in enumerate(stages if len(stages) > 1 else []):
+                    less = (*each.order[:at], *each.order[at + 1 :])
+                    if stage.compute_s < each.seconds * IDLE and (one := self.finder.along(less)) is not None:
+                        tried.append(self.made([*others, one]))
+            best = max(tried, key=lambda each: each.per_s, default=plan)
+            if best.per_s <= plan.per_s:
+                return plan
+            plan = best
 
     def _many(self, members: Sequence[int], replicas: int | None) -> Iterator[list[Pipeline]]:
         """All ways to group them walked, and the pipelines of the best of these searched."""
@@ -130,6 +160,10 @@ class Planner:
         numbers = [replicas] if replicas else counts(most)
         if len(members) <= THOUSANDS and numbers[0] == 1 and (one := self.finder.pipeline(members)) is not None:
             yield [one]
+        if replicas in (None, len(members), 1):
+            yield from self._alone(members)
+        if replicas in (None, 1) and self.thorough and len(members) <= SEARCHED and self.costs.work.train:
+            yield from ([one] for one in [self.finder.soonest(members)] if one is not None)
         walked: list[Way] = []
         if len(members) <= THOUSANDS:
             walked += self._in_rows(members, [each for each in numbers if each > 1])
