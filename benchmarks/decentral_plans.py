@@ -6,7 +6,8 @@ Training of LLaMA-2 7B in bf16 on fleets drawn by a seed (`llmsys.decentral.flee
 several regions and homes, of 6 to 20 providers each; micro-batches a second, with all that a step of 64 waits for: the
 filling of pipelines, the sum of gradients. `ratio` is the plan's over the best of the baselines
 (`llmsys.decentral.baselines`) that can hold the model; where none can, the fleet counts for `only_ours` and for no
-median. Times are of this process, medians of several.
+median. `played`: steps event by event (`llmsys.decentral.schedule`), against the baselines that are pipelines. Times
+are of this process, medians of several.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import compose, schema
-from llmsys.decentral import baselines, bound, fleets, shapes
+from llmsys.decentral import baselines, bound, fleets, schedule, shapes
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.plan import Plan, Planner
@@ -49,16 +50,25 @@ def model(layers: int | None = None) -> Chain:
     return shapes.of_model(config, 1, LENGTH)
 
 
-def others(costs: Costs) -> dict[str, float]:
-    """Baseline -> micro-batches a second, of those that can hold the model."""
-    planner, found = Planner(costs), {}
+def played_s(costs: Costs, plan: Plan) -> float:
+    """A step event by event, and the sum of gradients."""
+    pairs = zip(plan.pipelines, plan.score.shares, strict=True)
+    steps = [schedule.run(schedule.Timing.of(costs, each), costs.work.schedule, share) for each, share in pairs]
+    return max(map(schedule.ends_s, steps)) + plan.score.sync_s
+
+
+def others(costs: Costs) -> tuple[dict[str, float], float]:
+    """(baseline -> micro-batches a second, of those that can hold the model; the shortest step of theirs, as played, of
+    those that are pipelines)."""
+    planner, found, played = Planner(costs), {}, math.inf
     for name, make in baselines.PIPELINES.items():
         if (one := make(costs)) is not None:
-            found[name] = planner.made([one]).per_s
+            own = planner.made([one])
+            found[name], played = own.per_s, min(played, played_s(costs, own))
     for name, spread in baselines.SWARMS.items():
         if rate := baselines.routed(costs, spread(costs)):
             found[name] = rate
-    return found
+    return found, played
 
 
 def compared(chain: Chain, count: int) -> dict[str, list[dict[str, Any]]]:
@@ -70,7 +80,7 @@ def compared(chain: Chain, count: int) -> dict[str, list[dict[str, Any]]]:
         begin = time.perf_counter()
         plan = Planner(costs).best()
         seconds = time.perf_counter() - begin
-        named = others(costs)
+        named, played = others(costs)
         best = max(named, key=named.__getitem__, default="")
         ours = plan.per_s if plan else 0.0
         bounded = WORK.micro_batches / bound.step_s(costs)
@@ -80,6 +90,7 @@ def compared(chain: Chain, count: int) -> dict[str, list[dict[str, Any]]]:
             "per_s": ours,
             "best": best,
             "of_bound": ours / bounded if bounded else 0.0,
+            "played_ratio": played / played_s(costs, plan) if plan and played < math.inf else 0.0,
         }
         rows[kind].append(row | {"baseline_per_s": named.get(best, 0.0), "plan_s": seconds})
     return rows
@@ -131,6 +142,7 @@ def summary(rows: dict[str, list[dict[str, Any]]], times: dict[str, list[float]]
     found: dict[str, float] = {}
     for kind, own in rows.items():
         ratios = [row["per_s"] / row["baseline_per_s"] for row in own if row["baseline_per_s"]]
+        played = [row["played_ratio"] for row in own if row["played_ratio"]]
         held = [row for row in own if row["per_s"]]
         found |= {
             f"{kind}/fleets": len(own),
@@ -142,6 +154,8 @@ def summary(rows: dict[str, list[dict[str, Any]]], times: dict[str, list[float]]
         }
         if ratios:
             found |= {f"{kind}/ratio_median": statistics.median(ratios), f"{kind}/ratio_least": min(ratios)}
+        if played:
+            found |= {f"{kind}/played_median": statistics.median(played), f"{kind}/played_least": min(played)}
     return found | {key: statistics.median(values) for key, values in times.items()}
 
 
@@ -151,8 +165,8 @@ def show(record: Record) -> str:
     rows = []
     for kind in fleets.FLEETS:
         ratios = [
-            f"{s[f'{kind}/ratio_{which}']:.2f}" if f"{kind}/ratio_{which}" in s else "–"
-            for which in ("median", "least")
+            f"{s[f'{kind}/{which}']:.2f}" if f"{kind}/{which}" in s else "–"
+            for which in ("ratio_median", "ratio_least", "played_median", "played_least")
         ]
         counts = [f"{s[f'{kind}/{key}']:.0f}" for key in ("fleets", "compared", "only_ours", "held_by_none", "worse")]
         rows.append([kind, *counts, *ratios, f"{s[f'{kind}/of_bound_median']:.2f}"])
@@ -164,6 +178,8 @@ def show(record: Record) -> str:
         "held by none",
         "worse",
         "over the best, median",
+        "least",
+        "as played, median",
         "least",
         "of the bound",
     )
@@ -200,7 +216,7 @@ def main(given: Sequence[str]) -> Record:
     columns = {
         f"{kind}/{key}": [row[key] for row in own]
         for kind, own in rows.items()
-        for key in ("per_s", "baseline_per_s", "of_bound", "plan_s")
+        for key in ("per_s", "baseline_per_s", "played_ratio", "of_bound", "plan_s")
     }
     record = Record(
         name="decentral_plans",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -14,6 +15,7 @@ from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.fleet import GIB, Between, Fleet, Provider
 from llmsys.decentral.order import Pipeline
+from llmsys.decentral.pace import pace
 from llmsys.decentral.plan import Plan, Planner, plan
 from llmsys.decentral.repair import after_join, after_quit
 from llmsys.decentral.score import score
@@ -196,6 +198,47 @@ def test_no_baseline_is_better(kind: str) -> None:
             assert found.per_s >= baselines.routed(own, spread(own)) * (1 - 1e-9), name
 
 
+def test_a_pipeline_that_takes_everybody_is_found_though_no_first_order_is_one() -> None:
+    """Memories that only one order of all four fits; orders by speed, memory and lines are others."""
+    found = 0
+    for seed in range(300):
+        own = costs(seed, 4, 6, roomy=1.15, micro_batches=8)
+        if Planner(own).finder.search.first(own.usable) is None and brute(own, "throughput") < math.inf:
+            assert Planner(own).best() is not None, seed
+            found += 1
+    assert found, "there are such fleets among these"
+
+
+def test_machines_alone_are_weighed_against_pipelines_by_a_step() -> None:
+    """The faster one does a step alone in the time of its computing; with the other a line is waited for twice."""
+    two = Fleet(
+        providers=(
+            Provider(name="fast", tflops=1.0, mem_gib=1.0, up_mbit=100.0, down_mbit=100.0),
+            Provider(name="slow", tflops=0.2, mem_gib=1.0, up_mbit=100.0, down_mbit=100.0),
+        )
+    )
+    for thorough in (True, False):
+        found = Planner(Costs(even(8), two, Workload(micro_batches=2)), thorough=thorough).best()
+        assert found is not None
+        assert [each.order for each in found.pipelines] == [(0,)]
+
+
+def test_a_parameter_of_two_stages_goes_there_and_back_once_a_step() -> None:
+    tied = dataclasses.replace(even(8), ties=((0, 7, 50 * MB),), weights=np.full(8, 100 * MB))
+    own, plain = (Costs(each, equal(2, mem_gib=8.0), Workload(micro_batches=4)) for each in (tied, even(8)))
+    cut, line = ((0, 1), (0, 4, 8)), 8e-9
+    assert pace(own, *cut).once_s == pytest.approx(2 * 50 * MB * line)
+    assert pace(plain, *cut).once_s == 0
+    assert pace(own, (0,), (0, 8)).once_s == 0, "one stage has both readers"
+
+
+def test_gradients_take_no_line_that_the_job_does_not() -> None:
+    own = Costs(even(8), equal(2, mbit=50.0), Workload(micro_batches=100_000, min_mbit=100.0))
+    found = Planner(own).best()
+    assert found is not None
+    assert len(found.pipelines) == 1
+
+
 # --- a provider goes, a provider comes ---------------------------------------------------------------------------
 
 
@@ -279,8 +322,18 @@ def test_when_the_last_that_can_hold_it_goes_what_is_missing_is_said() -> None:
     own = Costs(even(20), equal(2, mem_gib=0.07), Workload(micro_batches=2))
     planner, before = planned(own)
     assert [len(each.order) for each in before.pipelines] == [2]
-    with pytest.raises(ValueError, match="GiB are missing"):
+    with pytest.raises(ValueError, match="MiB are missing"):
         after_quit(planner, before, before.pipelines[0].order[0])
+
+
+def test_who_comes_brings_nobody_in_whom_the_job_leaves_out() -> None:
+    both = Fleet(providers=tuple(Provider(name=f"{r}{at}", tflops=1.0, mem_gib=0.06, up_mbit=1000, down_mbit=1000,
+                 region=r) for r in "ab" for at in range(3)))  # fmt: skip
+    own = Costs(even(12), both, Workload(micro_batches=16, regions=("a",)), absent=frozenset({2}))
+    before = Planner(own).best()
+    assert before is not None
+    found = after_join(Planner(dataclasses.replace(own, absent=frozenset())), before, 2)
+    assert {p for each in found.plan.pipelines for p in each.order} <= {0, 1, 2}
 
 
 def test_one_that_comes_is_a_spare_until_it_helps() -> None:

@@ -120,6 +120,12 @@ def test_a_world_that_breaks_a_promise_is_caught() -> None:
         world._check_plan(doubled, state)
 
 
+@pytest.mark.parametrize("seed", [36, 105, 177])
+def test_what_the_hung_say_late_is_no_broken_promise(seed: int) -> None:
+    """They speak of an epoch that is past when they have held the next one already."""
+    churned(seed)
+
+
 # --- the broker alone -------------------------------------------------------------------------------------------
 
 
@@ -238,3 +244,34 @@ def test_churn_that_cannot_be_is_refused(change: dict[str, object], words: str) 
 def test_fleets_of_one_name_twice_are_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="provider a: is there twice"):
         Fleet(providers=(provider("a"), provider("a")))
+
+
+def test_an_owner_that_goes_and_comes_back_before_anybody_looked_is_planned_for_anew() -> None:
+    """It holds nothing any more: nothing goes on as if it did, and nobody is forgotten."""
+    alone = settled(apply(State(job=job(train=True)), Joined(at_s=0, provider=provider("a"))), 0.0)
+    assert alone.owners == {"a"}
+    back = apply(apply(alone, Left(at_s=1, name="a")), Joined(at_s=1, provider=provider("a")))
+    back = settled(back, 1.0)
+    assert back.owners == {"a"}
+    assert back.epoch > alone.epoch
+    assert back.said == frozenset()
+
+
+def test_an_owner_that_joins_again_has_begun_anew() -> None:
+    """Its process has died and another one speaks in its name, before its silence was noticed."""
+    state = State(job=job(train=True))
+    for name in ("a", "b"):
+        state = apply(state, Joined(at_s=0, provider=provider(name)))
+    state = settled(state, 0.0)
+    state = settled(apply(state, Held(at_s=0, names=state.owners, epoch=state.epoch, step=0)), 0.1)
+    assert state.phase == broker.COMPUTING
+    (owner, *_) = sorted(state.owners)
+    again = settled(apply(state, Joined(at_s=0.5, provider=provider(owner))), 0.5)
+    assert again.epoch > state.epoch
+    assert again.phase == broker.HOLDING
+    assert again.present == {"a", "b"}
+
+
+def test_a_beat_that_comes_late_makes_nobody_older() -> None:
+    state = apply(State(job=job()), Joined(at_s=5.0, provider=provider("a")))
+    assert apply(state, Beat(at_s=3.0, names=frozenset({"a"}))).heard_s["a"] == 5.0

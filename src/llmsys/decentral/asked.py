@@ -27,13 +27,27 @@ def precision(config: schema.Config) -> str:
 def check(config: schema.Config, inputs: Mapping[str, str]) -> None:
     """ValueError, which names the key, for a card that is not known, a region where nobody is, and whatever is wrong
     with a fleet's file."""
-    task = config.task
+    task, model = config.task, config.model
+    if isinstance(model, schema.Transformer) and model.quant != "none":
+        raise ValueError(f"model.quant={model.quant}: plans are of models in fp32 or bf16; model.quant=none")
+    if config.method.kind != "full":
+        raise ValueError(
+            f"method={config.method.kind}: plans are of models whose parameters are all trained; method=full"
+        )
+    if isinstance(task, schema.DecentralProfile) and not isinstance(model, schema.Transformer):
+        raise ValueError(f"model={model.name}: a profile is of a transformer's layers, e.g. model=llama_6m")
     if isinstance(task, schema.DecentralPerf):
         for key, name in (("small", task.small), *(("large", name) for name in task.large)):
             if name not in DEVICES:
                 raise ValueError(f"task.{key}={name}: must be one of {', '.join(DEVICES)}")
     if isinstance(task, schema.DecentralPlan):
         own = fleet(config, inputs.get("fleet"))
+        if sum(task.private) and not any(each.trusted for each in own.providers):
+            raise ValueError(
+                f"task.private={task.private}: no provider is trusted; in a file one is, with trusted: true"
+            )
+        if task.replicas > len(own):
+            raise ValueError(f"task.replicas={task.replicas}: the fleet has {len(own)} providers")
         there = sorted({each.region for each in own.providers})
         for name in task.regions:
             if name not in there:

@@ -47,21 +47,26 @@ def of_data(data: Any, precision: str = "bf16") -> Fleet:
     members = tuple(_provider(at, each, precision) for at, each in enumerate(data["providers"]))
     regions = {each.region for each in members}
     between: dict[tuple[str, str], Between] = {}
-    for each in data.get("between") or []:
+    lines = data.get("between") or []
+    if not isinstance(lines, list):
+        raise ValueError(f"between: {lines}: must be a list")
+    for each in lines:
         pair = each.get("regions") if isinstance(each, Mapping) else None
-        if not isinstance(pair, list) or len(pair) != 2:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise ValueError(f"between {each}: must have `regions`, two names")
         for name in pair:
             if name not in regions:
                 raise ValueError(f"between {pair}: no provider is in region {name}")
+        if (pair[0] != pair[1] and (pair[1], pair[0]) in between) or (pair[0], pair[1]) in between:
+            raise ValueError(f"between {pair}: is there twice; a line is given once, for both directions")
         rest = {key: value for key, value in each.items() if key != "regions"}
         between[str(pair[0]), str(pair[1])] = _between(f"between {pair}", rest)
     return Fleet(providers=members, between=between, other=_between("other", data.get("other") or {}))
 
 
 def _provider(at: int, given: Any, precision: str) -> Provider:
-    if not isinstance(given, Mapping) or not given.get("name"):
-        raise ValueError(f"provider {at}: must be settings, `name` among them")
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), (str, int)) or given["name"] in ("", True):
+        raise ValueError(f"provider {at}: must be settings, `name`, a text, among them")
     name, values = str(given["name"]), {str(key): value for key, value in given.items()}
     fields = {each.name: each for each in dataclasses.fields(Provider)}
     _known(f"provider {name}", values, ("card", *fields))

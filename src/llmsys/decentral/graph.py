@@ -170,6 +170,8 @@ class Graph:
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Self:
         """ValueError for what is no graph."""
+        if not isinstance(data, Mapping):
+            raise ValueError("no graph: must be settings, `nodes` among them")
         if data.get("version") != VERSION:
             raise ValueError(f"version={data.get('version')}: this reads graphs of version {VERSION}")
 
@@ -191,8 +193,8 @@ class Graph:
                 aliases=dict(data["aliases"]),
                 updates=dict(data["updates"]),
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no graph: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no graph: {type(error).__name__}: {error}") from None
 
 
 def _references(value: Any, kind: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
@@ -105,6 +106,18 @@ class Planner:
         one = self.best() if replicas else None
         if one is not None:
             raise ValueError(f"replicas={replicas}: no such plan was found; of these providers {len(one.pipelines)} do")
+        looser: dict[str, Any] = {"min_mbit": 0.0, "private": (0, 0), "regions": (), "schedule": "1f1b"}
+        for key, off in looser.items():
+            asked = getattr(self.costs.work, key)
+            free = dataclasses.replace(self.costs, work=dataclasses.replace(self.costs.work, **{key: off}), known={})
+            if (
+                self.costs.usable
+                and asked != off
+                and Planner(free, self.objective, thorough=False).best(replicas) is not None
+            ):
+                raise ValueError(
+                    f"{key}={_plain(asked)}: no pipeline of these providers is so; with {_plain(off)} one is"
+                )
         raise ValueError(missing(self.costs))
 
     def made(self, pipelines: Sequence[Pipeline]) -> Plan:
@@ -246,3 +259,7 @@ class Planner:
             best = min(best, (costs.work.micro_batches / rate + waits[at], kept))
         if best[1] < len(order):
             yield [pipelines[at] for at in order[: best[1]]]
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

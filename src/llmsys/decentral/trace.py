@@ -62,7 +62,9 @@ class _Called(TorchFunctionMode):
     last = "torch.export"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.last = resolve_name(func) or getattr(func, "__name__", str(func))
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        if "_set_grad_enabled" not in name:  # which torch.export calls around everything
+            self.last = name
         return func(*args, **(kwargs or {}))
 
 

@@ -67,12 +67,14 @@ class DecentralPlan(Planning):
         one_of("task.schedule", self.schedule, SCHEDULES)
         if not self.fleet:
             raise ValueError(f"task.fleet: empty; it is one of {', '.join(FLEETS)}, or a file")
-        for key, least in (("providers", 1), ("replicas", 0), ("micro_batches", 1)):
+        for key, least in (("providers", 1), ("replicas", 0), ("micro_batches", 1), ("fleet_seed", 0)):
             at_least(f"task.{key}", getattr(self, key), least)
         if len(self.private) != 2 or min(self.private) < 0:
             raise ValueError(f"task.private={self.private}: must be two numbers, of the first and the last operators")
         if self.objective == "latency" and self.replicas > 1:
             raise ValueError(f"task.replicas={self.replicas}: task.objective=latency is one micro-batch's")
+        if self.replicas > self.micro_batches:
+            raise ValueError(f"task.replicas={self.replicas}: task.micro_batches={self.micro_batches} are fewer")
         if not self.min_mbit >= 0:
             raise ValueError(f"task.min_mbit={self.min_mbit}: must be 0 or more")
         if not 0 < self.density <= 1:
