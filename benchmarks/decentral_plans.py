@@ -6,7 +6,7 @@ Training of LLaMA-2 7B in bf16 on fleets drawn by a seed (`llmsys.decentral.flee
 several regions and homes, of 6 to 20 providers each; micro-batches a second, with all that a step of 64 waits for: the
 filling of pipelines, the sum of gradients. `ratio` is the plan's over the best of the baselines
 (`llmsys.decentral.baselines`) that can hold the model; where none can, the fleet counts for `only_ours` and for no
-median. `played`: steps event by event (`llmsys.decentral.schedule`), against the baselines that are pipelines. Times
+median. Both are of 1F1B, eager or not, whichever does more. `played`: steps event by event (`llmsys.decentral.schedule`), against the baselines that are pipelines. Times
 are of this process, medians of several.
 """
 
@@ -26,7 +26,7 @@ from llmsys import compose, schema
 from llmsys.decentral import baselines, bound, fleets, schedule, shapes
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
-from llmsys.decentral.plan import Plan, Planner
+from llmsys.decentral.plan import OF_1F1B, Plan, Planner, scheduled
 from llmsys.decentral.repair import after_quit
 from llmsys.job import Record, code_hash
 from llmsys.profile import environment
@@ -76,17 +76,25 @@ def compared(chain: Chain, count: int) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in fleets.FLEETS}
     for seed in range(count):
         kind = list(fleets.FLEETS)[seed % len(fleets.FLEETS)]
-        costs = Costs(chain, fleets.FLEETS[kind](SIZES[seed // 3 % len(SIZES)], seed), WORK)
+        fleet = fleets.FLEETS[kind](SIZES[seed // 3 % len(SIZES)], seed)
         begin = time.perf_counter()
-        plan = Planner(costs).best()
+        try:
+            planner, plan = scheduled(chain, fleet, WORK)
+        except ValueError:  # nothing holds the model
+            planner, plan = Planner(Costs(chain, fleet, WORK)), None
         seconds = time.perf_counter() - begin
-        named, played = others(costs)
+        costs, named, played = planner.costs, dict[str, float](), math.inf
+        for name in OF_1F1B:
+            theirs, shortest = others(Costs(chain, fleet, dataclasses.replace(WORK, schedule=name)))
+            named = {key: max(theirs.get(key, 0.0), named.get(key, 0.0)) for key in {*theirs, *named}}
+            played = min(played, shortest)
         best = max(named, key=named.__getitem__, default="")
         ours = plan.per_s if plan else 0.0
-        bounded = WORK.micro_batches / bound.step_s(costs)
+        lazy = Costs(chain, fleet, dataclasses.replace(WORK, schedule=OF_1F1B[-1]))
+        bounded = WORK.micro_batches / min(bound.step_s(costs), bound.step_s(lazy))
         row = {
             "seed": seed,
-            "providers": len(costs.fleet),
+            "providers": len(fleet),
             "per_s": ours,
             "best": best,
             "of_bound": ours / bounded if bounded else 0.0,
@@ -120,12 +128,12 @@ def large() -> dict[str, float]:
     chain, found = model(OPERATORS // 55), {}
     found |= {"large/providers": LARGE, "large/operators": chain.count}
     for kind, make in fleets.FLEETS.items():
-        costs = Costs(chain, make(LARGE, 0), dataclasses.replace(WORK, micro_batches=200_000))
+        fleet, work = make(LARGE, 0), dataclasses.replace(WORK, micro_batches=200_000)
         begin = time.perf_counter()
-        plan: Plan | None = Planner(costs).best()
+        planner, plan = scheduled(chain, fleet, work)
         seconds = time.perf_counter() - begin
-        assert plan is not None
-        least = bound.step_s(costs)
+        lazy = Costs(chain, fleet, dataclasses.replace(work, schedule="1f1b"))  # which keeps less, and so bounds both
+        least = min(bound.step_s(each) for each in (planner.costs, lazy))
         found |= {
             f"large/{kind}/plan_s": seconds,
             f"large/{kind}/replicas": len(plan.pipelines),

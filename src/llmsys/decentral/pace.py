@@ -9,7 +9,8 @@ seconds; with f on their way there are at most f in that time (Little's law):
     inference           slowest
 
 In 1F1B f is the number of stages from there on, so that the time of lines is never hidden; the eager one has one more
-for each line and hides those that are no slower than a stage. `schedule` plays a step event by event; tests hold the
+for each line and hides those that are no slower than a stage. Behind thin lines 1F1B takes longer than this, by up to a
+half, since stages also wait for each other's turns. `schedule` plays a step event by event; tests hold the
 two together. Once a step an optimizer on the host is updated, and what stages share (tied parameters) is added up and
 sent.
 """

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmsys.decentral import baselines
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.deal import ALIKE, Deal, everything
@@ -28,6 +29,7 @@ from llmsys.decentral.order import ALL, Pipeline
 from llmsys.decentral.parts import ROWS, counts, groups_of, partitions
 from llmsys.decentral.score import Score, score, share_of
 
+OF_1F1B = ("eager_1f1b", "1f1b")
 MANY, THOUSANDS = 64, 1000
 """Providers of a fleet up to which groups are searched, and not walked alone; up to which they are put in rows."""
 POLISHED, PATIENCE, FEWER, IDLE = 2, 2, 0.7, 0.25
@@ -64,6 +66,18 @@ def plan(
 
     ValueError where no pipeline of the fleet holds the chain: what is missing, and what would suffice."""
     return Planner(Costs(chain, fleet, work), objective).must(replicas)
+
+
+def scheduled(
+    chain: Chain, fleet: Fleet, work: Workload, objective: str = "throughput", replicas: int | None = None
+) -> tuple[Planner, Plan]:
+    """The same by whichever of `OF_1F1B` does more, and its planner: eager 1F1B hides lines and has less memory for
+    operators, which is the better bargain in pipelines that are short or behind thin lines."""
+    planners = [Planner(Costs(chain, fleet, dataclasses.replace(work, schedule=name)), objective) for name in OF_1F1B]
+    found = [(planner, made) for planner in planners if (made := planner.best(replicas)) is not None]
+    if not found:
+        planners[-1].must(replicas)
+    return max(found, key=lambda each: each[1].per_s)
 
 
 class Planner:
@@ -140,6 +154,7 @@ class Planner:
                 yield [each for each in pipelines if each is not None]
         if self.costs.work.train and (soon := self.finder.soonest(members)) is not None:
             yield [soon]
+        yield from self._of_others()
 
     def _alone(self, members: Sequence[int]) -> Iterator[list[Pipeline]]:
         """Those that hold the chain by themselves: the fastest of them, and all."""
@@ -149,6 +164,10 @@ class Planner:
         yield from ([each] for each in alone[:1])
         if len(alone) > 1:
             yield from self._enough(alone)
+
+    def _of_others(self) -> Iterator[list[Pipeline]]:
+        """As others lay the chain out: what is best by its slowest stage need not be by a step."""
+        yield from ([one] for make in baselines.PIPELINES.values() if (one := make(self.costs)) is not None)
 
     def _without_idle(self, plan: Plan) -> Plan:
         """Without stages that do little, as long as a step is sooner done without them: a faster slowest stage may cost
@@ -175,6 +194,8 @@ class Planner:
             yield [one]
         if replicas in (None, len(members), 1):
             yield from self._alone(members)
+        if replicas in (None, 1) and len(members) <= HURRIED:
+            yield from self._of_others()
         if replicas in (None, 1) and self.thorough and len(members) <= SEARCHED and self.costs.work.train:
             yield from ([one] for one in [self.finder.soonest(members)] if one is not None)
         walked: list[Way] = []

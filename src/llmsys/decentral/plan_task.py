@@ -19,9 +19,10 @@ from llmsys import schema
 from llmsys.decentral import adatopk, asked, pictures, schedule, shapes, tables
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
-from llmsys.decentral.fleet import GIB
-from llmsys.decentral.plan import Plan, Planner
+from llmsys.decentral.fleet import GIB, Fleet
+from llmsys.decentral.plan import OF_1F1B, Plan, Planner, scheduled
 from llmsys.files import write_atomic
+from llmsys.schema.decentral import AUTO
 
 if TYPE_CHECKING:
     from llmsys.context import Context
@@ -40,20 +41,19 @@ def plan(config: schema.Config, context: Context) -> dict[str, Any]:
     own = chain(config)
     context.beat(phase="planning")
     begin = time.perf_counter()
-    planner = Planner(Costs(own, fleet, workload(config)), task.objective)
-    found = planner.must(task.replicas or None)
+    planner, found = planned(config, own, fleet)
     densities: adatopk.Lines = {}
     if task.density < 1:
         planner, found, densities = adatopk.compressed(planner, found, task.density, WIDTHS[config.model.dtype])
     plan_ms = (time.perf_counter() - begin) * 1e3
     first, costs = found.pipelines[0], planner.costs
     shares = found.score.shares if costs.work.train else (min(DRAWN, costs.work.micro_batches),)
-    spans = schedule.run(schedule.Timing.of(costs, first), task.schedule, shares[0])
+    spans = schedule.run(schedule.Timing.of(costs, first), costs.work.schedule, shares[0])
     summary = _summary(costs, found) | {"plan_ms": plan_ms, "simulated_step_ms": schedule.ends_s(spans) * 1e3}
     write_atomic(context.out / "plan.md", tables.plan(costs, found, densities))
     write_atomic(context.out / "plan.json", json.dumps(plain(costs, found, densities), indent=1) + "\n")
     files, notes = {"tables": "plan.md", "plan": "plan.json"}, {}
-    few = schedule.run(schedule.Timing.of(costs, first), task.schedule, min(DRAWN, shares[0]))
+    few = schedule.run(schedule.Timing.of(costs, first), costs.work.schedule, min(DRAWN, shares[0]))
     names = [costs.fleet.providers[p].name for p in first.order]
     try:
         pictures.save(pictures.gantt(few, names), context.out / "plan.png")
@@ -61,6 +61,16 @@ def plan(config: schema.Config, context: Context) -> dict[str, Any]:
     except ImportError:
         notes["picture"] = "none: matplotlib is missing (pip install 'llmsys[notebooks]')"
     return {"summary": summary, "samples": pictures.columns_of(few), "files": files, "notes": notes}
+
+
+def planned(config: schema.Config, own: Chain, fleet: Fleet) -> tuple[Planner, Plan]:
+    """With the schedule that is asked for, or the better one."""
+    task, work = config.task, workload(config)
+    assert isinstance(task, schema.DecentralPlan)
+    if task.schedule == AUTO:
+        return scheduled(own, fleet, work, task.objective, task.replicas or None)
+    planner = Planner(Costs(own, fleet, work), task.objective)
+    return planner, planner.must(task.replicas or None)
 
 
 def chain(config: schema.Config) -> Chain:
@@ -83,7 +93,7 @@ def workload(config: schema.Config) -> Workload:
     return dataclasses.replace(
         plain,
         micro_batches=task.micro_batches,
-        schedule=task.schedule,
+        schedule=OF_1F1B[0] if task.schedule == AUTO else task.schedule,
         offload=task.offload,
         private=(task.private[0], task.private[1]),
         regions=tuple(task.regions),

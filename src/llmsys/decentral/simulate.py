@@ -1,10 +1,11 @@
 """A job on providers that come and go, by a virtual clock: the broker's own code, and a world that answers it.
 
-The world is what `churn` says and what `cost` predicts. A provider that is told a plan fetches the weights and the
-optimizer state that it lacks over its line, and holds; told to begin, it is done after its pipeline's share of the
-step; told to commit, it applies at once. Whoever is hung says nothing until it wakes, and then says what it would have
-said, of an epoch that may be past. The broker hears beats every half second, and that somebody is silent only after
-its patience.
+The world is what `churn` says and what `cost` and `pace` predict. A provider that is told a plan fetches the weights
+and the optimizer state that it lacks from those that have them, or where nobody has them any more from a copy that the
+job's owner is taken to have: keeping it, and the traffic of that, is not simulated. Then it holds; told to begin, it is
+done after its pipeline's share of the step; told to commit, it applies at once. Whoever is hung says nothing until it
+wakes, and then says what it would have said, of an epoch that may be past. The broker hears beats every half second,
+and that somebody is silent only after its patience.
 
 After every event the promises are checked (`Broken`): committed steps only ever grow by one, each stage has one owner
 in an epoch and an epoch one plan, no stage is without an owner when a step begins, nobody has more than its memory

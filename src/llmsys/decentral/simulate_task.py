@@ -24,7 +24,6 @@ from llmsys.decentral import asked, plan_task
 from llmsys.decentral.broker import Job
 from llmsys.decentral.churn import Churn
 from llmsys.decentral.fleet import GIB, Fleet
-from llmsys.decentral.plan import plan
 from llmsys.decentral.simulate import Outcome
 from llmsys.decentral.simulate import simulate as run
 from llmsys.files import write_atomic
@@ -41,8 +40,9 @@ def simulate(config: schema.Config, context: Context) -> dict[str, Any]:
     assert isinstance(task, schema.DecentralSimulate)
     fleet = asked.fleet(config, context.inputs.get("fleet"))
     context.beat(phase="tracing the model")
-    job = Job(chain=plan_task.chain(config), work=plan_task.workload(config), between=fleet.between, other=fleet.other)
-    plan(job.chain, fleet, job.work)  # what cannot be held is said before anything is simulated
+    own = plan_task.chain(config)
+    planner, _ = plan_task.planned(config, own, fleet)  # what cannot be held is said before anything is simulated
+    job = Job(chain=own, work=planner.costs.work, between=fleet.between, other=fleet.other)
     summary: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
     for mtbf in task.mtbf_s:

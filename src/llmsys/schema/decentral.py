@@ -10,6 +10,7 @@ from llmsys.schema.task import Task
 FLEETS = ("datacentre", "cloud", "homes")
 OBJECTIVES = ("throughput", "latency")
 SCHEDULES = ("eager_1f1b", "1f1b", "gpipe")
+AUTO = "auto"
 LEVELS = ("operator", "layer")
 
 
@@ -40,11 +41,11 @@ class DecentralPlan(Planning):
 
     `fleet`: a kind of `llmsys.decentral.fleets`, of which `providers` are drawn by `fleet_seed`; or a file, YAML or
     JSON (`llmsys.decentral.fleet_file`). `objective`: most micro-batches a second, or one of them soonest. `replicas`
-    of the pipeline; 0: as many as are best. `micro_batches` of a step, over all replicas; `schedule` of each.
-    `offload`: the optimizer may be on hosts. `private`: operators that trusted providers alone may run, the first and
-    the last so many. `regions`: where providers may be; empty: anywhere. `min_mbit`: slower lines are left alone.
-    `density`: of what crosses the slowest line, the share that Top-k sends, and of the others as much more as they are
-    faster (AdaTopK, arXiv 2410.12707); 1: all of it.
+    of the pipeline; 0: as many as are best. `micro_batches` of a step, over all replicas; `schedule` of each; auto:
+    1F1B, eager or not, whichever does more. `offload`: the optimizer may be on hosts. `private`: operators that trusted
+    providers alone may run, the first and the last so many. `regions`: where providers may be; empty: anywhere.
+    `min_mbit`: slower lines are left alone. `density`: of what crosses the slowest line, the share that Top-k sends,
+    and of the others as much more as they are faster (AdaTopK, arXiv 2410.12707); 1: all of it.
     """
 
     kind: str = "decentral_plan"
@@ -54,7 +55,7 @@ class DecentralPlan(Planning):
     objective: str = "throughput"
     replicas: int = 0
     micro_batches: int = 64
-    schedule: str = "eager_1f1b"
+    schedule: str = AUTO
     offload: bool = False
     private: list[int] = field(default_factory=lambda: [0, 0])
     regions: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ class DecentralPlan(Planning):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("task.objective", self.objective, OBJECTIVES)
-        one_of("task.schedule", self.schedule, SCHEDULES)
+        one_of("task.schedule", self.schedule, (AUTO, *SCHEDULES))
         if not self.fleet:
             raise ValueError(f"task.fleet: empty; it is one of {', '.join(FLEETS)}, or a file")
         for key, least in (("providers", 1), ("replicas", 0), ("micro_batches", 1), ("fleet_seed", 0)):
