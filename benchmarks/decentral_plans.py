@@ -6,8 +6,8 @@ Training of LLaMA-2 7B in bf16 on fleets drawn by a seed (`llmsys.decentral.flee
 several regions and homes, of 6 to 20 providers each; micro-batches a second, with all that a step of 64 waits for: the
 filling of pipelines, the sum of gradients. `ratio` is the plan's over the best of the baselines
 (`llmsys.decentral.baselines`) that can hold the model; where none can, the fleet counts for `only_ours` and for no
-median. Both are of 1F1B, eager or not, whichever does more. `played`: steps event by event (`llmsys.decentral.schedule`), against the baselines that are pipelines. Times
-are of this process, medians of several.
+median. Both are of 1F1B, eager or not, whichever does more. `played`: steps event by event (`decentral.schedule`),
+against the baselines that are pipelines. Times are of this process, medians of several.
 """
 
 from __future__ import annotations

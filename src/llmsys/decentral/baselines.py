@@ -206,6 +206,8 @@ def _agreed(costs: Costs, spans: Spans) -> float:
 def _layers(costs: Costs) -> list[int]:
     """Positions between layers, both ends among them: nobody of these cuts within one."""
     chain = costs.chain
+    if not chain.blocks:  # each operator is a layer
+        return [int(at) for at in chain.places]
     allowed = set(chain.places.tolist())
     changes = [at for at in range(1, chain.count) if chain.blocks[at] != chain.blocks[at - 1] and at in allowed]
     return [0, *changes, chain.count]
