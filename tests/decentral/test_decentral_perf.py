@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -82,3 +83,21 @@ def test_memory_is_told_apart_from_speed() -> None:
     assert found.large.weights_gib > found.large.has_gib
     trained = compare(Cards(own, Workload(), small, 50), Cards(own, Workload(), large, 4), 1000.0, 10.0)
     assert not trained.small.holds
+
+
+def test_as_fast_as_the_large_cards_is_what_the_rate_says() -> None:
+    """Just above it the small cards' slowest stage is no slower than the large ones', just below it is; and no line
+    makes up for peaks that are less together."""
+    own = equal_stages(*MODELS["7b"][:3], 100)
+    card, large = (
+        dataclasses.replace(fleets.provider(name, name, 1, 1, precision="fp16"), mem_gib=1e9)
+        for name in ("rtx3080", "h100_pcie")
+    )
+    small = Cards(own, FORWARD, card, 50)
+    found = compare(small, Cards(own, FORWARD, large, 3), 1000.0, 10.0)
+    assert found.ratio > 1
+    for factor, faster in ((1.01, True), (0.99, False)):
+        there = small.at(found.parity_mbit * factor).pipeline()
+        assert there is not None
+        assert (1 / there.seconds >= found.large_per_s * (1 - 1e-6)) is faster
+    assert math.isinf(compare(small, Cards(own, FORWARD, large, 8), 1000.0, 10.0).parity_mbit)

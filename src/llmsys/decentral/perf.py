@@ -75,8 +75,14 @@ class Cards:
         best = self.at(FAST_MBIT).pipeline()
         if best is None:
             raise ValueError(f"{self.count} x {self.card.name}: do not hold the model")
-        limit, order = best.seconds * (1 + SAME), range(self.count)
-        low, high = 0.0, FAST_MBIT
+        return self.rate_for(best.seconds * (1 + SAME))
+
+    def rate_for(self, limit: float) -> float:
+        """The rate of a line (Mbit/s) from which on no stage takes longer than `limit` seconds; infinite where on no
+        line."""
+        order, high = range(self.count), FAST_MBIT
+        if Reach(self.at(FAST_MBIT).costs).within(order, limit) is None:
+            return math.inf
         if Reach(self.at(1e-6).costs).within(order, limit) is not None:
             return 0.0
         low = 1e-6
@@ -120,8 +126,9 @@ class Memory:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Throughputs in micro-batches a second, of full pipelines, as if memory were no limit where it is one (the two
-    `Memory`s say so). `closed_mbit` of equal stages with the chain's work and its least message; `uneven`: the longest
-    stage over the mean."""
+    `Memory`s say so). `parity_mbit`: the rate at which they are as fast; infinite where on no line. `best_parity_mbit`:
+    the same where the small cards reach `best` times as large a share of their peaks. `closed_mbit` of equal stages
+    with the chain's work and its least message; `uneven`: the longest stage over the mean."""
 
     small: Memory
     large: Memory
@@ -132,6 +139,8 @@ class Comparison:
     closed_mbit: float
     small_latency_s: float
     large_latency_s: float
+    parity_mbit: float
+    best_parity_mbit: float
 
     @property
     def ratio(self) -> float:
@@ -139,8 +148,9 @@ class Comparison:
         return self.small_per_s / self.large_per_s
 
 
-def compare(small: Cards, large: Cards, mbit: float, delay_ms: float) -> Comparison:
-    """Latencies on lines of `mbit` and `delay_ms` between the small cards; the large ones' are as they are given."""
+def compare(small: Cards, large: Cards, mbit: float, delay_ms: float, best: float = 1.0) -> Comparison:
+    """`best`: as in `Comparison`. Latencies on lines of `mbit` and `delay_ms` between the small cards; the large ones'
+    are as they are given."""
     free, few = small.unlimited(), large.unlimited()
     fast, other = free.at(FAST_MBIT).pipeline(), few.pipeline()
     slow = free.at(mbit, delay_ms)
@@ -160,6 +170,8 @@ def compare(small: Cards, large: Cards, mbit: float, delay_ms: float) -> Compari
         closed_mbit=closed_critical_mbit(float(free.costs.flops[-1]), float(sent.min()), small.count, small.card.flops),
         small_latency_s=slow.latency_s(there.cuts),
         large_latency_s=few.latency_s(other.cuts),
+        parity_mbit=free.rate_for(other.seconds * (1 + SAME)),
+        best_parity_mbit=free.rate_for(other.seconds * best * (1 + SAME)),
     )
 
 

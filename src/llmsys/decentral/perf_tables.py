@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from llmsys import schema
@@ -40,7 +41,27 @@ def markdown(config: schema.Config, found: Mapping[str, Comparison], samples: Ma
         rows.append([_rate(rate), *shares, f"{shrink:.3g} x" if shrink > 1 else "none"])
     heads = [f"of {task.large_count} {DEVICES[name].title}" for name in found]
     lines += piped(("each line", *heads, "compression for lines not to matter"), rows)
+    lines += ["", *(f"- {_parity(task, name, each)}" for name, each in found.items()), ""]
+    late = zip(samples["curve/delay_ms"], samples["curve/latency_ms"], strict=True)
+    lines += piped(
+        ("delay of each line", f"one micro-batch alone, {_rate(task.mbit)}"),
+        [[f"{delay:g} ms", seconds(took / 1e3)] for delay, took in late],
+    )
     return "\n".join(lines) + "\n"
+
+
+def _parity(task: schema.DecentralPerf, name: str, each: Comparison) -> str:
+    large, best = f"as fast as {task.large_count} {DEVICES[name].title}", max(task.efficiency)
+
+    def at(rate: float) -> str:
+        if math.isinf(rate):
+            return "on no line, however much is compressed"
+        return f"on lines of {_rate(rate)}, or {max(1.0, rate / task.mbit):.3g} x compression on {_rate(task.mbit)}"
+
+    fastest = each.best_parity_mbit * best / 0.5
+    return (
+        f"{large}: {at(each.parity_mbit)}; at {best:g} of their peaks against {min(task.efficiency):g}: {at(fastest)}"
+    )
 
 
 def _verdict(small: str, task: schema.DecentralPerf, name: str, each: Comparison) -> str:

@@ -9,14 +9,18 @@ Keys of the summary, with <large> a card; numbers without low and high are at an
     uneven                               the longest stage over the mean
     small/latency_ms, <large>/latency_ms one micro-batch alone, over `task.mbit` and `task.delay_ms`
     small/..., <large>/...               has_gib, weights_gib, needs_gib, holds (0 or 1), fullest_gib
+    <large>/parity_mbit                  the rate at which the small ones are as fast; not there where on no line
+    <large>/best_parity_mbit             the same where they reach the highest efficiency and the large ones the lowest
     compression/<rate>mbit_x             by how much messages would have to shrink for lines not to matter
 
-Samples: `curve/mbit`, and for each large card `curve/<large>_{low, high}` over it.
+Samples: `curve/mbit`, and for each large card `curve/<large>_{low, high}` over it; `curve/latency_ms` over
+`curve/delay_ms`.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
@@ -46,7 +50,7 @@ def compare(config: schema.Config, context: Context) -> dict[str, Any]:
     found = {}
     for name, few in large.items():
         context.beat(phase=f"{small.card.name} against {name}")
-        found[name] = perf.compare(small, few, task.mbit, task.delay_ms)
+        found[name] = perf.compare(small, few, task.mbit, task.delay_ms, max(task.efficiency) / min(task.efficiency))
     first, reached = next(iter(found.values())), _Throughput(small)
     samples: dict[str, list[float]] = {"curve/mbit": [float(each) for each in task.rates_mbit]}
     for name, each in found.items():
@@ -56,13 +60,20 @@ def compare(config: schema.Config, context: Context) -> dict[str, Any]:
         ]
         samples[f"curve/{name}_low"] = [min(own) for own in ratios]
         samples[f"curve/{name}_high"] = [max(own) for own in ratios]
+    samples["curve/delay_ms"] = [float(each) for each in task.delays_ms]
+    samples["curve/latency_ms"] = [_latency_ms(small.unlimited(), task.mbit, each) for each in task.delays_ms]
     summary = _summary(task, found, small, large)
+    scale = max(task.efficiency) / MIDDLE  # lines keep up with faster cards at so many times the rate
+    for name, each in found.items():
+        for key, rate in (("parity_mbit", each.parity_mbit), ("best_parity_mbit", each.best_parity_mbit * scale)):
+            if math.isfinite(rate):
+                summary[f"{name}/{key}"] = rate
     for rate in task.rates_mbit:
         summary[f"compression/{rate:g}mbit_x"] = max(1.0, first.critical_mbit / rate)
     write_atomic(context.out / "perf.md", perf_tables.markdown(config, found, samples))
     files, notes = {"tables": "perf.md"}, {}
     try:
-        lines = {key.removeprefix("curve/"): values for key, values in samples.items() if key != "curve/mbit"}
+        lines = {key.removeprefix("curve/"): values for key, values in samples.items() if key.endswith(("low", "high"))}
         pictures.save(pictures.curves(samples["curve/mbit"], lines), context.out / "perf.png")
         files["picture"] = "perf.png"
     except ImportError:
@@ -83,6 +94,14 @@ def cards(config: schema.Config, own: Chain) -> tuple[Cards, dict[str, Cards]]:
     small = made(task.small, task.small_count, task.mbit, task.delay_ms)
     rates = {name: DEVICES[name].gbps(task.large_count) * 8e3 for name in task.large}
     return small, {name: made(name, task.large_count, rates[name], LARGE_DELAY_MS) for name in task.large}
+
+
+def _latency_ms(small: Cards, mbit: float, delay_ms: float) -> float:
+    """Of one micro-batch alone, on lines of this rate and delay."""
+    slow = small.at(mbit, delay_ms)
+    there = slow.pipeline()
+    assert there is not None, "`compare` has found one"
+    return slow.latency_s(there.cuts) * 1e3
 
 
 def _pairs(task: schema.DecentralPerf) -> list[tuple[float, float]]:

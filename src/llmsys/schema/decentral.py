@@ -126,7 +126,7 @@ class DecentralSimulate(DecentralPlan):
 class DecentralPerf(Planning):
     """`small_count` cards `small` on lines between them, against `large_count` of each of `large`, which their own
     links join. `efficiency`: shares of the peak that either may reach: the comparison is made for all pairs. Latencies
-    are over lines of `mbit` and `delay_ms`; throughputs also over `rates_mbit`."""
+    are over lines of `mbit` and `delay_ms`, and of each of `delays_ms`; throughputs also over `rates_mbit`."""
 
     kind: str = "decentral_perf"
     small: str = "rtx3080"
@@ -138,8 +138,12 @@ class DecentralPerf(Planning):
     delay_ms: float = 10.0
     rates_mbit: list[float] = field(default_factory=lambda: [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])
 
+    delays_ms: list[float] = field(default_factory=lambda: [0.1, 1, 10, 30, 100])
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.delays_ms or not all(each >= 0 for each in self.delays_ms):
+            raise ValueError(f"task.delays_ms={self.delays_ms}: must be 0 or more, e.g. task.delays_ms=[1,10]")
         for key in ("small_count", "large_count"):
             at_least(f"task.{key}", getattr(self, key), 1)
         if not self.large:
