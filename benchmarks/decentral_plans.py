@@ -63,7 +63,7 @@ def others(costs: Costs) -> tuple[dict[str, float], float]:
     planner, found, played = Planner(costs), {}, math.inf
     for name, make in baselines.PIPELINES.items():
         if (one := make(costs)) is not None:
-            own = planner.made([one])
+            own = planner.played(planner.made([one]))
             found[name], played = own.per_s, min(played, played_s(costs, own))
     for name, spread in baselines.SWARMS.items():
         if rate := baselines.routed(costs, spread(costs)):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmsys.decentral import baselines
+from llmsys.decentral import baselines, schedule
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.deal import ALIKE, Deal, everything
@@ -30,6 +30,8 @@ from llmsys.decentral.parts import ROWS, counts, groups_of, partitions
 from llmsys.decentral.score import Score, score, share_of
 
 OF_1F1B = ("eager_1f1b", "1f1b")
+FINALISTS, PLAYED = 8, 20_000
+"""Plans of a small fleet that are played; micro-batches in stages of a step, beyond which none is."""
 MANY, THOUSANDS = 64, 1000
 """Providers of a fleet up to which groups are searched, and not walked alone; up to which they are put in rows."""
 POLISHED, PATIENCE, FEWER, IDLE = 2, 2, 0.7, 0.25
@@ -43,7 +45,8 @@ Way = tuple[float, list[list[int]], list[Pipeline]]
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """`pipelines` of providers by their place in the fleet, `seconds` of each its slowest stage, or with
-    `objective=latency` the sum; `spares`: providers without a stage. `score` of the pipelines. `worth`: micro-batches
+    `objective=latency` the sum; `spares`: providers without a stage. `score` of the pipelines, and of small fleets as
+    it is played (`Planner.played`). `worth`: micro-batches
     that all providers together were good for by a FLOP, when everything was planned last; 0 where it never was."""
 
     pipelines: tuple[Pipeline, ...]
@@ -105,6 +108,8 @@ class Planner:
             return None
         if self.objective == "throughput" and len(members) <= MANY:
             found = self._without_idle(found)
+        if self.thorough and len(members) <= HURRIED:
+            found = self._as_played([found, *made])
         return dataclasses.replace(found, worth=found.per_s / self.flops)
 
     @property
@@ -145,6 +150,25 @@ class Planner:
         taken = self.costs.absent.union(*(each.order for each in pipelines))
         spares = tuple(p for p in range(len(self.costs.fleet)) if p not in taken)
         return Plan(pipelines=tuple(pipelines), spares=spares, score=result, objective=self.objective)
+
+    def played(self, plan: Plan) -> Plan:
+        """With the step that its schedule makes event by event, where that is longer than its price: lines and stages
+        that are all busy to the brim wait for each other's turns. As it is, where that is too much to play."""
+        costs, pairs = self.costs, list(zip(plan.pipelines, plan.score.shares, strict=True))
+        turns = sum(share * len(each.order) for each, share in pairs)
+        if plan.objective == "latency" or not costs.work.train or turns > PLAYED or plan.score.step_s == math.inf:
+            return plan
+        steps = (schedule.run(schedule.Timing.of(costs, each), costs.work.schedule, share) for each, share in pairs)
+        step_s = max(map(schedule.ends_s, steps)) + plan.score.sync_s
+        if step_s <= plan.score.step_s:
+            return plan
+        return dataclasses.replace(plan, score=dataclasses.replace(plan.score, step_s=step_s))
+
+    def _as_played(self, plans: Sequence[Plan]) -> Plan:
+        """The best of those that are best by their price."""
+        different = {tuple((each.order, each.cuts) for each in plan.pipelines): plan for plan in plans}
+        best = sorted(different.values(), key=lambda each: -each.per_s)[:FINALISTS]
+        return max(map(self.played, best), key=lambda each: each.per_s)
 
     def _few(self, members: Sequence[int]) -> Iterator[list[Pipeline]]:
         """Every way to part some of them; and what is through soonest, which a step of a few micro-batches is."""
