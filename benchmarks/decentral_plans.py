@@ -6,8 +6,9 @@ Training of LLaMA-2 7B in bf16 on fleets drawn by a seed (`llmsys.decentral.flee
 several regions and homes, of 6 to 20 providers each; micro-batches a second, with all that a step of 64 waits for: the
 filling of pipelines, the sum of gradients. `ratio` is the plan's over the best of the baselines
 (`llmsys.decentral.baselines`) that can hold the model; where none can, the fleet counts for `only_ours` and for no
-median. Both are of 1F1B, eager or not, whichever does more. `played`: steps event by event (`decentral.schedule`),
-against the baselines that are pipelines. Times are of this process, medians of several.
+median. Both are of 1F1B, eager or not, whichever does more, at the price of a step (`decentral.pace`), of plans chosen
+by that. `played`: plans as they are chosen, their steps event by event, against the baselines that are pipelines.
+Times are of this process, medians of several.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import compose, schema
-from llmsys.decentral import baselines, bound, fleets, schedule, shapes
+from llmsys.decentral import baselines, bound, fleets, shapes
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
-from llmsys.decentral.plan import OF_1F1B, Plan, Planner, scheduled
+from llmsys.decentral.plan import OF_1F1B, Planner, scheduled
 from llmsys.decentral.repair import after_quit
 from llmsys.job import Record, code_hash
 from llmsys.profile import environment
@@ -50,21 +51,14 @@ def model(layers: int | None = None) -> Chain:
     return shapes.of_model(config, 1, LENGTH)
 
 
-def played_s(costs: Costs, plan: Plan) -> float:
-    """A step event by event, and the sum of gradients."""
-    pairs = zip(plan.pipelines, plan.score.shares, strict=True)
-    steps = [schedule.run(schedule.Timing.of(costs, each), costs.work.schedule, share) for each, share in pairs]
-    return max(map(schedule.ends_s, steps)) + plan.score.sync_s
-
-
-def others(costs: Costs) -> tuple[dict[str, float], float]:
-    """(baseline -> micro-batches a second, of those that can hold the model; the shortest step of theirs, as played, of
-    those that are pipelines)."""
-    planner, found, played = Planner(costs), {}, math.inf
+def others(planner: Planner) -> tuple[dict[str, float], float]:
+    """(baseline -> micro-batches a second, of those that can hold the model, as they are priced; the shortest step of
+    those that are pipelines, as it is played)."""
+    costs, found, played = planner.costs, dict[str, float](), math.inf
     for name, make in baselines.PIPELINES.items():
         if (one := make(costs)) is not None:
-            own = planner.played(planner.made([one]))
-            found[name], played = own.per_s, min(played, played_s(costs, own))
+            own = planner.made([one])
+            found[name], played = own.per_s, min(played, planner.played(own).score.step_s)
     for name, spread in baselines.SWARMS.items():
         if rate := baselines.routed(costs, spread(costs)):
             found[name] = rate
@@ -77,28 +71,29 @@ def compared(chain: Chain, count: int) -> dict[str, list[dict[str, Any]]]:
     for seed in range(count):
         kind = list(fleets.FLEETS)[seed % len(fleets.FLEETS)]
         fleet = fleets.FLEETS[kind](SIZES[seed // 3 % len(SIZES)], seed)
+        named, shortest, priced, found = dict[str, float](), math.inf, 0.0, list[tuple[float, float]]()
         begin = time.perf_counter()
-        try:
-            planner, plan = scheduled(chain, fleet, WORK)
-        except ValueError:  # nothing holds the model
-            planner, plan = Planner(Costs(chain, fleet, WORK)), None
+        planners = [Planner(Costs(chain, fleet, dataclasses.replace(WORK, schedule=name))) for name in OF_1F1B]
+        for planner in planners:
+            if plans := planner.ranked():
+                priced = max(priced, plans[0].per_s)
+                own = planner.best()
+                assert own is not None
+                found.append((own.score.step_s, own.per_s))
         seconds = time.perf_counter() - begin
-        costs, named, played = planner.costs, dict[str, float](), math.inf
-        for name in OF_1F1B:
-            theirs, shortest = others(Costs(chain, fleet, dataclasses.replace(WORK, schedule=name)))
+        for planner in planners:
+            theirs, played = others(planner)
             named = {key: max(theirs.get(key, 0.0), named.get(key, 0.0)) for key in {*theirs, *named}}
-            played = min(played, shortest)
+            shortest = min(shortest, played)
         best = max(named, key=named.__getitem__, default="")
-        ours = plan.per_s if plan else 0.0
-        lazy = Costs(chain, fleet, dataclasses.replace(WORK, schedule=OF_1F1B[-1]))
-        bounded = WORK.micro_batches / min(bound.step_s(costs), bound.step_s(lazy))
+        bounded = WORK.micro_batches / min(bound.step_s(planner.costs) for planner in planners)
         row = {
             "seed": seed,
             "providers": len(fleet),
-            "per_s": ours,
+            "per_s": priced,
             "best": best,
-            "of_bound": ours / bounded if bounded else 0.0,
-            "played_ratio": played / played_s(costs, plan) if plan and played < math.inf else 0.0,
+            "of_bound": priced / bounded if bounded else 0.0,
+            "played_ratio": shortest / min(found)[0] if found and shortest < math.inf else 0.0,
         }
         rows[kind].append(row | {"baseline_per_s": named.get(best, 0.0), "plan_s": seconds})
     return rows

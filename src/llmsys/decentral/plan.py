@@ -93,24 +93,29 @@ class Planner:
 
     def best(self, replicas: int | None = None) -> Plan | None:
         """As `plan`; None where nothing holds the chain."""
+        found = self.ranked(replicas)
+        if not found:
+            return None
+        few = self.thorough and len(self.costs.usable) <= HURRIED
+        best = max(map(self.played, found[:FINALISTS]), key=lambda each: each.per_s) if few else found[0]
+        return dataclasses.replace(best, worth=best.per_s / self.flops)
+
+    def ranked(self, replicas: int | None = None) -> list[Plan]:
+        """Those that were looked at, the best first by what a step is priced at."""
         members = self.costs.usable
         if not members or self._memory(members) < 1:
-            return None
+            return []
         if self.objective == "latency":
             one = self.finder.pipeline(members)
-            made = [] if one is None else [self.made([one])]
-        else:
-            few = self.thorough and len(members) <= ALL
-            ways = self._few(members) if few else self._many(members, replicas)
-            made = [self.made(way) for way in ways if way and (replicas is None or len(way) == replicas)]
-        found = max(made, key=lambda each: each.per_s, default=None)
-        if found is None or found.score.step_s == math.inf:
-            return None
-        if self.objective == "throughput" and len(members) <= MANY:
-            found = self._without_idle(found)
-        if self.thorough and len(members) <= HURRIED:
-            found = self._as_played([found, *made])
-        return dataclasses.replace(found, worth=found.per_s / self.flops)
+            return [] if one is None else [self.made([one])]
+        few = self.thorough and len(members) <= ALL
+        ways = self._few(members) if few else self._many(members, replicas)
+        made = [self.made(way) for way in ways if way and (replicas is None or len(way) == replicas)]
+        found = {tuple((each.order, each.cuts) for each in plan.pipelines): plan for plan in made}
+        best = sorted((each for each in found.values() if each.per_s > 0), key=lambda each: -each.per_s)
+        if best and len(members) <= MANY and (less := self._without_idle(best[0])) is not best[0]:
+            best.insert(0, less)
+        return best
 
     @property
     def flops(self) -> float:
@@ -152,23 +157,15 @@ class Planner:
         return Plan(pipelines=tuple(pipelines), spares=spares, score=result, objective=self.objective)
 
     def played(self, plan: Plan) -> Plan:
-        """With the step that its schedule makes event by event, where that is longer than its price: lines and stages
-        that are all busy to the brim wait for each other's turns. As it is, where that is too much to play."""
+        """With the step that its schedule makes event by event: lines and stages that are all busy to the brim wait for
+        each other's turns, which a price does not know. As it is, where that is too much to play."""
         costs, pairs = self.costs, list(zip(plan.pipelines, plan.score.shares, strict=True))
         turns = sum(share * len(each.order) for each, share in pairs)
         if plan.objective == "latency" or not costs.work.train or turns > PLAYED or plan.score.step_s == math.inf:
             return plan
         steps = (schedule.run(schedule.Timing.of(costs, each), costs.work.schedule, share) for each, share in pairs)
         step_s = max(map(schedule.ends_s, steps)) + plan.score.sync_s
-        if step_s <= plan.score.step_s:
-            return plan
         return dataclasses.replace(plan, score=dataclasses.replace(plan.score, step_s=step_s))
-
-    def _as_played(self, plans: Sequence[Plan]) -> Plan:
-        """The best of those that are best by their price."""
-        different = {tuple((each.order, each.cuts) for each in plan.pipelines): plan for plan in plans}
-        best = sorted(different.values(), key=lambda each: -each.per_s)[:FINALISTS]
-        return max(map(self.played, best), key=lambda each: each.per_s)
 
     def _few(self, members: Sequence[int]) -> Iterator[list[Pipeline]]:
         """Every way to part some of them; and what is through soonest, which a step of a few micro-batches is."""
