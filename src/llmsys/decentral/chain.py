@@ -28,8 +28,9 @@ class Chain:
     """Of a micro-batch, and of L operators. `work`: FLOPs forward. `weights`: bytes of the parameters it reads; those
     of `ties` are another's too: (first reader, next reader, bytes), and on one stage they are there once. `held`: bytes
     of constants and variables. `saved`: bytes kept for the backward pass. All (L,). `ahead`, `back`: bytes over each
-    position, (L+1,). `places`: positions where it may be cut, the ends among them, rising. `rows`: examples in it.
-    `tokens`: their elements. ValueError where sizes do not agree, or something is negative.
+    position, (L+1,). `places`: positions where it may be cut, the ends among them, rising. `blocks`: of each operator,
+    the layer that it belongs to, where that is known. `tokens` of the micro-batch. ValueError where sizes do not agree,
+    or something is negative.
     """
 
     names: tuple[str, ...]
