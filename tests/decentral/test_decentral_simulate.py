@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from decentral_planning import chain, fleet
 
-from llmsys.decentral import broker, fleets
+from llmsys.decentral import broker, fleets, promises
 from llmsys.decentral.broker import Job, State, apply, decide
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.churn import Churn, turns
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.events import Beat, Began, Committed, Held, Joined, Left, Lost, Planned, Prepared
 from llmsys.decentral.fleet import Fleet, Provider
-from llmsys.decentral.simulate import Broken, World, simulate
+from llmsys.decentral.promises import Broken
+from llmsys.decentral.simulate import World, simulate
 
 RESTLESS = Churn(mtbf_s=60.0, away_s=30.0, shares=(0.25, 0.35, 0.3, 0.1), hang_s=4.0, slow_s=10.0)
 SEEDS = 20
@@ -108,16 +109,18 @@ def test_a_world_that_breaks_a_promise_is_caught() -> None:
     world, _ = churned(0, 5.0)
     state = world.state.with_(phase=broker.COMPUTING)
     with pytest.raises(Broken, match="have not prepared it"):
-        world._check(Committed(at_s=0, epoch=state.epoch, step=state.step + 1), state.with_(epoch=99))
+        world.promises.check(Committed(at_s=0, epoch=state.epoch, step=state.step + 1), state.with_(epoch=99), set())
     assert state.plan is not None
     first = state.plan.pipelines[0].order[0]
     with pytest.raises(Broken, match="has gone, and owns a stage"):
-        world._check_plan(state.plan, state.with_(absent=frozenset({first})))
+        promises.check_plan(state.plan, state.with_(absent=frozenset({first})))
     with pytest.raises(Broken, match="do not hold it"):
-        world._check(Began(at_s=0, epoch=99, step=state.step + 1), state.with_(epoch=99, absent=frozenset()))
+        world.promises.check(
+            Began(at_s=0, epoch=99, step=state.step + 1), state.with_(epoch=99, absent=frozenset()), set()
+        )
     doubled = dataclasses.replace(state.plan, pipelines=state.plan.pipelines * 2)
     with pytest.raises(Broken, match="owns two stages"):
-        world._check_plan(doubled, state)
+        promises.check_plan(doubled, state)
 
 
 @pytest.mark.parametrize("seed", [36, 105, 177])

@@ -7,9 +7,7 @@ done after its pipeline's share of the step; told to commit, it applies at once.
 wakes, and then says what it would have said, of an epoch that may be past. The broker hears beats every half second,
 and that somebody is silent only after its patience.
 
-After every event the promises are checked (`Broken`): committed steps only ever grow by one, each stage has one owner
-in an epoch and an epoch one plan, no stage is without an owner when a step begins, nobody has more than its memory
-holds, and a step is committed only when every owner has prepared it in that epoch.
+After every event the broker's promises are checked (`promises`).
 """
 
 from __future__ import annotations
@@ -36,19 +34,16 @@ from llmsys.decentral.events import (
     Planned,
     Prepared,
 )
-from llmsys.decentral.fleet import GIB, Fleet
+from llmsys.decentral.fleet import Fleet
 from llmsys.decentral.pace import pace
 from llmsys.decentral.plan import Plan
+from llmsys.decentral.promises import Promises
 
 BEAT_S = 0.5
 
 
 Said = tuple[Event, dict[int, int]]
 """What is said in the name of providers, and in which of their lives."""
-
-
-class Broken(AssertionError):
-    """A promise that was not kept."""
 
 
 @dataclass(kw_only=True)
@@ -99,9 +94,7 @@ class World:
         self.waiting: dict[int, list[Event]] = {}  # what the hung will say
         self.spans: dict[int, tuple[int, int]] = {}  # operators that each has the parameters of
         self.planned: dict[int, tuple[int, int]] = {}  # and is to have, by the plan
-        # of what each has said so, (epoch, step)
-        self.prepared: dict[str, tuple[int, int]] = {}
-        self.holds: dict[str, tuple[int, int]] = {}
+        self.promises = Promises()
         self.beaten_s = -math.inf
         self.silent_s: dict[str, float] = {}
         self.outcome = Outcome(seconds=seconds, micro_batches=job.work.micro_batches)
@@ -173,9 +166,7 @@ class World:
         for place in there & self.hung:
             self.waiting.setdefault(place, []).append(self._of(event, {place}, now))
         speaking = there - self.hung
-        kind = self.holds if isinstance(event, Held) else self.prepared
-        for name in (self.names[place] for place in there):
-            kind[name] = max(kind.get(name, (0, 0)), (event.epoch, event.step))  # of the hung, late ones come late
+        self.promises.said(event, (self.names[place] for place in there))
         if isinstance(event, Held) and event.epoch == self.state.epoch:
             self.spans |= {place: self.planned[place] for place in there if place in self.planned}
         if speaking:
@@ -197,7 +188,7 @@ class World:
         while said := broker.decide(self.state, now):
             for event in said:
                 before = self.state
-                self._check(event, before)
+                self.promises.check(event, before, {self.names[place] for place in self.up - self.hung})
                 self._hear(event)
                 self._follow(event, before, now)
 
@@ -282,43 +273,6 @@ class World:
             provider = self.state.providers[p]
             self.outcome.usd += (provider.usd_per_hour or 0.0) * spent / 3600
             self.outcome.joule += (provider.watts or 0.0) * spent
-
-    # --- the promises ---
-
-    def _check(self, event: Event, before: State) -> None:
-        """Raises `Broken`."""
-        if isinstance(event, Planned):
-            if event.epoch != before.epoch + 1:
-                raise Broken(f"epoch {event.epoch} follows {before.epoch}")
-            if event.plan is not None:
-                self._check_plan(event.plan, before)
-        elif isinstance(event, Began):
-            if not before.owners <= before.present:
-                raise Broken(f"step {event.step} begins without {min(before.owners - before.present)}")
-            lacking = [name for name in before.owners if self.holds.get(name) != (before.epoch, before.step)]
-            if event.step != before.step + 1 or lacking:
-                raise Broken(f"step {event.step} begins after {before.step}; {lacking} do not hold it")
-        elif isinstance(event, Committed):
-            lacking = [name for name in before.owners if self.prepared.get(name) != (before.epoch, event.step)]
-            if event.step != before.step + 1 or lacking:
-                raise Broken(f"step {event.step} is committed after {before.step}; {lacking} have not prepared it")
-        elif isinstance(event, Lost) and self.at[event.name] in self.up - self.hung:
-            raise Broken(f"{event.name} is there, and was given up")
-
-    def _check_plan(self, plan: Plan, before: State) -> None:
-        costs, seen = before.costs, set[int]()
-        for each in plan.pipelines:
-            if each.cuts[0] != 0 or each.cuts[-1] != costs.chain.count or len(each.cuts) != len(each.order) + 1:
-                raise Broken(f"a pipeline cut at {each.cuts}: a stage has no owner")
-            if seen & set(each.order) or len(set(each.order)) != len(each.order):
-                raise Broken(f"a provider of {each.order} owns two stages")
-            seen |= set(each.order)
-            stages = costs.stages(each.order, each.cuts)
-            limits = [costs.fleet.providers[p].mem_gib * GIB for p in each.order]
-            if stages is None or any(s.device_bytes > limit for s, limit in zip(stages, limits, strict=True)):
-                raise Broken(f"a provider of {each.order} has more than its memory holds")
-        if seen & before.absent:
-            raise Broken(f"provider {min(seen & before.absent)} has gone, and owns a stage")
 
     # --- places: the broker numbers providers as they join, the world as they are in its fleet ---
 
