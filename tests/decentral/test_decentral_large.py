@@ -44,13 +44,13 @@ def members(count: int, **more: object) -> tuple[Provider, ...]:
 def test_no_plan_is_better_than_the_bound(train: bool, schedule: str) -> None:
     """Four providers, of which every plan is looked at, with unlike operators, thin lines, tied and saved tensors."""
     compared = 0
-    for seed, roomy, offload in itertools.product(range(6), (1.2, 3.0, 8.0), (False, True)):
+    for seed, roomy, offload in itertools.product(range(4), (1.2, 3.0, 8.0), (False, True)):
         own = costs(seed, 4, 7, roomy=roomy, train=train, schedule=schedule, offload=offload, micro_batches=6)
         found, least = Planner(own).best(), bound.step_s(own)
         if found is not None:
             assert least <= found.score.step_s * (1 + 1e-9), seed
             compared += 1
-    assert compared > 15
+    assert compared > 10
 
 
 def test_the_bound_says_what_machines_and_lines_alone_say() -> None:
