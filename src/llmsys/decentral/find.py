@@ -31,6 +31,7 @@ class Finder:
         self.costs, self.objective, self.thorough = costs, objective, thorough
         self.search, self.walk = Search(costs, objective), Walk(costs)
         self.found: dict[tuple[int, ...], Pipeline | None] = {}
+        self.soon: dict[tuple[int, ...], Pipeline | None] = {}
 
     def pipeline(self, members: Sequence[int]) -> Pipeline | None:
         """The best one that is found of some of `members`; in a small fleet the best there is."""
@@ -42,9 +43,13 @@ class Finder:
 
     def soonest(self, members: Sequence[int]) -> Pipeline | None:
         """The one that a micro-batch alone is through soonest, of a few providers; of more the best of a few orders."""
-        search = Search(self.costs, "latency")
-        found = search.all_orders(members) if len(members) <= ALL else search.first(members)
-        return None if found is None else found._replace(seconds=self.costs.slowest_s(found.order, found.cuts))
+        key = tuple(sorted(members))
+        if key not in self.soon:
+            search = Search(self.costs, "latency")
+            found = search.all_orders(members) if len(members) <= ALL else search.first(members)
+            seconds = math.inf if found is None else self.costs.slowest_s(found.order, found.cuts)
+            self.soon[key] = None if found is None else found._replace(seconds=seconds)
+        return self.soon[key]
 
     def _searched(self, members: Sequence[int]) -> Pipeline | None:
         """Walked along each row and improved; in a fleet that is small enough cut exactly in the end."""
