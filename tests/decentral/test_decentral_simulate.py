@@ -54,6 +54,7 @@ def test_no_promise_is_broken() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_no_promise_is_broken_in_a_thousand_runs() -> None:
     many(range(1000))
 
