@@ -43,11 +43,11 @@ def in_flight(schedule: str, stages_after: int, micro_batches: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """`micro_batches` of a step, over all replicas; GPipe has room for all of them in each. `gradient`, `optimizer`:
-    bytes of these for a byte of weights (fp32 and AdamW: 1 and 2; bf16 with fp32 master weights: 1 and 6). `offload`:
-    the optimizer may be on the host, where a stage does not fit otherwise. `private`: operators that only trusted
-    providers may run, by place: the first and the last so many. `regions`: where providers may be; empty: anywhere.
-    `min_mbit`: lines of less are left alone."""
+    """`micro_batches` of a step, over all replicas; GPipe as `schedule` has room for all of them in each. `gradient`,
+    `optimizer`: bytes of these for a byte of weights (fp32 and AdamW: 1 and 2; bf16 with fp32 master weights: 1 and 6).
+    `offload`: the optimizer may be on the host, where a stage does not fit otherwise. `private`: operators that only
+    trusted providers may run, by place: the first and the last so many. `regions`: where providers may be; empty:
+    anywhere. `min_mbit`: lines of less are left alone."""
 
     train: bool = True
     micro_batches: int = 8

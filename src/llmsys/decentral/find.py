@@ -54,7 +54,7 @@ class Finder:
     def _searched(self, members: Sequence[int]) -> Pipeline | None:
         """Walked along each row and improved; in a fleet that is small enough cut exactly in the end."""
         if self.objective == "latency":
-            return self.search.best(members) if len(members) <= HURRIED else self._soonest(members)
+            return self.search.best(members) if len(members) <= HURRIED else self._of_few(members)
         rows = (row(self.costs, members) for row in (*ROWS.values(), by_memory))
         found = [each for row in rows if (each := self.walk.best(row)) is not None]
         best = min(found, key=lambda each: each[2], default=None)
@@ -73,7 +73,7 @@ class Finder:
                 own = _whole(self.walk.sooner(walked, members))
         return self._tidied(own)
 
-    def _soonest(self, members: Sequence[int]) -> Pipeline | None:
+    def _of_few(self, members: Sequence[int]) -> Pipeline | None:
         """One that few are in: the fastest, the largest and those with the best lines, of one region or of all, and
         more of them where these do not hold the chain. The best of such sets are improved."""
         providers = self.costs.fleet.providers

@@ -54,7 +54,9 @@ def _pace(costs: Costs, order: Sequence[int], cuts: Sequence[int], slow: Sequenc
     computing = [each.compute_s * factor for each, factor in zip(stages, slow, strict=True)]
     slowest = max(max(took, each.send_s, each.receive_s) for took, each in zip(computing, stages, strict=True))
     ahead, back, waits = costs.line_s(order, cuts)
-    alone = sum(computing) + sum(ahead) + sum(back) + sum(waits)
+    alone = costs.latency_s(order, cuts) + sum(
+        took - each.compute_s for took, each in zip(computing, stages, strict=True)
+    )
     if not costs.work.train:
         return Pace(alone, slowest, 0.0)
     if costs.work.schedule == "gpipe":

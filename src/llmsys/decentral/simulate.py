@@ -245,11 +245,9 @@ class World:
         """From the others that have some of these operators, each over its line out, all of them at once, and over the
         one line in. Where nobody has them any more they come from the job's owner, whose line is not the slower one."""
         providers, joint = self.fleet.providers, self.fleet.joint
-        some = [
-            other
-            for other, (begin, end) in self.spans.items()
-            if other != place and other in self.up - self.hung and begin < span[1] and span[0] < end
-        ]
+        there = self.up - self.hung
+        having = (other for other, (begin, end) in self.spans.items() if begin < span[1] and span[0] < end)
+        some = [other for other in having if other in there and other != place]
         out = sum(min(providers[other].up_mbit, joint(other, place).mbit) for other in some) or math.inf
         wait = max((self.fleet.alpha_s(other, place) for other in some), default=0.0)
         return wait + nbytes * 8e-6 / min(out, providers[place].down_mbit)
@@ -258,7 +256,9 @@ class World:
         """With whoever is slow now."""
         costs, ends = self.state.costs, [0.0]
         for each, share in zip(plan.pipelines, plan.score.shares, strict=True):
-            slow = [self.churn.slowdown if self._place(p) in self.slow else 1.0 for p in each.order]
+            slow = (
+                [self.churn.slowdown if self._place(p) in self.slow else 1.0 for p in each.order] if self.slow else []
+            )
             ends.append(pace(costs, each.order, each.cuts, slow).step_s(share))
         return max(ends) + plan.score.sync_s
 
