@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llmsys.decentral.cost import Costs
+from llmsys.decentral.known import Known
 from llmsys.decentral.plan import Plan, Planner
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def compressed(planner: Planner, plan: Plan, density: float, width: int) -> tupl
     """(a planner that knows, the plan with its orders cut anew for the lines as they now are, densities by line)."""
     kept = densities(line_seconds(planner.costs, plan), density, width)
     factors = {line: factor(each, width) for line, each in kept.items()}
-    other = Planner(dataclasses.replace(planner.costs, factors=factors, known={}), planner.objective)
+    other = Planner(dataclasses.replace(planner.costs, factors=factors, known=Known()), planner.objective)
     again = [other.finder.cut(each.order) for each in plan.pipelines]
     return other, other.made([each for each in again if each is not None]), kept
 

@@ -21,7 +21,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
@@ -38,6 +38,7 @@ from llmsys.decentral.events import (
     Prepared,
 )
 from llmsys.decentral.fleet import Between, Fleet, Provider
+from llmsys.decentral.known import Known
 from llmsys.decentral.plan import Plan, Planner
 from llmsys.decentral.repair import after_join, after_quit
 
@@ -83,7 +84,7 @@ class State:
     fresh: tuple[int, ...] = ()
     stuck: bool = False
     places: Mapping[str, int] = field(default_factory=dict)
-    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    known: Known = field(default_factory=Known, compare=False, repr=False)
 
     @property
     def done(self) -> bool:
@@ -158,7 +159,7 @@ def _joined(state: State, provider: Provider, at_s: float) -> State:
         place, providers = len(state.providers), (*state.providers, provider)
         places = {**places, provider.name: place}
     else:
-        known = known if provider == state.providers[place] else {}
+        known = known if provider == state.providers[place] else Known()
         providers = (*state.providers[:place], provider, *state.providers[place + 1 :])
     return state.with_(
         providers=providers,

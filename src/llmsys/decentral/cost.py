@@ -21,13 +21,14 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmsys.decentral.chain import Chain, Numbers
 from llmsys.decentral.fleet import GIB, Fleet, Provider
+from llmsys.decentral.known import Known
 from llmsys.schema.decentral import SCHEDULES
 
 HOST_BYTES_PER_S = 20e9
@@ -108,8 +109,7 @@ class Costs:
     work: Workload
     absent: frozenset[int] = frozenset()
     factors: Mapping[tuple[int, int], float] = field(default_factory=dict)
-    known: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """Of pipelines, what has been computed: a part of no result, and good as long as nobody's place is another's."""
+    known: Known = field(default_factory=Known, repr=False)
 
     @functools.cached_property
     def flops(self) -> Numbers:
@@ -155,11 +155,10 @@ class Costs:
         """Bytes on the device up to each position, without what is received."""
         kept = 0.0 if not self.work.train else 1.0 if self.work.recompute else float(in_flight)
         each = self.per_weight(offload)
-        if ("memory", kept, each) not in self.known:
-            sums = self.weights * each + _sums(self.chain.held) + _sums(self.chain.saved) * kept
-            self.known["memory", kept, each] = sums
-        found: Numbers = self.known["memory", kept, each]
-        return found
+        known = self.known.memory
+        if (kept, each) not in known:
+            known[kept, each] = self.weights * each + _sums(self.chain.held) + _sums(self.chain.saved) * kept
+        return known[kept, each]
 
     def received(self, begin: int, in_flight: int) -> float:
         """Bytes of what came in."""
@@ -202,9 +201,9 @@ class Costs:
         """The same of what goes between stages, compressed as it is; 0 where there is nobody."""
         if p is None or q is None:
             return 0.0
-        found: float | None = self.known.get((p, q))
+        found = self.known.lines.get((p, q))
         if found is None:
-            found = self.known[p, q] = self.line(p, q) * self.factors.get((p, q), 1.0)
+            found = self.known.lines[p, q] = self.line(p, q) * self.factors.get((p, q), 1.0)
         return found
 
     def offloads(self, p: int, begin: int, end: int, in_flight: int) -> bool | None:
@@ -246,8 +245,11 @@ class Costs:
 
     def stages(self, order: Sequence[int], cuts: Sequence[int]) -> list[Cost] | None:
         """Of all; None where one of them cannot be."""
-        found = [self.stage(order, cuts, at) for at in range(len(order))]
-        return [each for each in found if each is not None] if None not in found else None
+        known, key = self.known.stages, (tuple(order), tuple(cuts))
+        if key not in known:
+            found = [self.stage(order, cuts, at) for at in range(len(order))]
+            known[key] = [each for each in found if each is not None] if None not in found else None
+        return known[key]
 
     def slowest_s(self, order: Sequence[int], cuts: Sequence[int]) -> float:
         """Of a pipeline: seconds between micro-batches when it is full; infinite where it cannot be."""
@@ -256,12 +258,6 @@ class Costs:
 
     def latency_s(self, order: Sequence[int], cuts: Sequence[int]) -> float:
         """Of one micro-batch alone through the pipeline, and back where it is trained; infinite likewise."""
-        key = ("latency", tuple(order), tuple(cuts))
-        if key not in self.known:
-            self.known[key] = self._latency_s(order, cuts)
-        return float(self.known[key])
-
-    def _latency_s(self, order: Sequence[int], cuts: Sequence[int]) -> float:
         found = self.stages(order, cuts)
         if found is None:
             return math.inf

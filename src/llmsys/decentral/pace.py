@@ -40,11 +40,10 @@ def pace(costs: Costs, order: Sequence[int], cuts: Sequence[int], slow: Sequence
     """Of a pipeline that can be; `slow`: by stage, how many times as long it computes."""
     if slow:
         return _pace(costs, order, cuts, slow)
-    key = ("pace", tuple(order), tuple(cuts))
-    if key not in costs.known:
-        costs.known[key] = _pace(costs, order, cuts, [1.0] * len(order))
-    found: Pace = costs.known[key]
-    return found
+    known, key = costs.known.paces, (tuple(order), tuple(cuts))
+    if key not in known:
+        known[key] = _pace(costs, order, cuts, [1.0] * len(order))
+    return known[key]
 
 
 def _pace(costs: Costs, order: Sequence[int], cuts: Sequence[int], slow: Sequence[float]) -> Pace:

@@ -21,6 +21,7 @@ from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.find import HURRIED, Finder
 from llmsys.decentral.fleet import Fleet
+from llmsys.decentral.known import Known
 from llmsys.decentral.missing import missing
 from llmsys.decentral.order import Pipeline
 from llmsys.decentral.score import Score, score
@@ -119,12 +120,11 @@ class Planner:
         looser: dict[str, Any] = {"min_mbit": 0.0, "private": (0, 0), "regions": (), "schedule": "1f1b"}
         for key, off in looser.items():
             asked = getattr(self.costs.work, key)
-            free = dataclasses.replace(self.costs, work=dataclasses.replace(self.costs.work, **{key: off}), known={})
-            if (
-                self.costs.usable
-                and asked != off
-                and Planner(free, self.objective, thorough=False).best(replicas) is not None
-            ):
+            if asked == off or not self.costs.usable:
+                continue
+            work = dataclasses.replace(self.costs.work, **{key: off})
+            free = dataclasses.replace(self.costs, work=work, known=Known())
+            if Planner(free, self.objective, thorough=False).best(replicas) is not None:
                 raise ValueError(
                     f"{key}={_plain(asked)}: no pipeline of these providers is so; with {_plain(off)} one is"
                 )

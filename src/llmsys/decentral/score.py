@@ -92,10 +92,10 @@ def sync_s(costs: Costs, pipelines: Sequence[Pipeline]) -> float:
     regions: dict[str, list[Pipeline]] = {}
     for each in pipelines:
         regions.setdefault(_home(costs, each), []).append(each)
-    key = ("ring", frozenset(regions))
-    if key not in costs.known:
-        costs.known[key] = ring(costs.fleet, regions)
-    groups = [regions[name] for name in costs.known[key]]
+    known, key = costs.known.rings, frozenset(regions)
+    if key not in known:
+        known[key] = ring(costs.fleet, regions)
+    groups = [regions[name] for name in known[key]]
     whole = _summed(costs, [one for group in groups for one in group])
     if len(groups) in (1, len(pipelines)):
         return whole
@@ -135,10 +135,9 @@ def _all_reduce(found: Sequence[tuple[float, float]], count: int) -> float:
 def _neighbours(costs: Costs, own: Pipeline, then: Pipeline) -> tuple[float, float]:
     """(seconds that the busiest line is busy for when `own` sends all of its gradients to `then` once, the longest
     latency between them)."""
-    key = ("sum", own.order, own.cuts, then.order, then.cuts)
-    if key in costs.known:
-        found: tuple[float, float] = costs.known[key]
-        return found
+    key = ((own.order, own.cuts), (then.order, then.cuts))
+    if key in costs.known.sums:
+        return costs.known.sums[key]
     sent: dict[int, float] = {}
     came: dict[int, float] = {}
     alpha = 0.0
@@ -153,8 +152,8 @@ def _neighbours(costs: Costs, own: Pipeline, then: Pipeline) -> tuple[float, flo
             came[q] = came.get(q, 0.0) + seconds
             alpha = max(alpha, costs.fleet.alpha_s(p, q))
             place += 1
-    costs.known[key] = (max(*sent.values(), *came.values()), alpha)
-    return max(*sent.values(), *came.values()), alpha
+    costs.known.sums[key] = (max(*sent.values(), *came.values()), alpha)
+    return costs.known.sums[key]
 
 
 def share_of(costs: Costs, pipelines: Sequence[Pipeline]) -> list[float]:

@@ -47,6 +47,7 @@ class Walk:
         self.least_ahead = min(self.ahead[inner], default=0.0)
         self.least_back = min(self.back[inner], default=0.0)
         self.memory: dict[tuple[int, bool], list[float]] = {}
+        self.lines: dict[tuple[int, int], tuple[float, float]] = {}
         self.weights: list[float] = costs.weights[places].tolist()
         # a stage has both readers that begins at or before the first one's operator, and ends behind the second's
         self.ties = [
@@ -123,7 +124,7 @@ class Walk:
             if at + 1 == len(left):
                 return None
             q = left[at + 1]
-            end, out, home = reached, self.costs.beta(p, q), self.costs.beta(q, p)
+            end, (out, home) = reached, self._line(p, q)
             later = self._later(left, at + 1, end, limit)
             most_out, most_home = limit - max(went, later[0]), limit - max(came, later[1])
             if self.least_ahead * out > most_out or self.least_back * home > most_home:
@@ -150,8 +151,15 @@ class Walk:
         mine = limit * self.speed[p] >= self.flops[-1] - self.flops[begin]
         if at + 1 == len(left) or mine:
             return 0.0, 0.0
-        r = left[at + 1]
-        return self.least_back * self.costs.beta(r, p), self.least_ahead * self.costs.beta(p, r)
+        out, home = self._line(p, left[at + 1])
+        return self.least_back * home, self.least_ahead * out
+
+    def _line(self, p: int, q: int) -> tuple[float, float]:
+        """Seconds a byte, from p to q and back."""
+        found = self.lines.get((p, q))
+        if found is None:
+            found = self.lines[p, q] = (self.costs.beta(p, q), self.costs.beta(q, p))
+        return found
 
     def refined(self, order: Sequence[int], best: Walked, low: float, steps: int) -> Walked:
         """Between `low`, below which nothing is, and what was found."""
