@@ -4,7 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where runs are made: `gpu` is the name of its GPUs, None where it has none; `threads` that a process may use."""
+
+    cpu: str
+    gpu: str | None
+    gpus: int
+    threads: int
+
+
+_elsewhere: list[Machine] = []
+
+
+def runs_are_on(machine: Machine | None) -> None:
+    """From now on runs are made on nodes like this one, and not here (None): what depends on the machine is settled by
+    theirs, before a run is sent there."""
+    _elsewhere[:] = [] if machine is None else [machine]
 
 
 def threads() -> int:
@@ -43,11 +63,19 @@ def gpus() -> int:
 
 
 def resolve(wanted: str) -> tuple[str, str]:
-    """(`cpu` or `cuda`, the device's model name) for `hardware.device`; ValueError where CUDA is asked for in vain."""
-    gpu = gpu_name() if wanted != "cpu" else None
+    """(`cpu` or `cuda`, the device's model name) for `hardware.device`, of the machine where runs are made; ValueError
+    where CUDA is asked for in vain."""
+    there = _elsewhere[0] if _elsewhere else None
+    gpu = None if wanted == "cpu" else there.gpu if there else gpu_name()
     if wanted == "cuda" and gpu is None:
-        raise ValueError("hardware.device=cuda: no CUDA device is visible here; use hardware.device=cpu")
-    return ("cuda", gpu) if gpu else ("cpu", cpu_name())
+        where = "on these nodes" if there else "here"
+        raise ValueError(f"hardware.device=cuda: no CUDA device is visible {where}; use hardware.device=cpu")
+    return ("cuda", gpu) if gpu else ("cpu", there.cpu if there else cpu_name())
+
+
+def threads_of_runs() -> int:
+    """The cores that a process may use where runs are made."""
+    return _elsewhere[0].threads if _elsewhere else threads()
 
 
 def host_available(root: Path = Path("/")) -> int:

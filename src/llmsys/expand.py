@@ -1,5 +1,5 @@
-"""What some settings stand for, filled in before a config is checked: `model.config`, the ranks of a prediction, the
-batch that advice is asked for, and the rows that it fine-tunes on."""
+"""What some settings stand for, filled in before a config is checked: `model.config`, `dispatch.world`, the ranks of a
+prediction, the batch that advice is asked for, and the rows that it fine-tunes on."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def expand(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         isinstance(values.get(group), dict) for group in ("task", "model", "data", "train", "engine", "hardware")
     ):
         return values  # what is missing is for `schema.build` to say
+    _world(values, set(map(key_of, words)))
     task = schema.SCHEMAS["task"].get(values["task"].get("kind"), schema.Task)
     predicts = issubclass(task, schema.Predicting)
     shape_file.apply(values, words, build=not predicts)
@@ -29,6 +30,16 @@ def expand(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         _batch(values, typed)
         _data(values, typed)
     return values
+
+
+def _world(values: dict[str, Any], typed: set[str]) -> None:
+    """`dispatch.world` is another word for `train.world`, which is what the ranks are counted by."""
+    dispatch, train = values.get("dispatch"), values["train"]
+    if not isinstance(dispatch, dict) or not dispatch.get("world"):
+        return
+    if "train.world" in typed and train["world"] != dispatch["world"]:
+        raise ValueError(f"dispatch.world={dispatch['world']}: and train.world={train['world']}; they are one")
+    train["world"], dispatch["world"] = dispatch["world"], 0
 
 
 def _ranks(values: dict[str, Any], typed: set[str]) -> None:

@@ -8,6 +8,7 @@ stands in for a GPU cell. Where a run is placed, who is told of it and how it ma
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -33,7 +34,7 @@ HARMLESS = (*FINAL, "skipped")
 _NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques", "sweep")
 _READ = ("speeds", "records", "modules", "emit")
 """Settings of a task that name what it reads, whose content counts instead, or where it writes."""
-_PLACEMENT = ("kind", "timeout_s", "heartbeat_s", "stall_s", "grace_s")
+_PLACEMENT = {each.name for each in dataclasses.fields(schema.OnRay)} - {"memory_gib"}
 _LATER: dict[str, dict[str, Any]] = {
     "train": {"optimizer": "adamw", "fp8": False},
     "model": {"head_dim": 0, "qkv_bias": False, "qk_norm": False},
@@ -227,8 +228,9 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     schema.build(config)
     config, device_name = resolved(config)
     typed = schema.build(config)
-    world, most = typed.train.world, 4 * device.threads()
-    if typed.hardware.device == "cuda" and world > device.gpus() and typed.task.kind not in tasks.LIGHT:
+    world, most = typed.train.world, 4 * device.threads_of_runs()
+    here = typed.dispatch.kind != "ray" and typed.task.kind not in tasks.LIGHT
+    if here and typed.hardware.device == "cuda" and world > device.gpus():
         raise Contradiction(f"train.world={world}: this machine has {device.gpus()} CUDA devices")
     if typed.train.threads > most:
         raise ValueError(f"train.threads={typed.train.threads}: at most {most}, four times the cores there are")
@@ -257,10 +259,12 @@ def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     kind, device_name = ("cpu", "") if elsewhere else device.resolve(config["hardware"]["device"])
     config["hardware"]["device"] = kind
     if light:
-        config["dispatch"]["kind"] = "inline"
+        common = (each.name for each in dataclasses.fields(schema.Dispatch))
+        config["dispatch"] = {key: config["dispatch"][key] for key in common} | {"kind": "inline"}
     if config["task"].get("emit"):
         config["reuse"] = "never"  # what it writes there no record has
-    share = max(1, device.threads() // config["train"]["world"])  # of each rank: more would only wait for each other
+    # of each rank: more would only wait for each other
+    share = int(config["dispatch"].get("cpus") or 0) or max(1, device.threads_of_runs() // config["train"]["world"])
     config["train"]["threads"] = config["train"]["threads"] or (1 if elsewhere else share)
     _only_its_own_rate(config)
     return config, device_name

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from llmsys import compose, schema, tasks, wiring
+from llmsys.errors import MissingPackage
 from llmsys.job import HARMLESS, Job, Record
 
 USAGE = """\
@@ -84,6 +85,13 @@ def _inputs(config: dict[str, Any]) -> dict[str, str]:
 
 def submit(configs: Sequence[dict[str, Any]]) -> int:
     """Runs the jobs, prints the table of their records, returns the exit code: 0, 130 (interrupted) or 1."""
+    from llmsys.dispatch import cluster
+
+    with cluster.ready(configs):
+        return _submit(configs)
+
+
+def _submit(configs: Sequence[dict[str, Any]]) -> int:
     from llmsys import results
     from llmsys.dispatch.show import Show
     from llmsys.sweep import report
@@ -155,7 +163,7 @@ def main() -> None:
         if wrong:
             raise wrong[0]
         code = submit(configs) if configs else 0
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, MissingPackage) as error:
         print(f"llmsys: {messages.one_line(error) or error}", file=sys.stderr)
         code = 1
     except yaml.YAMLError as error:

@@ -73,13 +73,13 @@ def run(
     on_context: Callable[[LightContext], None] = lambda _: None,
     *,
     place: Place | None = None,
-    network: dict[str, Any] | None = None,
+    found: dict[str, Any] | None = None,
     ended: Callable[[Record], None] = lambda _: None,
 ) -> Record:
     """Runs `job`, or one rank of it, in this process and returns its record; raises only what it cannot record.
 
     `listener` hears progress. `on_context` is shown the context before the task starts (a heartbeat watches it).
-    `place` is the rank (None: the only one), `network` what the record says of the link it is on. Rank 0 writes the
+    `place` is the rank (None: the only one), `found` what its environment in the record says besides. Rank 0 writes the
     run's files; the others leave a log. `ended` is told the record before other ranks can notice this one's end.
     """
     place = place or Place()
@@ -100,9 +100,9 @@ def run(
                     file.write(b"\0" * _RESERVE_BYTES)
             config = schema.build(job.config)
             record.env = environment.describe(config.hardware.device, config.train.threads)
-            if network:
-                record.env["network"] = network
-                log.info("network: %s", network)
+            record.env |= found or {}
+            for key, value in (found or {}).items():
+                log.info("%s: %s", key, value)
             if first:
                 sinks.extend(track.mirrors(config.tracker, job))
             context = _context(job, config, log, sinks, listener, place, record.env)
@@ -175,7 +175,7 @@ def _context(
     torch.set_num_threads(config.train.threads)
     device = torch.device(config.hardware.device)
     if device.type == "cuda" and place.world > 1:
-        device = torch.device("cuda", place.rank)
+        device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     return Context(
         **common,

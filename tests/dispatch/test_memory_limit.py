@@ -52,7 +52,7 @@ def test_a_sweep_says_once_that_it_sets_no_limit(results: Path, monkeypatch: pyt
     words = ("dispatch.memory_gib=0.5", "train.threads=1", f"results={results}")
     wanted = [compose.compose([*words, f"train.seed={seed}"]) for seed in (0, 1)]
     made = Course(wanted, main.make_job, Show(Console(file=seen, width=200)))
-    monkeypatch.setitem(dispatch._PLACES, "process", lambda job, progress, lock: ran(job))
+    monkeypatch.setitem(dispatch._PLACES, "process", lambda job, progress, lock, stop: ran(job))
     for each in made.cells:
         each.job.config["hardware"]["device"] = "cuda"
     list(made.run())

@@ -61,7 +61,7 @@ class Machine:
         self.stop_after: int | None = None
         monkeypatch.setitem(dispatch._PLACES, "process", self._run)
 
-    def _run(self, job: Job, progress: Callable[[dict[str, Any]], None], lock: int) -> Record:
+    def _run(self, job: Job, progress: Callable[[dict[str, Any]], None], lock: int, stop: object) -> Record:
         stopped = self.stop_after == len(self.made)
         self.made.append(job.config)
         record = ended(job, *(("interrupted", "signal") if stopped else self.ends(job.config)))

@@ -44,7 +44,7 @@ def group(place: Place, device: torch.device) -> Iterator[None]:
 
 
 def _open(place: Place, device: torch.device) -> None:
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.rank))
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
     for variable in INTERFACES:
         if place.interface == LOOPBACK_INTERFACE:
             os.environ.setdefault(variable, place.interface)

@@ -7,17 +7,23 @@ bound later may have been taken in between.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import socket
+import struct
 import sys
 from dataclasses import dataclass
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
+_SIOCGIFADDR = 0x8915
+"""Linux: an interface's IPv4 address."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Rank `rank` of `world`. `address` and `interface` are its own; `store` is where rank 0 serves (host, port).
+    `device`: which of the GPUs that this process sees is its own; None: there is one for each rank, in order.
 
     `listener` is, on rank 0, the descriptor of the listening socket of `store`.
     """
@@ -28,6 +34,25 @@ class Place:
     interface: str = LOOPBACK_INTERFACE
     store: tuple[str, int] | None = None
     listener: int | None = None
+    device: int | None = None
+
+    @property
+    def local_rank(self) -> int:
+        """The number of its GPU, in this process."""
+        return self.rank if self.device is None else self.device
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has this address; ValueError where none has."""
+    if address == LOOPBACK:
+        return LOOPBACK_INTERFACE
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                said = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(said[20:24]) == address:
+                    return name
+    raise ValueError(f"no network interface of this machine has the address {address}")
 
 
 def listen(address: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Where a job runs: `inline` in this process, `process` in a fresh one of its own.
+"""Where a job runs: `inline` in this process, `process` in a fresh one of its own, `ray` on nodes of a cluster.
 
 `submit` is the same for one run and for a sweep. A folder is locked while its run is made, so that two runs of one id
 never meet: the second waits and then finds the first one's record.
@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmsys.dispatch import ending, inline, process
+from llmsys.dispatch.stop import Stop
 from llmsys.job import FINAL, Job, Record, code_hash, previous_attempts, read_or_set_aside
 
 if TYPE_CHECKING:
     from llmsys.dispatch.show import Show
 
-_PLACES = {"inline": inline.run, "process": process.run}
+Progress = Callable[[dict[str, Any]], None]
+
+
+def _on_ray(job: Job, progress: Progress, lock: int, stop: Stop | None) -> Record:
+    from llmsys.dispatch import ray
+
+    return ray.run(job, progress, lock, stop)
+
+
+_PLACES = {"inline": inline.run, "process": process.run, "ray": _on_ray}
 
 
 def submit(
@@ -28,6 +39,7 @@ def submit(
     first: int = 1,
     total: int | None = None,
     instead: Callable[[Job], Record | None] = lambda job: None,
+    stop: Stop | None = None,
 ) -> Iterator[Record]:
     """Runs `jobs` one after another and yields each record as it comes; a finished run's record is yielded as it is.
 
@@ -35,7 +47,8 @@ def submit(
     `instead(job)` is asked under the run's lock, where no finished run is there, just before it would be made: a record
     that is yielded in the run's place, or None. Asked any earlier, its answer could replace the record of a run that
     another process has made meanwhile.
-    KeyboardInterrupt passes through after the running job has been stopped and its record written and yielded.
+    KeyboardInterrupt passes through after the running job has been stopped and its record written and yielded; `stop`
+    is for where this is not the main thread.
     """
     total = len(jobs) if total is None else total
     for number, job in enumerate(jobs, first):
@@ -51,18 +64,19 @@ def submit(
                 yield record
                 continue
             attempt = previous_attempts(Path(job.out)) + 1
-            stopped = False
+            kind, stopped = job.config["dispatch"]["kind"], False
             try:
                 show.start(job, number, total)
-                record = _PLACES[job.config["dispatch"]["kind"]](job, show.progress, lock)
+                record = _PLACES[kind](job, functools.partial(show.progress, job), lock, stop)
             except KeyboardInterrupt:
                 stopped = True
                 record = ending.write(job, attempt, ("interrupted", "signal", "stopped at once"), 0.0)
             finally:
-                show.stop()
-            show.end(job, record)
+                show.stop(job)
+            show.end(job, record, number, total)
             yield record
-        if stopped or record.status == "interrupted":
+        # a node that is taken away interrupts its run, and no other
+        if stopped or (record.status == "interrupted" and kind != "ray"):
             raise KeyboardInterrupt
 
 

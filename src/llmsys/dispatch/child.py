@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llmsys.comm.place import log_name
+from llmsys.dispatch import ending
+from llmsys.dispatch.ending import Verdict
 from llmsys.job import Job
 
 FOR_THE_CPU = {
@@ -30,7 +32,8 @@ one other busy process took 4.6 s a step, and 1.2 s with the third. What the use
 
 
 class Child:
-    """Started at once; ends when `kill` was called, at the latest."""
+    """A `follow.Rank`. Started at once; ends when `kill` was called, at the latest. `lock`: a file descriptor that it
+    keeps open as long as it lives."""
 
     def __init__(self, job: Job, rank: int, lock: int) -> None:
         self.rank = rank
@@ -38,7 +41,7 @@ class Child:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
         """Where in the log this attempt begins."""
         self.ended: dict[str, Any] | None = None
-        """What the child said of its end: status, reason, error, and when (`at`)."""
+        self._kills_before = ending.kernel_oom_kills()
         reader, writer = os.pipe()
         with open(self.log, "ab") as output:
             try:
@@ -61,14 +64,12 @@ class Child:
         return self.process.pid
 
     def tell(self, **message: Any) -> None:
-        """One line to the child; one that is gone cannot hear it, and its log says why."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
     def hear(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None when the child has closed its pipe, that is, has ended. Blocks for one."""
         chunk = self.pipe.read(65536)
         if not chunk:
             return None
@@ -81,13 +82,20 @@ class Child:
             file.seek(self.log_start)
             return [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
+    def code(self) -> int:
+        return self.process.wait()
+
+    def gone(self) -> bool:
+        return self.process.poll() is not None
+
+    def verdict(self) -> Verdict:
+        return ending.of_child(self.printed(), self.code(), self._kills_before)
+
     def interrupt(self) -> None:
-        """Asks the child and what it started to stop, as Ctrl-C would."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """Ends the child and all that it started."""
         kill_tree(self.process)
         self.pipe.close()
         assert self.process.stdin is not None

@@ -29,14 +29,25 @@ def of_child(printed: list[str], code: int, kills_before: int) -> Verdict:
     return "crashed", "exit", f"exit code {code} without a record; last line: {last}"
 
 
-def write(job: Job, attempt: int, verdict: Verdict, seconds: float, *, overrule: bool = False) -> Record:
+def write(
+    job: Job,
+    attempt: int,
+    verdict: Verdict,
+    seconds: float,
+    *,
+    overrule: bool = False,
+    sent: str = "",
+    here: bool = True,
+) -> Record:
     """The record of a run that has ended: its own if it wrote one for this attempt, else one with this verdict.
 
-    `overrule`: the verdict counts also against the run's own word, which was that of another rank's victim.
+    `overrule`: the verdict counts also against the run's own word, which was that of another rank's victim. `sent`: the
+    run's own record as it sent it, where that may be newer than what is seen of the file. `here`: on this machine,
+    which a record without an environment then describes.
     """
     out = Path(job.out)
     (out / ".reserve").unlink(missing_ok=True)
-    found = Record.read(out)
+    found = Record.from_json(sent) if sent else Record.read(out)
     begun = found is not None and found.attempts == attempt
     if found is not None and begun and found.reason != jobs.UNFINISHED and not overrule:
         return found
@@ -48,7 +59,8 @@ def write(job: Job, attempt: int, verdict: Verdict, seconds: float, *, overrule:
         error=error,
         seconds=round(seconds, 3),
     )
-    record.env = record.env or environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"])
+    if here and not record.env:
+        record.env = environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"])
     record.write(out)
     return record
 

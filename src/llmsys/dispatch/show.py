@@ -1,7 +1,8 @@
-"""What a person sees while jobs run: one line per run, and a progress bar where the output is a terminal."""
+"""What a person sees while jobs run: one line per run, and progress bars where the output is a terminal."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from rich.console import Console
@@ -19,46 +20,67 @@ def _place(number: int, total: int) -> str:
 
 
 class Show:
-    """Prints to `console` (standard error by default: standard output is the table's)."""
+    """Prints to `console` (standard error by default: standard output is the table's). Of several runs at once, each
+    has a bar; what is said of one from a thread does not break into what is said of another."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._numbers: dict[str, str] = {}
+        self._lock = threading.RLock()
 
     def start(self, job: Job, number: int, total: int) -> None:
-        self._line(f"{_place(number, total)} {job.label}", "bold")
-        if self.console.is_terminal:
-            texts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
-            self._bar = Progress(*texts, TimeRemainingColumn(), console=self.console, transient=True)
-            self._task = self._bar.add_task("starting", total=None, note="")
-            self._bar.start()
+        with self._lock:
+            self._numbers[job.run_id] = _place(number, total)
+            self._line(f"{_place(number, total)} {job.label}", "bold")
+            if not self.console.is_terminal:
+                return
+            if self._bars is None:
+                texts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
+                self._bars = Progress(*texts, TimeRemainingColumn(), console=self.console, transient=True)
+                self._bars.start()
+            self._tasks[job.run_id] = self._bars.add_task(self._named(job, "starting"), total=None, note="")
 
-    def progress(self, values: dict[str, Any]) -> None:
+    def _named(self, job: Job, phase: str) -> str:
+        """With its number where it is not the only one."""
+        return f"{self._numbers[job.run_id]} {phase}" if len(self._numbers) > 1 else phase
+
+    def progress(self, job: Job, values: dict[str, Any]) -> None:
         """`values` as in `Context.beat`."""
-        if self._bar is None:
-            return
-        note = ""
-        if "loss" in values:
-            note += f"loss {values['loss']:.3f}  "
-        if "tokens_per_s" in values:
-            note += f"{values['tokens_per_s']:,.0f} tokens/s"
-        changes: dict[str, Any] = {"description": values.get("phase", "train"), "note": note}
-        if "step" in values and "steps" in values:
-            changes.update(completed=values["step"], total=values["steps"])
-        self._bar.update(self._task, **changes)
+        with self._lock:
+            if self._bars is None or job.run_id not in self._tasks:
+                return
+            note = ""
+            if "loss" in values:
+                note += f"loss {values['loss']:.3f}  "
+            if "tokens_per_s" in values:
+                note += f"{values['tokens_per_s']:,.0f} tokens/s"
+            changes: dict[str, Any] = {"description": self._named(job, values.get("phase", "train")), "note": note}
+            if "step" in values and "steps" in values:
+                changes.update(completed=values["step"], total=values["steps"])
+            self._bars.update(self._tasks[job.run_id], **changes)
 
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def stop(self, job: Job) -> None:
+        """Its bar goes."""
+        with self._lock:
+            self._numbers.pop(job.run_id, None)
+            if self._bars is None:
+                return
+            self._bars.remove_task(self._tasks.pop(job.run_id))
+            if not self._tasks:
+                self._bars.stop()
+                self._bars = None
 
-    def end(self, job: Job, record: Record) -> None:
+    def end(self, job: Job, record: Record, number: int, total: int) -> None:
         reason = f" ({record.reason})" if record.reason else ""
         style = STYLES.get(record.status, "red")
-        self._line(f"      {record.status}{reason} in {record.seconds:.1f} s: {job.out}", style)
-        if record.error:
-            self._line(f"      {record.error}", style)
+        with self._lock:
+            # where others run at the same time, its first line may be far above
+            place = f"{_place(number, total)} " if self._numbers else " " * 6
+            self._line(f"{place}{record.status}{reason} in {record.seconds:.1f} s: {job.out}", style)
+            if record.error:
+                self._line(f"      {record.error}", style)
 
     def reused(self, job: Job, record: Record, number: int, total: int) -> None:
         place = _place(number, total)
@@ -66,8 +88,9 @@ class Show:
 
     def decided(self, job: Job, record: Record, number: int, total: int) -> None:
         """Of a run that is not made, why."""
-        self._line(f"{_place(number, total)} {job.label}: {record.status} ({record.reason})", STYLES[record.status])
-        self._line(f"      {record.error}", STYLES[record.status])
+        with self._lock:
+            self._line(f"{_place(number, total)} {job.label}: {record.status} ({record.reason})", STYLES[record.status])
+            self._line(f"      {record.error}", STYLES[record.status])
 
     def note(self, text: str) -> None:
         self._line(text, "yellow")
@@ -76,4 +99,5 @@ class Show:
         self._line(f"{job.label}: another process is making this run; waiting for it", "yellow")
 
     def _line(self, text: str, style: str) -> None:
-        self.console.print(Text(text, style=style))
+        with self._lock:
+            self.console.print(Text(text, style=style))

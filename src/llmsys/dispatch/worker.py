@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from llmsys.comm import link
-from llmsys.comm.place import LOOPBACK, LOOPBACK_INTERFACE, Place, listen
+from llmsys.comm.place import LOOPBACK, Place, interface_of, listen
 from llmsys.context import LightContext
 from llmsys.dispatch import memory_limit
 from llmsys.job import Job
@@ -54,13 +54,17 @@ def _hear(key: str) -> Any:
     return json.loads(line)[key]
 
 
-def _take_place(pipe: Pipe, rank: int, world: int, isolated: bool) -> tuple[Place, dict[str, Any]]:
-    """(this rank's place, its link as it is shaped)."""
-    found: dict[str, Any] = {"address": LOOPBACK, "interface": LOOPBACK_INTERFACE}
+def _take_place(
+    pipe: Pipe, rank: int, world: int, isolated: bool, placed: dict[str, Any]
+) -> tuple[Place, dict[str, Any]]:
+    """(this rank's place, its link as it is shaped). `placed`: `address`, of this machine, where the ranks are on
+    several; `device`: which of the GPUs that this process sees, where it does not see those of all ranks."""
+    address = placed.get("address", LOOPBACK)
+    found: dict[str, Any] = {"address": address, "interface": interface_of(address)}
     if isolated:
         pipe.send(isolated=True)
         found = _hear("link")
-    where = {"address": found["address"], "interface": found["interface"]}
+    where = {"address": found["address"], "interface": found["interface"], "device": placed.get("device")}
     if world == 1:
         return Place(**where), found
     if rank == 0:
@@ -107,11 +111,11 @@ def main() -> None:
     _die_with_parent(parent)
     first = json.loads(sys.stdin.readline())
     job, rank = Job(**first["job"]), first["rank"]
-    settings = job.config["dispatch"]
+    settings, placed = job.config["dispatch"], first["placed"]
     if first["switch"] is not None:
         link.isolate(first["switch"])  # before there is a second thread, and before torch makes some
     watch = _Watch(pipe, min(1.0, settings["heartbeat_s"] / 4, settings["stall_s"] / 4))
-    place, found = _take_place(pipe, rank, job.config["train"]["world"], first["switch"] is not None)
+    place, found = _take_place(pipe, rank, job.config["train"]["world"], first["switch"] is not None, placed)
     memory_limit.set_here(job.config)
 
     from llmsys import runner
@@ -122,7 +126,7 @@ def main() -> None:
         lambda progress: pipe.send(progress=progress) if rank == 0 else None,
         watch.see,
         place=place,
-        network=network if place.world > 1 else {},
+        found={**({"network": network} if place.world > 1 else {}), **placed.get("env", {})},
         ended=lambda record: pipe.send(
             ended={
                 "status": record.status,

@@ -21,7 +21,7 @@ from llmsys.schema.compress import Compress
 from llmsys.schema.data import Data
 from llmsys.schema.decentral import DecentralPerf, DecentralPlan, DecentralProfile, DecentralSimulate, Planning
 from llmsys.schema.fields import at_least, one_of
-from llmsys.schema.machine import Dispatch, Hardware, Network, Profile, Tracker
+from llmsys.schema.machine import Dispatch, Hardware, Network, OnRay, Profile, Tracker
 from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
 from llmsys.schema.modules import Modules, Ops
@@ -68,6 +68,7 @@ __all__ = [
     "Model",
     "Modules",
     "Network",
+    "OnRay",
     "Opportunities",
     "Ops",
     "Planning",
@@ -166,7 +167,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "compress": {"*": Compress},
     "hardware": {"*": Hardware},
     "network": {"*": Network},
-    "dispatch": {"inline": Dispatch, "process": Dispatch},
+    "dispatch": {"inline": Dispatch, "process": Dispatch, "ray": OnRay},
     "tracker": {"none": Tracker, "wandb": Tracker},
     "profile": {"*": Profile},
     "sweep": {"*": Sweep},

@@ -9,6 +9,7 @@ from llmsys.schema import recompute
 from llmsys.schema.bench import Predicting
 from llmsys.schema.data import OBJECTIVES
 from llmsys.schema.decentral import Planning
+from llmsys.schema.machine import OnRay
 from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
 from llmsys.schema.modules import Modules, Ops
@@ -40,6 +41,7 @@ def _check(config: Config) -> None:
         raise ValueError("dispatch.memory_gib: needs dispatch=process; a living process cannot be limited for a time")
     if inline and config.train.world > 1:
         raise ValueError(f"train.world={config.train.world}: needs dispatch=process; dispatch=inline is one process")
+    _placement(config)
     _model(config)
     _data(config)
     _method(config)
@@ -51,6 +53,12 @@ def _check(config: Config) -> None:
     _simulate(config)
     _measured(config)
     _modules(config)
+
+
+def _placement(config: Config) -> None:
+    dispatch, world = config.dispatch, config.train.world
+    if isinstance(dispatch, OnRay) and dispatch.nodes and world % dispatch.nodes:
+        raise ValueError(f"dispatch.nodes={dispatch.nodes}: must share the train.world={world} ranks evenly")
 
 
 def _model(config: Config) -> None:

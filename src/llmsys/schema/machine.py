@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmsys.schema.fields import at_least, one_of
 
@@ -82,6 +82,45 @@ class Dispatch:
 
     def __post_init__(self) -> None:
         _positive(self, "dispatch", "timeout_s", "heartbeat_s", "stall_s", "grace_s", "memory_gib")
+
+
+@dataclass(kw_only=True)
+class OnRay(Dispatch):
+    """On the nodes of a Ray cluster that have what a rank needs.
+
+    `address`: `auto`, a cluster that this machine is a node of; `ray://host:10001`, one that is reached through its
+    client server; `host:6379`; null: as RAY_ADDRESS says, else one is started here for the time of the runs. Of each
+    rank: `gpus` (null: one where `hardware.device=cuda`), `cpus` (null: one for each of `train.threads`), `memory_gib`,
+    and `resources` by names of the cluster's own. `world`: ranks, another word for `train.world`. `nodes`: so many
+    nodes share the ranks evenly; 0: as few as have room. `max_parallel`: runs at once; 0: as many as there is room for.
+    `retries`: how often a run is begun again, from its last checkpoint, whose node or worker was taken away; a run that
+    fails is not. `start_s`: how long a placement or a rank's process may take to come about once there is room for it.
+    """
+
+    kind: str = "ray"
+    address: str | None = None
+    gpus: float | None = None
+    cpus: float | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    world: int = 0
+    nodes: int = 0
+    max_parallel: int = 0
+    retries: int = 0
+    start_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "dispatch", "cpus", "start_s")
+        for key in ("world", "nodes", "max_parallel", "retries"):
+            at_least(f"dispatch.{key}", getattr(self, key), 0)
+        own = {f"resources.{key}": value for key, value in self.resources.items()}
+        for key, value in {"gpus": self.gpus or 0.0, **own}.items():
+            at_least(f"dispatch.{key}", value, 0)
+            if value > 1 and value != int(value):
+                raise ValueError(f"dispatch.{key}={value:g}: must be a whole number, or a share of one below 1")
+        for name, key in {"CPU": "cpus", "GPU": "gpus", "memory": "memory_gib"}.items():
+            if name in self.resources:
+                raise ValueError(f"dispatch.resources.{name}: is dispatch.{key}")
 
 
 @dataclass(kw_only=True)

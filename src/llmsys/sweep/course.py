@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 from llmsys import device, dispatch, schema
 from llmsys.dispatch import memory_limit
+from llmsys.dispatch.needs import Need
 from llmsys.dispatch.show import Show
+from llmsys.dispatch.stop import Stop
 from llmsys.job import Job, Record
 from llmsys.sweep import memory, order, predict, prune
 from llmsys.sweep.cells import Cell, Make, cell, cells, write
+from llmsys.sweep.parallel import Unit, together
 from llmsys.sweep.search import Bracket, next_probe
 from llmsys.sweep.settings import Config, changed, get, with_value
 
@@ -49,13 +53,16 @@ class Course:
         self.settings = _agreed(configs)
         self.cells = cells(configs, make)
         self.records: dict[str, Made] = {}
-        self.references: list[Record] = []
+        self._first: Cell | None = None
+        """That ran well, of those that are run again."""
         self.found: list[Found] = []
         self._make, self._show = make, show
         self._witnesses = prune.Witnesses(self.settings.monotone)
         self._possible = [each for each in self.cells if not each.fault]
         self._ran = 0
         """Runs that were really made in this session."""
+        self._lock = threading.Lock()
+        """Of what runs at the same time see of each other."""
         first = self._possible[0].job.config
         self._kind, device_name = device.resolve(first["hardware"]["device"])
         look = functools.partial(memory.read, self._kind)
@@ -77,8 +84,15 @@ class Course:
         impossible = [each for each in self.cells if each.fault]
         total = 0 if self.settings.search == "max" else len(impossible) + len(self._plan)
         for number, each in enumerate(impossible, 1):
-            yield from self._one(each, number, total)
-        yield from self._search() if self.settings.search == "max" else self._grid(len(impossible), total)
+            yield from self._one(each, number, total, Stop())
+        units = self._searches() if self.settings.search == "max" else self._turns(len(impossible), total)
+        if any(each.job.config["dispatch"]["kind"] == "ray" for each in self._possible):
+            yield from together(units)
+        else:
+            for unit in filter(None, units):
+                yield from unit.run(Stop())
+        places = {each.job.run_id: place for place, each in enumerate(self._possible)}
+        self.found.sort(key=lambda found: places[found.combination.run_id])
 
     def _planned(self) -> list[Cell]:
         """Every run of a grid but the references, in order, and all made: a mistake in one stops everything."""
@@ -100,37 +114,48 @@ class Course:
     def _repeated(self, each: Cell, repeat: int) -> Cell:
         return cell(changed(each.config, repeat=repeat), self._make) if repeat else each
 
-    def _grid(self, before: int, total: int) -> Iterator[Made]:
+    def _turns(self, before: int, total: int) -> Iterator[Unit[Made] | None]:
         """The runs of the plan. After every `reference_every` that were really made, and after the last one, the first
         cell that ran well is run once more; its repeats that an earlier session left are taken along."""
-        first: Cell | None = None
         since, again, every = 0, self.settings.repeats, self.settings.reference_every
         for number, each in enumerate(self._plan, before + 1):
-            ran = self._ran
-            yield from self._one(each, number, total)
-            since += self._ran - ran
-            if first is None and every and self._status(each) == "ok":
-                first = each
-                while dispatch.finished((left := self._repeated(first, again)).job):
-                    yield from self._one(left, number, total)
+            yield self._unit(each, number, total)
+            if number == total:
+                yield None  # what is said below is said of all runs
+            if self._first is None and every:
+                seen = self._plan[: number - before]
+                self._first = next((one for one in seen if self._status(one) == "ok"), None)
+                while self._first and dispatch.finished((left := self._repeated(self._first, again)).job):
+                    yield self._unit(left, number, total)
                     again += 1
-            if first and since and (since >= every or number == total):
-                yield from self._one(self._repeated(first, again), number, total)
-                since, again = 0, again + 1
-            if first:
-                same = (r for job, r in self.records.values() if _same(job.config, first.job.config))
-                self.references = list(same)
+            ran = self._ran - since
+            if self._first and ran and (ran >= every or number == total):
+                yield self._unit(self._repeated(self._first, again), number, total)
+                since, again = self._ran, again + 1
+
+    @property
+    def references(self) -> list[Record]:
+        """Of the cell that is run again and again, all runs."""
+        if self._first is None:
+            return []
+        own = self._first.job.config
+        return [record for job, record in self.records.values() if _same(job.config, own)]
+
+    def _unit(self, each: Cell, number: int, total: int) -> Unit[Made]:
+        return Unit(functools.partial(self._one, each, number, total), functools.partial(_room, each.job))
 
     def _status(self, each: Cell) -> str:
-        return self.records[each.job.run_id][1].status
+        """None yet of a run that has not ended."""
+        made = self.records.get(each.job.run_id)
+        return made[1].status if made else ""
 
-    def _search(self) -> Iterator[Made]:
+    def _searches(self) -> Iterator[Unit[Made]]:
         """Of each combination the largest value that runs."""
         numbers = itertools.count(len(self.cells) - len(self._possible) + 1)
-        for combination in self._possible:
-            yield from self._largest(combination, numbers)
+        for each in self._possible:
+            yield Unit(functools.partial(self._largest, each, numbers), functools.partial(_room, each.job))
 
-    def _largest(self, combination: Cell, numbers: Iterator[int]) -> Iterator[Made]:
+    def _largest(self, combination: Cell, numbers: Iterator[int], stop: Stop) -> Iterator[Made]:
         settings, key = self.settings, self.settings.search_key
         outcomes: dict[int, bool] = {}
         records: dict[int, Record] = {}
@@ -141,7 +166,7 @@ class Course:
             config = with_value(combination.config, key, value, combination.job.config)
             if steps:
                 config = changed(config, train__steps=steps)
-            for job, record in self._one(cell(config, self._make), next(numbers), 0):
+            for job, record in self._one(cell(config, self._make), next(numbers), 0, stop):
                 yield job, record
                 outcomes[value] = record.status in RAN
                 records[value] = record
@@ -193,16 +218,21 @@ class Course:
             return 1
         return predict.largest(needs, predict.room_bytes(resolved, min(reading.total)), settings.search_limit)
 
-    def _one(self, each: Cell, number: int, total: int) -> Iterator[Made]:
+    def _one(self, each: Cell, number: int, total: int, stop: Stop) -> Iterator[Made]:
         """One cell: as it was left, or not run and why, or run."""
         waited: dict[str, Any] = {}
 
         def instead(job: Job) -> Record | None:
+            with self._lock:
+                return decided(job)
+
+        def decided(job: Job) -> Record | None:
             if each.fault:
                 return write(job, "unsupported", "contradiction", each.fault)
             if self.settings.prune and (witness := self._witnesses.against(job.config)):
                 return write(job, "skipped", "witness", self._witnesses.why(job.config, witness))
-            waited.update(self._baseline.wait())
+            if job.config["dispatch"]["kind"] != "ray":  # there nobody knows before on which node it will be
+                waited.update(self._baseline.wait())
             if waited.get("clean") is False and self._kind != "cpu":
                 return write(job, "skipped", "baseline", memory.why_not(waited))
             if not waited.get("clean", True):
@@ -210,18 +240,27 @@ class Course:
             self._ran += 1
             return None
 
-        for record in dispatch.submit([each.job], self._show, number, total, instead):
+        for record in dispatch.submit([each.job], self._show, number, total, instead, stop):
             if waited:
                 record.env["sweep"] = waited
                 if not waited["clean"]:
                     record.notes["baseline"] = memory.doubt(waited)
                 record.write(Path(each.job.out))
-            yield self._seen(each.job, record)
+            with self._lock:
+                self._witnesses.see(record)
+                self.records[record.run_id] = each.job, record
+            yield each.job, record
 
-    def _seen(self, job: Job, record: Record) -> Made:
-        self._witnesses.see(record)
-        self.records[record.run_id] = job, record
-        return job, record
+
+def _room(job: Job) -> int:
+    """How many runs like this one may be made at once."""
+    if job.config["dispatch"]["kind"] != "ray":
+        return 1
+    from llmsys.dispatch import ray
+
+    given = int(job.config["dispatch"]["max_parallel"])
+    there = Need.of(job.config).runs(ray.nodes())
+    return min(given, there) if given else there
 
 
 def _agreed(configs: Sequence[Config]) -> schema.Sweep:

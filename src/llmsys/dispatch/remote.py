@@ -1,0 +1,104 @@
+"""One rank on another machine, as the one who follows it sees it: the same as one here, a pipe that has something to
+read or has closed. A thread asks its keeper for what it says, and fills the pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import threading
+from typing import Any, Protocol
+
+from llmsys.dispatch.ending import Verdict
+
+KILL_S = 10.0
+"""How long a keeper may take to end its rank; after that the keeper is ended, and its rank with it."""
+
+
+class Lost(Exception):
+    """A keeper that is gone, and its rank with it. `reason`: node or worker; the message says which."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Ask(Protocol):
+    """Calls a keeper's method and waits for what it returns; Lost where there is no keeper any more, TimeoutError."""
+
+    def __call__(self, method: str, *given: Any, timeout_s: float | None = None) -> Any: ...
+
+
+class RemoteRank:
+    """A `follow.Rank` whose process has been started. `lost`: why nothing is known of its end."""
+
+    def __init__(self, rank: int, ask: Ask) -> None:
+        self.rank, self._ask = rank, ask
+        self.ended: dict[str, Any] | None = None
+        self.lost: Lost | None = None
+        self.record = ""
+        """Of rank 0, as it has written it; JSON."""
+        self._end: dict[str, Any] = {}
+        reader, self._writer = os.pipe()
+        self.pipe = io.FileIO(reader)
+        self._rest = b""
+        self._thread = threading.Thread(target=self._listen, name=f"rank {rank}", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        try:
+            while (messages := self._ask("hear")) is not None:
+                for message in messages:
+                    _write(self._writer, json.dumps(message).encode() + b"\n")
+            self._end = self._ask("end")
+            self.record = self._end["record"]
+        except Lost as error:
+            self.lost = error
+        finally:
+            os.close(self._writer)
+
+    def hear(self) -> list[dict[str, Any]] | None:
+        chunk = self.pipe.read(65536)
+        if not chunk:
+            return None
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def tell(self, **message: Any) -> None:
+        with contextlib.suppress(Lost):  # its thread finds out, and says so
+            self._ask("tell", json.dumps(message))
+
+    def interrupt(self) -> None:
+        with contextlib.suppress(Lost, TimeoutError):
+            self._ask("interrupt", timeout_s=KILL_S)
+
+    def kill(self) -> None:
+        with contextlib.suppress(Lost, TimeoutError):
+            self._ask("kill", timeout_s=KILL_S)
+
+    def close(self) -> None:
+        """When its keeper is gone."""
+        self._thread.join()
+        self.pipe.close()
+
+    def code(self) -> int:
+        self._thread.join()
+        return int(self._end.get("code", -1))
+
+    def gone(self) -> bool:
+        return not self._thread.is_alive()
+
+    def verdict(self) -> Verdict:
+        self._thread.join()
+        if self.lost:
+            return "crashed", self.lost.reason, str(self.lost)
+        status, reason, error = self._end["verdict"]
+        return status, reason, error
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    with contextlib.suppress(BrokenPipeError):
+        while view:
+            view = view[os.write(descriptor, view) :]

@@ -1,0 +1,29 @@
+"""Ctrl-C, passed on to threads: a signal is heard by the main thread alone, and others wait on pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+
+class Stop:
+    """`once` is readable from the first time on that it is asked for, `again` from the second time."""
+
+    def __init__(self) -> None:
+        self.once, self._once = os.pipe()
+        self.again, self._again = os.pipe()
+        self._open = [self._once, self._again]
+
+    @property
+    def asked(self) -> bool:
+        return len(self._open) < 2
+
+    def ask(self) -> None:
+        """The first time: stop between two steps; the second time: at once."""
+        if self._open:
+            os.close(self._open.pop(0))  # whoever waits for something to read now reads the end
+
+    def __del__(self) -> None:
+        for descriptor in (self.once, self.again, *self._open):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
