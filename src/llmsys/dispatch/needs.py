@@ -17,11 +17,13 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node that is alive. `resources` by Ray's names: CPU, GPU, memory (bytes) and its own."""
+    """A node that is alive. `port`: where its own service listens. `resources` by Ray's names: CPU, GPU, memory (bytes)
+    and its own."""
 
     id: str
     name: str
     address: str
+    port: int = 0
     resources: Resources = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -16,8 +16,11 @@ import functools
 import json
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -41,6 +44,8 @@ from llmsys.job import Job, Record
 
 LOOK_S = 0.5
 """Between two looks whether there is room, or whether somebody wants to stop."""
+NOTICED_S = 5.0
+"""How long after a worker its node may be found to be gone."""
 SURVEY_S = 60.0
 """How long a node may take to say what it is: a worker starts there, and on a GPU's host torch is loaded."""
 Progress = Callable[[dict[str, Any]], None]
@@ -51,11 +56,15 @@ def connect(address: str | None, threads: int) -> None:
     where none answers."""
     ours = address is None and not os.environ.get("RAY_ADDRESS")
     more: dict[str, Any] = {"num_cpus": threads, "include_dashboard": False} if ours else {"address": address}
+    ours_to_hear = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
     except (ConnectionError, RuntimeError, RayError, ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"dispatch.address={address}: {lines[0]}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours_to_hear)  # Ray's own would end this process with its runs as they are
 
 
 def disconnect() -> None:
@@ -70,6 +79,7 @@ def nodes() -> list[Node]:
             id=each["NodeID"],
             name=each["NodeName"] if each["NodeName"] != each["NodeManagerAddress"] else each["NodeManagerHostname"],
             address=each["NodeManagerAddress"],
+            port=each["NodeManagerPort"],
             resources=each["Resources"],
         )
         for each in ray.nodes()
@@ -116,7 +126,8 @@ class _Actor(Keeper):
         """Where it is."""
         context = ray.get_runtime_context()
         gpus = bool(context.get_accelerator_ids().get("GPU"))
-        return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "gpus": gpus}
+        address = ray.util.get_node_ip_address()
+        return {"node": context.get_node_id(), "address": address, "gpus": gpus, "worker": os.getpid()}
 
 
 def run(job: Job, progress: Progress, lock: int, stop: Stop | None = None) -> Record:
@@ -180,22 +191,27 @@ def _ranks(
     job: Job, need: Need, group: PlacementGroup, stop: Stop
 ) -> Iterator[tuple[list[RemoteRank], list[dict[str, Any]]]]:
     """(the ranks, started; what each is told of its machine). All are gone at the end."""
-    own = dict(need.rank)
-    wanted = {"num_cpus": own.pop("CPU", 0), "num_gpus": own.pop("GPU", 0), "memory": own.pop("memory", None)}
-    actor = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4, resources=own, **wanted)(_Actor)
+    more = dict(need.rank)
+    wanted = {"num_cpus": more.pop("CPU", 0), "num_gpus": more.pop("GPU", 0), "memory": more.pop("memory", None)}
+    actor = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4, resources=more, **wanted)(_Actor)
     actors: list[Any] = []
     ranks: list[RemoteRank] = []
+    over = threading.Event()
     try:
         for rank in range(need.world):
             bundle = rank * len(need.bundles) // need.world
-            there = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-            actors.append(actor.options(scheduling_strategy=there).remote(asdict(job), rank))
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            actors.append(actor.options(scheduling_strategy=place).remote(asdict(job), rank))
         limit = time.monotonic() + job.config["dispatch"]["start_s"]
         places = _all(actors, "place", limit, stop)
         _all(actors, "start", limit, stop)
-        ranks += [RemoteRank(rank, functools.partial(_ask, each)) for rank, each in enumerate(actors)]
-        yield ranks, _told(places)
+        there = {node.id: node for node in nodes()}
+        own = [there.get(each["node"], Node(id=each["node"], name=each["node"], address="")) for each in places]
+        asks = [functools.partial(_ask, each, node, over) for each, node in zip(actors, own, strict=True)]
+        ranks += [RemoteRank(rank, ask) for rank, ask in enumerate(asks)]
+        yield ranks, _told(places, own)
     finally:
+        over.set()
         ended = [each.kill.remote() for each in actors]
         ray.wait(ended, num_returns=len(ended), timeout=KILL_S) if ended else None
         for each in actors:
@@ -204,11 +220,10 @@ def _ranks(
             one.close()
 
 
-def _told(places: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _told(places: Sequence[dict[str, Any]], own: Sequence[Node]) -> list[dict[str, Any]]:
     """What each rank is told of its machine, as `worker` takes it: its address where they are on several."""
-    names = {node.id: node.name for node in nodes()}
-    own = sorted({names.get(each["node"], each["node"]) for each in places})
-    env = {"dispatch": {"kind": "ray", "ray": ray.__version__, "nodes": own}}
+    names, workers = sorted({node.name for node in own}), [each["worker"] for each in places]
+    env = {"dispatch": {"kind": "ray", "ray": ray.__version__, "nodes": names, "workers": workers}}
     several = len({each["address"] for each in places}) > 1
     return [
         {"env": env, "device": 0 if each["gpus"] else None, **({"address": each["address"]} if several else {})}
@@ -229,9 +244,30 @@ def _all(actors: Sequence[Any], method: str, limit: float, stop: Stop) -> list[A
     return [_got(ref) for ref in refs]
 
 
-def _ask(actor: Any, method: str, *given: Any, timeout_s: float | None = None) -> Any:
-    """`remote.Ask`."""
-    return _got(getattr(actor, method).remote(*given), timeout_s)
+def _ask(
+    actor: Any, node: Node, ending: threading.Event, method: str, *given: Any, timeout_s: float | None = None
+) -> Any:
+    """`remote.Ask`, of an actor on this node, until `ending` is set. A worker that is gone may have gone with its node,
+    which Ray may notice a little later."""
+    try:
+        return _got(getattr(actor, method).remote(*given), timeout_s)
+    except Lost as error:
+        deadline = time.monotonic() + NOTICED_S
+        while any(each.id == node.id for each in nodes()) and _listens(node):
+            if time.monotonic() > deadline or ending.wait(LOOK_S):
+                raise Lost("worker", f"node {node.name}: {error}") from None
+        raise Lost("node", f"node {node.name} died: {error}") from None
+
+
+def _listens(node: Node) -> bool:
+    """False of a node that is gone: Ray itself misses it only after several of its health checks (15 s and more)."""
+    try:
+        socket.create_connection((node.address, node.port), timeout=NOTICED_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # not to be reached from here, which says nothing
+    return True
 
 
 def _got(ref: Any, timeout_s: float | None = None) -> Any:
@@ -242,8 +278,7 @@ def _got(ref: Any, timeout_s: float | None = None) -> Any:
     except RayTaskError:
         raise
     except RayError as error:
-        node = any(words in str(error) for words in ("node has died", "node was terminated", "node died"))
-        raise Lost("node" if node else "worker", _line(error)) from None
+        raise Lost("worker", _line(error)) from None
 
 
 def _line(error: Exception) -> str:

@@ -107,6 +107,7 @@ class _Watch:
 
 def main() -> None:
     """`python -m llmsys.dispatch.worker <pipe> <parent pid>`, lines of JSON on standard input."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # a thread of Ray's, which may have started this, blocks all
     pipe, parent = Pipe(int(sys.argv[1])), int(sys.argv[2])
     _die_with_parent(parent)
     first = json.loads(sys.stdin.readline())
