@@ -229,7 +229,7 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     config, device_name = resolved(config)
     typed = schema.build(config)
     world, most = typed.train.world, 4 * device.threads_of_runs()
-    here = typed.dispatch.kind != "ray" and typed.task.kind not in tasks.LIGHT
+    here = typed.dispatch.kind not in ("ray", "torchrun") and typed.task.kind not in tasks.LIGHT
     if here and typed.hardware.device == "cuda" and world > device.gpus():
         raise Contradiction(f"train.world={world}: this machine has {device.gpus()} CUDA devices")
     if typed.train.threads > most:

@@ -6,6 +6,8 @@ first one starts.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -85,9 +87,14 @@ def _inputs(config: dict[str, Any]) -> dict[str, str]:
 
 def submit(configs: Sequence[dict[str, Any]]) -> int:
     """Runs the jobs, prints the table of their records, returns the exit code: 0, 130 (interrupted) or 1."""
-    from llmsys.dispatch import cluster
+    from llmsys.dispatch import cluster, torchrun
 
-    with cluster.ready(configs):
+    torchrun.check(configs)
+    with cluster.ready(configs), contextlib.ExitStack() as quiet:
+        if torchrun.silent(configs[0]):
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
         return _submit(configs)
 
 

@@ -67,12 +67,13 @@ def _meet(place: Place) -> dist.Store:
     assert place.store is not None, "the ranks of a run need a store"
     host, port = place.store
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
-    return dist.TCPStore(
+    store = dist.TCPStore(
         host,
         port,
         place.world,
-        is_master=place.rank == 0,
+        is_master=place.rank == 0 and not place.served,
         timeout=TIMEOUT,
         wait_for_workers=False,
         master_listen_fd=place.listener,
     )
+    return dist.PrefixStore("llmsys", store) if place.served else store  # it has keys of its own

@@ -23,7 +23,8 @@ _SIOCGIFADDR = 0x8915
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Rank `rank` of `world`. `address` and `interface` are its own; `store` is where rank 0 serves (host, port).
-    `device`: which of the GPUs that this process sees is its own; None: there is one for each rank, in order.
+    `served`: somebody else does. `device`: which of the GPUs that this process sees is its own; None: there is one for
+    each rank, in order.
 
     `listener` is, on rank 0, the descriptor of the listening socket of `store`.
     """
@@ -34,6 +35,7 @@ class Place:
     interface: str = LOOPBACK_INTERFACE
     store: tuple[str, int] | None = None
     listener: int | None = None
+    served: bool = False
     device: int | None = None
 
     @property
@@ -55,13 +57,13 @@ def interface_of(address: str) -> str:
     raise ValueError(f"no network interface of this machine has the address {address}")
 
 
-def listen(address: str) -> tuple[int, int]:
-    """(descriptor, port) of a new listening socket at `address`."""
+def listen(address: str, port: int = 0) -> tuple[int, int]:
+    """(descriptor, port) of a new listening socket at `address`; 0: a port that the system chooses."""
     with socket.socket() as server:
-        server.bind((address, 0))
+        server.bind((address, port))
         server.listen(128)
-        port: int = server.getsockname()[1]
-        return server.detach(), port
+        chosen: int = server.getsockname()[1]
+        return server.detach(), chosen
 
 
 def log_name(rank: int) -> str:

@@ -1,4 +1,5 @@
-"""Where a job runs: `inline` in this process, `process` in a fresh one of its own, `ray` on nodes of a cluster.
+"""Where a job runs: `inline` in this process, `process` in a fresh one of its own, `ray` on nodes of a cluster,
+`torchrun` as one of the ranks that it has started.
 
 `submit` is the same for one run and for a sweep. A folder is locked while its run is made, so that two runs of one id
 never meet: the second waits and then finds the first one's record.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsys.dispatch import ending, inline, process
+from llmsys.dispatch import ending, inline, process, torchrun
 from llmsys.dispatch.stop import Stop
 from llmsys.job import FINAL, Job, Record, code_hash, previous_attempts, read_or_set_aside
 
@@ -30,7 +31,7 @@ def _on_ray(job: Job, progress: Progress, lock: int, stop: Stop | None) -> Recor
     return ray.run(job, progress, lock, stop)
 
 
-_PLACES = {"inline": inline.run, "process": process.run, "ray": _on_ray}
+_PLACES = {"inline": inline.run, "process": process.run, "ray": _on_ray, "torchrun": torchrun.run}
 
 
 def submit(
@@ -52,7 +53,8 @@ def submit(
     """
     total = len(jobs) if total is None else total
     for number, job in enumerate(jobs, first):
-        with locked(job, show) as lock:
+        # of the ranks that torchrun has started one holds the lock for all
+        with contextlib.nullcontext(-1) if torchrun.silent(job.config) else locked(job, show) as lock:
             record = finished(job)
             if record is not None:
                 show.reused(job, record, number, total)

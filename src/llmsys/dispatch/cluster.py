@@ -129,6 +129,6 @@ def agreed(machines: Sequence[tuple[Node, device.Machine]]) -> device.Machine:
             raise ValueError(
                 f"dispatch=ray: nodes have different devices: {first.name} {own.gpu or own.cpu}, {node.name} "
                 f"{other.gpu or other.cpu}; say which by a resource that only they have: "
-                "dispatch.resources={NAME: 0.01}"
+                "+dispatch.resources.NAME=0.01"
             )
     return device.Machine(own.cpu, own.gpu, min(m.gpus for _, m in machines), min(m.threads for _, m in machines))

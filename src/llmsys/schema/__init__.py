@@ -167,7 +167,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "compress": {"*": Compress},
     "hardware": {"*": Hardware},
     "network": {"*": Network},
-    "dispatch": {"inline": Dispatch, "process": Dispatch, "ray": OnRay},
+    "dispatch": {"inline": Dispatch, "process": Dispatch, "ray": OnRay, "torchrun": Dispatch},
     "tracker": {"none": Tracker, "wandb": Tracker},
     "profile": {"*": Profile},
     "sweep": {"*": Sweep},
