@@ -22,7 +22,7 @@ from llmsys.job import HARMLESS, Job, Record
 USAGE = """\
 Usage: python -m llmsys [+exp=NAME] [GROUP=CHOICE] [KEY=VALUE] ...
        python -m llmsys -m +exp=NAME KEY=A,B ...       a sweep: every combination, and one table
-       python -m llmsys sweep=NAME [KEY=VALUE] ...     a suite: a sweep by its name, see below
+       python -m llmsys sweep=NAME [KEY=VALUE] ...     a suite, or a paper's figure: a sweep by its name, see below
        python -m llmsys --cfg job +exp=NAME            show the settings, run nothing
        python -m llmsys.results [FOLDER]               the table of everything under a folder; --help for pictures
 """
@@ -165,6 +165,7 @@ def main() -> None:
             wrong.append(error)
 
     try:
+        sys.argv[1:] = [f"sweep={word[7:]}" if word.startswith("+sweep=") else word for word in sys.argv[1:]]
         sys.argv[1:] = wiring.techniques().expanded(compose.smoked(sys.argv[1:]))
         hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()
         if wrong:
