@@ -109,8 +109,10 @@ def test_smoke_of_an_experiment_in_a_folder_of_its_own(tmp_path: Path) -> None:
 
 def test_every_choice_of_every_group_composes() -> None:
     """The first choices of all groups at once, then the second ones, ...: each group is looked at by itself. Files of
-    `exp` and `sweep` choose among the others; they have tests of their own."""
-    names = {group: list(compose.choices(group)) for group in compose.groups() if group not in ("exp", "sweep")}
+    `exp`, `sweep` and `search` choose among the others; they have tests of their own."""
+    names = {
+        group: list(compose.choices(group)) for group in compose.groups() if group not in ("exp", "sweep", "search")
+    }
     for turn in range(max(map(len, names.values()))):
         chosen = {group: those[turn % len(those)] for group, those in names.items()}
         words = [*(f"{group}={name}" for group, name in chosen.items()), "data.path=x.jsonl", "data.labels=[a,b]"]

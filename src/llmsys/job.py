@@ -31,7 +31,18 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = ("results", "reuse", "force", "smoke", "baselines", "command", "tracker", "techniques", "sweep")
+_NOT_IDENTITY = (
+    "results",
+    "reuse",
+    "force",
+    "smoke",
+    "baselines",
+    "command",
+    "tracker",
+    "techniques",
+    "sweep",
+    "search",
+)
 _READ = ("speeds", "records", "modules", "emit")
 """Settings of a task that name what it reads, whose content counts instead, or where it writes."""
 _PLACEMENT = {each.name for each in dataclasses.fields(schema.OnRay)} - {"memory_gib"}

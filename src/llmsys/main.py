@@ -37,9 +37,12 @@ def help_text() -> str:
     width = max(map(len, suites), default=0)
     lines += ["", "Suites, each a whole sweep (sweep=NAME):"]
     lines += [f"  {name:{width}}  {purpose}" for name, purpose in suites.items()]
+    searches = compose.choices("search")
+    lines += ["", "Searches for the best settings of an experiment (+search=NAME):"]
+    lines += [f"  {name:{width}}  {purpose}" for name, purpose in searches.items()]
     lines += ["", "Groups and their choices:"]
     for group in compose.groups():
-        if group not in ("exp", "sweep"):
+        if group not in ("exp", "sweep", "search"):
             lines.append(f"  {group}={' | '.join(compose.choices(group))}")
     lines += ["", "Every key of a group can be set: train.steps=20 model.num_layers=2. --cfg job shows them all."]
     lines += ["smoke=true: the experiment in seconds on a CPU, by its own list; other settings win over the list."]
@@ -102,6 +105,9 @@ def _submit(configs: Sequence[dict[str, Any]]) -> int:
     from llmsys import results
     from llmsys.dispatch.show import Show
     from llmsys.sweep import report
+
+    if any(config.get("search", {}).get("trials") for config in configs):
+        return _search(configs)
     from llmsys.sweep.course import Course
 
     course = Course(configs, make_job, Show())
@@ -128,6 +134,35 @@ def _submit(configs: Sequence[dict[str, Any]]) -> int:
     if interrupted:
         return 130
     return 0 if all(record.status in HARMLESS for record in records) else 1
+
+
+def _search(configs: Sequence[dict[str, Any]]) -> int:
+    """Runs the trials of a search, prints their table and the command of the best, returns the exit code."""
+    from llmsys import results
+    from llmsys.dispatch.show import Show
+    from llmsys.sweep.course import room
+    from llmsys.sweep.parallel import together
+
+    if len(configs) > 1:
+        raise ValueError("search: is of one run's settings, and a sweep lists them; leave -m or +search= out")
+    try:
+        from llmsys.search.study import Study
+    except ModuleNotFoundError as error:
+        raise MissingPackage(f"+search: needs {error.name}: pip install 'llmsys[search]'") from None
+    study = Study(configs[0], make_job, Show())
+    records: list[Record] = []
+    interrupted = False
+    try:
+        for _, record in together(study.units(room)):
+            records.append(record)
+    except KeyboardInterrupt:
+        interrupted = True
+    results.print_lines(*study.lines())
+    if best := study.best():
+        print(f"the best: {best}")
+    if interrupted:
+        return 130
+    return 0 if best and all(record.status in HARMLESS for record in records) else 1
 
 
 def _show_tables(job: Job, record: Record) -> None:

@@ -13,7 +13,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmsys.dispatch import ending, inline, process, torchrun
 from llmsys.dispatch.stop import Stop
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from llmsys.dispatch.show import Show
 
 Progress = Callable[[dict[str, Any]], None]
+
+
+class Watch(Protocol):
+    """Of the runs of a `submit`: hears of their progress, as a `Show` does, and may ask one to stop."""
+
+    gave_up: bool
+    """Whether it was this that stopped the run, so that nothing else is to be stopped."""
+
+    def progress(self, values: dict[str, Any]) -> None: ...
+
+    def judge(self, record: Record) -> Record:
+        """The record as it is to be: the same, or that of a run that was given up."""
 
 
 def _on_ray(job: Job, progress: Progress, lock: int, stop: Stop | None) -> Record:
@@ -41,6 +53,7 @@ def submit(
     total: int | None = None,
     instead: Callable[[Job], Record | None] = lambda job: None,
     stop: Stop | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Record]:
     """Runs `jobs` one after another and yields each record as it comes; a finished run's record is yielded as it is.
 
@@ -49,7 +62,7 @@ def submit(
     that is yielded in the run's place, or None. Asked any earlier, its answer could replace the record of a run that
     another process has made meanwhile.
     KeyboardInterrupt passes through after the running job has been stopped and its record written and yielded; `stop`
-    is for where this is not the main thread.
+    is for where this is not the main thread; `watch` sees the runs that are made.
     """
     total = len(jobs) if total is None else total
     for number, job in enumerate(jobs, first):
@@ -69,17 +82,25 @@ def submit(
             kind, stopped = job.config["dispatch"]["kind"], False
             try:
                 show.start(job, number, total)
-                record = _PLACES[kind](job, functools.partial(show.progress, job), lock, stop)
+                record = _PLACES[kind](job, functools.partial(_seen, job, show, watch), lock, stop)
             except KeyboardInterrupt:
                 stopped = True
                 record = ending.write(job, attempt, ("interrupted", "signal", "stopped at once"), 0.0)
             finally:
                 show.stop(job)
+            record = watch.judge(record) if watch else record
             show.end(job, record, number, total)
             yield record
         # a node that is taken away interrupts its run, and no other
-        if stopped or (record.status == "interrupted" and kind != "ray"):
+        given_up = watch is not None and watch.gave_up
+        if not given_up and (stopped or (record.status == "interrupted" and kind != "ray")):
             raise KeyboardInterrupt
+
+
+def _seen(job: Job, show: Show, watch: Watch | None, values: dict[str, Any]) -> None:
+    show.progress(job, values)
+    if watch:
+        watch.progress(values)
 
 
 def finished(job: Job) -> Record | None:

@@ -13,6 +13,7 @@ class Stop:
         self.once, self._once = os.pipe()
         self.again, self._again = os.pipe()
         self._open = [self._once, self._again]
+        self._children: list[Stop] = []
 
     @property
     def asked(self) -> bool:
@@ -22,6 +23,16 @@ class Stop:
         """The first time: stop between two steps; the second time: at once."""
         if self._open:
             os.close(self._open.pop(0))  # whoever waits for something to read now reads the end
+        for child in self._children:
+            child.ask()
+
+    def child(self) -> Stop:
+        """One that is asked with this one, and can be asked alone."""
+        made = Stop()
+        for _ in range(2 - len(self._open)):
+            made.ask()
+        self._children.append(made)
+        return made
 
     def __del__(self) -> None:
         for descriptor in (self.once, self.again, *self._open):

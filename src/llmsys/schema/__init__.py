@@ -25,6 +25,7 @@ from llmsys.schema.machine import Dispatch, Hardware, Network, OnRay, Profile, T
 from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
 from llmsys.schema.modules import Modules, Ops
+from llmsys.schema.search import Search
 from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.train import (
@@ -76,6 +77,7 @@ __all__ = [
     "Predicting",
     "Profile",
     "Replay",
+    "Search",
     "Simulate",
     "Sweep",
     "Task",
@@ -122,6 +124,7 @@ class Config:
     tracker: Tracker
     profile: Profile
     sweep: Sweep = field(default_factory=Sweep)
+    search: Search = field(default_factory=Search)
 
     def __post_init__(self) -> None:
         at_least("repeat", self.repeat, 0)
@@ -171,9 +174,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "tracker": {"none": Tracker, "wandb": Tracker},
     "profile": {"*": Profile},
     "sweep": {"*": Sweep},
+    "search": {"*": Search},
 }
 """Group -> kind -> the class of its settings; `*` where every choice in the group shares one class."""
-LATER = ("compress", "sweep")
+LATER = ("compress", "sweep", "search")
 """Groups that configs written by earlier versions of this package do not have; without one its defaults hold."""
 
 

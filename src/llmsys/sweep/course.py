@@ -142,7 +142,7 @@ class Course:
         return [record for job, record in self.records.values() if _same(job.config, own)]
 
     def _unit(self, each: Cell, number: int, total: int) -> Unit[Made]:
-        return Unit(functools.partial(self._one, each, number, total), functools.partial(_room, each.job))
+        return Unit(functools.partial(self._one, each, number, total), functools.partial(room, each.job))
 
     def _status(self, each: Cell) -> str:
         """None yet of a run that has not ended."""
@@ -153,7 +153,7 @@ class Course:
         """Of each combination the largest value that runs."""
         numbers = itertools.count(len(self.cells) - len(self._possible) + 1)
         for each in self._possible:
-            yield Unit(functools.partial(self._largest, each, numbers), functools.partial(_room, each.job))
+            yield Unit(functools.partial(self._largest, each, numbers), functools.partial(room, each.job))
 
     def _largest(self, combination: Cell, numbers: Iterator[int], stop: Stop) -> Iterator[Made]:
         settings, key = self.settings, self.settings.search_key
@@ -252,7 +252,7 @@ class Course:
             yield each.job, record
 
 
-def _room(job: Job) -> int:
+def room(job: Job) -> int:
     """How many runs like this one may be made at once."""
     if job.config["dispatch"]["kind"] != "ray":
         return 1
