@@ -92,3 +92,16 @@ def test_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 50_100, 2 | 50 | all_reduce |" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"^eth7: neither UP/DOWN in Mbit/s nor one of "):
         links.main(["eth7"])
+
+
+@pytest.mark.slow
+def test_ray_dispatch(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray_dispatch
+    from llmsys import results
+
+    for name in ray_dispatch.SETTINGS:
+        monkeypatch.delenv(name, raising=False)  # what it sets is gone afterwards
+    record = ray_dispatch.main(["--pairs", "1", "--jobs", "2", "--nodes", "1", "--out", str(tmp_path)])
+    assert results.read(tmp_path) == [record]
+    assert (record.summary["sweep/recorded"], record.summary["sweep/workers"]) == (2, 2)
+    assert "overhead_s" in capsys.readouterr().out

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from llmsys import compose, device
 from llmsys.dispatch import cluster, needs
 from llmsys.dispatch.needs import GIB, Need, Node
+from llmsys.job import code_hash
 
 
 def need(*words: str) -> Need:
@@ -85,6 +91,44 @@ def test_nodes_with_different_gpus_are_not_one_machine() -> None:
     assert cluster.agreed([(node("a"), fast), (node("b"), device.Machine("other", "H100", 2, 4))]).threads == 4
     with pytest.raises(ValueError, match=r"different devices: a H100, b RTX 3090; .*dispatch\.resources"):
         cluster.agreed([(node("a"), fast), (node("b"), slow)])
+
+
+class Nodes:
+    """Stands for `llmsys.dispatch.ray`: nodes that say this of themselves."""
+
+    def __init__(self, **said: Any) -> None:
+        self.said = {"fault": "", "code": code_hash(), "machine": {}} | said
+
+    def survey(self, asked: Path, which: list[Node]) -> Iterator[tuple[Node, dict[str, Any]]]:
+        assert asked.read_text(), "what a node has to find"
+        return ((each, self.said) for each in which)
+
+
+def test_a_folder_that_a_node_cannot_write_and_other_code_are_named_with_the_node(tmp_path: Path) -> None:
+    asked, where = cluster._asked, [node("far")]
+    with pytest.raises(ValueError, match=r"results=.*cannot be written there: Read-only.*node far .*LLMSYS_RESULTS"):
+        asked(Nodes(fault="cannot be written there: Read-only file system"), str(tmp_path), where)
+    with pytest.raises(ValueError, match="node far .* has other code of llmsys"):
+        asked(Nodes(code="0123"), str(tmp_path), where)
+    assert asked(Nodes(), str(tmp_path), where) == [(where[0], Nodes().said)]
+    assert not list(tmp_path.iterdir()), "what was asked is gone again"
+
+
+def test_a_node_says_what_it_is_and_whether_it_has_the_folder(tmp_path: Path) -> None:
+    """In a process of its own, as a cluster asks it."""
+
+    def answer(asked: Path) -> dict[str, Any]:
+        words = [sys.executable, "-m", "llmsys.dispatch.node", str(asked)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+    assert answer(tmp_path / "nothing")["fault"] == "is not the same folder there"
+    (tmp_path / "asked").write_text("this")
+    said = answer(tmp_path / "asked")
+    assert (said["fault"], said["code"]) == ("", code_hash())
+    assert device.Machine(**said["machine"]).threads == device.threads()
+    assert [path.name for path in tmp_path.iterdir()] == ["asked"]
 
 
 @pytest.mark.parametrize(

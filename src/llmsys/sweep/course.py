@@ -212,6 +212,8 @@ class Course:
             return predict.peak_bytes(with_value(resolved, settings.search_key, value))
 
         try:
+            if resolved["dispatch"]["kind"] == "ray":
+                raise memory.NotKnown("how much memory the nodes' devices have is not asked")
             reading = memory.read(self._kind)
         except memory.NotKnown as error:
             self._show.note(f"{settings.search_key}: the search begins at 1: {error}")
