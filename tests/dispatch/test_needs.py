@@ -108,7 +108,7 @@ def test_a_folder_that_a_node_cannot_write_and_other_code_are_named_with_the_nod
     asked, where = cluster._asked, [node("far")]
     with pytest.raises(ValueError, match=r"results=.*cannot be written there: Read-only.*node far .*LLMSYS_RESULTS"):
         asked(Nodes(fault="cannot be written there: Read-only file system"), str(tmp_path), where)
-    with pytest.raises(ValueError, match="node far .* has other code of llmsys"):
+    with pytest.raises(ValueError, match=r"node far .* has other code of llmsys"):
         asked(Nodes(code="0123"), str(tmp_path), where)
     assert asked(Nodes(), str(tmp_path), where) == [(where[0], Nodes().said)]
     assert not list(tmp_path.iterdir()), "what was asked is gone again"

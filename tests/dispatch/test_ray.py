@@ -157,9 +157,10 @@ def test_two_ranks_on_two_nodes_are_what_two_processes_are(connected: Any, resul
 def test_a_killed_rank_of_four_ends_the_run_and_frees_what_it_had(connected: Any, results: Path) -> None:
     all_free = free(connected)
     words = ("engine=ddp", "dispatch=ray", "dispatch.nodes=4")
-    made = make(results, *LONG, *words, "train.world=4", "train.global_batch=8")
+    made = make(results, *LONG, *words, "train.world=4", "train.global_batch=8", "dispatch.retries=1")
     run = Run(connected, made, lambda pids: os.kill(pids[2], signal.SIGKILL))
     assert (run.record.status, run.record.reason) == ("crashed", "signal")
+    assert run.record.attempts == 1, "that was nobody who took a node away"
     assert "killed by SIGKILL" in run.record.error
     assert run.seconds_after < 15
     assert len(run.pids) == 4

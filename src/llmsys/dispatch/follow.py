@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import io
 import math
-import select
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from typing import Any, Protocol
 
 from llmsys.dispatch.ending import Verdict
@@ -88,7 +88,7 @@ class Follower:
                 asked = self.stop.again if self.interrupted else self.stop.once
                 wait = max(min(limits) - time.monotonic(), 0)
                 waited: list[Any] = [*alive, asked]
-                ready = select.select(waited, [], [], wait)[0]
+                ready: list[Any] = connection.wait(waited, wait)  # not select, which knows 1,024 files
                 if asked in ready:
                     raise KeyboardInterrupt
                 for pipe in ready:

@@ -32,19 +32,19 @@ class Show:
 
     def start(self, job: Job, number: int, total: int) -> None:
         with self._lock:
-            self._numbers[job.run_id] = _place(number, total)
+            self._numbers[job.run_id] = "" if total == 1 else f"{_place(number, total)} "
             self._line(f"{_place(number, total)} {job.label}", "bold")
             if not self.console.is_terminal:
                 return
             if self._bars is None:
-                texts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
+                texts = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[note]}")
                 self._bars = Progress(*texts, TimeRemainingColumn(), console=self.console, transient=True)
                 self._bars.start()
             self._tasks[job.run_id] = self._bars.add_task(self._named(job, "starting"), total=None, note="")
 
     def _named(self, job: Job, phase: str) -> str:
         """With its number where it is not the only one."""
-        return f"{self._numbers[job.run_id]} {phase}" if len(self._numbers) > 1 else phase
+        return f"{self._numbers[job.run_id]}{phase}"
 
     def progress(self, job: Job, values: dict[str, Any]) -> None:
         """`values` as in `Context.beat`."""
