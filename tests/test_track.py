@@ -287,6 +287,23 @@ def test_a_resumed_run_hides_what_an_earlier_attempt_wrote_of_the_same_steps(res
     assert "grad_norm" not in events.Tags()["scalars"]
 
 
+@pytest.mark.slow
+def test_the_times_of_modules_are_a_table_too_where_a_run_has_measured_them(results: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [f"results={results}", "+exp=bench_modules", "smoke=true", "tracker=tensorboard", "train.threads=1"]
+    one = job.make(compose.compose(words))
+    record = run(one)
+    assert record.status == "ok", record.error
+    events = EventAccumulator(str(Path(one.out) / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("module_times/text_summary")
+    _, _, *lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert {"modules/{}/{}_ms".format(*line.strip("| ").split(" | ")) for line in lines} == {
+        key for key in record.samples if key.startswith("modules/")
+    }
+
+
 def test_a_tag_that_is_too_long_for_wandb_is_left_out() -> None:
     config = {
         "name": "lorafa_llama_6m",

@@ -60,7 +60,7 @@ class LightContext:
             mirror.row(row)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A small table for every mirror, before the steps that are timed; what belongs into the record the task says.
+        """A small table for every mirror, outside of the steps that are timed; the record has what a task returns.
         Rank 0's word is the run's."""
         for mirror in self.mirrors:
             mirror.table(name, columns, rows)
