@@ -151,7 +151,7 @@ def test_a_service_of_wandb_that_is_killed_or_stopped_harms_no_run(
 ) -> None:
     """In the middle of a run. Whoever waits for a stopped service waits for ever; here no longer than it is said. None
     is left behind, and TensorBoard is told to the end."""
-    one = made(results, "tracker=both", "train.steps=300", *limits)
+    one = made(results, "tracker=both", "train.steps=150", *limits)
     struck: list[int] = []
 
     def strike(values: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ def test_a_service_of_wandb_that_is_killed_or_stopped_harms_no_run(
     assert record.notes["tracker"].startswith("WandB: ")
     assert said in record.notes["tracker"]
     assert "TensorBoard" not in record.notes["tracker"]
-    assert steps(one) == [*range(1, 301), 300]
+    assert steps(one) == [*range(1, 151), 150]
     assert Record.read(Path(one.out)) == record
     assert "the tracker WandB" in (Path(one.out) / "log.txt").read_text()
     assert not wandb_log.complete(offline(one) / f"run-{one.run_id}.wandb")
@@ -180,7 +180,7 @@ def test_a_service_of_wandb_that_is_killed_or_stopped_harms_no_run(
 
     events = EventAccumulator(str(Path(one.out) / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    assert len(events.Scalars("loss")) == 300
+    assert len(events.Scalars("loss")) == 150
 
 
 def namespaces() -> bool:
