@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from llmsys.track.jsonl import JsonLines
 if TYPE_CHECKING:
     import torch
 
-    from llmsys.track import Sink
+    from llmsys.track import Mirror
     from llmsys.train.protocols import Engine, GradSync, Method
 
 
@@ -37,7 +37,7 @@ class LightContext:
     """What the run is on, as the record has it."""
     kept: str = ""
     """What of this attempt serves the next one if it is stopped now; for the record."""
-    mirrors: list[Sink] = field(default_factory=list)
+    mirrors: list[Mirror] = field(default_factory=list)
     listener: Callable[[dict[str, Any]], None] | None = None
     last_beat: float | None = None
     """When the last step was done; None before the first: loading and downloading have no steps to be late with."""
@@ -58,6 +58,12 @@ class LightContext:
         self.metrics.row(row)
         for mirror in self.mirrors:
             mirror.row(row)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A small table for every mirror, outside of the steps that are timed; the record has what a task returns.
+        Rank 0's word is the run's."""
+        for mirror in self.mirrors:
+            mirror.table(name, columns, rows)
 
     def trim_metrics(self, step: int) -> None:
         """Cuts `metrics.jsonl` back to the rows of steps up to `step`, when a run resumes from there."""

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmsys import device, read, schema, tasks, wiring
+from llmsys import device, read, schema, tasks, track, wiring
 from llmsys.errors import Contradiction
 from llmsys.files import write_atomic
 from llmsys.schema.compress import as_before
@@ -231,7 +231,7 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     """The job of a composed config: checks it, resolves device and threads, hashes local inputs.
 
     `inputs` as in `Job`. Raises ValueError, in one line that names the key, for anything wrong with the settings or
-    with the files they name.
+    with the files they name; MissingPackage for a tracker that is not installed.
     """
     from llmsys.cost import hardware, pace, shapes
 
@@ -245,6 +245,8 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
         raise Contradiction(f"train.world={world}: this machine has {device.gpus()} CUDA devices")
     if typed.train.threads > most:
         raise ValueError(f"train.threads={typed.train.threads}: at most {most}, four times the cores there are")
+    if typed.dispatch.kind != "ray":  # whose nodes may have other packages
+        track.check(typed.tracker)
     hardware.named(typed.hardware)  # an unknown name is said here
     if isinstance(typed.task, schema.Replay):
         pace.flops_per_s(typed.task, typed.hardware.device)  # and an unknown device or precision of its

@@ -46,6 +46,9 @@ def help_text() -> str:
             lines.append(f"  {group}={' | '.join(compose.choices(group))}")
     lines += ["", "Every key of a group can be set: train.steps=20 model.num_layers=2. --cfg job shows them all."]
     lines += ["smoke=true: the experiment in seconds on a CPU, by its own list; other settings win over the list."]
+    lines += [
+        "tracker=wandb, tensorboard or both: mirrors beside the local record; W&B offline unless WANDB_MODE=online."
+    ]
     lines += ["A finished run is not run again; reuse=never does. --hydra-help for Hydra's own flags."]
     return "\n".join(lines)
 

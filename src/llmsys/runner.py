@@ -88,7 +88,7 @@ def run(
     record = Record.begin(job)
     start = time.perf_counter()
     reserve = out / ".reserve"
-    sinks: list[track.Sink] = []
+    mirrors: list[track.Mirror] = []
     first = place.rank == 0
     context: LightContext | None = None
     with _logger(out, place) as log:
@@ -104,8 +104,8 @@ def run(
             for key, value in (found or {}).items():
                 log.info("%s: %s", key, value)
             if first:
-                sinks.extend(track.mirrors(config.tracker, job))
-            context = _context(job, config, log, sinks, listener, place, record.env)
+                mirrors.extend(track.mirrors(config.tracker, job, record.env))
+            context = _context(job, config, log, mirrors, listener, place, record.env)
             on_context(context)
             with _group(config, context):
                 result = tasks.find(config.task.kind)(config, context)
@@ -123,9 +123,18 @@ def run(
             reserve.unlink(missing_ok=True)
             record.write(out)
         ended(record)
-        for sink in sinks:
-            sink.finish(record)
+        if notes := track.close(mirrors, record):
+            record.notes = {**record.notes, **notes}
+            _note(record, out, log)
     return record
+
+
+def _note(record: Record, out: Path, log: logging.Logger) -> None:
+    """Writes a record again that has a word more of a mirror; without that word, where the disk is full, it stands."""
+    try:
+        record.write(out)
+    except OSError as error:
+        log.warning("the record does not say of the tracker what stands above: %s", error)
 
 
 _RESULTS = {"summary", "samples", "notes", "files", "kernel", "data_hash", "resumed_from_step"}
@@ -152,7 +161,7 @@ def _context(
     job: Job,
     config: schema.Config,
     log: logging.Logger,
-    sinks: list[track.Sink],
+    mirrors: list[track.Mirror],
     listener: Callable[[dict[str, Any]], None] | None,
     place: Place,
     env: dict[str, Any],
@@ -165,7 +174,7 @@ def _context(
         "log": log,
         "metrics": JsonLines(Path(job.out) / "metrics.jsonl"),
         "inputs": job.inputs,
-        "mirrors": sinks,
+        "mirrors": mirrors,
         "listener": listener,
     }
     if config.task.kind in tasks.LIGHT:

@@ -29,6 +29,7 @@ from torch import nn
 
 from llmsys import schema
 from llmsys.errors import MissingPackage
+from llmsys.models import inventory
 from llmsys.models.surgery import BLOCK, is_linear, is_transposed
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,4 @@ def linear_weights_trained(model: nn.Module) -> bool:
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters of `model`, a packed weight counted by what it stands for: the number that the literature gives."""
-    return sum(
-        state.shape.numel() if (state := getattr(parameter, "quant_state", None)) else parameter.numel()
-        for parameter in model.parameters()
-    )
+    return sum(map(inventory.count, model.parameters()))

@@ -171,7 +171,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "hardware": {"*": Hardware},
     "network": {"*": Network},
     "dispatch": {"inline": Dispatch, "process": Dispatch, "ray": OnRay, "torchrun": Dispatch},
-    "tracker": {"none": Tracker, "wandb": Tracker},
+    "tracker": dict.fromkeys(("none", "wandb", "tensorboard", "both"), Tracker),
     "profile": {"*": Profile},
     "sweep": {"*": Sweep},
     "search": {"*": Search},

@@ -125,13 +125,24 @@ class OnRay(Dispatch):
 
 @dataclass(kw_only=True)
 class Tracker:
-    """Who is told beside the local record. `wandb` is offline unless `mode` or WANDB_MODE says otherwise."""
+    """Who is told beside the local record; none of this can harm a run.
+
+    `mode` and `project` are W&B's; WANDB_MODE and WANDB_PROJECT win. `system_s`: between two samples of W&B's system
+    metrics; 0: none. `start_s`: how long the run's begin may wait for a mirror to come up, `finish_s` how long its end
+    may wait for one to be done (what W&B uploads, say); then the mirror is left, and the record says so.
+    """
 
     kind: str = "none"
     project: str = "llmsys"
     mode: str = "offline"
+    system_s: float = 15.0
+    start_s: float = 60.0
+    finish_s: float = 60.0
 
     def __post_init__(self) -> None:
+        _positive(self, "tracker", "start_s", "finish_s")
+        if self.system_s:
+            at_least("tracker.system_s", self.system_s, 0.1)
         one_of("tracker.mode", self.mode, ("offline", "online", "disabled"))
 
 

@@ -32,7 +32,7 @@ from llmsys import schema
 from llmsys.comm import collectives
 from llmsys.comm.traffic import Traffic
 from llmsys.errors import Interrupted
-from llmsys.models import float8, quant
+from llmsys.models import float8, inventory, quant
 from llmsys.profile.energy import Energy
 from llmsys.profile.memory import Peak
 from llmsys.profile.spans import Spans
@@ -90,6 +90,7 @@ class Loop:
             "total_params": quant.parameter_count(model),
             "linear_weights_trained": int(quant.linear_weights_trained(model)),
         }
+        context.table("modules", inventory.COLUMNS, inventory.rows(model))
         self.wrapped = self.engine.wrap(model, lambda whole: optimizer.adamw(whole, config.train, lr), fill or filled)
         context.grad_sync.attach(self.wrapped)
         # Elsewhere gradients are exchanged within the backward pass, and `aggregate` has nothing to do.

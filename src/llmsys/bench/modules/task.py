@@ -33,6 +33,10 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
         arms = Arms(loop, task.warmup)
         arms.run(rounds, context.beat)
         rows = arms.modules.rows()
+        times = [
+            (row, kind or "other", statistics.median(ms)) for row, each in rows.items() for kind, ms in each.items()
+        ]
+        context.table("module_times", ("row", "phase", "ms_p50"), times)
         peak = peaks.peak_flops(loop.config, context.device)
         summary = {
             **figures.modules(rows, _products(loop, context.device), peak.per_s),
