@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmsys import tasks
+from llmsys import cells, cells_cache, record_files, tasks
 from llmsys.job import Record
 from llmsys.rows import SHARED_KEYS, Row, best, numbers, over_repeats, over_seeds, row
 from llmsys.table import markdown, table, to_csv
@@ -46,35 +46,28 @@ def read(root: str | Path) -> list[Record]:
 
     ValueError if there is no such folder or no record below it.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise ValueError(f"{root}: no such folder")
     records = []
-    for path in sorted(folder.rglob("record.json")):
-        try:
-            record = Record.read(path.parent)
-        except ValueError as error:
-            print(f"llmsys.results: left out: {error}", file=sys.stderr)
-            continue
-        if record is not None:
-            records.append(record)
+    with record_files.no_collection():
+        for found in record_files.find(root):
+            try:
+                record = record_files.record(os.path.join(root, found.path), samples=True)
+            except (ValueError, OSError) as error:
+                record_files.left_out(error)
+                continue
+            if record is not None:
+                records.append(record)
     if not records:
-        raise ValueError(f"{root}: no record.json below it; runs write them to results/<experiment>/<run id>/")
+        raise record_files.nothing(root)
     return records
 
 
-def load(root: str | Path = "results") -> pandas.DataFrame:
-    """All records under `root` as a data frame: identity, summary, and the whole config as `config.<key>` columns."""
-    import pandas
+def load(root: str | Path = "results", *, cache: bool = True) -> pandas.DataFrame:
+    """All records under `root` as a data frame: identity, summary, and the whole config as `config.<key>` columns.
 
-    rows = [(each, row(each)) for each in read(root)]
-    return pandas.DataFrame(
-        [{**{k: v for k, v in r.items() if k != "config"}, **_prefixed(r["config"])} for e, r in rows]
-    )
-
-
-def _prefixed(config: Row) -> Row:
-    return {f"config.{key}": value for key, value in config.items()}
+    Of a thousand records or more a cache is kept (`llmsys.cells_cache`), unless `cache` is False: the next time only
+    what has changed since is read. The frame is the same. ValueError as of `read`.
+    """
+    return cells.frame(cells_cache.load(root, cache=cache))
 
 
 def show(records: Sequence[Record]) -> None:
