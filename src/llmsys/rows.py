@@ -213,9 +213,9 @@ def _git(members: Sequence[Row]) -> Row:
     }
 
 
-def best(rows: Sequence[Row], key: str) -> list[Row]:
+def best(rows: Sequence[Row], key: str, *, option: str = "--best") -> list[Row]:
     """For each experiment and method the row with the best `key`: the largest, for losses and times the smallest. A NaN
-    is never the best."""
+    is never the best. ValueError, which names the `option` of a command line that gave `key`, if no row has it."""
     sign = -1 if any(word in key for word in ("loss", "_ms", "bytes", "gib", "perplexity")) else 1
     chosen: dict[tuple[Any, ...], Row] = {}
     for each in rows:
@@ -226,7 +226,7 @@ def best(rows: Sequence[Row], key: str) -> list[Row]:
         if place not in chosen or sign * each[key] > sign * chosen[place][key]:
             chosen[place] = each
     if not chosen:
-        raise ValueError(f"--best {key}: no record has it; there are {', '.join(numbers(rows))}")
+        raise ValueError(f"{option} {key}: no record has it; there are {', '.join(numbers(rows))}")
     return list(chosen.values())
 
 
