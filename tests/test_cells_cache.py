@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pandas
@@ -131,10 +132,26 @@ def test_half_of_a_surrogate_pair_stays_as_it_is(root: Path) -> None:
         assert "\ud800" in list(results.load(root)["experiment"])
 
 
+def test_the_code_that_makes_cells_is_what_the_cache_goes_by() -> None:
+    """Of all of this package that is called on the way from a file to cells."""
+    package, called = Path(cells.__file__).parent, set()
+
+    def heard(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(package):
+            called.add(Path(frame.f_code.co_filename).relative_to(package).with_suffix("").as_posix())
+
+    sys.setprofile(heard)
+    try:
+        cells_cache.load(COMMITTED, cache=False)
+    finally:
+        sys.setprofile(None)
+    assert {"rows", "job", "schema/compress"} <= called <= set(cells_cache.MAKERS)
+
+
 def test_other_code_makes_all_of_it_stale(root: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     results.load(root)
     reads.clear()
-    monkeypatch.setattr(cells_cache, "code_hash", lambda: "of another version")
+    monkeypatch.setattr(cells_cache, "code", lambda: "of another version")
     results.load(root)
     assert len(reads) == len(record_files.find(root))
 

@@ -7,6 +7,7 @@ cells read from a cache and one of cells just made are built by the same lines: 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,35 +53,32 @@ def cells(rows: Sequence[Row]) -> Cells:
         places, lines = shapes.setdefault((*each, None, *config), ([], []))
         places.append(index)
         lines.append((*each.values(), None, *config.values()))
-    columns: dict[str, tuple[list[int], list[Any]]] = {}
+    columns: dict[str, list[tuple[Ints, tuple[Any, ...]]]] = {}
     for keys, (places, lines) in shapes.items():  # runs of one sweep have one shape: their columns are of a piece
-        split = keys.index(None)
+        split, where = keys.index(None), numpy.array(places, numpy.int32)
         names = (*keys[: split + 1], *(f"config.{key}" for key in keys[split + 1 :]))
         for name, values in dict(zip(names, zip(*lines, strict=True), strict=True)).items():
             if name is not None and name != "config":
-                held = columns.setdefault(name, ([], []))
-                held[0].extend(places)
-                held[1].extend(values)
+                columns.setdefault(name, []).append((where, values))
     return _coded(len(rows), columns)
 
 
-def _coded(count: int, columns: dict[str, tuple[list[int], list[Any]]]) -> Cells:
+def _coded(count: int, columns: dict[str, list[tuple[Ints, tuple[Any, ...]]]]) -> Cells:
+    """The cells of columns, each in pieces: the rows that have it, and their values."""
     keys, table = ordered(set(columns)), _Table()
-    size = sum(len(columns[key][0]) for key in keys)
-    row, code = numpy.empty(size, numpy.int32), numpy.empty(size, numpy.int32)
-    number, at = numpy.full(size, numpy.nan), 0
+    lengths = [sum(len(where) for where, _ in columns[key]) for key in keys]
+    row, code = numpy.empty(sum(lengths), numpy.int32), numpy.full(sum(lengths), -1, numpy.int32)
+    number, at = numpy.full(sum(lengths), numpy.nan), 0
     for key in keys:
-        places, values = columns[key]
-        end = at + len(places)
-        row[at:end] = places
-        if set(map(type, values)) == {float}:
-            code[at:end], number[at:end] = -1, values
-        else:
-            code[at:end] = table_codes = table.codes(values)
-            if -1 in table_codes:
-                number[at:end] = [value if type(value) is float else numpy.nan for value in values]
-        at = end
-    lengths = [len(columns[key][0]) for key in keys]
+        for where, values in columns[key]:
+            part = slice(at, at + len(where))
+            at += len(where)
+            row[part] = where
+            types = set(map(type, values))
+            if float in types:
+                number[part] = [value if type(value) is float else numpy.nan for value in values]
+            if types != {float}:
+                code[part] = table.codes(values, types)
     key_of = numpy.repeat(numpy.arange(len(keys), dtype=numpy.int32), lengths)
     return Cells(count=count, keys=keys, values=table.values, key=key_of, row=row, code=code, number=number)
 
@@ -92,15 +90,15 @@ class _Table:
         self.values: list[Any] = []
         self._known: dict[type, dict[Any, int]] = {}
 
-    def codes(self, values: Sequence[Any]) -> list[int]:
-        types = set(map(type, values))
-        if len(types) == 1 and types <= _KINDS.keys():
-            known = self._known.setdefault(types.pop(), {})
-            for value in dict.fromkeys(values):
-                if value not in known:
-                    known[value] = self._add(value)
-            return list(map(known.__getitem__, values))
-        return [self._code(value) for value in values]
+    def codes(self, values: Sequence[Any], types: set[type]) -> int | list[int]:
+        """Of values that have these types: their codes, or the one that all have."""
+        if len(types) > 1 or not types <= _KINDS.keys():
+            return [self._code(value) for value in values]
+        known, distinct = self._known.setdefault(next(iter(types)), {}), set(values)
+        for value in distinct:
+            if value not in known:
+                known[value] = self._add(value)
+        return known[values[0]] if len(distinct) == 1 else list(map(known.__getitem__, values))
 
     def _code(self, value: Any) -> int:
         kind = type(value)
@@ -210,12 +208,10 @@ def _objects(held: Cells, part: slice, table: Any, others: Any) -> Any:
     row, code = held.row[part], held.code[part]
     column[row] = table[code]
     column[row[code < 0]] = held.number[part][code < 0]
-    for place in row[others[code] & (code >= 0)].tolist():
-        column[place] = _own(column[place])
+    copied = others[code] & (code >= 0)
+    for each in numpy.unique(code[copied]).tolist():
+        value = table[each]
+        flat = type(value) is list and not {list, dict} & set(map(type, value))
+        for place in row[code == each].tolist():
+            column[place] = value[:] if flat else copy.deepcopy(value)
     return column
-
-
-def _own(value: Any) -> Any:
-    if type(value) is list:
-        return [_own(each) if type(each) in (list, dict) else each for each in value]
-    return {key: _own(each) for key, each in value.items()} if type(value) is dict else value

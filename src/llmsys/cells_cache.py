@@ -1,13 +1,14 @@
 """The cells of all records below a folder, kept in a Parquet file so that only what has changed is read again.
 
 One row of the file is one cell: `record` (its number), `key`, and `number` or, as JSON, `value`. The file's metadata
-name the records, each with size, modification time and inode, and the hash of the code that made the cells; other code
-makes all of them stale. It lies beside the records, or, where that cannot be written, in the cache folder. A cache that
-cannot be read or written costs a line in the log, and nothing else.
+name the records, each with size, modification time and inode, and a hash of the code that made the cells (`MAKERS`);
+other code makes all of them stale. It lies beside the records, or, where that cannot be written, in the cache folder. A
+cache that cannot be read or written costs a line in the log, and nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -23,13 +24,15 @@ import numpy
 from llmsys import record_files
 from llmsys.cells import Cells, cells, merged
 from llmsys.files import beside, cache_folder
-from llmsys.job import code_hash
 from llmsys.record_files import Found
 from llmsys.rows import row
 
 NAME = ".llmsys-cache.parquet"
 LEAST = 1000
 """Records below which there is no cache: they are read in a quarter of a second."""
+MAKERS = ("cells", "cells_cache", "job", "record_files", "rows", "schema/compress", "tasks")
+"""The modules that turn a record into cells; a test finds those by what is called. To hash them takes a millisecond,
+the whole package a fifth of a cached load."""
 _YOUNG_NS = 2_000_000_000
 """A record written so shortly ago could be written again without its modification time showing it, where file systems
 count time in steps of up to two seconds: it is read anew the next time."""
@@ -68,6 +71,15 @@ def _brought_up(root: str | Path, found: list[Found], known: list[Found], old: C
     return there, merged(old, [place.get(each, -1) for each in known], cells(rows), [place[each] for each in new])
 
 
+@functools.cache
+def code() -> str:
+    """Hex digits over the source of `MAKERS`."""
+    digest = hashlib.sha256()
+    for name in MAKERS:
+        digest.update(name.encode() + b"\0" + (Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _row(root: str | Path, found: Found) -> dict[str, Any] | None:
     """The row of a record, or None where there is none to be read, which is said."""
     try:
@@ -98,7 +110,7 @@ def _read(root: Path) -> tuple[list[Found], Cells] | None:
                 path, read_dictionary=["key", "value"], page_checksum_verification=True, memory_map=False
             )
             about = json.loads(file.metadata.metadata[b"llmsys"])
-            if about["code"] == code_hash():
+            if about["code"] == code():
                 return [Found(*each) for each in about["records"]], _cells(file.read(), len(about["records"]))
         except FileNotFoundError:
             continue
@@ -130,7 +142,7 @@ def _write(root: Path, records: Sequence[Found], held: Cells) -> None:
     except ImportError:
         _LOG.warning("no cache of results: pyarrow is missing: pip install 'llmsys[train]'")
         return
-    about = json.dumps({"code": code_hash(), "records": records})
+    about = json.dumps({"code": code(), "records": records})
     said = []
     for path in places(root):
         try:
@@ -171,6 +183,8 @@ def _replace(path: Path, table: Any, about: str) -> None:
             table.schema,
             use_dictionary=["key", "value"],
             dictionary_pagesize_limit=2**30,
+            column_encoding={"record": "DELTA_BINARY_PACKED"},  # they rise: a third of the file
+            compression="lz4",
             write_page_checksum=True,
             write_statistics=False,
             store_schema=False,

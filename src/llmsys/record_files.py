@@ -42,9 +42,9 @@ def find(root: str | Path) -> list[Found]:
     if not Path(root).is_dir():
         raise ValueError(f"{root}: no such folder")
     found = []
-    for path in _walk(os.fspath(root)):
+    for path, entry in _walk(os.fspath(root)):
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-            stat = os.stat(os.path.join(root, path))
+            stat = entry.stat()
             found.append(Found(path, stat.st_mtime_ns, stat.st_size, stat.st_ino))
     if not found:
         raise nothing(root)
@@ -56,7 +56,7 @@ def nothing(root: str | Path) -> ValueError:
     return ValueError(f"{root}: no record.json below it; runs write them to results/<experiment>/<run id>/")
 
 
-def _walk(root: str) -> Iterator[str]:
+def _walk(root: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
     below = [""]
     while below:
         folder = below.pop()
@@ -66,7 +66,7 @@ def _walk(root: str) -> Iterator[str]:
                     if entry.is_dir(follow_symlinks=False):
                         below.append(f"{folder}{entry.name}/")
                     elif entry.name == "record.json":
-                        yield folder + entry.name
+                        yield folder + entry.name, entry
         except FileNotFoundError:  # gone meanwhile
             continue
         except OSError as error:
