@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmsys import cells, cells_cache, record_diff, record_files, tasks
+from llmsys import record_diff, record_files, tasks
 from llmsys.job import Record
 from llmsys.record_diff import diff
 from llmsys.revisions import mixed, revisions
@@ -76,6 +76,8 @@ def load(root: str | Path = "results", *, cache: bool = True) -> pandas.DataFram
     Of a thousand records or more a cache is kept (`llmsys.cells_cache`), unless `cache` is False: the next time only
     what has changed since is read. The frame is the same. ValueError as of `read`.
     """
+    from llmsys import cells, cells_cache
+
     return cells.frame(cells_cache.load(root, cache=cache))
 
 
