@@ -139,7 +139,11 @@ class Record:
     @classmethod
     def from_json(cls, text: str) -> Record:
         """The record of `text`; ValueError says which field does not belong to schema 1."""
-        values = json.loads(text)
+        return cls.from_values(json.loads(text))
+
+    @classmethod
+    def from_values(cls, values: Any) -> Record:
+        """The record of what its JSON holds, which becomes its own; ValueError as of `from_json`."""
         if not isinstance(values, dict) or values.get("schema") != 1:
             raise ValueError("not a record of schema 1")
         unknown = set(values) - set(cls.__dataclass_fields__)
@@ -147,8 +151,8 @@ class Record:
             raise ValueError(f"unknown fields {sorted(unknown)} in a record of schema 1")
         for name, (kind, inner) in _HOLDS.items():
             value = values.get(name, 0 if kind is _NUMBER else kind())
-            items = list(value.values()) if isinstance(value, dict) else []
-            if not isinstance(value, kind) or not all(isinstance(item, inner) for item in items):
+            types = set(map(type, value.values())) if isinstance(value, dict) and inner is not object else ()
+            if not isinstance(value, kind) or not all(issubclass(each, inner) for each in types):
                 raise ValueError(f"{name}: is not what a record of schema 1 has there")
         return cls(**values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ def _axis(key: str) -> tuple[str, float]:
     return " ".join(words), 1.0
 
 
-def scatter(rows: Sequence[dict[str, Any]], x: str, y: str, path: Path) -> None:
-    """Writes a PNG of `y` over `x` to `path`; error bars where a row has `<y>_sd` or `<y>_se`.
+def scatter(rows: Sequence[dict[str, Any]], x: str, y: str, path: Path, note: str = "") -> None:
+    """Writes a PNG of `y` over `x` to `path`; error bars where a row has `<y>_sd` or `<y>_se`; `note` below it, small.
 
     ValueError where matplotlib is missing.
     """
@@ -57,6 +58,8 @@ def scatter(rows: Sequence[dict[str, Any]], x: str, y: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(", ".join(sorted({row["experiment"] for row in rows})))
+    if note:
+        figure.supxlabel("\n".join(textwrap.wrap(note, 110)), fontsize=6, color="0.4", x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

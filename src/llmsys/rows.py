@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmsys import tasks
 from llmsys.job import Record
+from llmsys.revisions import revisions
 from llmsys.schema.compress import LOW_RANK, SPARSE, as_before
 from llmsys.spread import LIMITS, spread
 
@@ -42,14 +45,22 @@ IDENTITY = (
 )
 
 
+FIRST = ("run_id", *IDENTITY, "code_hash", "git_sha", "git_dirty", "resumed")
+"""Keys that every row has, beside `config`."""
+
+
 def row(record: Record) -> Row:
     """One record as a line of a table. `lr` is the rate that this run's method was trained at, None where none was; the
     method is empty where a run compares many."""
-    group = record.config.get("compress")
-    config = _flat({**record.config, **({"compress": as_before(group)} if group else {})})
+    given, group = record.config, record.config.get("compress")
+    if isinstance(group, dict):
+        if group.get("kind", "none") == "none":  # whatever else it says, and as in records that do not know it
+            given = {key: value for key, value in given.items() if key != "compress"}
+        else:
+            given = {**given, "compress": as_before(group)}
+    config: Row = {}
+    _flatten(given, "", config)
     compressed = compress(config)
-    if compressed == "none":  # whatever else the group says, and as in records that do not know it
-        config = {key: value for key, value in config.items() if not key.startswith("compress.")}
     method = "" if record.task in tasks.TABLES else config.get("method.kind")
     rate = config.get(f"train.lr_by_method.{method}")
     return {
@@ -72,6 +83,8 @@ def row(record: Record) -> Row:
         "status": record.status,
         "reason": record.reason,
         "code_hash": record.code_hash,
+        "git_sha": record.env.get("git_sha", ""),
+        "git_dirty": bool(record.env.get("git_dirty", False)),
         "resumed": record.resumed_from_step,
         "config": config,
         **record.summary,
@@ -111,11 +124,22 @@ def compress(config: Row) -> str:
     return f"{kind} {config['compress.density']:g}" if kind in SPARSE else kind
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Row:
-    out: Row = {}
+def _flatten(values: dict[str, Any], prefix: str, out: Row) -> None:
+    """Adds to `out`, in place, what `values` and the dicts in it hold, under `<prefix><key>.<key>`."""
+    if dict not in map(type, values.values()):
+        out.update(zip(_names(prefix, tuple(values)), values.values(), strict=True))
+        return
     for key, value in values.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return out
+        if isinstance(value, dict):
+            _flatten(value, f"{prefix}{key}.", out)
+        else:
+            out[prefix + key] = value
+
+
+@functools.lru_cache(10_000)
+def _names(prefix: str, keys: tuple[str, ...]) -> list[str]:
+    """Made once for a group of settings, of which every run of a sweep has the same: half the time of a row."""
+    return [prefix + key for key in keys]
 
 
 _SPOKEN_FOR = (
@@ -145,6 +169,7 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
         codes = {member.get("code_hash", "") for member in members}
         mean |= {"run_id": "", "seed": None, "seeds": len(members), "resumed": None, "config": config}
         mean["code_hash"] = codes.pop() if len(codes) == 1 else ""
+        mean |= _git(members)
         for key in set.intersection(*(set(member) for member in members)) - set(mean):
             values = [member[key] for member in members]
             mean[key] = statistics.fmean(values)
@@ -168,6 +193,7 @@ def over_repeats(rows: Sequence[Row]) -> list[Row]:
         mean: Row = {key: members[0][key] for key in IDENTITY}
         mean |= {"run_id": "", "repeat": None, "repeats": len(members), "resumed": None, "config": config}
         mean["code_hash"] = members[0].get("code_hash", "")
+        mean |= _git(members)
         for key in set.intersection(*(set(member) for member in members)) - set(mean):
             found = spread([member[key] for member in members])
             mean |= {key: found.mean, f"{key}_sd": found.sd, f"{key}_ci95": found.half, f"{key}_cv": found.cv}
@@ -177,21 +203,34 @@ def over_repeats(rows: Sequence[Row]) -> list[Row]:
     return merged
 
 
-def best(rows: Sequence[Row], key: str) -> list[Row]:
-    """For each experiment and method the row with the best `key`: the largest, for losses and times the smallest."""
+def _git(members: Sequence[Row]) -> Row:
+    """Of several rows as one: of which revisions they are."""
+    shas = {member.get("git_sha", "") for member in members}
+    return {
+        "git_sha": shas.pop() if len(shas) == 1 else "",
+        "git_dirty": any(member.get("git_dirty", False) for member in members),
+        "revisions": revisions(members),
+    }
+
+
+def best(rows: Sequence[Row], key: str, *, option: str = "--best") -> list[Row]:
+    """For each experiment and method the row with the best `key`: the largest, for losses and times the smallest. A NaN
+    is never the best. ValueError, which names the `option` of a command line that gave `key`, if no row has it."""
     sign = -1 if any(word in key for word in ("loss", "_ms", "bytes", "gib", "perplexity")) else 1
     chosen: dict[tuple[Any, ...], Row] = {}
     for each in rows:
         names = ("experiment", "model", "data", "data_hash", "device", "method", "compress")
         place = tuple(each[name] for name in names)
-        if key in each and (place not in chosen or sign * each[key] > sign * chosen[place][key]):
+        if each.get(key) is None or math.isnan(each[key]):
+            continue
+        if place not in chosen or sign * each[key] > sign * chosen[place][key]:
             chosen[place] = each
     if not chosen:
-        raise ValueError(f"--best {key}: no record has it; there are {', '.join(numbers(rows))}")
+        raise ValueError(f"{option} {key}: no record has it; there are {', '.join(numbers(rows))}")
     return list(chosen.values())
 
 
-_WORDS = ("config", "resumed", "run_id", "code_hash", "noisy")
+_WORDS = ("config", "resumed", "run_id", "code_hash", "git_sha", "git_dirty", "revisions", "noisy")
 """Keys of a row that are no numbers, beside `IDENTITY`."""
 
 

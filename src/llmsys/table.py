@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmsys.revisions import mixed
 from llmsys.rows import IDENTITY, Row, numbers, settings
 
 
@@ -149,8 +150,9 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown."""
-    return "\n".join(piped(*table(rows)))
+    """The table as Markdown, and a line below where its rows are of several revisions, or of trees with changes."""
+    said = mixed(rows)
+    return "\n".join([*piped(*table(rows)), *(["", said] if said else [])])
 
 
 def piped(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
