@@ -57,6 +57,8 @@ def scatter(rows: Sequence[dict[str, Any]], x: str, y: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(", ".join(sorted({row["experiment"] for row in rows})))
+    if machines := "; ".join(sorted({str(row["device"]) for row in rows if row.get("device")})):
+        figure.supxlabel(f"Measured on {machines}", fontsize=8, color="#555555", x=0.99, ha="right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
