@@ -1,10 +1,11 @@
 # make demo: install, run the main job, show its table and picture.  make test: install, ruff, types, tests.
+# make docs: site/index.html, without a network; warnings are errors.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow format clean
+.PHONY: demo test slow format docs clean
 
 demo: $(VENV)/.all
 	$(BIN)/python -m llmsys -m +exp=lorafa_minilm method=full,lora_peft,lorafa_peft
@@ -23,6 +24,9 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # torch first and alone: a package that asks for torch must find this one and not pull another build.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,5 +41,9 @@ $(VENV)/.test: $(VENV)/.all
 	$(PIP) --editable '.[all,test]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.all
+	$(PIP) --editable '.[all,docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -4,61 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import paired
 from llmsys.job import Record
+from llmsys.lorafa import quality
+from llmsys.lorafa.quality import MIB, Line, lines
 
-MIB = 2**20
+__all__ = ["MIB", "REFERENCES", "Line", "chosen_rate", "lines", "markdown", "newest", "rates", "table"]
 REFERENCES = ("lora", "lora_peft", "full")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One contestant of one family, read back from the record."""
-
-    name: str
-    numbers: dict[str, float]
-    by_rate: dict[float, float | None]
-    by_seed: dict[int, float]
-    finals: dict[float, float] = field(default_factory=dict)
-    """Of the best rates, the mean over all tuning seeds."""
 
 
 def newest(folder: Path) -> Record:
     """The record of the comparison that has the most runs below `folder`. ValueError where there is none."""
     from llmsys import results
 
-    found = [each for each in results.read(folder) if each.task == "benchmark"]
-    if not found:
-        raise ValueError(f"{folder}: no record of a comparison below it")
-    return max(found, key=lambda each: sum(len(values) for values in each.samples.values()))
-
-
-def lines(record: Record, family: str = "") -> dict[str, Line]:
-    """Name -> contestant, in the order of the record; where a record has no families, of all of it."""
-    found: dict[str, dict[str, float]] = {}
-    for key, number in record.summary.items():
-        of, _, name = key.rpartition("/")[0].rpartition("/")
-        if of == family:
-            found.setdefault(name, {})[key.rpartition("/")[2]] = number
-
-    def sample(name: str, key: str) -> list[float]:
-        return record.samples.get(f"{family}/{name}/{key}" if family else f"{name}/{key}", [])
-
-    return {
-        name: Line(
-            name,
-            numbers,
-            dict(zip(sample(name, "rates"), sample(name, "by_rate"), strict=True))
-            | dict.fromkeys(sample(name, "diverged")),
-            {int(s): v for s, v in zip(sample(name, "seeds"), sample(name, "by_seed"), strict=True)},
-            dict(zip(sample(name, "finalists"), sample(name, "by_finalist"), strict=True)),
-        )
-        for name, numbers in found.items()
-    }
+    try:
+        return quality.newest(results.read(folder))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def table(record: Record) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from llmsys import results
+from llmsys.figures import PAPERS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 COUNT = """
 import json
 from matplotlib.figure import Figure
@@ -52,8 +52,23 @@ def execute(notebook: Any, folder: Path) -> list[Any]:
     return [output for cell in notebook.cells if cell["cell_type"] == "code" for output in cell["outputs"]]
 
 
-def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS
+def test_there_is_a_notebook_for_each_paper() -> None:
+    assert {path.stem for path in NOTEBOOKS} == set(PAPERS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_with_the_question_it_answers(path: Path) -> None:
+    first = json.loads(path.read_text())["cells"][0]
+    assert first["cell_type"] == "markdown"
+    assert re.fullmatch(r"# [A-Z].*\?", first["source"][0].strip())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_every_figure_of_its_paper(path: Path) -> None:
+    """And none besides: what the command line writes is what the notebook shows."""
+    source = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+    drawn = re.findall(r'figures\.draw\("(\w+)", "(\w+)"', source)
+    assert drawn == [(path.stem, name) for name in PAPERS[path.stem]]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -90,7 +105,7 @@ def test_a_notebook_finds_the_records_from_the_root(path: Path) -> None:
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
-    first = next(i for i, cell in enumerate(notebook.cells) if "results.read(" in cell["source"])
+    first = next(i for i, cell in enumerate(notebook.cells) if "figures.read(" in cell["source"])
     notebook.cells = notebook.cells[: first + 1]
     assert execute(notebook, ROOT)
 
@@ -119,10 +134,10 @@ def test_nothing_to_draw_is_said() -> None:
 
 def test_the_comparison_goes_before_the_older_experiments(tmp_path: Path) -> None:
     """A family with runs in `lorafa_quality` is drawn from it; the encoder without any, from the older experiments."""
-    import quality_figures
     from llmsys.job import Record
+    from llmsys.lorafa import quality
 
-    for name in (quality_figures.RATES, quality_figures.SEEDS):
+    for name in (quality.RATES, quality.SEEDS):
         shutil.copytree(ROOT / "benchmarks" / "records" / name, tmp_path / name)
     families = {
         name: {"name": name, "metric": "val_loss", "unit": "nats", "higher": False} for name in ("causal", "encoder")
@@ -134,18 +149,18 @@ def test_the_comparison_goes_before_the_older_experiments(tmp_path: Path) -> Non
         samples |= {f"{key}/seeds": seeds, f"{key}/by_seed": [1.4, 1.8][: len(seeds)]}
     samples["encoder/lora/diverged"] = []
     config = {"families": families, "grid": [1e-3, 2e-3, 5e-2]}
-    folder = tmp_path / quality_figures.QUALITY / "one"
+    folder = tmp_path / quality.QUALITY / "one"
     folder.mkdir(parents=True)
-    whole = Record(name=quality_figures.QUALITY, run_id="one", task="benchmark", status="ok", config=config)
+    whole = Record(name=quality.QUALITY, run_id="one", task="benchmark", status="ok", config=config)
     dataclasses.replace(whole, summary=summary, samples=samples).write(folder)
 
-    found = quality_figures.comparisons(tmp_path)
+    found = quality.comparisons(results.read(tmp_path))
     assert [each.family["name"] for each in found] == ["causal", "encoder"]
-    assert [each.source == quality_figures.QUALITY for each in found] == [True, False]
+    assert [each.source == quality.QUALITY for each in found] == [True, False]
     assert set(found[1].lines) == {"full", "lora_peft", "lorafa_peft"}
-    point = quality_figures.over_memory(found).axes[0].lines[0]
+    point = quality.over_memory(found).axes[0].lines[0]
     assert (*point.get_xdata(), *point.get_ydata()) == pytest.approx((3.0, 1.6))
-    curve = quality_figures.over_rates(found).axes[0].lines[0]
+    curve = quality.over_rates(found).axes[0].lines[0]
     assert list(zip(*curve.get_data(), strict=True)) == [(1e-3, 1.5), (2e-3, 1.7)]  # and no point for 5e-2
     with pytest.raises(ValueError, match="lorafa_quality"):
-        quality_figures.over_rates([])
+        quality.over_rates([])

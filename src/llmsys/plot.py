@@ -58,8 +58,10 @@ def scatter(rows: Sequence[dict[str, Any]], x: str, y: str, path: Path, note: st
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(", ".join(sorted({row["experiment"] for row in rows})))
-    if note:
-        figure.supxlabel("\n".join(textwrap.wrap(note, 110)), fontsize=6, color="0.4", x=0.01, ha="left")
+    machines = "; ".join(sorted({str(row["device"]) for row in rows if row.get("device")}))
+    below = [f"Measured on {machines}"] if machines else []
+    below += textwrap.wrap(note, 110) if note else []
+    figure.supxlabel("\n".join(below), fontsize=7, color="0.35", x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -42,8 +42,8 @@ COLOURS = {
 
 def breakdown(records: Sequence[Record]) -> Any:
     """Iterations of `compress_iteration` by their parts, a panel for each record: link and number of ranks. The line is
-    the larger of computation and what the link takes at its nominal rate. Bars that are far longer than the others run
-    out of the panel, with their length in ms."""
+    the larger of computation and what the link takes at its nominal rate; error bars are the quartiles of iterations.
+    Bars that are far longer than the others run out of the panel, with their length in ms."""
     panels = [(record, rows) for record in records for rows in tables.cells(record.summary).values()]
     if not panels:
         raise ValueError("no record has iterations: run python -m llmsys +exp=compress_iteration")
@@ -57,7 +57,7 @@ def breakdown(records: Sequence[Record]) -> Any:
 
     parts = {**PARTS, "torch's hook, all of it": UNKNOWN}
     handles = [Patch(color=colour, label=part) for part, colour in parts.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=5)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5 if len(panels) > 1 else 3)
     return figure
 
 
@@ -80,7 +80,10 @@ def _bars(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
             starts[y] = row["iteration_ms"]
     for y, row in enumerate(shown.values()):
         out = starts[y] > limit
-        where, side = (limit, "right") if out else (starts[y], "left")
+        low, high = (row.get(f"iteration_ms_{end}", row["iteration_ms"]) for end in ("p25", "p75"))
+        if high > low and high < limit:
+            axes.errorbar((low + high) / 2, y, xerr=(high - low) / 2, fmt="none", ecolor="black", capsize=2, lw=0.8)
+        where, side = (limit, "right") if out else (min(max(starts[y], high), limit), "left")
         axes.text(
             where,
             y,
@@ -95,7 +98,7 @@ def _bars(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
     axes.invert_yaxis()
     axes.margins(y=0.02)
     axes.tick_params(labelsize=8)
-    axes.set_xlabel("ms an iteration")
+    axes.set_xlabel("time of an iteration (ms)")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -134,9 +137,9 @@ def over_rate(record: Record, world: int = 32) -> Any:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(f"{MODELS[model].title}, {world} GPUs", fontsize=10)
-        axes.set_xlabel("Gbit/s between machines")
+        axes.set_xlabel("rate between machines (Gbit/s)")
         axes.grid(alpha=0.3)
-    grid[0].set_ylabel("times faster than S-SGD")
+        axes.set_ylabel("speed over S-SGD's (times)")
     for axes in grid[len(found) :]:
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
@@ -145,8 +148,8 @@ def over_rate(record: Record, world: int = 32) -> Any:
 
 
 def convergence(record: Record) -> Any:
-    """Training loss of `compress_convergence` over steps, and over what a rank sends: a curve a contestant, the mean of
-    its seeds."""
+    """Of `compress_convergence`: training loss over steps, and over what a rank sends, a curve a contestant, the mean
+    of its seeds; and the validation loss at the end, mean and standard deviation over seeds."""
     curves = {
         key.removesuffix("/curve_steps"): (steps, record.samples[key.replace("curve_steps", "curve_loss")])
         for key, steps in record.samples.items()
@@ -154,16 +157,23 @@ def convergence(record: Record) -> Any:
     }
     if not curves:
         raise ValueError("the record has no curves: run python benchmarks/compress_convergence.py")
-    figure, (left, right) = _grid(2, 6.0, 4.2)
+    figure, (left, right, ends, empty) = _grid(4, 6.0, 4.2)
+    empty.set_visible(False)
     for name, (steps, loss) in curves.items():
         sent = record.summary[f"{name}/bytes_per_step"]
-        left.plot(steps, loss, label=name, linewidth=1.5)
+        (line,) = left.plot(steps, loss, label=name, linewidth=1.5)
         right.plot([step * sent / 1e6 for step in steps], loss, label=name, linewidth=1.5)
-    left.set_xlabel("steps")
-    left.set_ylabel("training loss, nats a token")
-    right.set_xlabel("MB sent by a rank")
+        if values := record.samples.get(f"{name}/by_seed"):
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            ends.errorbar(statistics.fmean(values), name, xerr=deviation, fmt="o", capsize=3, color=line.get_color())
+    ends.set_xlabel("validation loss at the end (nats a token)")
+    ends.invert_yaxis()
+    left.set_xlabel("training (steps)")
+    right.set_xlabel("sent by a rank (MB)")
     right.set_xscale("log")
     for axes in (left, right):
+        axes.set_ylabel("training loss (nats a token)")
+    for axes in (left, right, ends):
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure

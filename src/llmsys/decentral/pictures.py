@@ -44,7 +44,7 @@ def gantt(spans: Sequence[Span], names: Sequence[str]) -> Any:
             middle, height = (span.begin_s + span.end_s) / 2 * scale, count - 1 - span.stage + 0.25
             axes.text(middle, height, str(span.micro_batch), ha="center", va="center", fontsize=6)
     axes.set_yticks([count - 1 - stage + 0.1 for stage in range(count)], names)
-    axes.set_xlabel("ms")
+    axes.set_xlabel("time (ms)")
     axes.set_ylim(-0.6, count - 0.2)
     used = [what for what in COLOURS if any(span.what == what for span in spans)]
     handles = [Patch(color=COLOURS[what], label=NAMES[what]) for what in used]
@@ -76,7 +76,10 @@ def columns_of(spans: Sequence[Span]) -> dict[str, list[float]]:
 
 
 def goodput(records: Sequence[Record]) -> Any:
-    """Of `decentral_simulate`: goodput over the mean time between failures, each run a point. Needs matplotlib."""
+    """Of `decentral_simulate`: goodput over the mean time between failures: each run a point, a line through the means,
+    with standard deviations. Needs matplotlib."""
+    import statistics
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -87,15 +90,17 @@ def goodput(records: Sequence[Record]) -> Any:
             for key, values in record.samples.items()
             if key.startswith("goodput_percent/")
         }
-        mean = [(mtbf, sum(values) / len(values)) for mtbf, values in sorted(points.items())]
+        times = sorted(points)
+        mean = [statistics.fmean(points[mtbf]) for mtbf in times]
+        sd = [statistics.stdev(points[mtbf]) if len(points[mtbf]) > 1 else 0.0 for mtbf in times]
         task = record.config["task"]
         label = f"{record.config['model']['name']}, {task['providers']} of {task['fleet']}"
-        (line,) = axes.plot(*zip(*mean, strict=True), marker="D", label=label)
+        (line, *_) = axes.errorbar(times, mean, yerr=sd, marker="D", capsize=3, label=label)
         for mtbf, values in points.items():
             axes.plot([mtbf] * len(values), values, "o", ms=3, alpha=0.5, color=line.get_color())
     axes.set_xscale("log")
-    axes.set_xlabel("mean time between a provider's failures, s")
-    axes.set_ylabel("goodput, % of the plan's throughput")
+    axes.set_xlabel("mean time between a provider's failures (s)")
+    axes.set_ylabel("goodput (% of the plan's throughput)")
     axes.set_ylim(0, 105)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -119,28 +124,55 @@ def against(record: Record) -> Any:
     axes.axhline(1.0, color="black", lw=0.8, ls=":")
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_yscale("log")
-    axes.set_ylabel("micro-batches/s over the best baseline's")
+    axes.set_ylabel("micro-batches/s over the best baseline's (times)")
     axes.grid(alpha=0.3, axis="y", which="both")
     return figure
 
 
-def curves(rates_mbit: Sequence[float], by_name: Mapping[str, Sequence[float]], parity: float | None = 1.0) -> Any:
-    """Throughput of the small cards over that of the large ones, over the rate of their lines. Needs matplotlib."""
+def curves(
+    rates_mbit: Sequence[float],
+    by_name: Mapping[str, Sequence[float]],
+    parity: float | None = 1.0,
+    between: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> Any:
+    """Throughput of the small cards over that of the large ones, over the rate of their lines. `between`: of a name the
+    lowest and the highest values, as a band. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name, ratios in by_name.items():
-        axes.plot(rates_mbit, ratios, marker="o", ms=3, label=name)
+        (line,) = axes.plot(rates_mbit, ratios, marker="o", ms=3, label=name)
+        if between and name in between:
+            axes.fill_between(rates_mbit, *between[name], color=line.get_color(), alpha=0.12, lw=0)
     if parity is not None:
         axes.axhline(parity, color="black", lw=0.8, ls=":")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("line, Mbit/s")
-    axes.set_ylabel("throughput over the large cards'")
+    axes.set_xlabel("line (Mbit/s)")
+    axes.set_ylabel("throughput over the large cards' (times)")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
+
+
+def over_lines(records: Sequence[Record]) -> Any:
+    """`curves` of runs of `decentral_perf`, one a run: the middle of the efficiencies that were assumed, and all of
+    them as a band. ValueError where no run has any."""
+    compared = sorted(
+        (record for record in records if "curve/mbit" in record.samples),
+        key=lambda record: (record.config["task"]["train"], record.summary["critical_mbit"]),
+    )
+    if not compared:
+        raise ValueError("no run has a curve over lines: run python -m llmsys +exp=decentral_3080_vs_h100")
+    middles, between = {}, {}
+    for record in compared:
+        large = next(key.removesuffix("_low") for key in reversed(record.samples) if key.endswith("_low"))
+        low, high = record.samples[f"{large}_low"], record.samples[f"{large}_high"]
+        name = f"{record.config['model']['name']}, {'training' if record.config['task']['train'] else 'forward'}"
+        middles[name] = [(a * b) ** 0.5 for a, b in zip(low, high, strict=True)]
+        between[name] = (low, high)
+    return curves(compared[0].samples["curve/mbit"], middles, between=between)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -6,7 +6,8 @@ where there is nothing to draw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmsys.bench.cells import GIB, Cell
@@ -93,7 +94,7 @@ def letters(workload: Workload) -> Any:
 
 
 def phases(workload: Workload) -> Any:
-    """A step of each cell by its phases, the fastest on top."""
+    """A step of each cell by its phases, the fastest on top; bars are the quartiles of whole steps around the end."""
     found = [(cell, parts) for cell in workload.measured if (parts := paper.phases(cell))]
     if not found:
         raise ValueError(f"{workload.title}: no cell has times of phases")
@@ -102,11 +103,12 @@ def phases(workload: Workload) -> Any:
     names = [f"{cell.label}, {size(cell)}" if several else cell.label for cell, _ in found]
     kinds = [name for name in (*paper.PHASES, "other") if any(name in parts for _, parts in found)]
     rows = [[parts.get(kind, 0.0) for kind in kinds] for _, parts in found]
-    return _bars(names, kinds, rows, "ms of a step", workload.title)
+    steps = [[ms for record in cell.records for ms in record.samples.get("step_ms", [])] for cell, _ in found]
+    return _bars(names, kinds, rows, "ms of a step", workload.title, steps)
 
 
 def modules(record: Record) -> Any:
-    """A step by its modules, of one record of bench_modules."""
+    """A step by its modules, of one record of bench_modules; bars are the quartiles over steps."""
     rows = tables.rows(record.summary)
     if not rows:
         raise ValueError(f"{record.run_id}: has no modules; python -m llmsys +exp=bench_modules")
@@ -115,18 +117,25 @@ def modules(record: Record) -> Any:
         mine = [record.summary.get(f"modules/{row}/{kind}_ms", 0.0) for kind in KINDS[:-1]]
         parts.append([*mine, 0.0 if any(mine) else record.summary[f"modules/{row}/ms"]])
     title = f"{record.config['model']['name']}, {record.summary['attributed_percent']:.1f} % of the step attributed"
-    return _bars(rows, KINDS, parts, "ms of a step", title)
+    return _bars(rows, KINDS, parts, "ms of a step", title, [_steps(record.samples, row) for row in rows])
+
+
+def _steps(samples: Mapping[str, Sequence[float]], row: str) -> list[float]:
+    """ms of a module in each step, of all its passes together; [] where steps were not looked at alike."""
+    found = [values for key, values in samples.items() if key.startswith(f"modules/{row}/")]
+    return [sum(step) for step in zip(*found, strict=True)] if len({len(values) for values in found}) == 1 else []
 
 
 def predicted(workload: Workload, records: Sequence[Record] = ()) -> Any:
     """Predicted against measured (`predictions`): memory of a rank and, where the card is listed or `records` has a
-    calibration, time of a step, on logarithmic axes where values are far apart. The line is equality."""
+    calibration, time of a step, on logarithmic axes where values are far apart. The line is equality. Bars are half the
+    95 % interval, of cells with repeats."""
     guesses = predictions.of(workload, records)
     found = [
-        (name, [(one.measured * scale, one.predicted * scale, one.cell) for one in them])
-        for name, scale, them in (
-            (f"{workload.memory_name} of a rank (GiB)", 1 / GIB, guesses.memory),
-            ("time of a step (ms)", 1.0, guesses.time),
+        (name, [(one.measured * scale, one.predicted * scale, one.cell, _half(one.cell, key) * scale) for one in them])
+        for name, scale, them, key in (
+            (f"{workload.memory_name} of a rank (GiB)", 1 / GIB, guesses.memory, ""),
+            ("time of a step (ms)", 1.0, guesses.time, "step_ms_p50"),
         )
         if them
     ]
@@ -134,23 +143,38 @@ def predicted(workload: Workload, records: Sequence[Record] = ()) -> Any:
         raise ValueError(f"{workload.title}: no cell has a prediction")
     figure, grid = _figure(4.5 * len(found), 4.0, len(found))
     for axes, (name, points) in zip(grid if len(found) > 1 else [grid], found, strict=True):
-        ends = [value for x, y, _ in points for value in (x, y)]
+        ends = [value for x, y, *_ in points for value in (x, y)]
         axes.plot([min(ends), max(ends)], [min(ends), max(ends)], "-", color="grey", lw=1)
-        for each in sorted({family(cell)[1] for _, _, cell in points}):
-            mine = [(x, y, cell) for x, y, cell in points if family(cell)[1] == each]
+        for each in sorted({family(point[2])[1] for point in points}):
+            mine = [point for point in points if family(point[2])[1] == each]
             label = family(mine[0][2])[0]
-            axes.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o", color=LIGHT[each], label=label)
+            x, y, _, halves = zip(*mine, strict=True)
+            axes.errorbar(x, y, xerr=halves, fmt="o", capsize=2, color=LIGHT[each], label=label)
         if max(ends) > FAR * min(ends):
             axes.set_xscale("log")
             axes.set_yscale("log")
         axes.set_xlabel(f"measured {name}")
-        axes.set_ylabel("predicted")
+        axes.set_ylabel(f"predicted {name}")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     return figure
 
 
-def _bars(names: Sequence[str], kinds: Sequence[str], rows: Sequence[Sequence[float]], unit: str, title: str) -> Any:
+def _half(cell: Cell, key: str) -> float:
+    """Half the 95 % interval of a number of the summary over repeats; without a key of its memory."""
+    found = cell.of(key) if key else cell.memory
+    return found.half if found else 0.0
+
+
+def _bars(
+    names: Sequence[str],
+    kinds: Sequence[str],
+    rows: Sequence[Sequence[float]],
+    unit: str,
+    title: str,
+    repeats: Sequence[Sequence[float]],
+) -> Any:
+    """`repeats`: of each row the values whose quartiles are drawn around its end."""
     figure, axes = _figure(7.5, 1.2 + 0.28 * len(names))
     starts = [0.0] * len(names)
     for index, kind in enumerate(kinds):
@@ -158,8 +182,12 @@ def _bars(names: Sequence[str], kinds: Sequence[str], rows: Sequence[Sequence[fl
         if any(widths):
             axes.barh(range(len(names)), widths, left=starts, color=LIGHT[index % len(LIGHT)], height=0.75, label=kind)
             starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    for y, end in enumerate(starts):
-        axes.text(end, y, f" {end:,.1f}", va="center", fontsize=8)
+    for y, (end, values) in enumerate(zip(starts, repeats, strict=True)):
+        right = end
+        if len(values) > 1:
+            low, _, right = statistics.quantiles(values, n=4)
+            axes.errorbar((low + right) / 2, y, xerr=(right - low) / 2, fmt="none", ecolor="black", capsize=2)
+        axes.text(max(end, right), y, f" {end:,.1f}", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)

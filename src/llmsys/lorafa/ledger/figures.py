@@ -56,10 +56,9 @@ def blocks(records: Sequence[Record]) -> Any:
         for axes, (record, heads, dropout) in zip(axes_row, row, strict=False):
             drawn |= _bars(axes, record.summary, f"{heads}/{dropout}")
             axes.set_title(f"{record.config['model']['name']}, {heads.upper()}, dropout {dropout}", fontsize=10)
+            axes.set_xlabel("saved by a block (bytes / (batch x length x width))")
         for axes in axes_row[len(row) :]:
             axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("saved by a block, bytes / (batch x length x width)")
     handles = [_patch(colour, origin) for origin, colour in zip(ORIGINS, COLOURS, strict=True) if origin in drawn]
     figure.legend(handles=[*handles, _line("closed form", color="black")], loc="outside upper center", ncols=8)
     return figure
@@ -108,13 +107,13 @@ def whole(records: Sequence[Record], what: str) -> Any:
                 axes.plot(*zip(*sorted(lines[name]), strict=True), marker="o", markersize=3, **_style(name))
                 drawn.add(name)
             axes.set_title(f"{model}, length {length}", fontsize=10)
-            axes.set_xlabel("batch")
+            axes.set_xlabel("batch (examples)")
+            axes.set_ylabel({"saved": "saved tensors (GB)", "peak": "total peak (GB)"}[what])
             axes.set_ylim(bottom=0)
             axes.set_xticks(sorted({batch for points in lines.values() for batch, _ in points}))
             axes.grid(alpha=0.3)
         for axes in axes_row[len(row) :]:
             axes.set_visible(False)
-        axes_row[0].set_ylabel({"saved": "saved tensors, GB", "peak": "total peak, GB"}[what])
     handles = [_line(name, **_style(name)) for name in SHOWN if name in drawn]
     figure.legend(handles=handles, loc="outside upper center", ncols=5)
     return figure

@@ -1,6 +1,6 @@
 """The comparison of methods as pictures: results over memory, and over learning rates.
 
-    comparisons(folder)     what the records under `folder` say, a family at a time
+    comparisons(records)    what these records say, a family at a time
     over_memory(...)        the metric at each contestant's best rate over its accounted memory
     over_rates(...)         the metric on the tuning seed over the learning rate
 
@@ -11,21 +11,55 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import paired
-import quality_table
 from llmsys import results
 from llmsys.job import Record
-from quality_table import MIB, Line
+
+MIB = 2**20
 
 QUALITY = "lorafa_quality"
 RATES, SEEDS = "lorafa_minilm_lr", "lorafa_minilm_seeds"
 ENCODER = {"name": "encoder", "metric": "accuracy", "unit": "%", "higher": True}
 PERCENT = 100.0
 MARKERS = "osD^vPX*"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contestant of one family, read back from the record."""
+
+    name: str
+    numbers: dict[str, float]
+    by_rate: dict[float, float | None]
+    by_seed: dict[int, float]
+    finals: dict[float, float] = field(default_factory=dict)
+    """Of the best rates, the mean over all tuning seeds."""
+
+
+def lines(record: Record, family: str = "") -> dict[str, Line]:
+    """Name -> contestant, in the order of the record; where a record has no families, of all of it."""
+    found: dict[str, dict[str, float]] = {}
+    for key, number in record.summary.items():
+        of, _, name = key.rpartition("/")[0].rpartition("/")
+        if of == family:
+            found.setdefault(name, {})[key.rpartition("/")[2]] = number
+
+    def sample(name: str, key: str) -> list[float]:
+        return record.samples.get(f"{family}/{name}/{key}" if family else f"{name}/{key}", [])
+
+    return {
+        name: Line(
+            name,
+            numbers,
+            dict(zip(sample(name, "rates"), sample(name, "by_rate"), strict=True))
+            | dict.fromkeys(sample(name, "diverged")),
+            {int(s): v for s, v in zip(sample(name, "seeds"), sample(name, "by_seed"), strict=True)},
+            dict(zip(sample(name, "finalists"), sample(name, "by_finalist"), strict=True)),
+        )
+        for name, numbers in found.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +69,8 @@ class Comparison:
     family: dict[str, Any]
     lines: dict[str, Line]
     source: str
+    records: tuple[Record, ...] = ()
+    """What it was read from."""
 
     @property
     def title(self) -> str:
@@ -43,23 +79,34 @@ class Comparison:
     @property
     def label(self) -> str:
         better = "more" if self.family["higher"] else "less"
-        return f"{self.family['metric']}, {self.family['unit']} ({better} is better)"
+        return f"{self.family['metric']} ({self.family['unit']}; {better} is better)"
 
 
-def comparisons(folder: Path) -> list[Comparison]:
+def newest(records: Sequence[Record]) -> Record:
+    """Of the records of a comparison that with the most runs in it. ValueError where there is none."""
+    found = [each for each in records if each.task == "benchmark"]
+    if not found:
+        raise ValueError("no record of a comparison among these")
+    return max(found, key=lambda each: sum(len(values) for values in each.samples.values()))
+
+
+def comparisons(records: Sequence[Record]) -> list[Comparison]:
     """Of every family with a run in the record of `lorafa_quality`. The encoder's, where that has none, are those of
     `lorafa_minilm_lr` and `lorafa_minilm_seeds`: fewer methods, rates and seeds, on peft's layers."""
     found = []
-    if (folder / QUALITY).is_dir():
-        record = quality_table.newest(folder / QUALITY)
+    compared = [record for record in records if record.name == QUALITY and record.task == "benchmark"]
+    if compared:
+        record = newest(compared)
         for family in record.config["families"].values():
-            lines = {name: line for name, line in quality_table.lines(record, family["name"]).items() if line.by_rate}
-            if lines:
-                found.append(Comparison(family=family, lines=lines, source=QUALITY))
+            there = {name: line for name, line in lines(record, family["name"]).items() if line.by_rate}
+            if there:
+                found.append(Comparison(family=family, lines=there, source=QUALITY, records=(record,)))
     if not any(each.family["name"] == ENCODER["name"] for each in found):
-        runs = {name: results.read(folder / name) for name in (RATES, SEEDS)}
-        lines = lines_of_runs(runs[RATES], runs[SEEDS])
-        found.append(Comparison(family=ENCODER, lines=lines, source=f"{RATES}, {SEEDS}"))
+        rates = [record for record in records if record.name == RATES]
+        seeds = [record for record in records if record.name == SEEDS]
+        if there := lines_of_runs(rates, seeds):
+            source = f"{RATES}, {SEEDS}"
+            found.append(Comparison(family=ENCODER, lines=there, source=source, records=(*rates, *seeds)))
     return found
 
 
@@ -86,9 +133,8 @@ def over_memory(found: Sequence[Comparison]) -> Any:
         mib = line.numbers.get("accounted_bytes", 0.0) / MIB
         if line.by_seed:
             values = list(line.by_seed.values())
-            axes.errorbar(
-                mib, statistics.fmean(values), yerr=paired.deviation(values), capsize=3, linestyle="", **style
-            )
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            axes.errorbar(mib, statistics.fmean(values), yerr=deviation, capsize=3, linestyle="", **style)
         elif (chosen := line.by_rate.get(line.numbers.get("lr", 0.0))) is not None:
             axes.plot(mib, chosen, linestyle="", markerfacecolor="none", **style)
         else:
@@ -97,7 +143,7 @@ def over_memory(found: Sequence[Comparison]) -> Any:
 
     figure = _panels(found, draw)
     for axes in figure.axes:
-        axes.set_xlabel("accounted memory, MiB")
+        axes.set_xlabel("accounted memory (MiB)")
         axes.margins(0.1)
     return figure
 
