@@ -79,11 +79,11 @@ def reach(address: str) -> None:
 
 
 def _machine(ray: Any, configs: Sequence[Mapping[str, Any]], there: Sequence[Node]) -> device.Machine:
-    """What the nodes that runs can be on agree to be."""
+    """What the nodes that runs can be on agree to be. Of several on one machine one is asked."""
     found: dict[str, Node] = {}
     for config in configs:
         for node in needs.eligible(_with_gpus(config, there), there):
-            found[node.id] = node
+            found.setdefault(node.address, node)
     results = {str(each["results"]) for each in configs}
     said = [answer for root in sorted(results) for answer in _asked(ray, root, list(found.values()))]
     return agreed([(node, device.Machine(**answer["machine"])) for node, answer in said])
