@@ -78,7 +78,8 @@ def load(root: str | Path = "results", *, cache: bool = True) -> pandas.DataFram
     """
     from llmsys import cells, cells_cache
 
-    return cells.frame(cells_cache.load(root, cache=cache))
+    with record_files.no_collection():
+        return cells.frame(cells_cache.load(root, cache=cache))
 
 
 def show(records: Sequence[Record]) -> None:
