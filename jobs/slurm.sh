@@ -3,8 +3,10 @@
 #
 #     LLMSYS_RESULTS=/shared/results sbatch --nodes=4 jobs/slurm.sh -m +exp=lorafa_minilm train.seed=0,1,2,3
 #
-# One Ray node for each of the allocation's, which nobody else may use meanwhile. On preemption Slurm sends SIGTERM: runs end between two
-# steps with a checkpoint, and the same command goes on from there (--requeue does it by itself).
+# One Ray node for each of the allocation's, which nobody else may use meanwhile. Two minutes before the time limit Slurm
+# sends SIGTERM to this script, which passes it on: runs end between two steps with a checkpoint, and the same command goes
+# on from there. On preemption it does so only with PreemptParameters=send_user_signal; else runs end as they are, and the
+# same command goes on from the last checkpoint (--requeue does it by itself).
 #SBATCH --job-name=llmsys
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -21,7 +23,8 @@ say() { echo "jobs/slurm.sh: $*" >&2; exit 2; }
 [[ ${LLMSYS_RESULTS:-} == /* ]] || say "LLMSYS_RESULTS: must be an absolute path that all nodes share"
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')
+# the first address that is not loopback, as which Debian's hosts know themselves; RAY_HEAD_IP: another network's
+head_ip=${RAY_HEAD_IP:-$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname -I | awk '{print $1}')}
 export RAY_ADDRESS=$head_ip:6379
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')} # of this allocation alone
@@ -41,4 +44,5 @@ wait "$step" || code=$?
 while kill -0 "$step" 2> /dev/null; do # a signal ends the first wait, and the driver still has to end its runs
     wait "$step" && code=0 || code=$?
 done
+[[ -s $LLMSYS_DRIVER || $code -ne 0 ]] || code=1 # Ray did not come up, of which its command says nothing
 exit "$code"

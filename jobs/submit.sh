@@ -28,13 +28,17 @@ export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 # Ray hands the command to a shell as it is typed, and quotes it badly: the words travel apart, and driver.sh reads them.
 LLMSYS_WORDS=$(printf '%q ' "$@")
 export LLMSYS_WORDS
+# .git stays here, and records are to say of which commit they are.
+LLMSYS_REVISION=$(git rev-parse HEAD 2> /dev/null || true)
+[[ -z $LLMSYS_REVISION || -z $(git status --porcelain -- src) ]] || LLMSYS_REVISION+=" dirty"
+export LLMSYS_REVISION
 runtime_env=$(python3 - << 'PY'
 import json, os
 
 also = ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL", "HF_HOME", "HF_HUB_OFFLINE")
-names = ("LLMSYS_RESULTS", "LLMSYS_WORDS", *(name for name in also if name in os.environ))
+names = ("LLMSYS_RESULTS", "LLMSYS_WORDS", "LLMSYS_REVISION", *(name for name in also if name in os.environ))
 env = {"PYTHONPATH": "src", **{name: os.environ[name] for name in names}}
-print(json.dumps({"env_vars": env, "excludes": [".git", "docs", "notebooks", "tests"]}))
+print(json.dumps({"env_vars": env, "excludes": ["/.git", "/docs", "/notebooks", "/tests"]}))
 PY
 )
 metadata=$(python3 -c 'import json, os; print(json.dumps({"llmsys": os.environ["LLMSYS_WORDS"].strip()}))')

@@ -15,7 +15,7 @@ import pytest
 from llmsys import figures
 from llmsys.figures import __main__ as command
 from llmsys.figures import drawing
-from llmsys.figures.machine import where
+from llmsys.figures.machine import stamp, where
 from llmsys.job import Record
 
 ALL = [(paper, name) for paper, names in figures.PAPERS.items() for name in names]
@@ -61,7 +61,7 @@ def test_every_axis_says_what_it_is_and_in_which_unit(paper: str, name: str) -> 
 def test_a_figure_names_the_machine_that_its_numbers_are_from(paper: str, name: str) -> None:
     text = drawn(paper, name)._supxlabel.get_text()
     verb = "Measured on" if figures.PAPERS[paper][name].measured else "Predicted, computed on"
-    assert text == f"{verb} AMD EPYC, 2 cores"  # where all that is published was made
+    assert text.splitlines()[0] == f"{verb} AMD EPYC, 2 cores"  # where all that is published was made
 
 
 @pytest.mark.parametrize(("paper", "name"), REPEATED)
@@ -78,10 +78,24 @@ def test_another_machine_is_another_name_below_the_figure() -> None:
     env = {"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "device_count": 2}
     moved = [dataclasses.replace(record, env=env) for record in records("decentral")]
     figure = drawing.draw("decentral", "goodput", moved)
-    assert figure._supxlabel.get_text().endswith("2 x NVIDIA H100 80GB HBM3")
+    assert figure._supxlabel.get_text().splitlines()[0].endswith("2 x NVIDIA H100 80GB HBM3")
     both = where([moved[0], records("decentral")[0], moved[1]])
     assert both == "2 x NVIDIA H100 80GB HBM3; AMD EPYC, 2 cores"
     assert where([dataclasses.replace(moved[0], env={})]) == where([]) == "machine unknown"
+
+
+def test_a_figure_of_several_revisions_says_so() -> None:
+    def said(*shas: str) -> str:
+        (record,) = [each for each in records("decentral") if each.task == "decentral_simulate"]
+        clean = {**record.env, "git_dirty": False}
+        of = [dataclasses.replace(record, env={**clean, "git_sha": sha}) for sha in shas]
+        text: str = stamp(pyplot.figure(), of)._supxlabel.get_text()
+        return text.partition("\n")[2]
+
+    from matplotlib import pyplot
+
+    assert said("1" * 40) == said("1" * 40, "1" * 40) == ""
+    assert said("1" * 40, "1" * 40, "2" * 40) == "Runs of several revisions: 2 of 1111111, 1 of 2222222."
 
 
 def test_error_bars_of_seeds_are_their_standard_deviation() -> None:

@@ -31,7 +31,7 @@ UNFINISHED = "unfinished"
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
 
-_NOT_IDENTITY = (
+NOT_IDENTITY = (
     "results",
     "reuse",
     "force",
@@ -213,7 +213,7 @@ def read_or_set_aside(out: Path) -> Record | None:
 
 def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str]) -> str:
     """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
-    identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     identity["train"] = {key: value for key, value in config["train"].items() if key != "resume"}
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     if identity.get("compress", {}).get("kind") == "none":
@@ -281,7 +281,8 @@ def resolved(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if config["task"].get("emit"):
         config["reuse"] = "never"  # what it writes there no record has
     # of each rank: more would only wait for each other
-    share = int(config["dispatch"].get("cpus") or 0) or max(1, device.threads_of_runs() // config["train"]["world"])
+    cpus = config["dispatch"].get("cpus")
+    share = max(1, int(cpus) if cpus else device.threads_of_runs() // config["train"]["world"])
     config["train"]["threads"] = config["train"]["threads"] or (1 if elsewhere else share)
     _only_its_own_rate(config)
     return config, device_name

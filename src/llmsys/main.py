@@ -143,6 +143,7 @@ def _search(configs: Sequence[dict[str, Any]]) -> int:
     """Runs the trials of a search, prints their table and the command of the best, returns the exit code."""
     from llmsys import results
     from llmsys.dispatch.show import Show
+    from llmsys.dispatch.stop import Stop
     from llmsys.sweep.course import room
     from llmsys.sweep.parallel import together
 
@@ -156,7 +157,9 @@ def _search(configs: Sequence[dict[str, Any]]) -> int:
     records: list[Record] = []
     interrupted = False
     try:
-        for _, record in together(study.units(room)):
+        units = study.units(room)
+        several = configs[0]["dispatch"]["kind"] == "ray"
+        for _, record in together(units) if several else (made for unit in units for made in unit.run(Stop())):
             records.append(record)
     except KeyboardInterrupt:
         interrupted = True

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmsys.job import Record
+from llmsys.job import NOT_IDENTITY, Record
 from llmsys.rows import row
 from llmsys.table import piped
 
-ASIDE = ("name", "results", "reuse", "force", "smoke", "baselines", "command", "tracker.", "sweep.")
+ASIDE = ("name", *NOT_IDENTITY)
 """Settings that change no result, by how their keys begin."""
 _RESOLVED = ("dispatch.", "hardware.device", "train.threads")
 """Settings of where a run is placed, or of what this machine has: runs of the same question may differ in them."""

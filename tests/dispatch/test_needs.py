@@ -93,6 +93,13 @@ def test_nodes_with_different_gpus_are_not_one_machine() -> None:
         cluster.agreed([(node("a"), fast), (node("b"), slow)])
 
 
+def test_no_more_threads_are_taken_than_ray_gives_away() -> None:
+    """In a container a process may see all of its host's cores."""
+    seen = device.Machine("cpu", None, 0, 64)
+    assert cluster._given(seen, node("pod", CPU=8)).threads == 8
+    assert cluster._given(seen, node("whole", CPU=96)).threads == 64
+
+
 class Nodes:
     """Stands for `llmsys.dispatch.ray`: nodes that say this of themselves."""
 

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from llmsys.dispatch.show import Show
 
 Progress = Callable[[dict[str, Any]], None]
+LOCKED_S = 0.5
+"""Between two looks whether another process has let go of a run's folder."""
 
 
 class Watch(Protocol):
@@ -67,7 +70,7 @@ def submit(
     total = len(jobs) if total is None else total
     for number, job in enumerate(jobs, first):
         # of the ranks that torchrun has started one holds the lock for all
-        with contextlib.nullcontext(-1) if torchrun.silent(job.config) else locked(job, show) as lock:
+        with contextlib.nullcontext(-1) if torchrun.silent(job.config) else locked(job, show, stop) as lock:
             record = finished(job)
             if record is not None:
                 show.reused(job, record, number, total)
@@ -85,6 +88,7 @@ def submit(
                 record = _PLACES[kind](job, functools.partial(_seen, job, show, watch), lock, stop)
             except KeyboardInterrupt:
                 stopped = True
+                attempt = max(attempt, previous_attempts(Path(job.out)))  # it may have been begun again
                 record = ending.write(job, attempt, ("interrupted", "signal", "stopped at once"), 0.0)
             finally:
                 show.stop(job)
@@ -94,6 +98,19 @@ def submit(
         # a node that is taken away interrupts its run, and no other
         given_up = watch is not None and watch.gave_up
         if not given_up and (stopped or (record.status == "interrupted" and kind != "ray")):
+            raise KeyboardInterrupt
+
+
+def _wait_for(lock: int, stop: Stop | None) -> None:
+    """KeyboardInterrupt where somebody wants to stop: in a thread no signal ends a blocking call."""
+    while True:
+        if stop is None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if connection.wait([stop.once], LOCKED_S):
             raise KeyboardInterrupt
 
 
@@ -116,7 +133,7 @@ def finished(job: Job) -> Record | None:
 
 
 @contextlib.contextmanager
-def locked(job: Job, show: Show) -> Iterator[int]:
+def locked(job: Job, show: Show, stop: Stop | None = None) -> Iterator[int]:
     """Holds the lock on the run's folder. The file descriptor is handed to the run's process: the lock lasts as long
     as either lives, so an orphan of a killed parent still keeps others out."""
     out = Path(job.out)
@@ -130,7 +147,7 @@ def locked(job: Job, show: Show) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             show.waiting(job)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock, stop)
         yield lock
     finally:
         os.close(lock)

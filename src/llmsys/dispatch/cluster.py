@@ -4,6 +4,7 @@ code and the folder of results, and what machine they are. Everything that is wr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import secrets
@@ -43,7 +44,7 @@ def ready(configs: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     os.environ.update({key: value for key, value in ALWAYS.items() if key not in os.environ})
     if address is None and not os.environ.get("RAY_ADDRESS"):
         os.environ.update(ON_LOOPBACK)
-    reach(address or os.environ.get("RAY_ADDRESS") or "")
+    reach(address or os.environ.get("RAY_ADDRESS") or "", "dispatch.address" if address else "RAY_ADDRESS")
     try:
         from llmsys.dispatch import ray
     except ModuleNotFoundError as error:
@@ -65,17 +66,17 @@ def _wanted(config: Mapping[str, Any]) -> bool:
     return isinstance(given, dict) and given.get("kind") == "ray" and config["task"].get("kind") not in tasks.LIGHT
 
 
-def reach(address: str) -> None:
-    """ValueError where nobody listens at `ray://host:port` or `host:port`."""
+def reach(address: str, key: str) -> None:
+    """ValueError, which names `key`, where nobody listens at `ray://host:port` or `host:port`."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address in ("", "auto", "local"):
         return
     if not host or not port.isdigit():
-        raise ValueError(f"dispatch.address={address}: must be auto, host:port or ray://host:port")
+        raise ValueError(f"{key}={address}: must be auto, host:port or ray://host:port")
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except OSError as error:
-        raise ValueError(f"dispatch.address={address}: does not answer: {error.strerror or error}") from None
+        raise ValueError(f"{key}={address}: does not answer: {error.strerror or error}") from None
 
 
 def _machine(ray: Any, configs: Sequence[Mapping[str, Any]], there: Sequence[Node]) -> device.Machine:
@@ -86,7 +87,12 @@ def _machine(ray: Any, configs: Sequence[Mapping[str, Any]], there: Sequence[Nod
             found.setdefault(node.address, node)
     results = {str(each["results"]) for each in configs}
     said = [answer for root in sorted(results) for answer in _asked(ray, root, list(found.values()))]
-    return agreed([(node, device.Machine(**answer["machine"])) for node, answer in said])
+    return agreed([(node, _given(device.Machine(**answer["machine"]), node)) for node, answer in said])
+
+
+def _given(machine: device.Machine, node: Node) -> device.Machine:
+    """With no more threads than Ray gives away there: in a container, say, a process may see more."""
+    return dataclasses.replace(machine, threads=max(1, min(machine.threads, int(node.resources.get("CPU", 1)))))
 
 
 def _with_gpus(config: Mapping[str, Any], there: Sequence[Node]) -> Need:

@@ -37,13 +37,11 @@ def write(
     *,
     overrule: bool = False,
     sent: str = "",
-    here: bool = True,
 ) -> Record:
     """The record of a run that has ended: its own if it wrote one for this attempt, else one with this verdict.
 
     `overrule`: the verdict counts also against the run's own word, which was that of another rank's victim. `sent`: the
-    run's own record as it sent it, where that may be newer than what is seen of the file. `here`: on this machine,
-    which a record without an environment then describes.
+    run's own record as it sent it, where that may be newer than what is seen of the file.
     """
     out = Path(job.out)
     (out / ".reserve").unlink(missing_ok=True)
@@ -59,8 +57,7 @@ def write(
         error=error,
         seconds=round(seconds, 3),
     )
-    if here and not record.env:
-        record.env = environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"])
+    record.env = record.env or environment.describe_here(job.config)
     record.write(out)
     return record
 

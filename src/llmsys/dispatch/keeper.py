@@ -55,7 +55,7 @@ class Keeper:
         assert self.child is not None
         code, record = self.child.code(), ""
         if self.rank == 0:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, OSError):
                 found = Record.read(Path(self.job.out))
                 record = found.to_json() if found else ""
         return {"code": code, "verdict": self.child.verdict(), "record": record}

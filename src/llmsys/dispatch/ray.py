@@ -55,13 +55,14 @@ def connect(address: str | None, threads: int) -> None:
     """To a cluster, or with None to one that RAY_ADDRESS names; else one is started here, on loopback. ValueError
     where none answers."""
     ours = address is None and not os.environ.get("RAY_ADDRESS")
-    more: dict[str, Any] = {"num_cpus": threads, "include_dashboard": False} if ours else {"address": address}
+    local = {"address": "local", "num_cpus": threads, "include_dashboard": False}
+    more: dict[str, Any] = local if ours else {"address": address}
     ours_to_hear = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
     except (ConnectionError, RuntimeError, RayError, ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"dispatch.address={address}: {lines[0]}") from None
+        raise ValueError(f"dispatch.address={address or os.environ.get('RAY_ADDRESS')}: {lines[0]}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours_to_hear)  # Ray's own would end this process with its runs as they are
@@ -127,7 +128,8 @@ class _Actor(Keeper):
         context = ray.get_runtime_context()
         gpus = bool(context.get_accelerator_ids().get("GPU"))
         address = ray.util.get_node_ip_address()
-        return {"node": context.get_node_id(), "address": address, "gpus": gpus, "worker": os.getpid()}
+        node, worker = context.get_node_id(), os.getpid()
+        return {"node": node, "address": address, "gpus": gpus, "worker": worker, "code": jobs.code_hash()}
 
 
 def run(job: Job, progress: Progress, lock: int, stop: Stop | None = None) -> Record:
@@ -142,7 +144,7 @@ def run(job: Job, progress: Progress, lock: int, stop: Stop | None = None) -> Re
         tries -= 1
         if not (taken and tries) or stop.asked:
             return record
-        progress({"phase": f"begun again: {record.error}"})
+        progress({"phase": "begun again", "say": f"begun again: {record.error}"})
 
 
 def _attempt(job: Job, attempt: int, progress: Progress, stop: Stop) -> tuple[Record, bool]:
@@ -160,11 +162,11 @@ def _attempt(job: Job, attempt: int, progress: Progress, stop: Stop) -> tuple[Re
             taken = any(rank.lost for rank in ranks) or (verdict[0] == "interrupted" and not asked)
     except Lost as error:
         verdict, taken = ("crashed", error.reason, str(error)), True
-    except RayTaskError as error:
+    except RayError as error:
         verdict = ("failed", "start", _line(error))
     finally:
         remove_placement_group(group)
-    record = ending.write(job, attempt, verdict, time.monotonic() - start, overrule=overrule, sent=sent, here=False)
+    record = ending.write(job, attempt, verdict, time.monotonic() - start, overrule=overrule, sent=sent)
     if said := memory_limit.ignored(job.config):
         record.notes[memory_limit.NOTE] = said
         record.write(Path(job.out))
@@ -180,9 +182,9 @@ def _wait_for_room(group: PlacementGroup, need: Need, progress: Progress, stop: 
         if stop.asked:
             raise KeyboardInterrupt
         if need.runs(nodes()) < 1:
-            raise Lost("node", f"a node is gone, and those left do not have what a run needs: {need}")
+            raise Lost("node", f"the nodes that are alive do not have what a run needs: {need}")
         if not said:
-            progress({"phase": "waiting for room"})
+            progress({"phase": "waiting for room", "say": "waiting for room"})
         said = True
 
 
@@ -204,6 +206,8 @@ def _ranks(
             actors.append(actor.options(scheduling_strategy=place).remote(asdict(job), rank))
         limit = time.monotonic() + job.config["dispatch"]["start_s"]
         places = _all(actors, "place", limit, stop)
+        if any(each["code"] != jobs.code_hash() for each in places):  # of a node that came after all were asked
+            raise Lost("node", "a node has other code of llmsys than this; install the same there")
         _all(actors, "start", limit, stop)
         there = {node.id: node for node in nodes()}
         own = [there.get(each["node"], Node(id=each["node"], name=each["node"], address="")) for each in places]

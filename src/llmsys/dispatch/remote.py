@@ -55,6 +55,8 @@ class RemoteRank:
             self.record = self._end["record"]
         except Lost as error:
             self.lost = error
+        except Exception as error:  # noqa: BLE001  whatever it was, nothing more will be heard of this rank
+            self.lost = Lost("worker", f"{type(error).__name__}: {error}")
         finally:
             os.close(self._writer)
 
@@ -66,10 +68,14 @@ class RemoteRank:
         return [json.loads(line) for line in lines]
 
     def tell(self, **message: Any) -> None:
-        with contextlib.suppress(Lost):  # its thread finds out, and says so
-            self._ask("tell", json.dumps(message))
+        with contextlib.suppress(Lost, TimeoutError):  # its thread finds out, or who waits for a sign of life
+            self._ask("tell", json.dumps(message), timeout_s=KILL_S)
 
     def interrupt(self) -> None:
+        """Returns at once: others are to be asked meanwhile."""
+        threading.Thread(target=self._interrupt, daemon=True).start()
+
+    def _interrupt(self) -> None:
         with contextlib.suppress(Lost, TimeoutError):
             self._ask("interrupt", timeout_s=KILL_S)
 
@@ -79,8 +85,8 @@ class RemoteRank:
 
     def close(self) -> None:
         """When its keeper is gone."""
+        self.pipe.close()  # first: its thread may be waiting for somebody to read
         self._thread.join()
-        self.pipe.close()
 
     def code(self) -> int:
         self._thread.join()

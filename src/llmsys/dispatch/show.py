@@ -47,8 +47,10 @@ class Show:
         return f"{self._numbers[job.run_id]}{phase}"
 
     def progress(self, job: Job, values: dict[str, Any]) -> None:
-        """`values` as in `Context.beat`."""
+        """`values` as in `Context.beat`; `say` is said in a line, also where there is no bar."""
         with self._lock:
+            if "say" in values:
+                self._line(f"{self._numbers.get(job.run_id, '')}{values['say']}", "yellow")
             if self._bars is None or job.run_id not in self._tasks:
                 return
             note = ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import weakref
 
 
 class Stop:
@@ -13,7 +15,8 @@ class Stop:
         self.once, self._once = os.pipe()
         self.again, self._again = os.pipe()
         self._open = [self._once, self._again]
-        self._children: list[Stop] = []
+        self._children: weakref.WeakSet[Stop] = weakref.WeakSet()
+        self._lock = threading.RLock()
 
     @property
     def asked(self) -> bool:
@@ -21,17 +24,19 @@ class Stop:
 
     def ask(self) -> None:
         """The first time: stop between two steps; the second time: at once."""
-        if self._open:
-            os.close(self._open.pop(0))  # whoever waits for something to read now reads the end
-        for child in self._children:
-            child.ask()
+        with self._lock:
+            if self._open:
+                os.close(self._open.pop(0))  # whoever waits for something to read now reads the end
+            for child in list(self._children):
+                child.ask()
 
     def child(self) -> Stop:
         """One that is asked with this one, and can be asked alone."""
         made = Stop()
-        for _ in range(2 - len(self._open)):
-            made.ask()
-        self._children.append(made)
+        with self._lock:
+            for _ in range(2 - len(self._open)):
+                made.ask()
+            self._children.add(made)
         return made
 
     def __del__(self) -> None:

@@ -11,10 +11,11 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from llmsys import runner
+from llmsys import runner, schema
 from llmsys.comm.place import Place, interface_of, listen
 from llmsys.context import LightContext
 from llmsys.dispatch import memory_limit
@@ -33,8 +34,9 @@ def check(configs: Sequence[Mapping[str, Any]]) -> None:
     missing = [name for name in NAMES if name not in os.environ]
     if missing:
         raise ValueError(f"dispatch=torchrun: {missing[0]} is not set; start it with: bash jobs/torchrun.sh +exp=NAME")
-    if len(configs) > 1:
-        raise ValueError("dispatch=torchrun: is one run; a sweep needs dispatch=process or dispatch=ray")
+    swept = own[0].get("sweep", {}) not in ({}, asdict(schema.Sweep())) or own[0].get("search", {}).get("trials")
+    if len(configs) > 1 or swept:
+        raise ValueError("dispatch=torchrun: is one run; a sweep or a search needs dispatch=process or dispatch=ray")
     world, there = own[0]["train"]["world"], int(os.environ["WORLD_SIZE"])
     if world != there:
         raise ValueError(f"train.world={world}: torchrun has started {there} ranks; they must be as many")

@@ -44,7 +44,7 @@ def read(paper: str, folder: str | Path | None = None) -> list[Record]:
     if folder is None and not COMMITTED.is_dir():
         raise ValueError("--records FOLDER: say where records are; the published ones come with a checkout only")
     root = COMMITTED if folder is None else Path(folder)
-    there = [each for pattern in wanted for each in sorted(root.glob(pattern)) if each.is_dir()]
+    there = [each for pattern in wanted for each in sorted(root.glob(pattern)) if any(each.rglob("record.json"))]
     return [record for each in there or [root] for record in results.read(each)]
 
 

@@ -1,11 +1,13 @@
-"""On which machine a figure's numbers were made, as a line below it."""
+"""On which machine a figure's numbers were made, and of which revisions of the code they are, below it."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from llmsys.job import Record
+from llmsys.revisions import mixed
 
 
 def where(records: Sequence[Record]) -> str:
@@ -25,7 +27,10 @@ def _name(record: Record) -> str:
 
 
 def stamp(figure: Any, records: Sequence[Record], *, measured: bool = True) -> Any:
-    """Writes below `figure`, in place, on which machine its numbers were measured, or computed; returns it."""
+    """Writes below `figure`, in place, on which machine its numbers were measured, or computed, and, where they are of
+    several revisions, of which; returns it."""
     verb = "Measured on" if measured else "Predicted, computed on"
-    figure.supxlabel(f"{verb} {where(records)}", fontsize=8, color="#555555", x=0.99, ha="right")
+    said = mixed({**record.env, "code_hash": record.code_hash} for record in records)
+    lines = [f"{verb} {where(records)}", *textwrap.wrap(said, 120)]
+    figure.supxlabel("\n".join(lines), fontsize=8, color="#555555", x=0.99, ha="right")
     return figure

@@ -59,11 +59,20 @@ def describe(device_kind: str, threads: int) -> dict[str, Any]:
     }
 
 
+def describe_here(config: dict[str, Any]) -> dict[str, Any]:
+    """The block of a record that this process writes of a run that did not get to write it; empty where the run is to
+    be made on another machine, of which this one says nothing."""
+    if config["dispatch"]["kind"] == "ray":
+        return {}
+    return describe(config["hardware"]["device"], config["train"]["threads"])
+
+
 def _git() -> dict[str, Any]:
     """Commit and whether the tree differs from it; empty outside a checkout of this project."""
     here = Path(__file__).resolve().parents[1]
     if not (here.parents[1] / ".git").exists():
-        return {"git_sha": "", "git_dirty": False}
+        sent = os.environ.get("LLMSYS_REVISION", "").split()  # by jobs/submit.sh, beside the files of a checkout
+        return {"git_sha": sent[0] if sent else "", "git_dirty": sent[1:] == ["dirty"]}
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)

@@ -94,7 +94,7 @@ class OnRay(Dispatch):
     and `resources` by names of the cluster's own. `world`: ranks, another word for `train.world`. `nodes`: so many
     nodes share the ranks evenly; 0: as few as have room. `max_parallel`: runs at once; 0: as many as there is room for.
     `retries`: how often a run is begun again, from its last checkpoint, whose node or worker was taken away; a run that
-    fails is not. `start_s`: how long a placement or a rank's process may take to come about once there is room for it.
+    fails is not. `start_s`: how long the ranks' processes may take to come about once there is room for them.
     """
 
     kind: str = "ray"

@@ -31,8 +31,9 @@ from llmsys.track import jsonl
 from llmsys.words import key_of
 
 Made = tuple[Job, Record]
-PRUNED, RUN = "pruned", "run_id"
-"""The reason in the record of a trial that was given up, which is `skipped`; a trial's attribute that names its run."""
+PRUNED, RUN, FAILED = "pruned", "run_id", "failed"
+"""The reason in the record of a trial that was given up, which is `skipped`; attributes of a trial: the id of its run,
+and that it has failed."""
 
 LOOK_S = 0.5
 """Between two looks at a run's rows."""
@@ -106,7 +107,7 @@ class Study:
         """The trials that are left; what the next one tries depends on those that have ended by then. `room`: how many
         runs like this one may be made at once."""
         ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-        for number in range(1 + sum(RUN in each.user_attrs for each in ended), 1 + self.settings.trials):
+        for number in range(1 + sum(_counts(each) for each in ended), 1 + self.settings.trials):
             trial = self._study.ask(self.space)
             config = _without_search(self.config)
             for key, value in trial.params.items():
@@ -115,13 +116,13 @@ class Study:
                 job = self._make(config)
             except Contradiction as error:
                 self._show.note(f"[{number}/{self.settings.trials}] {trial.params}: {error}")
-                trial.set_user_attr(RUN, "")
+                trial.set_user_attr(FAILED, True)
                 self._study.tell(trial, state=TrialState.FAIL)
                 continue
             yield Unit(functools.partial(self._run, trial, job, number), functools.partial(room, job))
 
     def _run(self, trial: optuna.Trial, job: Job, number: int, stop: Stop) -> Iterator[Made]:
-        watch = PrunedRun(trial, self.settings, Path(job.out), stop)
+        watch = PrunedRun(trial, self.settings, Path(job.out), stop, self._show.note)
         for record in dispatch.submit([job], self._show, number, self.settings.trials, stop=watch.stop, watch=watch):
             self._tell(trial, job, record)
             yield job, record
@@ -137,6 +138,7 @@ class Study:
         elif record.status == "ok" and value is not None:
             self._study.tell(trial, value)
         else:
+            trial.set_user_attr(FAILED, True)
             self._study.tell(trial, state=TrialState.FAIL)
             if record.status == "ok":
                 there = ", ".join(sorted(record.summary))
@@ -177,17 +179,26 @@ class PrunedRun:
     """Looks at the rows of metrics of a trial's run as they come, and asks it to stop where the pruner says so; a
     `dispatch.Watch`."""
 
-    def __init__(self, trial: optuna.Trial, settings: schema.Search, out: Path, stop: Stop) -> None:
-        self.trial, self.settings, self.rows = trial, settings, out / "metrics.jsonl"
+    def __init__(
+        self, trial: optuna.Trial, settings: schema.Search, out: Path, stop: Stop, note: Callable[[str], None]
+    ) -> None:
+        self.trial, self.settings, self.rows, self._note = trial, settings, out / "metrics.jsonl", note
         self.stop = stop.child()
         self.gave_up = False
         self._step, self._why, self._out = -1, "", out
-        self._next = 0.0
+        self._next, self._blind = 0.0, settings.pruner == "none"
 
     def progress(self, values: dict[str, Any]) -> None:
-        if self.settings.pruner == "none" or self.gave_up or time.monotonic() < self._next or not self.rows.exists():
+        if self._blind or self.gave_up or time.monotonic() < self._next or not self.rows.exists():
             return
         self._next = time.monotonic() + LOOK_S
+        try:
+            self._look()
+        except (ValueError, TypeError, OSError, optuna.exceptions.OptunaError) as error:
+            self._blind = True  # a run is not to suffer from who looks at it
+            self._note(f"search.watch={self.settings.watch}: not looked at any more: {error}")
+
+    def _look(self) -> None:
         sign = 1 if self.settings.watch_direction == self.settings.direction else -1
         for row in jsonl.read(self.rows):
             value, step = row.get(self.settings.watch), int(row.get("step", -1))
@@ -203,9 +214,8 @@ class PrunedRun:
                 return
 
     def judge(self, record: Record) -> Record:
-        """A run that was given up is not one that somebody stopped."""
+        """A run that was given up is not one that somebody stopped; one that had just ended is what it is."""
         if not self.gave_up or record.status != "interrupted":
-            self.gave_up = False
             return record
         record = dataclasses.replace(record, status="skipped", reason=PRUNED, error=self._why)
         record.write(self._out)
@@ -216,6 +226,11 @@ def _without_search(config: Config) -> Config:
     """What each trial's run is made of: the search is no part of it."""
     words = [word for word in config.get("command", []) if key_of(word).partition(".")[0] != "search"]
     return {**{key: value for key, value in config.items() if key != "search"}, "command": words}
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether an ended trial is one of those asked for: not if it was killed, and is begun again."""
+    return trial.state != TrialState.FAIL or FAILED in trial.user_attrs
 
 
 def _tried(trial: FrozenTrial) -> Tried:

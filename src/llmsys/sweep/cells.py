@@ -63,7 +63,7 @@ def write(job: Job, status: str, reason: str, error: str) -> Record:
         reason=reason,
         error=error,
         attempts=before.attempts if before else 0,
-        env=environment.describe(job.config["hardware"]["device"], job.config["train"]["threads"]),
+        env=environment.describe_here(job.config),
     )
     out.mkdir(parents=True, exist_ok=True)
     record.write(out)

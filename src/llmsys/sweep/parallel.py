@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 from llmsys.dispatch.stop import Stop
 
 T = TypeVar("T")
+LOOK_S = 1.0
+"""Between two looks whether what is waited for can still come."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ def together(units: Iterator[Unit[T] | None]) -> Iterator[T]:
 
     def start(unit: Unit[T]) -> None:
         thread = threading.Thread(target=work, args=(unit,), daemon=True)
-        threads.add(thread)
         thread.start()
+        threads.add(thread)
 
     try:
         waiting: list[Unit[T] | None] = []
@@ -67,7 +69,10 @@ def together(units: Iterator[Unit[T] | None]) -> Iterator[T]:
                         start(unit)
                 if not threads:
                     break
-                made = done.get()
+                made = done.get(timeout=LOOK_S)
+            except queue.Empty:  # Ctrl-C may come between an item and its name, which is then gone
+                threads -= {each for each in threads if not each.is_alive()} if done.empty() else set()
+                continue
             except KeyboardInterrupt as error:
                 fault = error
                 stop.ask()
@@ -82,9 +87,10 @@ def together(units: Iterator[Unit[T] | None]) -> Iterator[T]:
         if fault is not None:
             raise fault
     finally:
-        while threads:  # whoever was handed something wants no more
+        if threads:  # whoever was handed something wants no more
             stop.ask()
-            threads.pop().join()
+        for thread in threads:
+            thread.join()
 
 
 @dataclass(frozen=True)
