@@ -55,16 +55,11 @@ def make(results: Path, *overrides: str) -> Job:
     return made
 
 
-def workers() -> list[int]:
-    """The process ids of ranks on this machine, in the order in which they were started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"llmsys.dispatch.worker" in stat.read_bytes():
-                found.append(int(stat.parent.name))
-        except OSError:
-            continue  # ended meanwhile
-    return sorted(found)
+def alive(results: Path) -> list[int]:
+    """The process ids of ranks of runs in this folder that still are."""
+    logs = [log.read_text() for log in results.glob("*/*/log*.txt")]
+    pids = [int(pid) for log in logs for pid in re.findall(r"rank \d+ of \d+, process (\d+)", log)]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def ranks(made: Job) -> list[int]:
@@ -236,7 +231,7 @@ def test_ctrl_c_stops_all_runs_between_two_steps_and_frees_what_they_had(
         assert sweep.process.returncode == 130, said
         assert [each.status for each in records(results)] == ["interrupted"] * 2
         assert comes_true(lambda: free(connected) == connected.ray.cluster_resources()["CPU"])
-        assert workers() == []
+        assert alive(results) == []
 
 
 @pytest.mark.slow
@@ -264,7 +259,7 @@ def test_a_driver_that_is_killed_leaves_no_process(cluster: Emulated, connected:
         sweep.running(1)
         sweep.process.kill()
         sweep.end(10)
-        assert comes_true(lambda: workers() == [], 30)
+        assert comes_true(lambda: alive(results) == [], 30)
         assert comes_true(lambda: free(connected) == connected.ray.cluster_resources()["CPU"], 30)
 
 
