@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
+@pytest.mark.slow
 def test_it_leaves_a_record_whose_plans_are_never_worse(tmp_path: Path) -> None:
     import decentral_plans
     from llmsys.job import Record

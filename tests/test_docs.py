@@ -141,7 +141,15 @@ def test_there_is_a_tutorial_for_each_paper_and_a_page_for_what_can_be_added() -
         assert [block for block in blocks(page) if block.language in RUN and block.mark != "slow"], page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+BRIEF = ("lorafa", "compress", "add-an-experiment")
+"""Pages that are gone through whenever tests run; the others with those that take minutes."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[] if page.stem in BRIEF else [pytest.mark.slow]) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path) -> None:
     """What takes long is left out here. A how-to changes a copy of the package."""
     follow(blocks(page), tmp_path, copy=page in HOWTOS, slow=False)

@@ -82,7 +82,7 @@ def stepped(place: Place, overrides: list[str], poison: int | None = None) -> di
     return found
 
 
-@pytest.mark.parametrize("method", briefly(METHODS, "sign", "topk", "acpsgd", "acpsgd refreshed"))
+@pytest.mark.parametrize("method", briefly(METHODS, "sign", "acpsgd"))
 def test_gradients_travel_once_as_predicted_and_alike_on_every_engine(pool: Pool, method: str) -> None:
     """Bytes of each step to the byte, by torch's own dispatcher: none are left of the engine's own exchange. Weights
     and norms of the engines agree, after accumulation and clipping; what is kept is what is estimated."""

@@ -198,7 +198,8 @@ class Sweep:
         return out + err
 
 
-@pytest.mark.parametrize("retries", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("retries", [0, 1])
 def test_a_node_that_goes_in_a_sweep_takes_its_own_runs_along_and_no_others(
     cluster: Emulated, results: Path, retries: int
 ) -> None:
