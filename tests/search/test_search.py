@@ -74,6 +74,16 @@ def test_a_mistake_is_said_before_anything_runs(
     assert not records(results)
 
 
+@pytest.mark.slow
+def test_a_metric_that_no_record_has_ends_the_search_with_the_nearest_names(llmsys: LlmSys) -> None:
+    done = llmsys("+search=learning_rate", *SHORT, "search.metric=vall_loss", "search.trials=3")
+    assert done.returncode == 1
+    assert (
+        "search.metric=vall_loss: the run is ok, and its record has no such number; there are val_loss" in done.stderr
+    )
+    assert "[2/3]" not in done.stderr
+
+
 def test_trials_are_runs_of_which_bad_ones_are_given_up_and_the_next_session_goes_on(
     llmsys: LlmSys, results: Path
 ) -> None:

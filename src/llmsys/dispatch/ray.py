@@ -44,6 +44,8 @@ from llmsys.job import Job, Record
 
 LOOK_S = 0.5
 """Between two looks whether there is room, or whether somebody wants to stop."""
+PATIENCE_S = 3.0
+"""How long a run waits for room before it is said: Ray itself needs a moment to place it."""
 NOTICED_S = 5.0
 """How long after a worker its node may be found to be gone."""
 SURVEY_S = 60.0
@@ -59,13 +61,30 @@ def connect(address: str | None, threads: int) -> None:
     more: dict[str, Any] = local if ours else {"address": address}
     ours_to_hear = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
+        with _group_of_its_own() if ours else contextlib.nullcontext():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
     except (ConnectionError, RuntimeError, RayError, ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"dispatch.address={address or os.environ.get('RAY_ADDRESS')}: {lines[0]}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours_to_hear)  # Ray's own would end this process with its runs as they are
+
+
+@contextlib.contextmanager
+def _group_of_its_own() -> Iterator[None]:
+    """What is started within the block is in another process group: a signal to this one's, as of `timeout`, is to end
+    runs between two steps, and not the cluster that they are on. A session's leader has to stay in its own."""
+    before = os.getpgrp()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, process_group=0) as leader:
+        with contextlib.suppress(PermissionError):
+            os.setpgid(0, leader.pid)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(PermissionError):
+                os.setpgid(0, before)
+            leader.kill()
 
 
 def disconnect() -> None:
@@ -177,15 +196,17 @@ def _attempt(job: Job, attempt: int, progress: Progress, stop: Stop) -> tuple[Re
 
 def _wait_for_room(group: PlacementGroup, need: Need, progress: Progress, stop: Stop) -> None:
     """Until Ray has placed all ranks. Lost where the nodes that are left will never have room."""
-    said = False
+    said, begun = False, time.monotonic()
     while not group.wait(timeout_seconds=LOOK_S):
         if stop.asked:
             raise KeyboardInterrupt
         if need.runs(nodes()) < 1:
             raise Lost("node", f"the nodes that are alive do not have what a run needs: {need}")
-        if not said:
+        if not said and time.monotonic() > begun + PATIENCE_S:
             progress({"phase": "waiting for room", "say": "waiting for room"})
-        said = True
+            said = True
+    if said:
+        progress({"phase": "starting", "say": "has room now"})
 
 
 @contextlib.contextmanager

@@ -60,10 +60,10 @@ def describe(device_kind: str, threads: int) -> dict[str, Any]:
 
 
 def describe_here(config: dict[str, Any]) -> dict[str, Any]:
-    """The block of a record that this process writes of a run that did not get to write it; empty where the run is to
-    be made on another machine, of which this one says nothing."""
+    """The block of a record that this process writes of a run that did not get to write it; where the run is to be made
+    on another machine, of which this one says nothing, the commit alone."""
     if config["dispatch"]["kind"] == "ray":
-        return {}
+        return _git()
     return describe(config["hardware"]["device"], config["train"]["threads"])
 
 

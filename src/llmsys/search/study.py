@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fcntl
 import functools
 import hashlib
@@ -140,9 +141,12 @@ class Study:
         else:
             trial.set_user_attr(FAILED, True)
             self._study.tell(trial, state=TrialState.FAIL)
-            if record.status == "ok":
-                there = ", ".join(sorted(record.summary))
-                self._show.note(f"search.metric={self.settings.metric}: no such key in the record; there are {there}")
+            if record.status == "ok":  # as of all trials that would follow
+                near = difflib.get_close_matches(self.settings.metric, record.summary, n=3) or sorted(record.summary)
+                raise ValueError(
+                    f"search.metric={self.settings.metric}: the run is ok, and its record has no such number; there "
+                    f"are {', '.join(near)}"
+                )
 
     def tried(self) -> list[Tried]:
         """All trials that have ended, the best first."""
