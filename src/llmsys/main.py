@@ -206,10 +206,9 @@ def main() -> None:
             wrong.append(error)
 
     try:
-        flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")][
-            :1
-        ]  # Hydra wants it before the settings
-        sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
+        flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+        rest = [word for word in sys.argv[1:] if word not in flags]
+        sys.argv[1:] = flags[:1] + rest  # Hydra wants it before the settings
         sys.argv[1:] = [f"sweep={word[7:]}" if word.startswith("+sweep=") else word for word in sys.argv[1:]]
         sys.argv[1:] = wiring.techniques().expanded(compose.smoked(sys.argv[1:]))
         hydra_main(config_path=str(compose.CONF), config_name="config", version_base="1.3")(collect)()

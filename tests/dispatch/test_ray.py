@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ray_cluster import Emulated, emulated
+from ray_cluster import SETTINGS, Emulated, emulated
 
 from llmsys import compose, job
 from llmsys.comm.place import log_name
@@ -238,20 +238,34 @@ def test_ctrl_c_stops_all_runs_between_two_steps_and_frees_what_they_had(
 @pytest.mark.slow
 def test_a_run_that_waits_for_room_says_so_and_ends_at_ctrl_c(cluster: Emulated, results: Path, tmp_path: Path) -> None:
     """Its record says of which commit it is, and nothing of a machine, for it was on none."""
-    with (
-        Sweep(cluster, tmp_path / "others", "train.seed=0,1,2,3", "dispatch.cpus=2") as others,
-        Sweep(cluster, results, "train.seed=9", "dispatch.cpus=2") as sweep,
-    ):
+    with Sweep(cluster, tmp_path / "others", "train.seed=0,1,2,3", "dispatch.cpus=2") as others:
         for seed in range(4):
             others.running(seed)
-        assert sweep.process.stderr is not None
-        assert any("waiting for room" in line for line in iter(sweep.process.stderr.readline, ""))
-        sweep.process.send_signal(signal.SIGTERM)
-        sweep.end(30)
-        assert sweep.process.returncode == 130
+        with Sweep(cluster, results, "train.seed=9", "dispatch.cpus=2") as sweep:
+            assert sweep.process.stderr is not None
+            assert any("waiting for room" in line for line in iter(sweep.process.stderr.readline, ""))
+            sweep.process.send_signal(signal.SIGTERM)
+            sweep.end(30)
+            assert sweep.process.returncode == 130
     (record,) = records(results)
     assert record.status == "interrupted"
     assert record.env.keys() == {"git_sha", "git_dirty"}
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_driver_s_group_ends_runs_and_not_the_cluster_below_them(results: Path) -> None:
+    """As `timeout` sends it: the cluster that the driver has started is in a group of its own."""
+    command = [sys.executable, "-m", "llmsys", *LONG, "dispatch=ray", f"results={results}"]
+    env = {**os.environ, **SETTINGS}
+    env.pop("RAY_ADDRESS", None)
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, process_group=0) as driver:
+        assert comes_true(lambda: any(path.stat().st_size for path in results.glob("*/*/metrics.jsonl")), 90)
+        os.killpg(driver.pid, signal.SIGTERM)
+        said = driver.communicate(timeout=30)[1]
+    assert driver.returncode == 130, said
+    (record,) = records(results)
+    assert (record.status, record.reason) == ("interrupted", "signal")
+    assert "stopped after step" in record.error
 
 
 @pytest.mark.slow
