@@ -16,6 +16,7 @@ from sweep_harness import Machine, configs, course, ended, nowhere, written
 
 from llmsys import dispatch
 from llmsys.dispatch.show import Show
+from llmsys.dispatch.stop import Stop
 from llmsys.job import Job
 
 OTHER = """
@@ -38,7 +39,7 @@ def test_a_run_that_another_process_finishes_before_its_lock_is_had_is_not_prune
     locked = dispatch.locked
 
     @contextlib.contextmanager
-    def late(job: Job, show: Show) -> Iterator[int]:
+    def late(job: Job, show: Show, stop: Stop | None = None) -> Iterator[int]:
         with locked(job, show) as lock:
             ended(job, "ok", "").write(Path(job.out))
             yield lock
