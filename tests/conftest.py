@@ -37,22 +37,14 @@ def llmsys(results: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def _pools() -> Iterator[list[Pool]]:
-    made: list[Pool] = []
-    yield made
-    for pool in made:
-        pool.close()
-
-
-@pytest.fixture
-def pool(_pools: list[Pool]) -> Pool:
-    """Two ranks, for all tests; new ones after a call that failed, since then one may wait for the other.
+def pool() -> Iterator[Pool]:
+    """Two ranks, for all tests.
 
     DeepSpeed's ZeRO-3 leaves its own F.linear behind, which saves more: who compares saved bytes needs ranks apart.
     """
-    if not _pools or _pools[-1].failed:
-        _pools.append(Pool())
-    return _pools[-1]
+    made = Pool()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

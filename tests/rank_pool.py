@@ -8,6 +8,7 @@ The ranks keep one process group, since DeepSpeed keeps the first that it sees.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -35,27 +36,36 @@ ENGINES = {
 
 
 class Pool:
-    """`world` processes, each told to call a function with its `Place` and the given arguments."""
+    """`world` processes, each told to call a function with its `Place` and the given arguments; new ones after a call
+    that failed, since then one may wait for the other, or have died."""
 
     def __init__(self, world: int = 2) -> None:
+        self.world = world
+        self.failed = False
+        self.ranks: list[subprocess.Popen[str]] = []
+        self._start()
+
+    def _start(self) -> None:
         search = [str(HERE), *(str(path) for path in HERE.iterdir() if path.is_dir()), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), "OMP_WAIT_POLICY": "PASSIVE"}
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(world)],
+                [sys.executable, __file__, str(rank), str(self.world)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env={**environment, "OMP_NUM_THREADS": "1"},
             )
-            for rank in range(world)
+            for rank in range(self.world)
         ]
-        self.failed = False
         store = self._hear(self.ranks[0])
         self._tell(self.ranks[1:], store)
 
     def call(self, where: str, *arguments: Any) -> list[Any]:
         """`where` is `module:function`; it gets (place, *arguments). AssertionError with a rank's traceback."""
+        if self.failed:
+            self.close()
+            self._start()
         self.failed = True  # until all have answered
         self._tell(self.ranks, {"where": where, "arguments": arguments})
         answers = [self._hear(rank) for rank in self.ranks]
@@ -70,7 +80,8 @@ class Pool:
             rank.wait()
             for stream in (rank.stdin, rank.stdout):
                 assert stream is not None
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # of a rank that died before it was told all
+                    stream.close()
 
     @staticmethod
     def _tell(ranks: list[subprocess.Popen[str]], message: Any) -> None:

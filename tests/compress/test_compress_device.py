@@ -4,6 +4,7 @@ has run on one yet. The same checks run on the CPU over gloo, so that what they 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -25,24 +26,29 @@ FEW = ("none", "efsign", "topk", "powersgd", "acpsgd")
 """What is tried on a CPU here; all of them are on two ranks in test_compress_hook."""
 
 
+@functools.cache
+def group_of(device: str) -> Any:
+    """A group of this rank alone, for as long as it lives: one that is let go of right after a step may be taken down
+    by its own thread, which is still within a callback, and ends the process."""
+    return dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+
+
 def hooked(place: Place, device: str, settings: dict[str, Any], alone: bool) -> dict[str, Any]:
     """Eight steps of one rank under DDP, the loss of step 3 infinite: how far gradients are from the reference's, and
     the steps that were left out. Collectives are real, over a group of one, unless the rank is to know that it is
     `alone`."""
-    group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
     start = transfer.start
     if not alone:
         transfer.start = lambda request, group, world: start(request, group, 2)
     try:
-        return _hooked(device, settings, group)
+        return _hooked(device, settings)
     finally:
         transfer.start = start
-        dist.destroy_process_group(group)
 
 
-def _hooked(device: str, settings: dict[str, Any], group: Any) -> dict[str, Any]:
+def _hooked(device: str, settings: dict[str, Any]) -> dict[str, Any]:
     config, model = config_of(settings), Net().to(device)
-    ddp = wrapped(model, process_group=group)
+    ddp = wrapped(model, process_group=group_of(device))
     state = register(ddp, config)
     reference, worst, left_out = Reference(config, 1), 0.0, []
     named = dict(model.named_parameters())
@@ -69,13 +75,12 @@ def _hooked(device: str, settings: dict[str, Any], group: Any) -> dict[str, Any]
 def overflown(place: Place, device: str) -> list[float]:
     """A loss scale of 2^16 on this device, an overflow in step 3: the scales, and how far weights end from where they
     end without a scale."""
-    group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
     ends, scales = [], []
     for scaled in (True, False):
         model = Net().to(device).float()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         scaler = torch.amp.GradScaler(device, init_scale=2.0**16, enabled=scaled)
-        ddp = wrapped(model, process_group=group)
+        ddp = wrapped(model, process_group=group_of(device))
         register(ddp, config_of({}), loss_scale=scaler.get_scale)
         for step in range(8):
             value = loss(ddp(batch(0, step).to(device).float()))
@@ -86,7 +91,6 @@ def overflown(place: Place, device: str) -> list[float]:
             optimizer.zero_grad()
             scales.append(scaler.get_scale())
         ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
-    dist.destroy_process_group(group)
     return [*scales[:8], float((ends[0] - ends[1]).abs().max())]
 
 
