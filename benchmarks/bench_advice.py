@@ -17,13 +17,10 @@ With `--repeats N` each cell is run N times and its median counts. It leaves rec
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +28,9 @@ from typing import Any
 
 from llmsys import compose, job, results, runner
 from llmsys.bench.techniques import NAIVE, Techniques
-from llmsys.job import Record, code_hash
+from llmsys.job import Record
+from script_record import RECORDS, Script
 
-RECORDS = Path(__file__).parent / "records"
 CAPS = (30, 50, 70)
 """Percent of the memory that Naive takes."""
 BOUND = 5.0
@@ -198,7 +195,7 @@ def main(given: Sequence[str]) -> Record:
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args(given)
-    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    script = Script("bench_advice")
     with tempfile.TemporaryDirectory() as name:
         folder = asked.work or Path(name)
         speeds = calibrated(asked, folder)
@@ -209,12 +206,10 @@ def main(given: Sequence[str]) -> Record:
         assert not [each for each in results.read(folder / "advice") if each.summary["measured_combinations"]]
     summary, notes = scored(cells, choices, rooms)
     settings = {"letters": asked.letters, "batches": asked.batches, "ranks": asked.ranks, "overrides": asked.overrides}
-    text = json.dumps([settings, asked.repeats, example.env.get("device_name")])
-    record = Record(
-        name="bench_advice",
-        run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
-        task="benchmark",
-        status="ok",
+    identity = [settings, asked.repeats, example.env.get("device_name")]
+    record = script.left(
+        asked.out,
+        identity,
         config={
             **settings,
             "cells": [[*key] for key in cells],
@@ -222,9 +217,6 @@ def main(given: Sequence[str]) -> Record:
             "train": {"threads": example.config["train"]["threads"]},
         },
         env=example.env,
-        code_hash=code_hash(),
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
         summary={**summary, "naive_peak_bytes": naive},
         samples={
             "tokens_per_s": [each.tokens_per_s for each in cells.values()],
@@ -232,7 +224,6 @@ def main(given: Sequence[str]) -> Record:
         },
         notes=notes,
     )
-    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import sys
@@ -34,8 +33,9 @@ import memory_cells
 from llmsys import compose, job, schema
 from llmsys.cost import case, memory
 from llmsys.cost.room import SLACK
-from llmsys.job import Record, code_hash
+from llmsys.job import Record
 from llmsys.profile import environment
+from script_record import Script
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
@@ -194,7 +194,7 @@ def main(words: Sequence[str]) -> Record:
         cells = memory_cells.small()
     elif asked.device == "cuda":
         cells = memory_cells.gpu()
-    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    script = Script("bench_memory")
     there = _read(asked.rows)
     rows: list[Row] = []
     two = Ranks()
@@ -216,17 +216,12 @@ def main(words: Sequence[str]) -> Record:
     names = [row["name"] for row in rows]
     notes = {row["name"]: row["measured"]["error"] for row in rows if "error" in row["measured"]}
     notes |= {f"MemTracker: {r['name']}": r["peer"]["error"] for r in rows if "error" in r.get("peer", {})}
-    text = json.dumps([names, asked.device, environment.describe(asked.device, 1).get("device_name")])
-    record = Record(
-        name="bench_memory",
-        run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
-        task="benchmark",
-        status="ok",
+    identity = [names, asked.device, environment.describe(asked.device, 1).get("device_name")]
+    record = script.left(
+        asked.out,
+        identity,
         config={"ranks": asked.ranks, "only": asked.only, "cells": names, "train": {"threads": 1}},
         env=environment.describe(asked.device, 1),
-        code_hash=code_hash(),
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
         summary=summary(rows),
         samples={
             **{f"measured_{key}": [r["measured"].get(key, 0) for r in rows] for key in ("peak", "accounted", "static")},
@@ -236,7 +231,6 @@ def main(words: Sequence[str]) -> Record:
         },
         notes=notes,
     )
-    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -17,22 +17,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
 import math
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmsys import compose, dispatch, job, runner
 from llmsys.dispatch.show import Show
-from llmsys.job import Record, code_hash
+from llmsys.job import Record
+from script_record import RECORDS, Script
 from side_by_side import median_interval
 
-RECORDS = Path(__file__).parent / "records"
 BOUND = 15.0
 """Percent that a predicted saving may be off."""
 CASES = {
@@ -124,17 +121,15 @@ def main(given: Sequence[str]) -> Record:
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args(given)
-    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    script = Script("bench_opportunities_check")
     records = {name: measured(name, asked) for name in asked.cases}
     rows = [((case, name), own) for case, record in records.items() for name, own in changes(record).items()]
     example = next(iter(records.values()))
-    text = json.dumps([asked.cases, asked.overrides, asked.rounds, example.env.get("device_name")])
+    identity = [asked.cases, asked.overrides, asked.rounds, example.env.get("device_name")]
     keys = sorted(set.intersection(*({*own} for _, own in rows)))
-    record = Record(
-        name="bench_opportunities_check",
-        run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
-        task="benchmark",
-        status="ok",
+    record = script.left(
+        asked.out,
+        identity,
         config={
             "changes": [[*name] for name, _ in rows],
             "rounds": asked.rounds,
@@ -142,13 +137,9 @@ def main(given: Sequence[str]) -> Record:
             "train": {"threads": example.config["train"]["threads"]},
         },
         env=example.env,
-        code_hash=code_hash(),
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
         summary=scores([own for _, own in rows]),
         samples={key: [own[key] for _, own in rows] for key in keys},
     )
-    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -23,7 +23,6 @@ records/bench_time/<id>/record.json.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import statistics
@@ -39,9 +38,9 @@ from llmsys import results, schema
 from llmsys.bench.predict import machine as machines
 from llmsys.bench.predict.prediction import predict
 from llmsys.bench.report.quality import kendall
-from llmsys.job import Record, code_hash
+from llmsys.job import Record
+from script_record import RECORDS, Script
 
-RECORDS = Path(__file__).parent / "records"
 Cell = tuple[str, list[str]]
 EVERY = 5
 """Cells between two calibrations."""
@@ -203,7 +202,7 @@ def main(words: Sequence[str]) -> Record:
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args(words)
-    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    script = Script("bench_time")
     ranks = [int(each) for each in asked.ranks.split(",")]
     with tempfile.TemporaryDirectory() as name:
         rows = [row for world in ranks for row in group(world, asked, asked.work or Path(name))]
@@ -215,18 +214,13 @@ def main(words: Sequence[str]) -> Record:
     summary |= {"cells": len(rows)}
     example = rows[0]["records"][0]
     settings = {"cells": [[row["name"], row["world"]] for row in rows], "ranks": ranks, "overrides": asked.overrides}
-    text = json.dumps([settings, asked.rounds, example.env.get("device_name")])
+    identity = [settings, asked.rounds, example.env.get("device_name")]
     phases = ("forward", "backward", "optimizer")
-    record = Record(
-        name="bench_time",
-        run_id=hashlib.sha256(text.encode()).hexdigest()[:12],
-        task="benchmark",
-        status="ok",
+    record = script.left(
+        asked.out,
+        identity,
         config={**settings, "rounds": asked.rounds, "train": {"threads": example.config["train"]["threads"]}},
         env=example.env,
-        code_hash=code_hash(),
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
         summary=summary,
         samples={
             "measured_ms": [statistics.median(row["rounds"]) for row in rows],
@@ -238,7 +232,6 @@ def main(words: Sequence[str]) -> Record:
             **{f"predicted_{p}_ms": [row["phases"][f"{p}_ms"] for row in rows] for p in phases},
         },
     )
-    record.leave(asked.out)
     print(show(record))
     return record
 

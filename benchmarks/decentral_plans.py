@@ -29,11 +29,10 @@ from llmsys.decentral.chain import Chain
 from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.plan import OF_1F1B, Planner, scheduled
 from llmsys.decentral.repair import after_quit
-from llmsys.job import Record, code_hash
-from llmsys.profile import environment
+from llmsys.job import Record
 from llmsys.table import piped
+from script_record import RECORDS, Script
 
-RECORDS = Path(__file__).parent / "records"
 MODEL, LENGTH = "llama2_7b", 2048
 SIZES = (6, 8, 12, 16, 20)
 WORK = Workload(micro_batches=64, schedule="eager_1f1b", optimizer=6.0, recompute=True)
@@ -212,7 +211,7 @@ def main(given: Sequence[str]) -> Record:
     parser.add_argument("--no-large", action="store_true")
     parser.add_argument("--out", type=Path, default=RECORDS)
     asked = parser.parse_args(given)
-    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    script = Script("decentral_plans")
     chain = model(asked.layers)
     rows, times = compared(chain, asked.fleets), timed(chain)
     numbers = summary(rows, times) | ({} if asked.no_large else large())
@@ -221,21 +220,14 @@ def main(given: Sequence[str]) -> Record:
         for kind, own in rows.items()
         for key in ("per_s", "baseline_per_s", "played_ratio", "of_bound", "plan_s")
     }
-    record = Record(
-        name="decentral_plans",
-        run_id=f"{asked.fleets}x{chain.count}",
-        task="benchmark",
-        status="ok",
+    record = script.left(
+        asked.out,
+        f"{asked.fleets}x{chain.count}",
         config={"model": MODEL, "layers": asked.layers, "length": LENGTH, "sizes": list(SIZES), "fleets": asked.fleets,
                 "best": {kind: [row["best"] for row in own] for kind, own in rows.items()}},
-        env=environment.describe("cpu", 1),
-        code_hash=code_hash(),
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
         summary=numbers,
         samples=columns | times,
     )  # fmt: skip
-    record.leave(asked.out)
     print(show(record))
     return record
 

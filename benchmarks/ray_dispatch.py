@@ -22,19 +22,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-import side_by_side
 from llmsys import compose, dispatch, job, results
+from llmsys.dispatch.cluster import ALONE
 from llmsys.dispatch.show import Show
-from llmsys.job import Record, code_hash
-from llmsys.profile import environment
+from llmsys.job import Record
 from llmsys.table import piped
+from script_record import RECORDS, Script
 
 SHORT = ["train.steps=2", "train.length=32", "data.num_examples=8", "train.threads=1", "profile.warmup=0"]
-SETTINGS = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all on loopback
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",
-}
 
 
 def seconds(root: Path, place: str, seed: int) -> tuple[float, float]:
@@ -104,12 +99,12 @@ def main(given: Sequence[str]) -> Record:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=side_by_side.RECORDS)
+    parser.add_argument("--out", type=Path, default=RECORDS)
     asked = parser.parse_args(given)
-    os.environ.update(SETTINGS)
+    os.environ.update(ALONE)
     from ray.cluster_utils import Cluster
 
-    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    script = Script("ray_dispatch")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -122,20 +117,13 @@ def main(given: Sequence[str]) -> Record:
             cluster.shutdown()
     samples["overhead_s"] = [ray - own for ray, own in zip(samples["ray_s"], samples["process_s"], strict=True)]
     medians = {key: statistics.median(values) for key, values in samples.items()}
-    record = Record(
-        name="ray_dispatch",
-        run_id=f"{asked.nodes}x{asked.jobs}x{asked.pairs}",
-        task="benchmark",
-        status="ok",
+    record = script.left(
+        asked.out,
+        f"{asked.nodes}x{asked.jobs}x{asked.pairs}",
         config={"jobs": asked.jobs, "nodes": asked.nodes, "pairs": asked.pairs, "settings": SHORT},
-        env=environment.describe("cpu", 1),
-        code_hash=code_hash(),
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
         summary=medians | found,
         samples=samples,
     )
-    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -30,12 +30,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmsys import cells_cache
-from llmsys.job import Record, code_hash
-from llmsys.profile import environment
+from llmsys.job import Record
 from llmsys.table import piped
+from script_record import RECORDS, Script
 from side_by_side import median_interval
 
-RECORDS = Path(__file__).parent / "records"
 WAYS = ("cold", "cached", "stale", "by_hand")
 _AGO_NS = 3600 * 10**9
 _LOAD = """
@@ -165,7 +164,7 @@ def main(words: Sequence[str]) -> Record:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RECORDS)
     asked = parser.parse_args(words)
-    started, begin = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), time.monotonic()
+    script = Script("results_load")
     samples: dict[str, list[float]] = {f"{way}_{clock}": [] for way in WAYS for clock in ("s", "cpu_s")}
     samples["imports_s"] = []
     least, cells_cache.LEAST = cells_cache.LEAST, 1
@@ -184,20 +183,13 @@ def main(words: Sequence[str]) -> Record:
                         ours = columns
     finally:
         cells_cache.LEAST = least
-    record = Record(
-        name="results_load",
-        run_id=f"{asked.records}x{asked.of}",
-        task="benchmark",
-        status="ok",
+    record = script.left(
+        asked.out,
+        f"{asked.records}x{asked.of}",
         config={"records": asked.records, "of": asked.of, "rounds": asked.rounds},
-        env=environment.describe("cpu", 1),
-        code_hash=code_hash(),
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
         summary={"records": asked.records, "columns": ours, "mib": round(size / 2**20, 1), **summary(samples)},
         samples=samples,
     )
-    record.leave(asked.out)
     print(show(record))
     return record
 

@@ -99,7 +99,7 @@ def test_ray_dispatch(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     import ray_dispatch
     from llmsys import results
 
-    for name in ray_dispatch.SETTINGS:
+    for name in ray_dispatch.ALONE:
         monkeypatch.delenv(name, raising=False)  # what it sets is gone afterwards
     record = ray_dispatch.main(["--pairs", "1", "--jobs", "2", "--nodes", "1", "--out", str(tmp_path)])
     assert results.read(tmp_path) == [record]

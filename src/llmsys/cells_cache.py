@@ -30,7 +30,7 @@ from llmsys.rows import row
 NAME = ".llmsys-cache.parquet"
 LEAST = 1000
 """Records below which there is no cache: they are read in a quarter of a second."""
-MAKERS = ("cells", "cells_cache", "job", "record_files", "rows", "schema/compress", "tasks")
+MAKERS = ("cells", "cells_cache", "flat", "job", "record_files", "rows", "schema/compress", "tasks")
 """The modules that turn a record into cells; a test finds those by what is called. To hash them takes a millisecond,
 the whole package a fifth of a cached load."""
 _YOUNG_NS = 2_000_000_000

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmsys.flat import flat
 from llmsys.job import NOT_IDENTITY, Record
 from llmsys.rows import row
 from llmsys.table import piped
@@ -57,7 +58,7 @@ def diff(a: Record, b: Record) -> list[Difference]:
         {
             "run": {key: getattr(each, key) for key in about},
             "settings": _settings(each),
-            "environment": _flat(each.env),
+            "environment": flat(each.env),
             "summary": dict(each.summary),
         }
         for each in (a, b)
@@ -82,13 +83,6 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, bool) != isinstance(other, bool):
         return False
     return bool(one == other or (one != one and other != other))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return out
 
 
 def matched(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[tuple[Record, Record]], list[Record], list[Record]]:

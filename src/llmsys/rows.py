@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmsys import tasks
+from llmsys.flat import flat
 from llmsys.job import Record
 from llmsys.revisions import revisions
 from llmsys.schema.compress import LOW_RANK, SPARSE, as_before
@@ -58,8 +58,7 @@ def row(record: Record) -> Row:
             given = {key: value for key, value in given.items() if key != "compress"}
         else:
             given = {**given, "compress": as_before(group)}
-    config: Row = {}
-    _flatten(given, "", config)
+    config: Row = flat(given)
     compressed = compress(config)
     method = "" if record.task in tasks.TABLES else config.get("method.kind")
     rate = config.get(f"train.lr_by_method.{method}")
@@ -124,28 +123,10 @@ def compress(config: Row) -> str:
     return f"{kind} {config['compress.density']:g}" if kind in SPARSE else kind
 
 
-def _flatten(values: dict[str, Any], prefix: str, out: Row) -> None:
-    """Adds to `out`, in place, what `values` and the dicts in it hold, under `<prefix><key>.<key>`."""
-    if dict not in map(type, values.values()):
-        out.update(zip(_names(prefix, tuple(values)), values.values(), strict=True))
-        return
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{key}.", out)
-        else:
-            out[prefix + key] = value
-
-
-@functools.lru_cache(10_000)
-def _names(prefix: str, keys: tuple[str, ...]) -> list[str]:
-    """Made once for a group of settings, of which every run of a sweep has the same: half the time of a row."""
-    return [prefix + key for key in keys]
-
-
 _SPOKEN_FOR = (
     *("name", "results", "reuse", "force", "smoke", "baselines", "command", "tracker.", "dispatch.", "train.lr_"),
     *("data.make", "engine.kind", "engine.zero", "engine.offload", "train.world", "train.resume", "network."),
-    *("compress.kind", "techniques", "repeat", "sweep."),
+    *("compress.kind", "techniques", "repeat", "sweep.", "search."),
 )
 """Settings that change no result, or that have a column of their own; by how their keys begin."""
 

@@ -7,7 +7,6 @@ Both sides speak in lines of JSON. The child says `idle_s` (a sign of life), `pr
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 from llmsys.comm.place import log_name
 from llmsys.dispatch import ending
 from llmsys.dispatch.ending import Verdict
+from llmsys.dispatch.lines import Lines
 from llmsys.job import Job
 
 FOR_THE_CPU = {
@@ -31,7 +31,7 @@ MiniLM on two cores took 0.75 s so and 0.61 s with the first two. A thread that 
 one other busy process took 4.6 s a step, and 1.2 s with the third. What the user has set wins; the record has all."""
 
 
-class Child:
+class Child(Lines):
     """A `follow.Rank`. Started at once; ends when `kill` was called, at the latest. `lock`: a file descriptor that it
     keeps open as long as it lives."""
 
@@ -56,8 +56,7 @@ class Child:
                 )
             finally:
                 os.close(writer)
-        self.pipe = io.FileIO(reader)
-        self._rest = b""
+        super().__init__(reader)
 
     @property
     def pid(self) -> int:
@@ -68,13 +67,6 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
-
-    def hear(self) -> list[dict[str, Any]] | None:
-        chunk = self.pipe.read(65536)
-        if not chunk:
-            return None
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        return [json.loads(line) for line in lines]
 
     def printed(self) -> list[str]:
         """The lines that it has written into its log, blank ones left out."""

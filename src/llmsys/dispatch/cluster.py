@@ -23,6 +23,8 @@ ANSWER_S = 5.0
 """How long an address may take to accept a connection."""
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """Of a cluster of this machine alone: Ray then takes loopback for its address, on every system; and it tells nobody."""
+ALONE = {**ON_LOOPBACK, "RAY_AUTH_MODE": "disabled"}
+"""Of one that nobody else is to know of, and that leaves no token in the home folder: tests' and benchmarks'."""
 ALWAYS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """What Ray will do by itself in later versions: it hides no GPU from a worker that has asked for none."""
 

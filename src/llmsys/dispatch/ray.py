@@ -291,7 +291,7 @@ def _listens(node: Node) -> bool:
     except ConnectionRefusedError:
         return False
     except OSError:
-        return True  # not to be reached from here, which says nothing
+        pass  # not to be reached from here, which says nothing
     return True
 
 

@@ -4,13 +4,13 @@ read or has closed. A thread asks its keeper for what it says, and fills the pip
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import threading
 from typing import Any, Protocol
 
 from llmsys.dispatch.ending import Verdict
+from llmsys.dispatch.lines import Lines, say
 
 KILL_S = 10.0
 """How long a keeper may take to end its rank; after that the keeper is ended, and its rank with it."""
@@ -30,7 +30,7 @@ class Ask(Protocol):
     def __call__(self, method: str, *given: Any, timeout_s: float | None = None) -> Any: ...
 
 
-class RemoteRank:
+class RemoteRank(Lines):
     """A `follow.Rank` whose process has been started. `lost`: why nothing is known of its end."""
 
     def __init__(self, rank: int, ask: Ask) -> None:
@@ -41,8 +41,7 @@ class RemoteRank:
         """Of rank 0, as it has written it; JSON."""
         self._end: dict[str, Any] = {}
         reader, self._writer = os.pipe()
-        self.pipe = io.FileIO(reader)
-        self._rest = b""
+        super().__init__(reader)
         self._thread = threading.Thread(target=self._listen, name=f"rank {rank}", daemon=True)
         self._thread.start()
 
@@ -50,7 +49,7 @@ class RemoteRank:
         try:
             while (messages := self._ask("hear")) is not None:
                 for message in messages:
-                    _write(self._writer, json.dumps(message).encode() + b"\n")
+                    say(self._writer, message)
             self._end = self._ask("end")
             self.record = self._end["record"]
         except Lost as error:
@@ -59,13 +58,6 @@ class RemoteRank:
             self.lost = Lost("worker", f"{type(error).__name__}: {error}")
         finally:
             os.close(self._writer)
-
-    def hear(self) -> list[dict[str, Any]] | None:
-        chunk = self.pipe.read(65536)
-        if not chunk:
-            return None
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        return [json.loads(line) for line in lines]
 
     def tell(self, **message: Any) -> None:
         with contextlib.suppress(Lost, TimeoutError):  # its thread finds out, or who waits for a sign of life
@@ -101,10 +93,3 @@ class RemoteRank:
             return "crashed", self.lost.reason, str(self.lost)
         status, reason, error = self._end["verdict"]
         return status, reason, error
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    with contextlib.suppress(BrokenPipeError):
-        while view:
-            view = view[os.write(descriptor, view) :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -17,6 +16,7 @@ from llmsys.comm import link
 from llmsys.comm.place import LOOPBACK, Place, interface_of, listen
 from llmsys.context import LightContext
 from llmsys.dispatch import memory_limit
+from llmsys.dispatch.lines import say
 from llmsys.job import Job
 
 _PR_SET_PDEATHSIG = 1
@@ -39,11 +39,9 @@ class Pipe:
         self._lock = threading.Lock()
 
     def send(self, **message: Any) -> None:
-        """One message, as one line of JSON."""
-        view = memoryview(json.dumps(message).encode() + b"\n")
-        with self._lock, contextlib.suppress(BrokenPipeError):
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+        """One message."""
+        with self._lock:
+            say(self._descriptor, message)
 
 
 def _hear(key: str) -> Any:

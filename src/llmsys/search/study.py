@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +25,14 @@ from llmsys.dispatch.stop import Stop
 from llmsys.errors import Contradiction
 from llmsys.job import Job, Record
 from llmsys.search import space
+from llmsys.search.pruned import PRUNED, PrunedRun
 from llmsys.sweep.parallel import Unit
 from llmsys.sweep.settings import Config, changed, get
-from llmsys.track import jsonl
 from llmsys.words import key_of
 
 Made = tuple[Job, Record]
-PRUNED, RUN, FAILED = "pruned", "run_id", "failed"
-"""The reason in the record of a trial that was given up, which is `skipped`; attributes of a trial: the id of its run,
-and that it has failed."""
-
-LOOK_S = 0.5
-"""Between two looks at a run's rows."""
+RUN, FAILED = "run_id", "failed"
+"""Attributes of a trial: the id of its run, and that it has failed."""
 
 
 @dataclass(frozen=True)
@@ -177,53 +172,6 @@ class Study:
             return ""
         words = _without_search(self.config)["command"]
         return " ".join(["python -m llmsys", *words, *(f"{key}={value}" for key, value in first.settings.items())])
-
-
-class PrunedRun:
-    """Looks at the rows of metrics of a trial's run as they come, and asks it to stop where the pruner says so; a
-    `dispatch.Watch`."""
-
-    def __init__(
-        self, trial: optuna.Trial, settings: schema.Search, out: Path, stop: Stop, note: Callable[[str], None]
-    ) -> None:
-        self.trial, self.settings, self.rows, self._note = trial, settings, out / "metrics.jsonl", note
-        self.stop = stop.child()
-        self.gave_up = False
-        self._step, self._why, self._out = -1, "", out
-        self._next, self._blind = 0.0, settings.pruner == "none"
-
-    def progress(self, values: dict[str, Any]) -> None:
-        if self._blind or self.gave_up or time.monotonic() < self._next or not self.rows.exists():
-            return
-        self._next = time.monotonic() + LOOK_S
-        try:
-            self._look()
-        except (ValueError, TypeError, OSError, optuna.exceptions.OptunaError) as error:
-            self._blind = True  # a run is not to suffer from who looks at it
-            self._note(f"search.watch={self.settings.watch}: not looked at any more: {error}")
-
-    def _look(self) -> None:
-        sign = 1 if self.settings.watch_direction == self.settings.direction else -1
-        for row in jsonl.read(self.rows):
-            value, step = row.get(self.settings.watch), int(row.get("step", -1))
-            if value is None or step <= self._step or not math.isfinite(value):
-                continue
-            self._step = step
-            self.trial.report(sign * value, step)
-            if step >= self.settings.watch_from and self.trial.should_prune():
-                pruner = f"search.pruner={self.settings.pruner}"
-                self._why = f"{self.settings.watch} {value:.4g} at step {step}: given up by {pruner}"
-                self.gave_up = True
-                self.stop.ask()
-                return
-
-    def judge(self, record: Record) -> Record:
-        """A run that was given up is not one that somebody stopped; one that had just ended is what it is."""
-        if not self.gave_up or record.status != "interrupted":
-            return record
-        record = dataclasses.replace(record, status="skipped", reason=PRUNED, error=self._why)
-        record.write(self._out)
-        return record
 
 
 def _without_search(config: Config) -> Config:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmsys import tasks
+from llmsys.flat import flat
 from llmsys.job import Record, code_hash
 from llmsys.sweep.settings import Config, get, shares
 
@@ -80,7 +81,7 @@ def point(config: Config, more: Iterable[str] = ()) -> Point | None:
             axes[key] = MEANS[key](config)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             axes[key] = float(value)
-    rest = {key: value for key, value in _flat(config).items() if not _aside(key) and key not in axes}
+    rest = {key: value for key, value in flat(config).items() if not _aside(key) and key not in axes}
     return Point(tuple(sorted(axes.items())), json.dumps(rest, sort_keys=True))
 
 
@@ -88,17 +89,6 @@ def _aside(key: str) -> bool:
     """Settings that say nothing of memory: who is told, where it runs and how long it may, and `LABELS`."""
     group, _, name = key.partition(".")
     return group in NOT_COMPARED or key.startswith(LABELS) or (group == "dispatch" and name != "memory_gib")
-
-
-def _flat(values: Config, prefix: str = "") -> Config:
-    out: Config = {}
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, dict):
-            out.update(_flat(value, f"{name}."))
-        else:
-            out[name] = value
-    return out
 
 
 @dataclass(frozen=True)
