@@ -143,8 +143,8 @@ def test_what_cannot_be_drawn_is_named_and_the_rest_is_drawn(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["papers"], "papers: no such paper; there are bench, decentral, lorafa, compress"),
-        (["lorafa", "memory"], "memory: no such figure of lorafa; there are blocks, saved, peak, quality, rates"),
+        (["papers"], "papers: no such paper; there are bench, compress, decentral, lorafa"),
+        (["lorafa", "memory"], "memory: no such figure of lorafa; there are blocks, peak, quality, rates, saved"),
         (["bench", "--records", "{empty}"], "{empty}: no record.json below it"),
         (["bench", "--records", "{empty}/nowhere"], "{empty}/nowhere: no such folder"),
     ],

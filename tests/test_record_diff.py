@@ -112,7 +112,9 @@ def test_the_best_by_a_metric_is_the_smallest_loss_and_the_largest_accuracy_and_
     for words in (["--metric", "accuracy", str(tmp_path)], [str(tmp_path), "--metric", "accuracy"]):
         out, _ = said(capsys, monkeypatch, "best", *words, "--csv")
         assert [line.split(",")[0] for line in out.splitlines()] == ["run_id", "1"]
-    with pytest.raises(SystemExit, match=r"^llmsys\.results: --metric acuracy: no record has it; there are .*accuracy"):
+    with pytest.raises(
+        SystemExit, match=r"^llmsys\.results: --metric acuracy: no record has it; did you mean accuracy"
+    ):
         said(capsys, monkeypatch, "best", "--metric", "acuracy", str(tmp_path))
 
 

@@ -6,11 +6,11 @@ Hydra 1.3 suggests nothing; the keys and choices there are come from the schema 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable
 
 from llmsys import compose, schema
+from llmsys.nearest import nearest
 
 
 def one_line(error: BaseException) -> str | None:
@@ -51,13 +51,15 @@ def _choice(text: str) -> str | None:
     if option:
         group, name = option.groups()
         there = list(compose.choices(group)) if group in compose.groups() else []
-        return f"{group}={name}: no such choice; {_nearest(name, there)}"
+        return f"{group}={name}: no such choice; {_near(name, there)}"
     group_ = re.search(r"Could not (?:override|find) '([\w/]+)'\.?\s*(?:No match in the defaults list|$)", text, re.M)
     if group_:
         wanted = group_.group(1)
         if wanted.rstrip("/") == "exp":
             return "exp: an experiment is added to the defaults, with a plus: +exp=NAME"
-        return f"{wanted}: no such group or setting; {_nearest(wanted, [*compose.groups(), *_keys()])}"
+        if wanted.rstrip("/") in schema.LATER:
+            return _not_chosen(wanted.rstrip("/"))
+        return f"{wanted}: no such group or setting; {_near(wanted, [*compose.groups(), *_keys()])}"
     return None
 
 
@@ -70,6 +72,8 @@ def _key(text: str) -> str | None:
     key = full.group(1) if full else command.group(1) if command else ""
     if not key:
         return None
+    if key in schema.LATER:
+        return _not_chosen(key)
     group, _, inner = key.partition(".")
     kinds = schema.SCHEMAS.get(group, {})
     owners = [kind for kind, cls in kinds.items() if inner in {field.name for field in dataclasses.fields(cls)}]
@@ -78,7 +82,11 @@ def _key(text: str) -> str | None:
     parent = key.rpartition(".")[0]
     if parent in _keys():
         return f"{key}: a new entry is added with a plus: '+{parent}={{...}}'"
-    return f"{key}: no such setting; {_nearest(key, _keys())}"
+    return f"{key}: no such setting; {_near(key, _keys())}"
+
+
+def _not_chosen(group: str) -> str:
+    return f"{group}: none is chosen; +{group}=NAME does: {', '.join(compose.choices(group))}"
 
 
 def _type(text: str) -> str | None:
@@ -113,11 +121,5 @@ def _keys() -> list[str]:
     return sorted(set(keys))
 
 
-def _nearest(name: str, there: Iterable[str]) -> str:
-    options = sorted(there)
-    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
-    last = name.rpartition(".")[2]
-    near += [o for o in options if o.rpartition(".")[2] == last and o not in near][:3]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"there are {', '.join(options)}" if len(options) <= 40 else "see python -m llmsys --help"
+def _near(name: str, there: Iterable[str]) -> str:
+    return nearest(name, there, "see python -m llmsys --help")

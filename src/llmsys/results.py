@@ -201,10 +201,12 @@ def _write(rows: Sequence[Row], asked: argparse.Namespace) -> None:
 def main() -> None:
     """`python -m llmsys.results`."""
     commands = {"compare": _compare, "diff": record_diff.main, "best": _best, "markdown": _markdown}
-    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    first = sys.argv[1] if len(sys.argv) > 1 else "-"
     try:
-        if command:
-            command(sys.argv[2:])
+        if first in commands:
+            commands[first](sys.argv[2:])
+        elif not first.startswith("-") and not Path(first).exists():
+            raise ValueError(f"{first}: no such folder; commands are {', '.join(commands)}")
         else:
             _tables(sys.argv[1:])
     except (ValueError, OSError) as error:

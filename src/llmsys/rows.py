@@ -10,6 +10,7 @@ from typing import Any
 from llmsys import tasks
 from llmsys.flat import flat
 from llmsys.job import Record
+from llmsys.nearest import nearest
 from llmsys.revisions import revisions
 from llmsys.schema.compress import LOW_RANK, SPARSE, as_before
 from llmsys.spread import LIMITS, spread
@@ -207,7 +208,7 @@ def best(rows: Sequence[Row], key: str, *, option: str = "--best") -> list[Row]:
         if place not in chosen or sign * each[key] > sign * chosen[place][key]:
             chosen[place] = each
     if not chosen:
-        raise ValueError(f"{option} {key}: no record has it; there are {', '.join(numbers(rows))}")
+        raise ValueError(f"{option} {key}: no record has it; {nearest(key, numbers(rows))}")
     return list(chosen.values())
 
 

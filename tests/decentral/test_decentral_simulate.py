@@ -4,6 +4,7 @@ something is known."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -31,6 +32,7 @@ def job(seed: int = 0, **work: object) -> Job:
     return Job(chain=chain(seed, 12), work=Workload(**work), between=own.between, other=own.other)  # type: ignore[arg-type]
 
 
+@functools.lru_cache(SEEDS)
 def churned(seed: int, seconds: float = 300.0) -> tuple[World, object]:
     world = World(job(seed % 7), fleet(seed % 7, 8, 12, roomy=4.0), RESTLESS, seconds, seed, begin=6)
     return world, world.run()
@@ -75,7 +77,7 @@ def test_no_promise_is_broken_by_ten_thousand_providers() -> None:
 
 
 def test_the_same_seed_is_the_same_run() -> None:
-    one, other = (dataclasses.asdict(churned(3)[1]) for _ in range(2))  # type: ignore[call-overload]
+    one, other = (dataclasses.asdict(churned.__wrapped__(3)[1]) for _ in range(2))  # type: ignore[call-overload]
     assert one == other
     assert dataclasses.asdict(churned(4)[1]) != one  # type: ignore[call-overload]
 
@@ -91,8 +93,8 @@ def test_shorter_lives_leave_less() -> None:
     found = []
     for mtbf in (30.0, 300.0, 30_000.0):
         churn = dataclasses.replace(RESTLESS, mtbf_s=mtbf)
-        runs = [simulate(job(), fleet(0, 8, 12, roomy=4.0), churn, 600.0, seed) for seed in range(5)]
-        found.append(sum(run.goodput_per_s / run.ideal_per_s for run in runs) / 5)
+        runs = [simulate(job(), fleet(0, 8, 12, roomy=4.0), churn, 300.0, seed) for seed in range(3)]
+        found.append(sum(run.goodput_per_s / run.ideal_per_s for run in runs) / 3)
     assert found == sorted(found)
     assert found[-1] > 0.9
 
@@ -127,7 +129,7 @@ def test_a_world_that_breaks_a_promise_is_caught() -> None:
 @pytest.mark.parametrize("seed", [36, 105, 177])
 def test_what_the_hung_say_late_is_no_broken_promise(seed: int) -> None:
     """They speak of an epoch that is past when they have held the next one already."""
-    churned(seed)
+    churned.__wrapped__(seed)
 
 
 # --- the broker alone -------------------------------------------------------------------------------------------

@@ -221,6 +221,7 @@ def test_a_node_that_goes_in_a_sweep_takes_its_own_runs_along_and_no_others(
         assert (lost.status, lost.reason) == ("crashed", "node"), lost.error
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_runs_between_two_steps_and_frees_what_they_had(
     cluster: Emulated, connected: Any, results: Path
 ) -> None:

@@ -60,7 +60,11 @@ def test_a_search_s_file_says_how_it_is_started_and_composes(search: str) -> Non
     ("words", "said"),
     [
         (("search.metric=",), "search.metric: missing"),
-        (('search.space=["train.nothing=choice(1,2)"]',), "search.space: train.nothing: no such setting"),
+        (
+            ('search.space=["train.nothing=choice(1,2)"]',),
+            "search.space: train.nothing: no such setting; there are accumulation",
+        ),
+        (('search.space=["train.lr_scal=choice(1,2)"]',), "train.lr_scal: no such setting; did you mean lr_scale"),
         (("search.pruner=none", "search.sampler=best"), "search.sampler=best: must be one of tpe, random, qmc, cmaes"),
         (("-m", "train.seed=0,1"), "search: is of one run's settings"),
     ],
@@ -79,7 +83,8 @@ def test_a_metric_that_no_record_has_ends_the_search_with_the_nearest_names(llms
     done = llmsys("+search=learning_rate", *SHORT, "search.metric=vall_loss", "search.trials=3")
     assert done.returncode == 1
     assert (
-        "search.metric=vall_loss: the run is ok, and its record has no such number; there are val_loss" in done.stderr
+        "search.metric=vall_loss: the run is ok, and its record has no such number; did you mean val_loss"
+        in done.stderr
     )
     assert "[2/3]" not in done.stderr
 
@@ -88,7 +93,7 @@ def test_trials_are_runs_of_which_bad_ones_are_given_up_and_the_next_session_goe
     llmsys: LlmSys, results: Path
 ) -> None:
     """Random rates over five decades: the median pruner gives up those that learn nothing."""
-    steps = ("train.steps=120", "search.sampler=random", "search.startup=2", "search.watch_from=10", RATE)
+    steps = ("train.steps=60", "search.sampler=random", "search.startup=2", "search.watch_from=10", RATE)
     done = llmsys("+search=learning_rate", *SHORT, *steps, "search.trials=4")
     assert done.returncode == 0, done.stderr
     first = records(results)

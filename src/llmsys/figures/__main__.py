@@ -27,12 +27,14 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_listed(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paper", metavar="PAPER", help=" | ".join(PAPERS))
+    parser.add_argument("paper", metavar="PAPER", nargs="?", help=" | ".join(PAPERS))
     parser.add_argument("figure", metavar="FIGURE", nargs="*", help="only these; without any all of the paper")
     parser.add_argument("--records", metavar="FOLDER", help="results, say (default: the published records)")
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("figures"), help="default: %(default)s")
     parser.add_argument("--format", choices=drawing.FORMATS, default="pdf", help="default: %(default)s")
     arguments = parser.parse_args(argv)
+    if arguments.paper is None:
+        parser.error(f"PAPER: missing; one of {', '.join(PAPERS)}, or --help for their figures")
     drawn = 0
     try:
         names = [*dict.fromkeys(arguments.figure)] or list(drawing.entries(arguments.paper))

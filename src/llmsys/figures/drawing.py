@@ -11,6 +11,7 @@ from llmsys import results
 from llmsys.figures.catalogue import PAPERS, Entry
 from llmsys.figures.machine import stamp
 from llmsys.job import Record
+from llmsys.nearest import nearest
 
 COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks" / "records"
 """The published records, in a checkout; a wheel has none."""
@@ -22,7 +23,7 @@ METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "png": {"
 def entries(paper: str) -> dict[str, Entry]:
     """The figures of a paper. ValueError lists the papers there are."""
     if paper not in PAPERS:
-        raise ValueError(f"{paper}: no such paper; there are {', '.join(PAPERS)}")
+        raise ValueError(f"{paper}: no such paper; {nearest(paper, PAPERS)}")
     return PAPERS[paper]
 
 
@@ -30,7 +31,7 @@ def entry(paper: str, name: str) -> Entry:
     """One of them. ValueError lists those there are."""
     found = entries(paper)
     if name not in found:
-        raise ValueError(f"{name}: no such figure of {paper}; there are {', '.join(found)}")
+        raise ValueError(f"{name}: no such figure of {paper}; {nearest(name, found)}")
     return found[name]
 
 

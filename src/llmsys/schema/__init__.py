@@ -8,12 +8,12 @@ Nothing here imports anything heavy or does I/O: `--help`, the launcher and the 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmsys.nearest import nearest
 from llmsys.schema import coherence
 from llmsys.schema.advise import Advise, Opportunities
 from llmsys.schema.bench import Calibrate, Predict, Predicting
@@ -206,8 +206,7 @@ def _make(cls: type, prefix: str, values: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3) or sorted(known)
-            raise ValueError(f"{prefix}{key}: no such setting; there are {', '.join(near)}")
+            raise ValueError(f"{prefix}{key}: no such setting; {nearest(key, known)}")
     for key, value in values.items():
         for number in value.values() if isinstance(value, dict) else [value]:
             if isinstance(number, float) and not math.isfinite(number):

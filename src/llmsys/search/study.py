@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fcntl
 import functools
 import hashlib
@@ -24,6 +23,7 @@ from llmsys.dispatch.show import Show
 from llmsys.dispatch.stop import Stop
 from llmsys.errors import Contradiction
 from llmsys.job import Job, Record
+from llmsys.nearest import nearest
 from llmsys.search import space
 from llmsys.search.pruned import PRUNED, PrunedRun
 from llmsys.sweep.parallel import Unit
@@ -55,8 +55,10 @@ class Study:
         self.space = space.parse(self.settings.space)
         for key in self.space:
             group, _, last = key.rpartition(".")
-            if last not in (get(config, group) or {}):
-                raise ValueError(f"search.space: {key}: no such setting")
+            there = get(config, group) or {}
+            if last not in there:
+                near = nearest(last, there) if there else nearest(group, schema.SCHEMAS)
+                raise ValueError(f"search.space: {key}: no such setting; {near}")
         job = make(_without_search(config))  # what is wrong with it is said now
         self.path = Path(job.out).parent / f"search-{self._id()}.journal"
         self._lock()
@@ -137,10 +139,9 @@ class Study:
             trial.set_user_attr(FAILED, True)
             self._study.tell(trial, state=TrialState.FAIL)
             if record.status == "ok":  # as of all trials that would follow
-                near = difflib.get_close_matches(self.settings.metric, record.summary, n=3) or sorted(record.summary)
                 raise ValueError(
-                    f"search.metric={self.settings.metric}: the run is ok, and its record has no such number; there "
-                    f"are {', '.join(near)}"
+                    f"search.metric={self.settings.metric}: the run is ok, and its record has no such number; "
+                    f"{nearest(self.settings.metric, record.summary)}"
                 )
 
     def tried(self) -> list[Tried]:
