@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
+from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch import Run
 from llmsys.decentral.trace import Traced, trace
-from llmsys.decentral.wire import pack, unpack
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "resnet")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -86,9 +86,9 @@ def staged(
     for stage, run in zip(stages, runs, strict=True):
         received = {name: way[stage.index, name] for name in stage.receives}
         for name, tensor in run.forward({name: inputs[name] for name in stage.inputs}, received).items():
-            message, layout = pack(tensor)
-            sent += message.nbytes
-            way[stage.sends[name], name] = unpack(message.clone(), layout, tuple(tensor.shape))
+            message = packed(tensor)
+            sent += len(message.data)
+            way[stage.sends[name], name] = unpacked(message)
         updates |= run.updates
     (loss,) = runs[-1].outputs.values()
     back: dict[tuple[int, str], Tensor] = {}
@@ -99,8 +99,7 @@ def staged(
         sums = {key: shared[stage.index, key] for key in stage.parameters if (stage.index, key) in shared}
         returned, own = run.backward(given, sums)
         for name, gradient in returned.items():
-            message, layout = pack(gradient)
-            back[stage.receives[name], name] = unpack(message.clone(), layout, tuple(gradient.shape))
+            back[stage.receives[name], name] = unpacked(packed(gradient))
         for key, gradient in own.items():
             if key in stage.shares:
                 shared[stage.shares[key], key] = gradient

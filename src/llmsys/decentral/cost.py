@@ -48,7 +48,7 @@ class Workload:
     `optimizer`: bytes of these for a byte of weights (fp32 and AdamW: 1 and 2; bf16 with fp32 master weights: 1 and 6).
     `offload`: the optimizer may be on the host, where a stage does not fit otherwise. `private`: operators that only
     trusted providers may run, by place: the first and the last so many. `regions`: where providers may be; empty:
-    anywhere. `min_mbit`: lines of less are left alone."""
+    anywhere. `min_mbit`: lines of less are left alone. `most`: pipelines at most; 0: as many as are best."""
 
     train: bool = True
     micro_batches: int = 8
@@ -60,6 +60,7 @@ class Workload:
     private: tuple[int, int] = (0, 0)
     regions: tuple[str, ...] = ()
     min_mbit: float = 0.0
+    most: int = 0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

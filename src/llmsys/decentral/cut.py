@@ -15,29 +15,81 @@ takes the same way to the first, who owns it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any, Self
 
-from llmsys.decentral.graph import ITEM, Graph
+from llmsys.decentral.graph import ITEM, Graph, Node
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """`nodes`: what it runs, in order, recomputed ones among them. `inputs`: placeholders that it is fed.
     `receives`: tensors, and the stage that sends each; `sends`: tensors, and the stage that each goes on to (a tensor
-    goes to at most one: that one hands it on). `parameters` that it reads; `shares`: of these, those that an earlier
-    stage reads too, and that stage, to which the gradient goes. `constants`, `variables` likewise.
+    goes to at most one: that one hands it on); `trained`: of both, those that a gradient may go back of. `parameters`
+    that it reads; `shares`: of these, those that an earlier stage reads too, and that stage, to which the gradient
+    goes; `hears`: those that a later one reads too, and the next of them, whose gradient comes here. A parameter's
+    owner is the first to read it; `tells`: the others, of what this stage owns, that are to have its new values.
+    `constants`, `variables` that it reads.
     """
 
     index: int
     nodes: tuple[str, ...]
     inputs: tuple[str, ...]
     receives: Mapping[str, int]
+    trained: tuple[str, ...]
     sends: Mapping[str, int]
     parameters: tuple[str, ...]
     shares: Mapping[str, int]
+    hears: Mapping[str, int]
+    tells: Mapping[str, tuple[int, ...]]
     constants: tuple[str, ...]
     variables: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, dicts, numbers and text."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> Self:
+        """ValueError for what is no stage."""
+        lists = ("nodes", "inputs", "trained", "parameters", "constants", "variables")
+        maps = ("receives", "sends", "shares", "hears")
+        if not isinstance(data, Mapping) or set(data) != {"index", "tells", *lists, *maps}:
+            raise ValueError("no stage: other settings")
+        if type(data["index"]) is not int or not isinstance(data["tells"], Mapping):
+            raise ValueError("no stage: index: must be a number; tells: stages by name")
+        tells = {key: tuple(int(each) for each in value) for key, value in data["tells"].items()}
+        for key in lists:
+            if not isinstance(data[key], (list, tuple)) or not all(isinstance(each, str) for each in data[key]):
+                raise ValueError(f"no stage: {key}: must be names")
+        for key in maps:
+            if not isinstance(data[key], Mapping) or not all(type(each) is int for each in data[key].values()):
+                raise ValueError(f"no stage: {key}: must be stages by name")
+        return cls(
+            index=data["index"],
+            tells=tells,
+            **{key: tuple(data[key]) for key in lists},  # type: ignore[arg-type]
+            **{key: dict(data[key]) for key in maps},  # type: ignore[arg-type]
+        )
+
+
+def part(graph: Graph, stage: Stage) -> Graph:
+    """What of `graph` somebody has to know who runs `stage`: its nodes, and what it is sent as placeholders."""
+    names = {*stage.nodes, *stage.inputs}
+    nodes = [
+        Node(name=node.name, kind="placeholder", values=node.values) if node.name in stage.receives else node
+        for node in graph.nodes
+        if node.name in names or node.name in stage.receives
+    ]
+    return Graph(
+        nodes=tuple(nodes),
+        outputs=tuple(name for name in graph.outputs if name in stage.nodes),
+        parameters={key: graph.parameters[key] for key in stage.parameters},
+        constants={key: graph.constants[key] for key in stage.constants},
+        variables={key: graph.variables[key] for key in stage.variables},
+        updates={key: name for key, name in graph.updates.items() if name in stage.nodes},
+    )
 
 
 def contiguous(graph: Graph, boundaries: Sequence[int]) -> dict[str, int]:
@@ -127,20 +179,27 @@ def _stage(graph: Graph, owner: Mapping[str, int], runs: Sequence[set[str]], ind
             if here == index:
                 sends[name] = there
     tensors = tuple(dict.fromkeys(key for node in nodes for key in node.tensors))
-    shares = {}
+    shares, hears, tells = {}, {}, {}
     for key in (key for key in tensors if key in graph.parameters):
         way = sorted(set(readers[key]))
         if (at := way.index(index)) > 0:
             shares[key] = way[at - 1]
+        elif len(way) > 1:
+            tells[key] = tuple(way[1:])
+        if at + 1 < len(way):
+            hears[key] = way[at + 1]
     inputs = {name for node in nodes for name in node.reads if graph.by_name[name].kind == "placeholder"}
     return Stage(
         index=index,
         nodes=tuple(node.name for node in nodes),
         inputs=tuple(node.name for node in graph.nodes if node.name in inputs),
         receives=receives,
+        trained=tuple(name for name in {**receives, **sends} if name in graph.trained),
         sends=sends,
         parameters=tuple(key for key in tensors if key in graph.parameters),
         shares=shares,
+        hears=hears,
+        tells=tells,
         constants=tuple(key for key in tensors if key in graph.constants),
         variables=tuple(key for key in tensors if key in graph.variables),
     )

@@ -97,7 +97,8 @@ class Planner:
             one = self.finder.pipeline(members) if members else None
             return [] if one is None else [self.made([one])]
         ways = Ways(self.finder).of(members, replicas)
-        made = [self.made(way) for way in ways if way and (replicas is None or len(way) == replicas)]
+        most = self.costs.work.most or math.inf
+        made = [self.made(way) for way in ways if way and len(way) <= most and replicas in (None, len(way))]
         found = {tuple((each.order, each.cuts) for each in plan.pipelines): plan for plan in made}
         best = sorted((each for each in found.values() if each.per_s > 0), key=lambda each: -each.per_s)
         if best and len(members) <= MANY and (less := self._without_idle(best[0])) is not best[0]:

@@ -77,7 +77,8 @@ def after_join(planner: Planner, plan: Plan, new: int, worth: float = WORTH) -> 
     spares = [p for p in best.plan.spares if p in usable]
     enough = plan.per_s / worth
     ways = []
-    if plan.objective == "throughput" and (own := planner.finder.pipeline(spares)) is not None:
+    one_more = planner.costs.work.most == 0 or len(plan.pipelines) < planner.costs.work.most
+    if one_more and plan.objective == "throughput" and (own := planner.finder.pipeline(spares)) is not None:
         ways.append(("replica", (*plan.pipelines, own)))
     slowest = max(plan.pipelines, key=lambda each: each.seconds)
     others = tuple(each for each in plan.pipelines if each is not slowest)

@@ -1,1 +1,105 @@
-"""Execution planes: how the operators of a stage are run."""
+"""Execution planes: what computes a stage. A graph says what, a plane says with which framework and on which device.
+
+A provider has one plane, and providers of one pipeline may have different ones: between them travel arrays of bytes
+(`wire.Array`), whose names and shapes the graph says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmsys.decentral.cut import Stage
+from llmsys.decentral.graph import Graph
+from llmsys.decentral.wire import Array
+
+Arrays = Mapping[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """The optimizer of a job (Loshchilov and Hutter, arXiv 1711.05101); its rate is each step's own."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What all providers of a job keep to: `micro_batches` of a step, whose losses count for as much each, in the order
+    of a `schedule`; `seed` of what is drawn."""
+
+    micro_batches: int
+    schedule: str = "1f1b"
+    optimizer: AdamW = AdamW()
+    seed: int = 0
+
+    def draw(self, step: int, micro_batch: int, node: str) -> int:
+        """The seed of an operator that draws: it draws the same again, whoever computes it."""
+        text = f"{self.seed}/{step}/{micro_batch}/{node}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+class Executor(Protocol):
+    """A stage. `state` has the parameters it owns and reads, by their key behind `p/`, and what the optimizer keeps of
+    those it owns."""
+
+    def put(self, state: Arrays) -> None:
+        """What of its state has come; ValueError for a name that is not its, or another shape."""
+
+    def begin(self) -> None:
+        """What the optimizer keeps, as it is before the first step."""
+
+    @property
+    def missing(self) -> set[str]:
+        """Names of its state that have not come yet."""
+
+    def state(self, names: Iterable[str]) -> dict[str, Array]: ...
+
+    def forward(self, step: int, micro_batch: int, inputs: Arrays, received: Arrays) -> dict[str, Array]:
+        """What goes on, by name."""
+
+    def backward(
+        self, micro_batch: int, gradients: Arrays, shared: Arrays
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Gradients of what was received, and sums of those of parameters that an earlier stage owns. Its own are kept,
+        added up in the order of the calls."""
+
+    def loss(self, micro_batch: int) -> float | None:
+        """Of a micro-batch, where this stage computes it."""
+
+    def squares(self) -> dict[str, float]:
+        """Of each parameter that it owns, the sum of its gradient's squares."""
+
+    def apply(self, rate: float, scale: float) -> None:
+        """One step of the optimizer with gradients times `scale`, which are gone then."""
+
+    def forget(self) -> None:
+        """Everything of the step under way."""
+
+
+class Plane(Protocol):
+    name: str
+
+    def stage(self, graph: Graph, stage: Stage, constants: Arrays, rules: Rules) -> Executor:
+        """ValueError where the plane cannot run an operator of it."""
+
+    def warm(self) -> None:
+        """What is slow the first time, done once."""
+
+
+PARAMETER, MOMENTS, VARIABLE = "p/", ("m/", "v/", "t/"), "b/"
+
+
+def names_of(stage: Stage) -> list[str]:
+    """Of a stage's state: parameters; of those it owns first and second moments and the number of steps; variables."""
+    own = [key for key in stage.parameters if key not in stage.shares]
+    return [
+        *(PARAMETER + key for key in stage.parameters),
+        *(prefix + key for key in own for prefix in MOMENTS),
+        *(VARIABLE + key for key in stage.variables),
+    ]

@@ -2,15 +2,15 @@
 
 `Run` is one micro-batch on one stage: `forward` gives what goes on, `backward` what goes back. Bits are those of the
 uncut model in one process with as many threads, for three reasons: operators and their order are the same; a tensor
-arrives with the strides that it left with (`wire.pack`), so that kernels choose alike; and gradients of a tensor or a
-parameter that several stages read are added from the last reader to the first, as autograd does, by handing the sum so
-far to the earlier stage's backward pass as one more root.
+arrives with the strides that it left with (`planes.layout`), so that kernels choose alike; and gradients of a tensor or
+a parameter that several stages read are added from the last reader to the first, as autograd does, by handing the sum
+so far to the earlier stage's backward pass as one more root.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,20 @@ from llmsys.decentral.graph import ITEM, Graph, Node
 
 class Run:
     """One micro-batch of `stage`. `tensors`: its parameters, constants and variables by key; parameters are left as
-    they are, and gradients are returned, not stored."""
+    they are, and gradients are returned, not stored: of the loss times `share`. `draw`: the seed of an operator that
+    draws random numbers, by its name; None: it goes on with the process' own."""
 
-    def __init__(self, graph: Graph, stage: Stage, tensors: Mapping[str, Tensor], *, train: bool = True) -> None:
-        self.graph, self.stage, self.train = graph, stage, train
+    def __init__(
+        self,
+        graph: Graph,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        *,
+        train: bool = True,
+        share: float = 1.0,
+        draw: Callable[[str], int] | None = None,
+    ) -> None:
+        self.graph, self.stage, self.train, self.share, self.draw = graph, stage, train, share, draw
         self.tensors = dict(tensors)
         if train:
             for key in stage.parameters:
@@ -41,7 +51,7 @@ class Run:
         values.update({name: inputs[name] for name in self.stage.inputs})
         for name in self.stage.receives:
             tensor = received[name].detach()
-            if self.train and name in self.graph.trained:
+            if self.train and name in self.stage.trained:
                 tensor.requires_grad_()
             self._received[name] = values[name] = tensor
         device = next(iter(self.tensors.values())).device if self.tensors else torch.device("cpu")
@@ -72,7 +82,8 @@ class Run:
         roots: list[tuple[Tensor, Tensor | None]] = []
         loss = self.graph.loss
         if loss in self.stage.nodes:
-            roots.append((self._values[str(loss)], None))
+            value = self._values[str(loss)]
+            roots.append((value, torch.full_like(value, self.share)))
         roots += [(self._values[name], gradients[name]) for name in self.stage.sends if name in gradients]
         roots += [(self.tensors[key], shared[key]) for key in self.stage.parameters if key in shared]
         roots = [(tensor, gradient) for tensor, gradient in roots if tensor.requires_grad]
@@ -95,6 +106,8 @@ class Run:
         )
 
     def _result(self, node: Node, device: torch.device) -> Any:
+        if node.random and self.draw is not None:
+            torch.manual_seed(self.draw(node.name))
         args = [self._live(each, device) for each in node.args]
         kwargs = {key: self._live(each, device) for key, each in node.kwargs.items()}
         return operation(node.target)(*args, **kwargs)

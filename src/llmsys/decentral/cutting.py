@@ -1,0 +1,60 @@
+"""A model cut for the providers of a plan: what each stage is, and whose state has which names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from llmsys.decentral.chain import Chain
+from llmsys.decentral.cut import Stage, cut, part
+from llmsys.decentral.graph import Graph
+from llmsys.decentral.planes import names_of
+
+
+@dataclass(frozen=True, eq=False)
+class Cutting:
+    """Of `graph`, at positions `cuts` of its chain; made in epoch `number`, by which it is called."""
+
+    number: int
+    graph: Graph
+    chain: Chain
+    cuts: tuple[int, ...]
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        return cut(self.graph, self.chain.at(self.cuts[1:-1]))
+
+    @functools.cached_property
+    def parts(self) -> tuple[Graph, ...]:
+        """What of the graph each stage's provider has to know."""
+        return tuple(part(self.graph, stage) for stage in self.stages)
+
+    @functools.cached_property
+    def names(self) -> tuple[frozenset[str], ...]:
+        """Of each stage's state."""
+        return tuple(frozenset(names_of(stage)) for stage in self.stages)
+
+
+def lost(cutting: Cutting, missing: Iterable[str]) -> list[int]:
+    """The fewest stages, taken greedily, whose state has all these names. ValueError for one that no stage has."""
+    left, found = set(missing), list[int]()
+    while left:
+        best = max(range(len(cutting.names)), key=lambda at: (len(cutting.names[at] & left), -at))
+        if not cutting.names[best] & left:
+            raise ValueError(f"state {min(left)}: no stage has it")
+        found.append(best)
+        left -= cutting.names[best]
+    return sorted(found)
+
+
+def sources(wanted: Iterable[str], holders: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
+    """Who gives which of these names: each is asked for what nobody before it has; whoever has most comes first."""
+    left, found = set(wanted), dict[str, list[str]]()
+    while left:
+        name = max(sorted(holders), key=lambda each: len(holders[each] & left), default="")
+        if not name or not holders[name] & left:
+            break
+        found[name] = sorted(holders[name] & left)
+        left -= holders[name]
+    return found

@@ -1,0 +1,189 @@
+"""A stage on torch: `planes.torch.Run` for each micro-batch, torch's AdamW, and its state by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from llmsys.decentral.cut import Stage
+from llmsys.decentral.graph import Graph, Value
+from llmsys.decentral.planes import MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of
+from llmsys.decentral.planes.layout import packed, unpacked
+from llmsys.decentral.planes.torch import Run
+from llmsys.decentral.wire import Array
+
+FIRST, SECOND, STEPS = MOMENTS
+
+
+class TorchPlane:
+    """On `device`. Bits are those of one process with as many threads."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def stage(self, graph: Graph, stage: Stage, constants: Arrays, rules: Rules) -> TorchStage:
+        return TorchStage(graph, stage, constants, rules, self.device)
+
+    def warm(self) -> None:
+        """Autograd's thread and the optimizer's code: half a second, the first time."""
+        weight = torch.ones(8, 8, device=self.device, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight], foreach=False)
+        torch.nn.functional.cross_entropy(weight @ weight, torch.arange(8, device=self.device)).backward()
+        optimizer.step()
+
+
+class TorchStage:
+    """See `planes.Executor`."""
+
+    def __init__(self, graph: Graph, stage: Stage, constants: Arrays, rules: Rules, device: torch.device) -> None:
+        self.graph, self.own, self.rules, self.device = graph, stage, rules, device
+        self.names = frozenset(names_of(stage))
+        self._held: dict[str, Tensor] = {}
+        self._constants = {}
+        for key in stage.constants:
+            self._constants[key] = self._checked(f"constant {key}", constants[key], graph.constants[key])
+        self._runs: dict[int, Run] = {}
+        self._losses: dict[int, float] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._changed: dict[str, Tensor] = {}  # variables, which are what they were if the step is given up
+        self._optimizer: torch.optim.AdamW | None = None
+
+    # --- its state ---
+
+    def put(self, state: Arrays) -> None:
+        for name, array in state.items():
+            if name not in self.names:
+                raise ValueError(f"state {name}: is none of this stage's")
+            key = name[2:]
+            value = self.graph.variables[key] if name.startswith(VARIABLE) else self.graph.parameters[key]
+            tensor = unpacked(array, self.device)
+            if not name.startswith(STEPS):
+                tensor = self._checked(name, array, value)
+            elif (array.dtype, array.shape) != ("float32", ()):
+                raise ValueError(f"state {name}: {array.dtype} {list(array.shape)}: must be one number")
+            self._held[name] = tensor
+        self._optimizer = None  # it holds the tensors that were there before
+
+    def begin(self) -> None:
+        for name in self.missing:
+            if name.startswith(STEPS):
+                self._held[name] = torch.zeros((), dtype=torch.float32)
+            elif name.startswith(MOMENTS):
+                self._held[name] = torch.zeros_like(self._held[PARAMETER + name[2:]])
+
+    @property
+    def missing(self) -> set[str]:
+        return set(self.names) - set(self._held)
+
+    def state(self, names: Iterable[str]) -> dict[str, Array]:
+        return {name: packed(self._held[name]) for name in names}
+
+    # --- a step ---
+
+    def forward(self, step: int, micro_batch: int, inputs: Arrays, received: Arrays) -> dict[str, Array]:
+        run = Run(
+            self.graph,
+            self.own,
+            self._tensors(),
+            share=1.0 / self.rules.micro_batches,
+            draw=lambda node: self.rules.draw(step, micro_batch, node),
+        )
+        sent = run.forward(self._all(inputs), self._all(received))
+        self._runs[micro_batch] = run
+        self._changed |= {VARIABLE + key: tensor for key, tensor in run.updates.items()}
+        if self.graph.loss is not None:
+            self._losses[micro_batch] = float(run.outputs[self.graph.loss])
+        return {name: packed(tensor) for name, tensor in sent.items()}
+
+    def backward(
+        self, micro_batch: int, gradients: Arrays, shared: Arrays
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        run = self._runs.pop(micro_batch)
+        back, found = run.backward(self._all(gradients), self._all(shared))
+        on = {}
+        for key, gradient in found.items():
+            if key in self.own.shares:
+                on[key] = packed(gradient)
+            elif key in self._gradients:
+                self._gradients[key] = self._gradients[key] + gradient
+            else:
+                self._gradients[key] = gradient
+        return {name: packed(tensor) for name, tensor in back.items()}, on
+
+    def loss(self, micro_batch: int) -> float | None:
+        return self._losses.get(micro_batch)
+
+    def squares(self) -> dict[str, float]:
+        return {key: float(each.double().square().sum()) for key, each in self._gradients.items()}
+
+    def apply(self, rate: float, scale: float) -> None:
+        if self._optimizer is None:
+            self._optimizer = self._made()
+        (group,) = self._optimizer.param_groups
+        group["lr"] = rate
+        for key, parameter in zip(self._owned, group["params"], strict=True):
+            gradient = self._gradients.get(key)
+            parameter.grad = gradient if gradient is None or scale == 1.0 else gradient * scale
+        self._optimizer.step()
+        for key, parameter in zip(self._owned, group["params"], strict=True):
+            parameter.grad = None
+            if parameter in self._optimizer.state:
+                kept = self._optimizer.state[parameter]
+                named = {FIRST: kept["exp_avg"], SECOND: kept["exp_avg_sq"], STEPS: kept["step"]}
+                self._held |= {prefix + key: tensor for prefix, tensor in named.items()}
+        self._held |= self._changed
+        self.forget()
+
+    def forget(self) -> None:
+        self._runs.clear()
+        self._losses.clear()
+        self._gradients.clear()
+        self._changed.clear()
+
+    @property
+    def _owned(self) -> list[str]:
+        return [key for key in self.own.parameters if key not in self.own.shares and self._floats(key)]
+
+    def _floats(self, key: str) -> bool:
+        return self._held[PARAMETER + key].is_floating_point()
+
+    def _made(self) -> torch.optim.AdamW:
+        """With the moments that are held."""
+        for key in self._owned:
+            self._held[PARAMETER + key] = self._held[PARAMETER + key].detach().requires_grad_()
+        chosen = self.rules.optimizer
+        optimizer = torch.optim.AdamW(
+            [self._held[PARAMETER + key] for key in self._owned],
+            betas=(chosen.beta1, chosen.beta2),
+            eps=chosen.eps,
+            weight_decay=chosen.weight_decay,
+            foreach=False,
+        )
+        for key in self._owned:
+            kept = {"step": STEPS, "exp_avg": FIRST, "exp_avg_sq": SECOND}
+            if float(self._held[STEPS + key]) > 0:
+                state = {word: self._held[prefix + key] for word, prefix in kept.items()}
+                optimizer.state[self._held[PARAMETER + key]] = state
+        return optimizer
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {key: self._held[PARAMETER + key] for key in self.own.parameters}
+        now = {**self._held, **self._changed}
+        return {**found, **self._constants, **{key: now[VARIABLE + key] for key in self.own.variables}}
+
+    def _all(self, arrays: Arrays) -> dict[str, Tensor]:
+        return {name: unpacked(array, self.device) for name, array in arrays.items()}
+
+    def _checked(self, what: str, array: Array, value: Value) -> Tensor:
+        """A tensor laid out as when it was traced."""
+        if (array.dtype, array.shape) != (value.dtype, value.shape):
+            said = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{what}: is {said}, and in the graph {value.dtype} {list(value.shape)}")
+        tensor = unpacked(array, self.device)
+        if tuple(tensor.stride()) == value.strides:
+            return tensor
+        return tensor.new_empty_strided(value.shape, value.strides).copy_(tensor)

@@ -1,0 +1,456 @@
+"""What a provider does with what it is told: frames come, frames go, and between them its stage is computed.
+
+No socket, no thread and no clock is here: whoever drives a `Provider` hands it frames, lets it `work` a task at a time,
+and takes what goes `out`. So tests, simulators and real processes run the same code.
+
+Of a new plan it is told its stage, if it has one, and says what it has: stages whose state it holds, and copies that it
+keeps for others. What it lacks comes from others, or is computed again (`Revival`). It begins a step when it is told,
+changes nothing before the commit, and applies an update once, by its number. Whatever is of another epoch than its own
+is left alone and counted, and so is what is not as the plan says.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmsys.decentral.cut import Stage
+from llmsys.decentral.graph import Graph
+from llmsys.decentral.planes import PARAMETER, AdamW, Plane, Rules, names_of
+from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
+from llmsys.decentral.wire import Array, Frame, Malformed, decode
+
+BROKER = "broker"
+CHUNK_BYTES = 32 << 20
+"""State goes in frames of about as much."""
+Place = tuple[int, int]
+"""A stage for good: the epoch in which the model was cut like this, and the stage's number."""
+
+
+@dataclass(kw_only=True)
+class Held:
+    """A stage whose state is here as it is after step `at`, and what it has sent after step `since`; `due`: parameters
+    that others own, whose values have not come yet."""
+
+    work: StageWork
+    at: int
+    since: int
+    due: set[str] = field(default_factory=set)
+
+    @property
+    def lacks(self) -> set[str]:
+        """Names of its state that are not here."""
+        return self.due | self.work.executor.missing
+
+    def applied(self) -> None:
+        self.at += 1
+        self.due = {PARAMETER + key for key in self.work.stage.shares}
+
+    def settled(self) -> bool:
+        """Whether nothing is due any more."""
+        if self.due and self.work.settle(self.at):
+            self.due = set()
+        return not self.due
+
+    def put(self, state: Mapping[str, Array]) -> None:
+        """What it lacks, of what has come."""
+        lacks = self.lacks
+        self.work.executor.put({name: each for name, each in state.items() if name in lacks})
+        self.due -= set(state)
+
+
+@dataclass(kw_only=True)
+class Revival:
+    """A stage that was lost, computed again from a copy as it was after `at`, up to `until`. `updates` of each step."""
+
+    held: Held
+    until: int
+    updates: Mapping[int, tuple[float, float]]
+    peers: Mapping[int, str]
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What was left alone, and why; and tasks done, by kind, for what they are worth."""
+
+    malformed: int = 0
+    foreign: int = 0
+    stale: int = 0
+    refused: int = 0
+    tasks: int = 0
+    refusals: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=10))
+
+
+class Provider:
+    """`name`: under which the broker knows it."""
+
+    def __init__(self, name: str, plane: Plane, job: str = "") -> None:
+        self.name, self.plane, self.job = name, plane, job
+        self.epoch = self.step = 0
+        self.stages: dict[Place, Held] = {}
+        self.revivals: dict[Place, Revival] = {}
+        self.copies: dict[Place, dict[int, dict[str, Array]]] = {}
+        self.live: Place | None = None
+        self.peers: dict[int, str] = {}
+        self.keepers: tuple[str, ...] = ()
+        self.every = 1
+        self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
+        self.said: tuple[str, int, int] | None = None
+        self.stopped = False
+        self.counters = Counters()
+        self.out: list[Frame] = []
+
+    # --- what comes ---
+
+    def hear(self, data: bytes) -> None:
+        """Bytes that have come. Nothing of them can harm: what is no frame, or none for now, is counted."""
+        try:
+            self.take(decode(data))
+        except Malformed as error:
+            self.counters.malformed += 1
+            self.counters.refusals.append(str(error))
+
+    def take(self, frame: Frame) -> None:
+        """A frame that is one."""
+        if frame.to != self.name or frame.job != self.job:
+            self.counters.foreign += 1
+            return
+        if frame.epoch < self.epoch or (frame.epoch > self.epoch and frame.kind not in ("plan", "stop")):
+            self.counters.stale += 1
+            return
+        orders: Mapping[str, Callable[[Frame], None]] = {
+            "plan": self._plan, "revive": self._revive, "resend": self._resend, "give": self._give,
+            "state": self._state, "begin": self._begin, "commit": self._commit, "tidy": self._tidy,
+            "stop": self._stop, "copy": self._asked_to_copy,
+            "keepers": self._kept_by,
+        }  # fmt: skip
+        from_broker = frame.kind not in (*KINDS, "state")
+        try:
+            if from_broker and frame.sender != BROKER:
+                raise ValueError(f"{frame.kind}: is the broker's to say")
+            if frame.kind in KINDS:
+                if frame.kind == INPUT and frame.sender != BROKER:
+                    raise ValueError("input: is the broker's to say")
+                self._data(frame)
+            elif frame.kind in orders:
+                orders[frame.kind](frame)
+            else:
+                raise ValueError(f"{frame.kind[:40]}: no such frame")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            self.counters.refused += 1
+            self.counters.refusals.append(f"{frame.kind}: {type(error).__name__}: {error}")
+        self._settle()
+
+    # --- plans ---
+
+    def _plan(self, frame: Frame) -> None:
+        body = frame.body
+        rules = _rules(body["rules"]) if body["stage"] is not None else None
+        place = (int(body["cutting"]), int(body["stage"]["index"])) if rules else None
+        old = self.stages.get(place) if place else None
+        made = None if rules is None or (old and old.at == frame.step) else self._made(frame, rules)
+        self.epoch, self.step = frame.epoch, frame.step
+        self.revivals.clear()
+        for held in self.stages.values():
+            held.work.give_up()
+        self.live, self.said = place, None
+        self.peers = {at: str(name) for at, name in enumerate(body["peers"])}
+        self.keepers, self.every = tuple(str(each) for each in body["keepers"]), int(body["every"])
+        self.copied = {name: self.copied[name] for name in self.keepers if name in self.copied}
+        if place is not None and made is not None:
+            self.stages[place] = Held(work=made, at=frame.step, since=frame.step)
+        self._fill()
+        self._say("have", body=self._have())
+
+    def _have(self) -> dict[str, Any]:
+        """Stages as they are after the last step, and what each of them lacks; copies, and of which steps."""
+        there = {place: held for place, held in self.stages.items() if held.at == self.step}
+        return {
+            "stages": [[*place, held.since, sorted(held.lacks)] for place, held in there.items()],
+            "copies": [[*place, sorted(steps)] for place, steps in self.copies.items()],
+        }
+
+    def _made(self, frame: Frame, rules: Rules) -> StageWork:
+        body = frame.body
+        graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
+        executor = self.plane.stage(graph, stage, frame.tensors, rules)
+        return StageWork(graph, stage, executor, rules, count=int(body["count"]))
+
+    def _begin(self, frame: Frame) -> None:
+        """Of stages only the one that it has now is kept."""
+        if self.live is None or frame.step != self.step + 1:
+            raise ValueError(f"step {frame.step}: the last one was {self.step}")
+        own = self.stages[self.live]
+        if own.lacks or own.at != self.step:
+            raise ValueError(f"step {frame.step}: its state is not here")
+        self.stages = {self.live: own}
+        self.revivals.clear()
+        own.work.begin(frame.step)
+        self._safe(int(frame.body["safe"]))
+
+    def _stop(self, frame: Frame) -> None:
+        self.stopped = True
+
+    def _tidy(self, frame: Frame) -> None:
+        """Of somebody without a stage: what it had is old now."""
+        if self.live is None:
+            self.stages.clear()
+            self.revivals.clear()
+        self._safe(int(frame.body["safe"]))
+
+    def _safe(self, step: int) -> None:
+        """What is older is asked for no more."""
+        for held in self.stages.values():
+            held.work.drop(step)
+        left = {p: {at: each for at, each in steps.items() if at >= step} for p, steps in self.copies.items()}
+        self.copies = {place: steps for place, steps in left.items() if steps}
+
+    def _commit(self, frame: Frame) -> None:
+        if self.live is None:
+            raise ValueError("commit: it has no stage")
+        own = self.stages[self.live]
+        if frame.step <= own.at:
+            return  # applied before
+        if frame.step != own.at + 1 or own.work.step != frame.step or not own.work.computed:
+            raise ValueError(f"commit of step {frame.step}: it is at {own.at}")
+        out = own.work.apply(float(frame.body["rate"]), float(frame.body["scale"]))
+        own.applied()
+        self.step = own.at
+        self._send(self.live, out, self.peers)
+
+    # --- data ---
+
+    def _data(self, frame: Frame) -> None:
+        place = (int(frame.body["cutting"]), int(frame.body["stage"]))
+        sent = Sent(
+            to=place[1],
+            kind=frame.kind,
+            step=frame.step,
+            micro_batch=frame.micro_batch,
+            arrays=frame.tensors,
+            absent=tuple(frame.body.get("absent", ())),
+        )
+        if place in self.revivals:
+            self.revivals[place].held.work.put(sent)
+        elif place == self.live:
+            self.stages[place].work.put(sent)
+        else:
+            raise ValueError(f"{frame.kind}: stage {place} is not here")
+
+    def work(self) -> bool:
+        """One task, of what has been lost before that of a step; whether there was one."""
+        for place, revival in [*self.revivals.items()]:
+            if self._revived(place, revival):
+                return True
+        own = self.stages.get(self.live) if self.live else None
+        if own is None or self.live is None:
+            return False
+        sent = own.work.work()
+        if sent is None:
+            return False
+        self.counters.tasks += 1
+        self._send(self.live, sent, self.peers)
+        if own.work.computed:
+            done = own.work.done()
+            body = {"squares": dict(done.squares), "losses": list(done.losses)}
+            self._say("prepared", step=done.step, body=body)
+        return True
+
+    def _send(self, place: Place, sent: Iterable[Sent], peers: Mapping[int, str]) -> None:
+        """To those of `peers` that it is for; what is for oneself takes no way round."""
+        for each in sent:
+            to = peers.get(each.to)
+            if to is None:
+                continue
+            body = {"cutting": place[0], "stage": each.to, "absent": list(each.absent)}
+            frame = self._frame(each.kind, to, each.step, body, each.arrays, each.micro_batch)
+            if to == self.name:
+                self._data(frame)
+            else:
+                self.out.append(frame)
+
+    # --- what was lost ---
+
+    def _revive(self, frame: Frame) -> None:
+        body = frame.body
+        rules = _rules(body["rules"])
+        place = (int(body["cutting"]), int(body["stage"]["index"]))
+        after, until = int(body["after"]), int(body["until"])
+        updates = {after + 1 + at: (float(rate), float(scale)) for at, (rate, scale) in enumerate(body["updates"])}
+        peers = {int(stage): str(name) for stage, name in body["peers"].items()}
+        held = Held(work=self._made(frame, rules), at=after, since=after)
+        self.revivals[place] = Revival(held=held, until=until, updates=updates, peers=peers)
+        if after in self.copies.get(place, {}):
+            held.work.executor.put(self.copies[place][after])
+
+    def _revived(self, place: Place, revival: Revival) -> bool:
+        """The next task of a stage that was lost; at its end the stage is here as if it had always been."""
+        held, work = revival.held, revival.held.work
+        if work.executor.missing or not held.settled():
+            return False
+        if held.at == revival.until:
+            del self.revivals[place]
+            self.stages[place] = held
+            self._fill()
+            self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
+            self._settle()
+            return True
+        if work.step != held.at + 1:
+            work.begin(held.at + 1)
+        sent = work.work()
+        if sent is None:
+            return False
+        self.counters.tasks += 1
+        self._send(place, sent, revival.peers)
+        if work.computed:
+            self._send(place, work.apply(*revival.updates[work.step]), revival.peers)
+            held.applied()
+        return True
+
+    def _resend(self, frame: Frame) -> None:
+        """To whoever has a neighbour now, what that one had been sent."""
+        body = frame.body
+        place, to = (int(body["cutting"]), int(body["stage"])), int(body["for"])
+        logged = self.stages[place].work.logged(to, int(body["after"]), int(body["until"]))
+        self._send(place, [*logged], {to: str(body["who"])})
+
+    # --- state ---
+
+    def _give(self, frame: Frame) -> None:
+        """Of its state what is asked for: of a stage, or of a copy that it keeps."""
+        body = frame.body
+        if "copy" in body:
+            place = (int(body["copy"][0]), int(body["copy"][1]))
+            found: Mapping[str, Array] = self.copies[place][frame.step]
+            extra = {"copy": list(place)}
+        else:
+            found, extra = self._found(body["names"], frame.step), {}
+        self._give_away(found, str(body["who"]), frame.step, extra)
+
+    def _fill(self) -> None:
+        """What the stage that it has now lacks and is here already, in another stage or in a copy."""
+        own = self.stages.get(self.live) if self.live else None
+        if own is not None and own.at == self.step and own.lacks:
+            own.put(self._there(own.lacks, self.step))
+
+    def _found(self, names: Sequence[str], step: int) -> dict[str, Array]:
+        found = self._there(set(names), step)
+        if lacking := set(names) - set(found):
+            raise ValueError(f"state {min(lacking)}: is not here")
+        return found
+
+    def _there(self, wanted: set[str], step: int) -> dict[str, Array]:
+        """Of these names, what is here as it is after `step`, in stages or in copies."""
+        found: dict[str, Array] = {}
+        for held in self.stages.values():
+            if held.at == step:
+                there = (wanted & set(names_of(held.work.stage))) - held.lacks - set(found)
+                found |= held.work.executor.state(sorted(there))
+        for steps in self.copies.values():
+            found |= {name: steps[step][name] for name in wanted - set(found) if name in steps.get(step, {})}
+        return found
+
+    def _give_away(self, state: Mapping[str, Array], to: str, step: int, body: Mapping[str, Any]) -> None:
+        pieces = [*_chunks(state)]
+        for at, piece in enumerate(pieces):
+            last = at == len(pieces) - 1
+            self.out.append(self._frame("state", to, step, {**body, "last": last}, piece))
+
+    def _state(self, frame: Frame) -> None:
+        """State that was asked for; or somebody's copy to keep."""
+        body = frame.body
+        if "keep" in body:
+            place = (int(body["keep"][0]), int(body["keep"][1]))
+            kept = self.copies.setdefault(place, {}).setdefault(frame.step, {})
+            kept |= frame.tensors
+            if body["last"]:
+                self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
+        elif "copy" in body:
+            place = (int(body["copy"][0]), int(body["copy"][1]))
+            if self.revivals[place].held.at == frame.step:
+                self.revivals[place].held.work.executor.put(frame.tensors)
+        elif self.live is not None and frame.step == self.step:
+            self.stages[self.live].put(frame.tensors)
+            if body.get("begin"):
+                self.stages[self.live].work.executor.begin()
+
+    def _settle(self) -> None:
+        """Says once that the state of its stage is here; and sends the copy of it that is due."""
+        own = self.stages.get(self.live) if self.live else None
+        if own is None or self.live is None or own.at != self.step:
+            return
+        if own.work.step or not own.settled() or own.lacks:
+            return
+        mark = ("held", self.epoch, own.at)
+        if self.said != mark:
+            self.said = mark
+            self._say("held", step=own.at, body={"since": own.since})
+        due = [name for name in self.keepers if self.copied.get(name, (None,))[0] != self.live]
+        if own.at % self.every == 0:
+            due = [name for name in self.keepers if self.copied.get(name) != (self.live, own.at)]
+        if due:
+            self._copy(self.live, own, due)
+
+    def _copy(self, place: Place, own: Held, keepers: Sequence[str]) -> None:
+        state = own.work.executor.state(names_of(own.work.stage))
+        for name in keepers:
+            self.copied[name] = (place, own.at)
+            self._give_away(state, name, own.at, {"keep": list(place)})
+
+    def _kept_by(self, frame: Frame) -> None:
+        """Others keep its copies from now on."""
+        self.keepers = tuple(str(each) for each in frame.body["keepers"])
+
+    def _asked_to_copy(self, frame: Frame) -> None:
+        if self.live is None or self.stages[self.live].lacks:
+            raise ValueError("copy: it has nothing to copy")
+        self._copy(self.live, self.stages[self.live], self.keepers)
+
+    # --- what goes ---
+
+    def say_leave(self) -> None:
+        """It wants to go; until it is told to `stop`, it does its part."""
+        self._say("leave")
+
+    def _say(self, kind: str, *, step: int | None = None, body: Mapping[str, Any] | None = None) -> None:
+        self.out.append(self._frame(kind, BROKER, self.step if step is None else step, body or {}, {}))
+
+    def _frame(
+        self,
+        kind: str,
+        to: str,
+        step: int,
+        body: Mapping[str, Any],
+        tensors: Mapping[str, Array],
+        micro_batch: int = 0,
+    ) -> Frame:
+        return Frame(
+            kind=kind,
+            job=self.job,
+            epoch=self.epoch,
+            step=step,
+            micro_batch=micro_batch,
+            sender=self.name,
+            to=to,
+            body=body,
+            tensors=tensors,
+        )
+
+
+def _rules(data: Mapping[str, Any]) -> Rules:
+    return Rules(**{**data, "optimizer": AdamW(**data["optimizer"])})
+
+
+def _chunks(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    """At least one."""
+    piece: dict[str, Array] = {}
+    size = 0
+    for name, array in state.items():
+        if piece and size + len(array.data) > CHUNK_BYTES:
+            yield piece
+            piece, size = {}, 0
+        piece[name] = array
+        size += len(array.data)
+    yield piece

@@ -1,0 +1,157 @@
+"""What tests of the running system share: a small job, providers that hold a given share of it, and what one process
+that is never disturbed makes of the same job."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from decentral_harness import example, model, traced
+from torch import Tensor
+
+from llmsys.decentral.broker import Job
+from llmsys.decentral.chain import chain
+from llmsys.decentral.coordinator import Coordinator, Training
+from llmsys.decentral.cost import Workload
+from llmsys.decentral.fleet import Fleet, Provider
+from llmsys.decentral.local import Local
+from llmsys.decentral.plan import plan
+from llmsys.decentral.planes import AdamW, Rules
+from llmsys.decentral.planes.layout import packed
+from llmsys.decentral.planes.torch_stage import TorchPlane
+
+MICRO_BATCHES, RATE, DECAY = 4, 1e-2, 0.01
+
+
+def batches(family: str, step: int) -> list[dict[str, Tensor]]:
+    """The micro-batches of a step: tokens are the step's own."""
+    draw = torch.Generator().manual_seed(step)
+
+    def fresh(name: str, tensor: Tensor) -> Tensor:
+        tokens = tensor.dtype == torch.long and tensor.dim() > 1 and name != "attention_mask"
+        return torch.randint(2, 64, tensor.shape, generator=draw) if tokens else tensor
+
+    return [{name: fresh(name, each) for name, each in example(family).items()} for _ in range(MICRO_BATCHES)]
+
+
+@functools.cache
+def undisturbed(family: str, steps: int, clip: float = 0.0) -> list[tuple[float, ...]]:
+    """Losses of each step's micro-batches: the model itself, torch's AdamW, one process."""
+    own = model(family)
+    optimizer = torch.optim.AdamW(own.parameters(), lr=RATE, weight_decay=DECAY, foreach=False)
+    found = []
+    for step in range(1, steps + 1):
+        losses = []
+        for batch in batches(family, step):
+            loss = own(**batch).loss
+            (loss / MICRO_BATCHES).backward()
+            losses.append(float(loss.detach()))
+        if clip:
+            named = sorted(own.named_parameters())
+            norm = math.sqrt(sum(float(p.grad.double().square().sum()) for _, p in named if p.grad is not None))
+            for p in own.parameters():
+                if p.grad is not None and norm > clip:
+                    p.grad.mul_(clip / norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(tuple(losses))
+    return found
+
+
+def machines(mem_gib: float, count: int) -> list[Provider]:
+    """p0, p1, ..., each a little faster than the one before."""
+    return [
+        Provider(name=f"p{at}", tflops=0.1 + 0.01 * at, mem_gib=mem_gib, up_mbit=500, down_mbit=500)
+        for at in range(count)
+    ]
+
+
+@functools.cache
+def mem_gib(family: str, stages: int) -> float:
+    """Of a provider, so that as many as `stages` hold the job, and fewer do not."""
+    own, work = chain(traced(family).graph), Workload(micro_batches=MICRO_BATCHES, most=1)
+    low, high = 1e-6, 1.0
+    while high / low > 1.001:
+        middle = (low * high) ** 0.5
+        try:
+            plan(own, Fleet(providers=tuple(machines(middle, stages))), work)
+            high = middle
+        except ValueError:
+            low = middle
+    return high * 1.02
+
+
+def training(family: str, steps: int, **more: object) -> Training:
+    own = traced(family)
+    rules = Rules(micro_batches=MICRO_BATCHES, optimizer=AdamW(weight_decay=DECAY))
+    given = {
+        "graph": own.graph,
+        "chain": chain(own.graph),
+        "tensors": {key: packed(tensor) for key, tensor in own.tensors.items()},
+        "rules": rules,
+        "data": lambda step: [{k: packed(v) for k, v in each.items()} for each in batches(family, step)],
+        "steps": steps,
+        "rate": lambda step: RATE,
+    }
+    return Training(**{**given, **more})  # type: ignore[arg-type]
+
+
+def job(family: str) -> Job:
+    return Job(chain=chain(traced(family).graph), work=Workload(micro_batches=MICRO_BATCHES, most=1))
+
+
+def together(
+    family: str,
+    count: int,
+    stages: int,
+    steps: int,
+    watch: Callable[[Local, str, str, int], None] | None = None,
+    **more: object,
+) -> Local:
+    """`count` providers of which `stages` hold the job, on the torch plane; not begun."""
+    local = Local(Coordinator(job(family), training(family, steps, **more)), watch)
+    for each in machines(mem_gib(family, stages), count):
+        local.join(each, TorchPlane())
+    return local
+
+
+def losses(local: Local) -> list[tuple[float, ...]]:
+    return [local.coordinator.updates[step].losses for step in sorted(local.coordinator.updates)]
+
+
+@dataclass
+class Storm:
+    """Of a seed: up to `most` of kills, silences, departures and arrivals at (step, what happens, how often it has),
+    while more than `least` are there."""
+
+    seed: int
+    steps: int
+    least: int
+    most: int = 3
+    kinds: Sequence[str] = ("kill", "silence", "leave")
+    happened: list[tuple[str, str, int, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.due = {
+            (self.random.randint(1, self.steps), self.random.choice(["work", "heard"]), self.random.randint(1, 11))
+            for _ in range(self.random.randint(1, self.most))
+        }
+        self.seen: dict[tuple[int, str], int] = {}
+
+    def __call__(self, local: Local, name: str, what: str, step: int) -> None:
+        self.seen[step, what] = self.seen.get((step, what), 0) + 1
+        place = (step, what, self.seen[step, what])
+        if place not in self.due or len(local.providers) <= self.least or name not in local.providers:
+            return
+        self.due.discard(place)
+        kind = self.random.choice(self.kinds)
+        self.happened.append((name, what, step, kind))
+        if kind == "leave":
+            local.leave(name)
+        else:
+            local.kill(name, noticed=kind == "kill")

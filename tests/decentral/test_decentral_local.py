@@ -1,0 +1,172 @@
+"""The protocol: whatever happens to providers, the losses are bit for bit those of one process that nothing happens to,
+no committed step is lost, and of each that was under way at most one attempt."""
+
+from __future__ import annotations
+
+import pytest
+from decentral_harness import FAMILIES
+from decentral_running import Storm, losses, machines, mem_gib, together, undisturbed
+
+from llmsys.decentral.coordinator import JobLost
+from llmsys.decentral.local import Local, Stalled
+from llmsys.decentral.planes.torch_stage import TorchPlane
+from rank_pool import briefly
+
+STEPS = 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_providers_compute_what_one_process_computes(family: str) -> None:
+    local = together(family, 3, 3, 4)
+    local.run()
+    assert len(local.coordinator.state.owners) > 1
+    assert losses(local) == undisturbed(family, 4)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_of_them() -> None:
+    local = together("gpt2", 3, 3, 4, clip=0.1)
+    local.run()
+    assert min(each.scale for each in local.coordinator.updates.values()) < 0.5
+    assert losses(local) == undisturbed("gpt2", 4, 0.1)
+
+
+class Once:
+    """Does `what` to the provider of a stage at the first moment that is asked for."""
+
+    def __init__(self, what: str, moment: str, step: int, count: int = 1) -> None:
+        self.what, self.moment, self.step, self.left, self.name = what, moment, step, count, ""
+
+    def __call__(self, local: Local, name: str, what: str, step: int) -> None:
+        if self.name or (what, step) != (self.moment, self.step) or name not in local.coordinator.state.owners:
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.name = name
+            if self.what == "leave":
+                local.leave(name)
+            elif self.what == "freeze":
+                local.freeze(name)
+            else:
+                local.kill(name, noticed=self.what == "kill")
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("spares", [0, 2])
+@pytest.mark.parametrize(
+    ("what", "moment", "count"),
+    [("kill", "work", 3), ("kill", "heard", 1), ("silence", "work", 5), ("freeze", "work", 2), ("leave", "work", 1)],
+)
+def test_one_that_goes_costs_the_step_under_way_at_most(
+    what: str, moment: str, count: int, spares: int, every: int
+) -> None:
+    """With a spare, and without one, when the others have to take the stage over; from a copy of the last step, and
+    from an older one, when the stage is computed again from what its neighbours had sent it."""
+    once = Once(what, moment, 4, count)
+    local = together("llama", 3 + spares, 2, STEPS, once, copy_every=every)
+    local.run()
+    assert once.name
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert local.coordinator.again <= 1
+    if what == "leave":
+        assert local.coordinator.again == 0
+        assert once.name not in local.providers, "it is let go once nobody needs it"
+
+
+def test_a_stage_that_nobody_has_as_it_is_now_is_computed_again_by_one_and_by_nobody_else() -> None:
+    """Of five steps four are in no copy: the one who takes over does eight tasks for each, and the others none."""
+    counted: dict[str, int] = {}
+
+    def watch(own: Local, name: str, what: str, step: int) -> None:
+        once(own, name, what, step)
+        if once.name and what == "work" and own.coordinator.state.phase == "holding":
+            counted[name] = own.providers[name].counters.tasks if name in own.providers else 0
+
+    once = Once("kill", "work", 6, 1)
+    local = together("llama", 4, 3, 8, watch, copy_every=100)
+    before = dict.fromkeys(local.providers, 0)
+    local.run()
+    assert losses(local) == undisturbed("llama", 8)
+    assert len(counted) == 1, counted
+    (tasks,) = counted.values()
+    assert tasks >= 5 * 8 - before[next(iter(counted))]
+
+
+def test_one_that_was_stopped_and_wakes_up_is_not_listened_to() -> None:
+    """A zombie: it goes on with the step that it was in, of an epoch that is past."""
+    once = Once("freeze", "work", 3, 2)
+    woken: list[str] = []
+
+    def watch(own: Local, name: str, what: str, step: int) -> None:
+        once(own, name, what, step)
+        if once.name and not woken and own.coordinator.state.step >= 4:
+            woken.append(once.name)
+            own.thaw(once.name)
+
+    local = together("llama", 4, 2, STEPS, watch)
+    local.run()
+    assert woken
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert local.coordinator.counters["stale"] > 0
+
+
+def test_one_that_comes_is_used_when_another_goes() -> None:
+    once = Once("kill", "work", 5, 1)
+
+    def watch(own: Local, name: str, what: str, step: int) -> None:
+        once(own, name, what, step)
+        if step == 3 and "p9" not in own.providers:
+            (late,) = machines(mem_gib("llama", 2), 10)[9:]
+            own.join(late, TorchPlane())
+
+    local = together("llama", 2, 2, 8, watch)
+    local.run()
+    assert "p9" in local.coordinator.state.owners
+    assert losses(local) == undisturbed("llama", 8)
+
+
+def test_when_too_few_are_left_it_waits_for_somebody_and_goes_on() -> None:
+    once = Once("kill", "work", 3, 1)
+    local = together("llama", 2, 2, STEPS, once)
+    with pytest.raises(Stalled):
+        local.run()
+    (late,) = machines(mem_gib("llama", 2), 8)[7:]
+    local.join(late, TorchPlane())
+    local.run()
+    assert losses(local) == undisturbed("llama", STEPS)
+
+
+def test_what_nobody_can_compute_again_is_said() -> None:
+    """Both who kept a copy of a stage go with its owner, at once."""
+    local = together("llama", 4, 2, STEPS, copies=1)
+    while local.coordinator.state.step < 3:
+        local.round()
+        local.now += 0.01
+    owner = local.coordinator._order[0]
+    for name in {owner, *local.coordinator.keepers[owner]}:
+        local.kill(name)
+    (late,) = machines(mem_gib("llama", 2), 8)[7:]
+    local.join(late, TorchPlane())
+    with pytest.raises(JobLost, match="are lost, and nobody has what they are computed again from"):
+        local.run()
+
+
+@pytest.mark.parametrize(("family", "stages", "every"), [("llama", 2, 2), ("gpt2", 4, 3)])
+def test_storms(family: str, stages: int, every: int) -> None:
+    for seed in range(8):
+        stormy(family, stages, every, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", briefly(("llama", "gpt2", "t5")))
+def test_a_hundred_storms(family: str) -> None:
+    for seed in range(100):
+        stormy(family, 2 + seed % 3, 1 + seed % 4, seed)
+
+
+def stormy(family: str, stages: int, every: int, seed: int) -> None:
+    storm = Storm(seed, STEPS, least=stages + 1)
+    local = together(family, stages + 3, stages, STEPS, storm, copy_every=every)
+    local.run()
+    assert losses(local) == undisturbed(family, STEPS), (seed, storm.happened)
+    assert local.coordinator.again <= len(storm.happened)
