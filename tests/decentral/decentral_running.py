@@ -119,8 +119,12 @@ def together(
     return local
 
 
+def losses_of(coordinator: Coordinator) -> list[tuple[float, ...]]:
+    return [coordinator.updates[step].losses for step in sorted(coordinator.updates)]
+
+
 def losses(local: Local) -> list[tuple[float, ...]]:
-    return [local.coordinator.updates[step].losses for step in sorted(local.coordinator.updates)]
+    return losses_of(local.coordinator)
 
 
 @dataclass

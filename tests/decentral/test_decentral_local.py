@@ -141,7 +141,7 @@ def test_what_nobody_can_compute_again_is_said() -> None:
     while local.coordinator.state.step < 3:
         local.round()
         local.now += 0.01
-    owner = local.coordinator._order[0]
+    owner = local.coordinator.owners[0]
     for name in {owner, *local.coordinator.keepers[owner]}:
         local.kill(name)
     (late,) = machines(mem_gib("llama", 2), 8)[7:]

@@ -65,8 +65,9 @@ class Update:
 
 @dataclass(kw_only=True)
 class Told:
-    """What providers have said since the epoch began."""
+    """What providers have said since the epoch began; `plan`: who has been told of it."""
 
+    plan: set[str] = field(default_factory=set)
     holds: dict[str, set[str]] = field(default_factory=dict)
     stages: dict[Place, str] = field(default_factory=dict)
     copies: dict[Place, dict[int, set[str]]] = field(default_factory=dict)
@@ -94,7 +95,7 @@ class Coordinator:
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
         self.asked: set[str] = set()  # to be let go
-        self.leaving: set[str] = set()  # without a stage, and still there to hand it over
+        self.leaving: dict[str, float] = {}  # without a stage, and still there to hand it over; heard of when
         self.cutting: Cutting | None = None
         self.base: Cutting | None = None  # by which the last step was computed
         self.cuttings: dict[int, Cutting] = {}
@@ -117,16 +118,22 @@ class Coordinator:
     def join(self, provider: Provider, life: str, now: float) -> None:
         """A provider that has come, or that has begun anew."""
         self.lives[provider.name] = life
-        self.leaving.discard(provider.name)
+        self.leaving.pop(provider.name, None)
         self._event(Joined(at_s=now, provider=provider))
 
     def gone(self, name: str, now: float) -> None:
         """Somebody's connection is closed, and will not come back."""
         if name in self.state.present:
             self._event(Lost(at_s=now, name=name))
-        self.leaving.discard(name)
+        self.leaving.pop(name, None)
+
+    def dismiss(self, name: str) -> None:
+        """There is nothing left to do."""
+        self._tell(name, "stop")
 
     def beat(self, name: str, now: float) -> None:
+        if name in self.leaving:
+            self.leaving[name] = now
         self.state = broker.apply(self.state, Beat(at_s=now, names=frozenset({name})))
 
     def hear(self, sender: str, data: bytes, now: float) -> None:
@@ -145,6 +152,8 @@ class Coordinator:
             return
         if frame.to != BROKER:
             self.counters["foreign"] += 1
+            return
+        if frame.kind == "beat":
             return
         if frame.kind == "leave":
             self.asked.add(sender)
@@ -171,7 +180,7 @@ class Coordinator:
             holds = told.holds.setdefault(name, set())
             for number, index, since, lacks in body["stages"]:
                 if number in self.cuttings:  # else it is of a plan that nobody asks for any more
-                    if not lacks:
+                    if since >= 0:
                         told.stages[number, index] = name
                         told.since[number, index] = int(since)
                     holds |= self.cuttings[number].names[index] - set(lacks)
@@ -193,7 +202,7 @@ class Coordinator:
             self._holding(now)
         elif frame.kind == "held":
             assert self.cutting is not None
-            told.since[self.cutting.number, self._order.index(name)] = int(body["since"])
+            told.since[self.cutting.number, self.owners.index(name)] = int(body["since"])
             self._event(Held(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         elif frame.kind == "prepared":
             told.squares |= {str(key): float(value) for key, value in body["squares"].items()}
@@ -209,7 +218,7 @@ class Coordinator:
         """Everything that follows from what has come, and from the time."""
         if self.asked and self.state.phase == broker.HOLDING and self.state.done:  # a step under way is not given up
             for name in sorted(self.asked & self.state.present):
-                self.leaving.add(name)
+                self.leaving[name] = now
                 self._event(Left(at_s=now, name=name))
             self.asked.clear()
         self._replaced(now)
@@ -223,7 +232,9 @@ class Coordinator:
         """Those who have gone and had no stage: others keep what they kept; and where somebody waited for what they
         were to give, all begin again, in a new epoch."""
         plan, there = self.state.plan, self.state.present
-        lost = set(self.told.holds) - there - self.leaving
+        patience_s = self.state.job.patience_s
+        self.leaving = {name: at_s for name, at_s in self.leaving.items() if at_s >= now - patience_s}
+        lost = set(self.told.holds) - there - set(self.leaving)
         keeping = {name for names in self.keepers.values() for name in names}
         if plan is None or self.state.gone or not (lost or keeping - there):
             return
@@ -257,7 +268,7 @@ class Coordinator:
         its owner, and all that was sent since is still there. Nobody begins a step before; alone there is nobody
         else. Asks for copies where they are needed."""
         assert self.cutting is not None
-        order, told = self._order, self.told
+        order, told = self.owners, self.told
         if len(self.state.present) == 1 or self._common([*range(len(order))]) is not None:
             return True
         if not told.copying:
@@ -270,7 +281,7 @@ class Coordinator:
         """The last step of which all these stages, as the model is cut now, have copies with others that are there,
         and that no owner of the others has begun after."""
         assert self.cutting is not None
-        number, told, order = self.cutting.number, self.told, self._order
+        number, told, order = self.cutting.number, self.told, self.owners
         steps = [
             {
                 at
@@ -298,8 +309,8 @@ class Coordinator:
     # --- a plan ---
 
     @property
-    def _order(self) -> list[str]:
-        """Owners, by their stages."""
+    def owners(self) -> list[str]:
+        """Of stages, in their order."""
         assert self.state.plan is not None
         (pipeline,) = self.state.plan.pipelines
         return [self.state.providers[p].name for p in pipeline.order]
@@ -313,15 +324,16 @@ class Coordinator:
             self.cutting = Cutting(self.state.epoch, graph, chain, pipeline.cuts)
             self.cuttings[self.cutting.number] = self.cutting
         self.told = Told()
-        order = self._order
+        order = self.owners
         self.keepers = self._keepers()
-        for name in sorted(self.state.present | self.leaving):
+        for name in sorted({*self.state.present, *self.leaving}):
             index = order.index(name) if name in order else None
+            self.told.plan.add(name)
             self._tell(name, "plan", body=self._stage(index, order), tensors=self._constants(index))
 
     def _keepers(self) -> dict[str, list[str]]:
         """Of each owner, who keep its copies: first those without a stage, as they are to take one over."""
-        order = self._order
+        order = self.owners
         spares = sorted(self.state.present - set(order))
         found = {}
         for at, name in enumerate(order):
@@ -357,12 +369,12 @@ class Coordinator:
         """Asks for what owners lack and somebody has, and has computed again what nobody has. As far as all who are
         there have said what they have."""
         told, cutting = self.told, self.cutting
-        if cutting is None or (self.state.present | self.leaving) - set(told.holds):
+        if cutting is None or (told.plan & {*self.state.present, *self.leaving}) - set(told.holds):
             return
         there = {name: frozenset(names) for name, names in told.holds.items()}
         everything = frozenset().union(*there.values())
         missing = set[str]()
-        for index, name in enumerate(self._order):
+        for index, name in enumerate(self.owners):
             wanted = cutting.names[index] - there.get(name, frozenset()) - told.asked.setdefault(name, set())
             if self.state.step == 0:
                 self._initial(name, cutting, index)
@@ -438,7 +450,7 @@ class Coordinator:
     def _reviver(self, base: Cutting, at: int) -> str:
         """The owner that has most use for what a stage had."""
         assert self.cutting is not None
-        order = self._order
+        order = self.owners
         best = max(range(len(order)), key=lambda index: len(self.cutting.names[index] & base.names[at]))  # type: ignore[union-attr]
         return order[best]
 
@@ -458,7 +470,7 @@ class Coordinator:
             self._tell(name, "stop")
         self.leaving.clear()
         self.told.squares.clear()
-        order, step = self._order, self.state.step + 1
+        order, step = self.owners, self.state.step + 1
         for index, name in enumerate(order):
             self._tell(name, "begin", step=step, body={"safe": self.safe})
             self._inputs(name, self.cutting, index, step)
@@ -479,7 +491,7 @@ class Coordinator:
         clip = self.training.clip
         scale = clip / norm if clip and norm > clip else 1.0
         self.updates[step] = Update(rate=self.training.rate(step), scale=scale, losses=told.losses)
-        for name in self._order:
+        for name in self.owners:
             self._tell(name, "commit", step=step, body={"rate": self.updates[step].rate, "scale": scale})
             self.tasks[name] = self.tasks.get(name, 0) + 1
 

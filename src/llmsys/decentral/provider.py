@@ -165,10 +165,12 @@ class Provider:
         self._say("have", body=self._have())
 
     def _have(self) -> dict[str, Any]:
-        """Stages as they are after the last step, and what each of them lacks; copies, and of which steps."""
+        """Stages as they are after the last step, what each has sent since when (-1: it is not here yet), and what it
+        lacks; copies, and of which steps."""
         there = {place: held for place, held in self.stages.items() if held.at == self.step}
+        since = {place: -1 if held.work.executor.missing else held.since for place, held in there.items()}
         return {
-            "stages": [[*place, held.since, sorted(held.lacks)] for place, held in there.items()],
+            "stages": [[*place, since[place], sorted(held.lacks)] for place, held in there.items()],
             "copies": [[*place, sorted(steps)] for place, steps in self.copies.items()],
         }
 

@@ -7,6 +7,7 @@ A provider has one plane, and providers of one pipeline may have different ones:
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -103,3 +104,19 @@ def names_of(stage: Stage) -> list[str]:
         *(prefix + key for key in own for prefix in MOMENTS),
         *(VARIABLE + key for key in stage.variables),
     ]
+
+
+PLANES = {"torch": "llmsys.decentral.planes.torch_stage:TorchPlane"}
+"""By name; a plane's framework is imported where it is used."""
+
+
+def plane_of(name: str) -> Plane:
+    """ValueError for a name that is none, or whose framework is not installed here."""
+    if name not in PLANES:
+        raise ValueError(f"plane={name}: must be one of {', '.join(PLANES)}")
+    module, _, cls = PLANES[name].partition(":")
+    try:
+        made: Plane = getattr(importlib.import_module(module), cls)()
+    except ImportError as error:
+        raise ValueError(f"plane={name}: needs {error.name}, which is not installed here") from None
+    return made

@@ -1,0 +1,259 @@
+"""The wire between processes: one stream of frames from each provider to the broker and back, by gRPC.
+
+Providers dial out and open no port, so that they may be behind home routers; what they send to one another the broker
+passes on. Deadlines, flow control and, where there are certificates, TLS are the library's. Without certificates only
+loopback is listened on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from llmsys.decentral.fleet import Provider as Machine
+from llmsys.decentral.provider import BROKER, Provider
+from llmsys.decentral.wire import FRAME_BYTES, Frame, Malformed, decode, encode, header
+
+METHOD = "/llmsys.decentral/Talk"
+BEAT_S = 0.5
+HELLO_S = 10.0
+"""Whoever dials has to say who it is within so long."""
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+OPTIONS = (
+    ("grpc.max_receive_message_length", FRAME_BYTES),
+    ("grpc.max_send_message_length", FRAME_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """PEM: of the broker its certificate and key, of a provider the certificate that it is to find."""
+
+    certificate: bytes
+    key: bytes = b""
+
+
+class Refused(ConnectionError):
+    """The broker does not let this provider in; what it says."""
+
+
+# --- the broker's end ------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Listens, and has a queue of frames for each provider that is connected. `joined(machine, life)`, `heard(name,
+    data)` and `closed(name)` are called in the loop's own thread."""
+
+    def __init__(
+        self,
+        token: str,
+        joined: Callable[[Machine, str], None],
+        heard: Callable[[str, bytes], None],
+        closed: Callable[[str], None],
+    ) -> None:
+        self.token, self.joined, self.heard, self.closed = token, joined, heard, closed
+        self.queues: dict[str, asyncio.Queue[bytes | None]] = {}
+        self.port = 0
+        self.malformed = 0
+
+    async def listen(self, host: str, port: int, credentials: Credentials | None = None) -> None:
+        """ValueError for an address beyond loopback without credentials, OSError for one that cannot be had."""
+        if credentials is None and host not in LOOPBACK:
+            raise ValueError(f"listen={host}: beyond loopback a certificate is needed; make one with: "
+                             "python -m llmsys.decentral certificate")  # fmt: skip
+        self._server = grpc.aio.server(options=OPTIONS)
+        handler = grpc.stream_stream_rpc_method_handler(self._talk)
+        service, method = METHOD[1:].split("/")
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        address = f"{host}:{port}"
+        try:
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                own = grpc.ssl_server_credentials([(credentials.key, credentials.certificate)])
+                self.port = self._server.add_secure_port(address, own)
+        except RuntimeError as error:
+            raise OSError(f"listen={address}: {error}") from None
+        await self._server.start()
+
+    async def close(self) -> None:
+        """Everybody is told to stop talking."""
+        for each in self.queues.values():
+            each.put_nowait(None)
+        await self._server.stop(grace=1.0)
+
+    def send(self, name: str, data: bytes) -> None:
+        """To whoever is connected under this name; to others nothing."""
+        if name in self.queues:
+            self.queues[name].put_nowait(data)
+
+    async def _talk(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        given = dict(context.invocation_metadata() or ())
+        if not hmac.compare_digest(str(given.get("token", "")).encode(), self.token.encode()):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not this broker's")
+        try:
+            async with asyncio.timeout(HELLO_S):
+                machine, life = hello_of(await anext(requests))
+        except (TimeoutError, StopAsyncIteration, Malformed) as error:
+            self.malformed += 1
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no hello: {error}")
+            return
+        name, own = machine.name, asyncio.Queue[bytes | None]()
+        if (before := self.queues.get(name)) is not None:
+            before.put_nowait(None)  # of an earlier life, or of a line that is no more
+        self.queues[name] = own
+        self.joined(machine, life)
+        reading = asyncio.create_task(self._read(name, own, requests))
+        try:
+            while (data := await own.get()) is not None:
+                yield data
+        finally:
+            reading.cancel()
+            if self.queues.get(name) is own:
+                del self.queues[name]
+                self.closed(name)
+
+    async def _read(self, name: str, own: asyncio.Queue[bytes | None], requests: AsyncIterator[bytes]) -> None:
+        try:
+            async for data in requests:
+                if self.queues.get(name) is own:
+                    self.heard(name, data)
+        except grpc.RpcError:
+            pass  # it has hung up
+        finally:
+            own.put_nowait(None)
+
+
+def hello(machine: Machine, life: str) -> bytes:
+    """What a provider says first."""
+    return encode(
+        Frame(kind="hello", sender=machine.name, to=BROKER, body={**dataclasses.asdict(machine), "life": life})
+    )
+
+
+def hello_of(data: bytes) -> tuple[Machine, str]:
+    """Malformed for what is none."""
+    frame = decode(data)
+    if frame.kind != "hello":
+        raise Malformed(f"{frame.kind[:40]}: hello comes first")
+    given = dict(frame.body)
+    life = given.pop("life", "")
+    try:
+        machine = Machine(**given)
+    except (TypeError, ValueError) as error:
+        raise Malformed(str(error)) from None
+    if machine.name != frame.sender or machine.name == BROKER or not isinstance(life, str):
+        raise Malformed(f"provider {machine.name}: is not who it says")
+    return machine, life
+
+
+# --- a provider's end ------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """A provider's stream to the broker, in a thread of its own, which also says twice a second that it is alive: a
+    provider that computes is not silent."""
+
+    def __init__(self, address: str, token: str, machine: Machine, life: str, credentials: Credentials | None) -> None:
+        self.address, self.token, self.machine, self.life = address, token, machine, life
+        self.credentials = credentials
+        self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.error: BaseException | None = None
+        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._open = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="line", daemon=True)
+        self._thread.start()
+        self._open.wait()
+
+    def send(self, data: bytes | None) -> None:
+        """None: nothing more will be said. Of a line that has ended the inbox says so."""
+        with contextlib.suppress(RuntimeError):  # its loop is closed
+            self._loop.call_soon_threadsafe(self._outbox.put_nowait, data)
+
+    def close(self) -> None:
+        """What has been said is sent before."""
+        self.send(None)
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._talk())
+        except grpc.aio.AioRpcError as error:
+            refused = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
+            self.error = (Refused if refused else ConnectionError)(f"{self.address}: {error.details()}")
+        finally:
+            self.inbox.put(None)
+
+    async def _talk(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._open.set()
+        async with self._channel() as channel:
+            talk = channel.stream_stream(METHOD)
+            call = talk(self._said(), metadata=(("token", self.token),))
+            async for data in call:
+                self.inbox.put(data)
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.address, options=OPTIONS)
+        own = grpc.ssl_channel_credentials(self.credentials.certificate)
+        return grpc.aio.secure_channel(self.address, own, options=OPTIONS)
+
+    async def _said(self) -> AsyncIterator[bytes]:
+        yield hello(self.machine, self.life)
+        beat = encode(Frame(kind="beat", sender=self.machine.name, to=BROKER))
+        due = time.monotonic() + BEAT_S
+        while True:
+            try:
+                data = await asyncio.wait_for(self._outbox.get(), max(0.0, due - time.monotonic()))
+            except TimeoutError:
+                due = time.monotonic() + BEAT_S
+                data = beat
+            if data is None:
+                return
+            yield data
+
+
+def provide(provider: Provider, line: Line) -> None:
+    """A provider's life: it computes what it is told, until it is told to stop. ConnectionError where the line ends
+    before."""
+    while not provider.stopped:
+        try:
+            data = line.inbox.get_nowait()
+        except queue.Empty:
+            if provider.work():
+                _flush(provider, line)
+                continue
+            data = line.inbox.get()
+        if data is None:
+            if line.error is not None:
+                raise line.error
+            raise ConnectionError(f"{line.address}: the broker has gone")
+        provider.hear(data)
+        _flush(provider, line)
+    line.close()
+
+
+def _flush(provider: Provider, line: Line) -> None:
+    said, provider.out = provider.out, []
+    for frame in said:
+        line.send(encode(frame))
+
+
+def kind_of(data: bytes) -> str:
+    """Of a frame, without reading the rest of it. Malformed for what is none."""
+    return str(header(data)["kind"])

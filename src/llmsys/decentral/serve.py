@@ -1,0 +1,87 @@
+"""A broker as a process: a `Coordinator` with a hub, a clock, and a log from which it is rebuilt."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from llmsys.decentral.coordinator import Coordinator
+from llmsys.decentral.fleet import Provider as Machine
+from llmsys.decentral.link import Credentials, Hub
+
+LOOK_S = 0.1
+"""Between two looks at the clock, while nobody says anything."""
+
+
+class Serving:
+    """`coordinator` at work. `committed(step)` is called after each step."""
+
+    def __init__(
+        self, coordinator: Coordinator, token: str, committed: Callable[[int], None] = lambda step: None
+    ) -> None:
+        self.coordinator, self.committed = coordinator, committed
+        self.hub = Hub(token, self._joined, self._heard, self._closed)
+        self._begun = time.monotonic()
+        self._step = coordinator.state.step
+        self._over = asyncio.Event()
+        self._error: BaseException | None = None
+
+    async def run(self, host: str = "127.0.0.1", port: int = 0, credentials: Credentials | None = None,
+                  ready: Callable[[int], None] = lambda port: None) -> None:  # fmt: skip
+        """Until the job is done; `ready(port)` once it listens. Raises what ends the job (`JobLost`)."""
+        await self.hub.listen(host, port, credentials)
+        ready(self.hub.port)
+        try:
+            while not self._over.is_set():
+                self._look()
+                try:
+                    await asyncio.wait_for(self._over.wait(), LOOK_S)
+                except TimeoutError:
+                    continue
+        finally:
+            for name in [*self.hub.queues]:
+                self.coordinator.dismiss(name)
+            self._send()
+            await asyncio.sleep(0)
+            await self.hub.close()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self._begun
+
+    def _joined(self, machine: Machine, life: str) -> None:
+        self.coordinator.join(machine, life, self.now)
+        self._look()
+
+    def _heard(self, name: str, data: bytes) -> None:
+        try:
+            self.coordinator.hear(name, data, self.now)
+        except RuntimeError as error:  # JobLost: nobody can go on
+            self._error = error
+            self._over.set()
+            return
+        self._look()
+
+    def _closed(self, name: str) -> None:
+        self.coordinator.gone(name, self.now)
+        self._look()
+
+    def _look(self) -> None:
+        """What follows; and everybody is told."""
+        if self._over.is_set():
+            return
+        self.coordinator.tick(self.now)
+        self._send()
+        for step in range(self._step + 1, self.coordinator.state.step + 1):
+            self._step = step
+            self.committed(step)
+        if self.coordinator.finished:
+            self._over.set()
+
+    def _send(self) -> None:
+        said, self.coordinator.out = self.coordinator.out, []
+        for name, data in said:
+            self.hub.send(name, data)

@@ -1,0 +1,147 @@
+"""Real processes over real sockets: a broker here, providers by their own command, and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from decentral_running import job, losses_of, machines, mem_gib, training, undisturbed
+
+from llmsys.decentral import link
+from llmsys.decentral.coordinator import Coordinator
+from llmsys.decentral.fleet import Provider
+from llmsys.decentral.serve import Serving
+
+STEPS = 8
+TOKEN = "for this test"
+
+
+class Machines:
+    """Provider processes, none of which outlives the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.token = folder / "token"
+        self.token.write_text(TOKEN)
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+
+    def start(self, machine: Provider, port: int, token: Path | None = None) -> subprocess.Popen[str]:
+        words = ["--join", f"127.0.0.1:{port}", "--token-file", str(token or self.token), "--name", machine.name]
+        words += ["--tflops", str(machine.tflops), "--mem-gib", str(machine.mem_gib)]
+        words += ["--up-mbit", "500", "--down-mbit", "500"]
+        command = [sys.executable, "-m", "llmsys.decentral", "provider", *words]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        made = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        self.processes[machine.name] = made
+        return made
+
+    def end(self) -> None:
+        for each in self.processes.values():
+            each.kill()
+            each.wait()
+            if each.stderr is not None:
+                each.stderr.close()
+
+
+@pytest.fixture
+def providers(tmp_path: Path) -> Iterator[Machines]:
+    made = Machines(tmp_path)
+    yield made
+    made.end()
+
+
+def run(coordinator: Coordinator, providers: Machines, count: int, committed: Callable[[int], None]) -> None:
+    own = machines(mem_gib("llama", 2), count)
+
+    def ready(port: int) -> None:
+        for each in own:
+            providers.start(each, port)
+
+    asyncio.run(asyncio.wait_for(Serving(coordinator, TOKEN, committed).run(ready=ready), 60))
+
+
+@pytest.mark.parametrize(("what", "count"), [("SIGKILL", 3), ("SIGSTOP", 3), ("SIGKILL", 4)])
+def test_a_signal_to_the_owner_of_a_stage(providers: Machines, what: str, count: int) -> None:
+    """Killed, its stage is another's within a second (its connection is closed); stopped, after three beats that were
+    not heard. Nobody is left behind, and the losses are those of one process."""
+    coordinator = Coordinator(job("llama"), training("llama", STEPS))
+    hit, at_s = "", dict[int, float]()
+
+    def committed(step: int) -> None:
+        nonlocal hit
+        at_s[step] = time.monotonic()
+        if step == 4:
+            hit = coordinator.owners[0]
+            os.kill(providers.processes[hit].pid, getattr(signal, what))
+
+    run(coordinator, providers, count, committed)
+    assert hit not in coordinator.owners
+    assert losses_of(coordinator) == undisturbed("llama", STEPS)
+    assert coordinator.again <= 1
+    for name, process in providers.processes.items():
+        if name != hit:
+            assert process.wait(10) == 0, process.stderr
+
+
+def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("another")
+    coordinator = Coordinator(job("llama"), training("llama", 1))
+
+    async def serve() -> tuple[int, str]:
+        hub = link.Hub(TOKEN, lambda *given: pytest.fail("joined"), lambda *given: None, lambda name: None)
+        await hub.listen("127.0.0.1", 0)
+        process = providers.start(machines(1.0, 1)[0], hub.port, wrong)
+        try:
+            _, said = await asyncio.to_thread(process.communicate)
+        finally:
+            await hub.close()
+        return process.returncode, said
+
+    code, said = asyncio.run(asyncio.wait_for(serve(), 60))
+    assert code == 1
+    assert said.strip().splitlines()[-1].endswith("the token is not this broker's")
+    assert not coordinator.state.present
+
+
+def test_beyond_loopback_a_certificate_is_needed() -> None:
+    hub = link.Hub(TOKEN, lambda *given: None, lambda *given: None, lambda name: None)
+    with pytest.raises(ValueError, match=r"listen=0\.0\.0\.0: beyond loopback a certificate is needed"):
+        asyncio.run(hub.listen("0.0.0.0", 0))
+
+
+def test_a_provider_whose_broker_goes_ends_and_says_so(providers: Machines) -> None:
+    async def serve() -> subprocess.Popen[str]:
+        there = asyncio.Event()
+        hub = link.Hub(TOKEN, lambda *given: there.set(), lambda *given: None, lambda name: None)
+        await hub.listen("127.0.0.1", 0)
+        process = providers.start(machines(1.0, 1)[0], hub.port)
+        await there.wait()
+        await hub.close()
+        return process
+
+    process = asyncio.run(asyncio.wait_for(serve(), 60))
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "the broker has gone" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--join", "127.0.0.1:1", "--tflops", "0", "--mem-gib", "1"], "tflops=0.0: must be a positive number"),
+        (["--join", "127.0.0.1:1", "--tflops", "1", "--mem-gib", "1"], "127.0.0.1:1: "),
+    ],
+)
+def test_a_mistake_is_one_line(providers: Machines, words: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "llmsys.decentral", "provider", "--token-file", str(providers.token), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert said in line
