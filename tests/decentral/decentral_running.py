@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import chain
-from llmsys.decentral.coordinator import Coordinator, Training
+from llmsys.decentral.coordinator import Coordinator, Note, Training
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.fleet import Fleet, Provider
 from llmsys.decentral.local import Local
@@ -110,10 +110,11 @@ def together(
     stages: int,
     steps: int,
     watch: Callable[[Local, str, str, int], None] | None = None,
+    note: Note = lambda event, more: None,
     **more: object,
 ) -> Local:
     """`count` providers of which `stages` hold the job, on the torch plane; not begun."""
-    local = Local(Coordinator(job(family), training(family, steps, **more)), watch)
+    local = Local(Coordinator(job(family), training(family, steps, **more), note), watch)
     for each in machines(mem_gib(family, stages), count):
         local.join(each, TorchPlane())
     return local

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +15,11 @@ from pathlib import Path
 import pytest
 from decentral_running import job, losses_of, machines, mem_gib, training, undisturbed
 
+from llmsys.comm.place import listen
 from llmsys.decentral import link
 from llmsys.decentral.coordinator import Coordinator
+from llmsys.decentral.event_log import read
+from llmsys.decentral.events import Committed
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.serve import Serving
 
@@ -31,10 +35,10 @@ class Machines:
         self.token.write_text(TOKEN)
         self.processes: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, machine: Provider, port: int, token: Path | None = None) -> subprocess.Popen[str]:
+    def start(self, machine: Provider, port: int, *more: str, token: Path | None = None) -> subprocess.Popen[str]:
         words = ["--join", f"127.0.0.1:{port}", "--token-file", str(token or self.token), "--name", machine.name]
         words += ["--tflops", str(machine.tflops), "--mem-gib", str(machine.mem_gib)]
-        words += ["--up-mbit", "500", "--down-mbit", "500"]
+        words += ["--up-mbit", "500", "--down-mbit", "500", *more]
         command = [sys.executable, "-m", "llmsys.decentral", "provider", *words]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         made = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -66,7 +70,9 @@ def run(coordinator: Coordinator, providers: Machines, count: int, committed: Ca
     asyncio.run(asyncio.wait_for(Serving(coordinator, TOKEN, committed).run(ready=ready), 60))
 
 
-@pytest.mark.parametrize(("what", "count"), [("SIGKILL", 3), ("SIGSTOP", 3), ("SIGKILL", 4)])
+@pytest.mark.parametrize(
+    ("what", "count"), [("SIGKILL", 3), ("SIGSTOP", 3), pytest.param("SIGKILL", 4, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_owner_of_a_stage(providers: Machines, what: str, count: int) -> None:
     """Killed, its stage is another's within a second (its connection is closed); stopped, after three beats that were
     not heard. Nobody is left behind, and the losses are those of one process."""
@@ -89,6 +95,37 @@ def test_a_signal_to_the_owner_of_a_stage(providers: Machines, what: str, count:
             assert process.wait(10) == 0, process.stderr
 
 
+def test_a_broker_that_is_killed_and_started_again_loses_nothing(providers: Machines, tmp_path: Path) -> None:
+    """Providers dial again for a while, and have what they had."""
+    events, out = tmp_path / "events.jsonl", tmp_path / "losses.json"
+    descriptor, port = listen("127.0.0.1")
+    os.close(descriptor)  # free again, and in a test's hands
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    script = Path(__file__).with_name("decentral_broker.py")
+    command = [sys.executable, str(script), str(port), TOKEN, str(events), str(out), "40"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    own = machines(mem_gib("llama", 2), 3)
+    with subprocess.Popen(command, env=env) as broker:
+        try:
+            while not events.exists():
+                assert broker.poll() is None
+                time.sleep(0.05)
+            for each in own:
+                providers.start(each, port)
+            while not any(isinstance(event, Committed) and event.step == 5 for event, _ in read(events)):
+                assert broker.poll() is None
+                time.sleep(0.02)
+        finally:
+            broker.kill()
+    done = subprocess.run(command, env=env, timeout=60)
+    assert done.returncode == 0
+    found = json.loads(out.read_text())
+    assert [tuple(each) for each in found["losses"]] == undisturbed("llama", 40)
+    assert found["again"] <= 1
+    for process in providers.processes.values():
+        assert process.wait(10) == 0
+
+
 def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("another")
@@ -97,7 +134,7 @@ def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_pa
     async def serve() -> tuple[int, str]:
         hub = link.Hub(TOKEN, lambda *given: pytest.fail("joined"), lambda *given: None, lambda name: None)
         await hub.listen("127.0.0.1", 0)
-        process = providers.start(machines(1.0, 1)[0], hub.port, wrong)
+        process = providers.start(machines(1.0, 1)[0], hub.port, token=wrong)
         try:
             _, said = await asyncio.to_thread(process.communicate)
         finally:
@@ -121,7 +158,7 @@ def test_a_provider_whose_broker_goes_ends_and_says_so(providers: Machines) -> N
         there = asyncio.Event()
         hub = link.Hub(TOKEN, lambda *given: there.set(), lambda *given: None, lambda name: None)
         await hub.listen("127.0.0.1", 0)
-        process = providers.start(machines(1.0, 1)[0], hub.port)
+        process = providers.start(machines(1.0, 1)[0], hub.port, "--patience", "0.5")
         await there.wait()
         await hub.close()
         return process

@@ -3,11 +3,16 @@ no committed step is lost, and of each that was under way at most one attempt.""
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import pytest
 from decentral_harness import FAMILIES
-from decentral_running import Storm, losses, machines, mem_gib, together, undisturbed
+from decentral_running import Storm, job, losses, machines, mem_gib, together, training, undisturbed
 
-from llmsys.decentral.coordinator import JobLost
+from llmsys.decentral.coordinator import Coordinator, JobLost
+from llmsys.decentral.event_log import EventLog, read
+from llmsys.decentral.events import Committed
 from llmsys.decentral.local import Local, Stalled
 from llmsys.decentral.planes.torch_stage import TorchPlane
 from rank_pool import briefly
@@ -170,3 +175,63 @@ def stormy(family: str, stages: int, every: int, seed: int) -> None:
     local.run()
     assert losses(local) == undisturbed(family, STEPS), (seed, storm.happened)
     assert local.coordinator.again <= len(storm.happened)
+
+
+@pytest.mark.parametrize("at", range(1, 60, 6))
+def test_a_broker_that_dies_is_rebuilt_and_nothing_is_lost(tmp_path: Path, at: int) -> None:
+    """At any moment: after the n-th thing that happens to anybody."""
+    path = tmp_path / "events.jsonl"
+    left = at
+
+    def watch(own: Local, name: str, what: str, step: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise _Died
+
+    log = EventLog(path)
+    local = together("llama", 3, 2, STEPS, watch, note=log.note)
+    with pytest.raises(_Died):
+        local.run()
+    log.close()
+    committed = local.coordinator.state.step
+    with open(path, "a") as file:
+        file.write('{"event": "Comm')  # what it was writing
+    again = Coordinator(job("llama"), training("llama", STEPS))
+    again.rebuild(read(path), local.now)
+    assert again.state.step == committed
+    with contextlib.closing(EventLog(path)) as log:
+        again.note = log.note
+        local.rebuilt(again)
+        local.run()
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert again.again <= 1
+    assert [event.step for event, _ in read(path) if isinstance(event, Committed)] == [*range(1, STEPS + 1)]
+
+
+def test_who_does_not_come_back_to_a_broker_that_was_rebuilt_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    local = together("llama", 4, 2, STEPS, note=log.note)
+    while local.coordinator.state.step < 3:
+        local.round()
+    gone = local.coordinator.owners[0]
+    log.close()
+    del local.providers[gone], local.inboxes[gone]
+    again = Coordinator(job("llama"), training("llama", STEPS))
+    again.rebuild(read(path), local.now)
+    local.rebuilt(again)
+    local.run()
+    assert gone not in again.state.present
+    assert losses(local) == undisturbed("llama", STEPS)
+
+
+def test_a_log_with_a_line_that_is_no_event_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "Left", "at_s": 1.0, "name": "a", "more": {}}\n{"event": "Nonsense"}\n')
+    with pytest.raises(ValueError, match=r"events\.jsonl:2: no event"):
+        read(path)
+
+
+class _Died(Exception):
+    pass

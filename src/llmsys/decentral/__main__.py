@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmsys.decentral.fleet import Provider as Machine
-from llmsys.decentral.link import Credentials, Line, Refused, provide
+from llmsys.decentral.link import Credentials, Line, Refused, stay
 from llmsys.decentral.planes import PLANES, plane_of
 from llmsys.decentral.provider import Provider
 
@@ -43,6 +43,13 @@ def _provider(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--up-mbit", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--down-mbit", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--region", default="")
+    parser.add_argument(
+        "--patience",
+        metavar="S",
+        type=float,
+        default=30.0,
+        help="to dial again a broker that has gone; default: %(default)s",
+    )
 
 
 def _provide(asked: argparse.Namespace) -> int:
@@ -59,7 +66,8 @@ def _provide(asked: argparse.Namespace) -> int:
     own = None if asked.certificate is None else Credentials(certificate=asked.certificate.read_bytes())
     plane = plane_of(asked.plane)
     plane.warm()
-    provide(Provider(machine.name, plane), Line(asked.join, token, machine, uuid.uuid4().hex, own))
+    life = uuid.uuid4().hex
+    stay(Provider(machine.name, plane), lambda: Line(asked.join, token, machine, life, own), asked.patience)
     return 0
 
 

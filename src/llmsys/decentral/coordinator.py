@@ -26,6 +26,7 @@ from llmsys.decentral.cutting import Cutting, lost, sources
 from llmsys.decentral.events import Beat, Began, Committed, Event, Held, Joined, Left, Lost, Planned, Prepared
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.graph import Graph
+from llmsys.decentral.plan import Plan
 from llmsys.decentral.planes import PARAMETER, VARIABLE, Arrays, Rules
 from llmsys.decentral.provider import BROKER, Place
 from llmsys.decentral.stage_work import INPUT, KINDS
@@ -87,10 +88,15 @@ class JobLost(RuntimeError):
     """Nobody has what the job needs to go on, and nobody can compute it again."""
 
 
-class Coordinator:
-    """`note` is called with each event that counts before anybody is told."""
+Note = Callable[[Event, Mapping[str, Any]], None]
+BACK_S = 10.0
+"""How long a broker that was rebuilt waits for providers to dial again."""
 
-    def __init__(self, job: broker.Job, training: Training, note: Callable[[Event], None] = lambda event: None) -> None:
+
+class Coordinator:
+    """`note` is called with each event, and what goes with it, before anybody is told."""
+
+    def __init__(self, job: broker.Job, training: Training, note: Note = lambda event, more: None) -> None:
         self.training, self.note = training, note
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
@@ -108,6 +114,26 @@ class Coordinator:
         self.refusals: collections.deque[str] = collections.deque(maxlen=10)
         self.tasks: dict[str, int] = {}
         self.again = 0  # steps that were under way when a plan ended
+        self.begun_s = 0.0  # on the clock of the job
+        self.awaited: set[str] | None = None  # who is to dial again, of a broker that was rebuilt
+
+    def rebuild(self, noted: Iterable[tuple[Event, Mapping[str, Any]]], now: float) -> None:
+        """As the broker was that noted these, whose clock is now at `now`. Its providers are to dial again; those that
+        do not are lost."""
+        self.begun_s = now
+        for event, more in noted:
+            if isinstance(event, Joined):
+                self.lives[event.provider.name] = str(more["life"])
+            if isinstance(event, Committed):
+                self.updates[event.step] = Update(**{**more, "losses": tuple(more["losses"])})
+            before, self.state = self.state, broker.apply(self.state, event)
+            if isinstance(event, Planned):
+                self.again += before.phase == broker.COMPUTING
+                self._cut()
+            elif isinstance(event, Began):
+                self._based()
+        self.awaited = set(self.state.present)
+        self.state = broker.apply(self.state, Beat(at_s=now + BACK_S, names=self.state.present))
 
     @property
     def finished(self) -> bool:
@@ -116,10 +142,14 @@ class Coordinator:
     # --- what comes ---
 
     def join(self, provider: Provider, life: str, now: float) -> None:
-        """A provider that has come, or that has begun anew."""
-        self.lives[provider.name] = life
+        """A provider that has come, has begun anew, or is back from before the broker was rebuilt."""
+        awaited = self.awaited or set()
+        back = provider.name in awaited and self.lives[provider.name] == life
+        awaited.discard(provider.name)
         self.leaving.pop(provider.name, None)
-        self._event(Joined(at_s=now, provider=provider))
+        if not back:
+            self.lives[provider.name] = life
+            self._event(Joined(at_s=now, provider=provider), life=life)
 
     def gone(self, name: str, now: float) -> None:
         """Somebody's connection is closed, and will not come back."""
@@ -134,7 +164,8 @@ class Coordinator:
     def beat(self, name: str, now: float) -> None:
         if name in self.leaving:
             self.leaving[name] = now
-        self.state = broker.apply(self.state, Beat(at_s=now, names=frozenset({name})))
+        if name not in (self.awaited or ()):
+            self.state = broker.apply(self.state, Beat(at_s=now, names=frozenset({name})))
 
     def hear(self, sender: str, data: bytes, now: float) -> None:
         """Bytes from a provider, which is known to be `sender`."""
@@ -216,6 +247,8 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Everything that follows from what has come, and from the time."""
+        if self.awaited is not None and not self._all_back(self.awaited, now):
+            return
         if self.asked and self.state.phase == broker.HOLDING and self.state.done:  # a step under way is not given up
             for name in sorted(self.asked & self.state.present):
                 self.leaving[name] = now
@@ -225,8 +258,37 @@ class Coordinator:
         while not self.finished and (events := self._decided(now)):
             for event in events:
                 before = self.state
-                self._event(event)
+                if isinstance(event, Committed):
+                    self.updates[event.step] = self._update(event.step)
+                    self._event(event, **dataclasses.asdict(self.updates[event.step]))
+                else:
+                    self._event(event)
                 self._follow(event, before)
+
+    def _all_back(self, awaited: set[str], now: float) -> bool:
+        """Whether all have dialled again whom a broker that was rebuilt has known; then all begin in a new epoch."""
+        for event in broker.decide(self.state, now):
+            if isinstance(event, Lost):
+                self._event(event)
+        awaited &= self.state.present
+        if awaited:
+            return False
+        self.awaited = None
+        self.state = broker.apply(self.state, Beat(at_s=now, names=self.state.present))
+        if self.state.plan is not None and not self.state.gone:
+            if self.state.step and self.base is self.cutting:
+                self._commit(self.state.step)  # for whoever had not been told when the broker died
+            self._again(now, self.state.plan)
+        return True
+
+    def _again(self, now: float, plan: Plan) -> None:
+        """The same plan, in a new epoch: all say anew what they have."""
+        spares = tuple(p for p in plan.spares if p not in self.state.absent)
+        same = dataclasses.replace(plan, spares=spares)
+        before = self.state
+        event = Planned(at_s=now, epoch=self.state.epoch + 1, plan=same, how="none")
+        self._event(event)
+        self._follow(event, before)
 
     def _replaced(self, now: float) -> None:
         """Those who have gone and had no stage: others keep what they kept; and where somebody waited for what they
@@ -242,10 +304,7 @@ class Coordinator:
             del self.told.holds[name]
         keepers = self._keepers()
         if lost and self.state.phase == broker.HOLDING and not self.state.done:
-            spares = tuple(p for p in plan.spares if p not in self.state.absent)
-            same = dataclasses.replace(plan, spares=spares)
-            self._event(Planned(at_s=now, epoch=self.state.epoch + 1, plan=same, how="none"))
-            self._plan()
+            self._again(now, plan)
         elif keepers != self.keepers:
             self.keepers, self.told.copying = keepers, False
             for name, names in keepers.items():
@@ -293,8 +352,8 @@ class Coordinator:
         since = max((told.since.get((number, index), self.state.step) for index in range(len(order))), default=0)
         return max((at for at in set.intersection(*steps) if at >= since), default=None)
 
-    def _event(self, event: Event) -> None:
-        self.note(event)
+    def _event(self, event: Event, **more: Any) -> None:
+        self.note(event, more)
         self.state = broker.apply(self.state, event)
 
     def _follow(self, event: Event, before: State) -> None:
@@ -315,7 +374,8 @@ class Coordinator:
         (pipeline,) = self.state.plan.pipelines
         return [self.state.providers[p].name for p in pipeline.order]
 
-    def _plan(self) -> None:
+    def _cut(self) -> None:
+        """As the plan says; a model that is cut so already stays as it is."""
         if self.state.plan is None:
             return
         (pipeline,) = self.state.plan.pipelines
@@ -323,6 +383,17 @@ class Coordinator:
             graph, chain = self.training.graph, self.training.chain
             self.cutting = Cutting(self.state.epoch, graph, chain, pipeline.cuts)
             self.cuttings[self.cutting.number] = self.cutting
+
+    def _based(self) -> None:
+        """A step begins by the model as it is cut now."""
+        assert self.cutting is not None
+        self.base = self.cutting
+        self.cuttings = {self.cutting.number: self.cutting}
+
+    def _plan(self) -> None:
+        self._cut()
+        if self.state.plan is None:
+            return
         self.told = Told()
         order = self.owners
         self.keepers = self._keepers()
@@ -463,9 +534,8 @@ class Coordinator:
     # --- a step ---
 
     def _begin(self) -> None:
+        self._based()
         assert self.cutting is not None
-        self.base = self.cutting
-        self.cuttings = {self.cutting.number: self.cutting}
         for name in sorted(self.leaving):
             self._tell(name, "stop")
         self.leaving.clear()
@@ -485,14 +555,17 @@ class Coordinator:
             body = {"cutting": cutting.number, "stage": index}
             self._tell(name, INPUT, step=step, body=body, tensors={key: arrays[key] for key in own}, micro_batch=at)
 
-    def _commit(self, step: int) -> None:
-        told = self.told
+    def _update(self, step: int) -> Update:
+        """By the norm of all gradients, whoever has them."""
+        told, clip = self.told, self.training.clip
         norm = math.sqrt(sum(told.squares[key] for key in sorted(told.squares)))
-        clip = self.training.clip
         scale = clip / norm if clip and norm > clip else 1.0
-        self.updates[step] = Update(rate=self.training.rate(step), scale=scale, losses=told.losses)
+        return Update(rate=self.training.rate(step), scale=scale, losses=told.losses)
+
+    def _commit(self, step: int) -> None:
+        own = self.updates[step]
         for name in self.owners:
-            self._tell(name, "commit", step=step, body={"rate": self.updates[step].rate, "scale": scale})
+            self._tell(name, "commit", step=step, body={"rate": own.rate, "scale": own.scale})
             self.tasks[name] = self.tasks.get(name, 0) + 1
 
     def _tell(

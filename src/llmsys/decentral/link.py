@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import math
 import queue
 import threading
 import time
@@ -26,6 +27,10 @@ from llmsys.decentral.wire import FRAME_BYTES, Frame, Malformed, decode, encode,
 
 METHOD = "/llmsys.decentral/Talk"
 BEAT_S = 0.5
+GRACE_S = 5.0
+"""For what has been said to arrive, when a broker ends."""
+AGAIN_S = 0.3
+"""Between two attempts to dial."""
 HELLO_S = 10.0
 """Whoever dials has to say who it is within so long."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -94,7 +99,7 @@ class Hub:
         """Everybody is told to stop talking."""
         for each in self.queues.values():
             each.put_nowait(None)
-        await self._server.stop(grace=1.0)
+        await self._server.stop(grace=GRACE_S)
 
     def send(self, name: str, data: bytes) -> None:
         """To whoever is connected under this name; to others nothing."""
@@ -172,7 +177,8 @@ class Line:
         self.address, self.token, self.machine, self.life = address, token, machine, life
         self.credentials = credentials
         self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.error: BaseException | None = None
+        self.error: ConnectionError | None = None
+        self.heard = False
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._open = threading.Event()
         self._thread = threading.Thread(target=self._run, name="line", daemon=True)
@@ -205,6 +211,7 @@ class Line:
             talk = channel.stream_stream(METHOD)
             call = talk(self._said(), metadata=(("token", self.token),))
             async for data in call:
+                self.heard = True
                 self.inbox.put(data)
 
     def _channel(self) -> grpc.aio.Channel:
@@ -246,6 +253,23 @@ def provide(provider: Provider, line: Line) -> None:
         provider.hear(data)
         _flush(provider, line)
     line.close()
+
+
+def stay(provider: Provider, dial: Callable[[], Line], patience_s: float) -> None:
+    """As `provide`; when the line ends it is dialled again for so long: a broker that has died is rebuilt."""
+    lost_s = -math.inf
+    while True:
+        line = dial()
+        try:
+            return provide(provider, line)
+        except Refused:
+            raise
+        except ConnectionError:
+            now_s = time.monotonic()
+            lost_s = now_s if line.heard else lost_s
+            if now_s > lost_s + patience_s:
+                raise
+        time.sleep(AGAIN_S)
 
 
 def _flush(provider: Provider, line: Line) -> None:

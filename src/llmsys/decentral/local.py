@@ -32,6 +32,7 @@ class Local:
         self.coordinator, self.watch = coordinator, watch
         self.now = 0.0
         self.providers: dict[str, Provider] = {}
+        self.machines: dict[str, tuple[fleet.Provider, str]] = {}
         self.inboxes: dict[str, collections.deque[bytes]] = {}
         self.frozen: set[str] = set()
         self._lives = 0
@@ -42,7 +43,15 @@ class Local:
         self._lives += 1
         self.providers[machine.name] = Provider(machine.name, plane)
         self.inboxes[machine.name] = collections.deque()
+        self.machines[machine.name] = (machine, str(self._lives))
         self.coordinator.join(machine, str(self._lives), self.now)
+
+    def rebuilt(self, coordinator: Coordinator) -> None:
+        """Another broker in the place of the one that has died: what was on its way is lost, and all dial again."""
+        self.coordinator = coordinator
+        for name in self.providers:
+            self.inboxes[name].clear()
+            coordinator.join(*self.machines[name], self.now)
 
     def kill(self, name: str, *, noticed: bool = True) -> None:
         """`noticed`: its connection is closed, as that of a process that was killed; else it is just silent."""

@@ -22,7 +22,7 @@ class Serving:
     ) -> None:
         self.coordinator, self.committed = coordinator, committed
         self.hub = Hub(token, self._joined, self._heard, self._closed)
-        self._begun = time.monotonic()
+        self._begun = time.monotonic() - coordinator.begun_s
         self._step = coordinator.state.step
         self._over = asyncio.Event()
         self._error: BaseException | None = None
