@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import chain
-from llmsys.decentral.coordinator import Coordinator, Note, Training
+from llmsys.decentral.coordinator import Coordinator, Note
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.fleet import Fleet, Provider
 from llmsys.decentral.local import Local
@@ -23,6 +23,7 @@ from llmsys.decentral.plan import plan
 from llmsys.decentral.planes import AdamW, Rules
 from llmsys.decentral.planes.layout import packed
 from llmsys.decentral.planes.torch_stage import TorchPlane
+from llmsys.decentral.training import Training
 
 MICRO_BATCHES, RATE, DECAY = 4, 1e-2, 0.01
 

@@ -10,11 +10,12 @@ import pytest
 from decentral_harness import FAMILIES
 from decentral_running import Storm, job, losses, machines, mem_gib, together, training, undisturbed
 
-from llmsys.decentral.coordinator import Coordinator, JobLost
+from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import EventLog, read
 from llmsys.decentral.events import Committed
 from llmsys.decentral.local import Local, Stalled
 from llmsys.decentral.planes.torch_stage import TorchPlane
+from llmsys.decentral.recovery import JobLost
 from rank_pool import briefly
 
 STEPS = 6
@@ -147,7 +148,7 @@ def test_what_nobody_can_compute_again_is_said() -> None:
         local.round()
         local.now += 0.01
     owner = local.coordinator.owners[0]
-    for name in {owner, *local.coordinator.keepers[owner]}:
+    for name in {owner, *local.coordinator.recovery.keepers[owner]}:
         local.kill(name)
     (late,) = machines(mem_gib("llama", 2), 8)[7:]
     local.join(late, TorchPlane())

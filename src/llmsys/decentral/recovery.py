@@ -1,0 +1,304 @@
+"""Where the state of a job is, and how it gets to where a plan wants it.
+
+With each plan providers say what they have: stages as they are after the last committed step, and copies. What an owner
+lacks others give it. What nobody has is computed again: one provider gets an older copy of a lost stage, what the
+stage's neighbours had sent it since, and the job's own inputs, and ends where the stage had been. No step begins before
+all that is there for whatever stage may be lost next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmsys.decentral.broker import State
+from llmsys.decentral.cutting import Cutting, lost, sources
+from llmsys.decentral.planes import PARAMETER, VARIABLE, Arrays
+from llmsys.decentral.provider import Place
+from llmsys.decentral.stage_work import INPUT
+from llmsys.decentral.training import Training, Update
+from llmsys.decentral.wire import Frame
+
+
+class JobLost(RuntimeError):
+    """Nobody has what the job needs to go on, and nobody can compute it again."""
+
+
+@dataclass(kw_only=True)
+class Told:
+    """What providers have said since the epoch began; `plan`: who has been told of it."""
+
+    plan: set[str] = field(default_factory=set)
+    holds: dict[str, set[str]] = field(default_factory=dict)
+    stages: dict[Place, str] = field(default_factory=dict)
+    copies: dict[Place, dict[int, set[str]]] = field(default_factory=dict)
+    since: dict[Place, int] = field(default_factory=dict)
+    asked: dict[str, set[str]] = field(default_factory=dict)
+    copying: bool = False
+    reviving: dict[int, str] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
+
+
+def owners(state: State) -> list[str]:
+    """Of stages, in their order, by the plan."""
+    assert state.plan is not None
+    (pipeline,) = state.plan.pipelines
+    return [state.providers[p].name for p in pipeline.order]
+
+
+class Recovery:
+    """Of `training`; `tell(name, kind, step=, body=, tensors=, micro_batch=)` sends a frame. `state` is the broker's,
+    `leaving` are those without a stage who are still there to hand over what they have."""
+
+    def __init__(self, training: Training, tell: Callable[..., None]) -> None:
+        self.training, self._tell = training, tell
+        self.cutting: Cutting | None = None
+        self.base: Cutting | None = None  # by which the last step was computed
+        self.cuttings: dict[int, Cutting] = {}
+        self.told = Told()
+        self.keepers: dict[str, list[str]] = {}
+        self.safe = 0
+        self.updates: dict[int, Update] = {}
+
+    # --- a plan ---
+
+    def cut(self, state: State) -> None:
+        """As the plan says; a model that is cut so already stays as it is."""
+        if state.plan is None:
+            return
+        (pipeline,) = state.plan.pipelines
+        if self.cutting is None or self.cutting.cuts != pipeline.cuts:
+            graph, chain = self.training.graph, self.training.chain
+            self.cutting = Cutting(state.epoch, graph, chain, pipeline.cuts)
+            self.cuttings[self.cutting.number] = self.cutting
+
+    def based(self) -> None:
+        """A step begins by the model as it is cut now."""
+        assert self.cutting is not None
+        self.base = self.cutting
+        self.cuttings = {self.cutting.number: self.cutting}
+
+    def plan(self, state: State, leaving: Collection[str]) -> None:
+        """Tells everybody what is theirs to do in this epoch, and so asks what they have."""
+        self.cut(state)
+        if state.plan is None:
+            return
+        self.told = Told()
+        order = owners(state)
+        self.keepers = self.keepers_of(state)
+        for name in sorted({*state.present, *leaving}):
+            index = order.index(name) if name in order else None
+            self.told.plan.add(name)
+            self._tell(name, "plan", body=self._stage(index, order), tensors=self._constants(index))
+
+    def keepers_of(self, state: State) -> dict[str, list[str]]:
+        """Of each owner, who keep its copies: first those without a stage, as they are to take one over."""
+        order = owners(state)
+        spares = sorted(state.present - set(order))
+        found = {}
+        for at, name in enumerate(order):
+            turned = [*spares[at % max(1, len(spares)) :], *spares[: at % max(1, len(spares))]]
+            others = [*turned, *order[at + 1 :], *order[:at]]
+            found[name] = [each for each in others if each in state.present][: self.training.copies]
+        return found
+
+    def kept_by_others(self, state: State) -> None:
+        """Where somebody who kept copies has gone."""
+        keepers = self.keepers_of(state)
+        if keepers == self.keepers:
+            return
+        self.keepers, self.told.copying = keepers, False
+        for name, names in keepers.items():
+            self._tell(name, "keepers", body={"keepers": names})
+
+    def _stage(self, index: int | None, order: Sequence[str]) -> dict[str, Any]:
+        assert self.cutting is not None
+        common = {"cutting": self.cutting.number, "peers": list(order), "every": self.training.copy_every}
+        if index is None:
+            return {**common, "stage": None, "keepers": [], "rules": None}
+        return {**common, **self._described(self.cutting, index), "keepers": self.keepers[order[index]]}
+
+    def _described(self, cutting: Cutting, index: int) -> dict[str, Any]:
+        return {
+            "stage": cutting.stages[index].to_json(),
+            "graph": cutting.parts[index].to_json(),
+            "rules": dataclasses.asdict(self.training.rules),
+            "count": len(cutting.stages),
+        }
+
+    def _constants(self, index: int | None, cutting: Cutting | None = None) -> Arrays:
+        cutting = cutting or self.cutting
+        assert cutting is not None
+        keys = () if index is None else cutting.stages[index].constants
+        return {key: self.training.tensors[key] for key in keys}
+
+    # --- what is where ---
+
+    def have(self, frame: Frame) -> None:
+        """What a provider says that it has."""
+        body, name, told = frame.body, frame.sender, self.told
+        holds = told.holds.setdefault(name, set())
+        for number, index, since, lacks in body["stages"]:
+            if number in self.cuttings:  # else it is of a plan that nobody asks for any more
+                if since >= 0:
+                    told.stages[number, index] = name
+                    told.since[number, index] = int(since)
+                holds |= self.cuttings[number].names[index] - set(lacks)
+        for number, index, steps in body["copies"]:
+            if number in self.cuttings:
+                for step in steps:
+                    told.copies.setdefault((number, index), {}).setdefault(int(step), set()).add(name)
+                if frame.step in steps:
+                    holds |= self.cuttings[number].names[index]
+
+    def revived(self, frame: Frame) -> None:
+        """A stage that was lost is there again."""
+        body, name, told = frame.body, frame.sender, self.told
+        place = (int(body["cutting"]), int(body["stage"]))
+        told.stages[place], told.since[place] = name, int(body["since"])
+        told.holds[name] |= self.cuttings[place[0]].names[place[1]]
+
+    def copied(self, frame: Frame) -> None:
+        """Somebody keeps a copy; perhaps that makes an older step one that nobody asks for any more."""
+        told, place = self.told, (int(frame.body["cutting"]), int(frame.body["stage"]))
+        told.copies.setdefault(place, {}).setdefault(frame.step, set()).add(frame.sender)
+        if self.cutting is not None:
+            places = [(self.cutting.number, at) for at in range(len(self.cutting.stages))]
+            self.safe = max(self.safe, *(set.intersection(*(set(told.copies.get(each, {})) for each in places)) or {0}))
+
+    def held(self, frame: Frame, state: State) -> None:
+        """An owner has the state of its stage."""
+        assert self.cutting is not None
+        self.told.since[self.cutting.number, owners(state).index(frame.sender)] = int(frame.body["since"])
+
+    def guarded(self, state: State) -> bool:
+        """Whether whatever stage is lost could be computed again: of some step each has a copy with somebody else than
+        its owner, and all that was sent since is still there. Nobody begins a step before; alone there is nobody
+        else. Asks for copies where they are needed."""
+        assert self.cutting is not None
+        order, told = owners(state), self.told
+        if len(state.present) == 1 or self._common(state) is not None:
+            return True
+        if not told.copying:
+            told.copying = True
+            for name in order:
+                self._tell(name, "copy")
+        return False
+
+    def _common(self, state: State) -> int | None:
+        """The last step of which all these stages, as the model is cut now, have copies with others that are there,
+        and that no owner of the others has begun after."""
+        assert self.cutting is not None
+        number, told, order = self.cutting.number, self.told, owners(state)
+        steps = [
+            {at for at, who in told.copies.get((number, index), {}).items() if who & state.present - {order[index]}}
+            for index in range(len(order))
+        ]
+        since = max((told.since.get((number, index), state.step) for index in range(len(order))), default=0)
+        return max((at for at in set.intersection(*steps) if at >= since), default=None)
+
+    def move(self, state: State, leaving: Collection[str]) -> None:
+        """Asks for what owners lack and somebody has, and has computed again what nobody has. As far as all who are
+        there have said what they have."""
+        told, cutting = self.told, self.cutting
+        if cutting is None or (told.plan & {*state.present, *leaving}) - set(told.holds):
+            return
+        there = {name: frozenset(names) for name, names in told.holds.items()}
+        everything = frozenset().union(*there.values())
+        missing = set[str]()
+        for index, name in enumerate(owners(state)):
+            wanted = cutting.names[index] - there.get(name, frozenset()) - told.asked.setdefault(name, set())
+            if state.step == 0:
+                self._initial(name, cutting, index)
+                told.asked[name] |= wanted
+                continue
+            others = {each: names for each, names in there.items() if each != name}
+            for source, names in sources(wanted, others).items():
+                self._tell(source, "give", body={"names": names, "who": name})
+                told.asked[name] |= set(names)
+            missing |= wanted - everything
+        if missing:
+            self._revive(missing, state)
+
+    def _initial(self, name: str, cutting: Cutting, index: int) -> None:
+        """Before the first step the broker has it all."""
+        own = [each for each in sorted(cutting.names[index]) if each.startswith((PARAMETER, VARIABLE))]
+        if self.told.asked[name]:
+            return
+        tensors = {each: self.training.tensors[each[2:]] for each in own}
+        self._tell(name, "state", body={"begin": True, "last": True}, tensors=tensors)
+
+    def _revive(self, missing: Iterable[str], state: State) -> None:
+        """Has the stages computed again that have these names. JobLost where no copies of them are left."""
+        base, told, until = self.base, self.told, state.step
+        assert base is not None, "a step has been committed"
+        wanted = [at for at in lost(base, missing) if at not in told.reviving]
+        if not wanted:
+            return
+        every = sorted({*wanted, *told.reviving})
+        kept = [
+            {step: who & set(told.holds) for step, who in told.copies.get((base.number, at), {}).items()}
+            for at in every
+        ]
+        common = set.intersection(*({step for step, who in each.items() if who} for each in kept))
+        near = {other for at in every for other in self._neighbours(base, at)} - set(every)
+        begun = max((told.since.get((base.number, other), until + 1) for other in near), default=0)
+        if not any(step >= begun for step in common):
+            raise JobLost(f"step {until}: stages {every} are lost, and nobody has what they are computed again from")
+        after = max(common)
+        who = {at: self._reviver(base, at, state) for at in every}
+        for at, copies in zip(every, kept, strict=True):
+            self._tell(
+                who[at],
+                "revive",
+                body={
+                    **self._described(base, at),
+                    "cutting": base.number,
+                    "after": after,
+                    "until": until,
+                    "updates": [[self.updates[s].rate, self.updates[s].scale] for s in range(after + 1, until + 1)],
+                    "peers": {str(other): name for other, name in who.items()},
+                },
+                tensors=self._constants(at, base),
+            )
+            if who[at] not in copies[after]:
+                copy = {"copy": [base.number, at], "who": who[at]}
+                self._tell(min(copies[after]), "give", step=after, body=copy)
+        told.reviving = who
+        for at in every:
+            for step in range(after + 1, until + 1):
+                self.inputs(who[at], base, at, step)
+            for other in self._neighbours(base, at) - set(every):
+                body = {
+                    "cutting": base.number,
+                    "stage": other,
+                    "for": at,
+                    "who": who[at],
+                    "after": after,
+                    "until": until,
+                }
+                self._tell(told.stages[base.number, other], "resend", body=body)
+
+    def _reviver(self, base: Cutting, at: int, state: State) -> str:
+        """The owner that has most use for what a stage had."""
+        assert self.cutting is not None
+        order = owners(state)
+        best = max(range(len(order)), key=lambda index: len(self.cutting.names[index] & base.names[at]))  # type: ignore[union-attr]
+        return order[best]
+
+    def _neighbours(self, cutting: Cutting, at: int) -> set[int]:
+        """Stages that send something to this one."""
+        own = cutting.stages[at]
+        shared = {other.index for other in cutting.stages if at in {t for to in other.tells.values() for t in to}}
+        return {*own.receives.values(), *own.sends.values(), *own.hears.values()} | shared
+
+    def inputs(self, name: str, cutting: Cutting, index: int, step: int) -> None:
+        own = cutting.stages[index].inputs
+        if not own:
+            return
+        for at, arrays in enumerate(self.training.data(step)):
+            body = {"cutting": cutting.number, "stage": index}
+            self._tell(name, INPUT, step=step, body=body, tensors={key: arrays[key] for key in own}, micro_batch=at)
