@@ -95,6 +95,7 @@ def test_a_signal_to_the_owner_of_a_stage(providers: Machines, what: str, count:
             assert process.wait(10) == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_killed_and_started_again_loses_nothing(providers: Machines, tmp_path: Path) -> None:
     """Providers dial again for a while, and have what they had."""
     events, out = tmp_path / "events.jsonl", tmp_path / "losses.json"

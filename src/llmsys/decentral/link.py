@@ -26,6 +26,8 @@ from llmsys.decentral.provider import BROKER, Provider
 from llmsys.decentral.wire import FRAME_BYTES, Frame, Malformed, decode, encode, header
 
 METHOD = "/llmsys.decentral/Talk"
+WELCOME = "welcome"
+"""Metadata of a stream whose token is right."""
 BEAT_S = 0.5
 GRACE_S = 5.0
 """For what has been said to arrive, when a broker ends."""
@@ -110,6 +112,7 @@ class Hub:
         given = dict(context.invocation_metadata() or ())
         if not hmac.compare_digest(str(given.get("token", "")).encode(), self.token.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not this broker's")
+        await context.send_initial_metadata(((WELCOME, "1"),))
         try:
             async with asyncio.timeout(HELLO_S):
                 machine, life = hello_of(await anext(requests))
@@ -209,7 +212,10 @@ class Line:
         self._open.set()
         async with self._channel() as channel:
             talk = channel.stream_stream(METHOD)
-            call = talk(self._said(), metadata=(("token", self.token),))
+            let_in = asyncio.Event()
+            call = talk(self._said(let_in), metadata=(("token", self.token),))
+            if WELCOME in dict(await call.initial_metadata()):
+                let_in.set()
             async for data in call:
                 self.heard = True
                 self.inbox.put(data)
@@ -220,7 +226,8 @@ class Line:
         own = grpc.ssl_channel_credentials(self.credentials.certificate)
         return grpc.aio.secure_channel(self.address, own, options=OPTIONS)
 
-    async def _said(self) -> AsyncIterator[bytes]:
+    async def _said(self, let_in: asyncio.Event) -> AsyncIterator[bytes]:
+        await let_in.wait()  # what is being said while a broker hangs up would hide why it does
         yield hello(self.machine, self.life)
         beat = encode(Frame(kind="beat", sender=self.machine.name, to=BROKER))
         due = time.monotonic() + BEAT_S

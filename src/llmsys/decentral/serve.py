@@ -53,21 +53,22 @@ class Serving:
         return time.monotonic() - self._begun
 
     def _joined(self, machine: Machine, life: str) -> None:
-        self.coordinator.join(machine, life, self.now)
-        self._look()
+        self._guarded(lambda: self.coordinator.join(machine, life, self.now))
 
     def _heard(self, name: str, data: bytes) -> None:
-        try:
-            self.coordinator.hear(name, data, self.now)
-        except RuntimeError as error:  # JobLost: nobody can go on
-            self._error = error
-            self._over.set()
-            return
-        self._look()
+        self._guarded(lambda: self.coordinator.hear(name, data, self.now))
 
     def _closed(self, name: str) -> None:
-        self.coordinator.gone(name, self.now)
-        self._look()
+        self._guarded(lambda: self.coordinator.gone(name, self.now))
+
+    def _guarded(self, what: Callable[[], None]) -> None:
+        """What goes wrong here (`JobLost`, a full disk) is the broker's end, and not that of whoever was just heard."""
+        try:
+            what()
+            self._look()
+        except Exception as error:  # noqa: BLE001  it is raised by `run`
+            self._error = error
+            self._over.set()
 
     def _look(self) -> None:
         """What follows; and everybody is told."""
