@@ -98,7 +98,8 @@ def test_a_stage_that_nobody_has_as_it_is_now_is_computed_again_by_one_and_by_no
 
 
 def test_one_that_was_stopped_and_wakes_up_is_not_listened_to() -> None:
-    """A zombie: it goes on with the step that it was in, of an epoch that is past."""
+    """A zombie: it goes on with the step that it was in, of an epoch that is past. It is one of the providers again as
+    soon as it is heard of, and begins as anybody who comes."""
     once = Once("freeze", "work", 3, 2)
     woken: list[str] = []
 
@@ -111,6 +112,7 @@ def test_one_that_was_stopped_and_wakes_up_is_not_listened_to() -> None:
     local = together("llama", 4, 2, STEPS, watch)
     local.run()
     assert woken
+    assert woken[0] in local.coordinator.state.present
     assert losses(local) == undisturbed("llama", STEPS)
     assert local.coordinator.counters["stale"] > 0
 

@@ -41,6 +41,7 @@ class Coordinator:
         self.training, self.note = training, note
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
+        self.connected: dict[str, Provider] = {}
         self.asked: set[str] = set()  # to be let go
         self.leaving: dict[str, float] = {}  # without a stage, and still there to hand it over; heard of when
         self.recovery = Recovery(training, self._tell)
@@ -83,12 +84,14 @@ class Coordinator:
         back = provider.name in awaited and self.lives[provider.name] == life
         awaited.discard(provider.name)
         self.leaving.pop(provider.name, None)
+        self.connected[provider.name] = provider
         if not back:
             self.lives[provider.name] = life
             self._event(Joined(at_s=now, provider=provider), life=life)
 
     def gone(self, name: str, now: float) -> None:
         """Somebody's connection is closed, and will not come back."""
+        self.connected.pop(name, None)
         if name in self.state.present:
             self._event(Lost(at_s=now, name=name))
         self.leaving.pop(name, None)
@@ -104,7 +107,10 @@ class Coordinator:
             self.state = broker.apply(self.state, Beat(at_s=now, names=frozenset({name})))
 
     def hear(self, sender: str, data: bytes, now: float) -> None:
-        """Bytes from a provider, which is known to be `sender`."""
+        """Bytes from a provider, which is known to be `sender`. One that was given up, since it was silent too long,
+        and is not, begins as anybody who comes."""
+        if sender in self.connected and sender not in self.state.present:
+            self._event(Joined(at_s=now, provider=self.connected[sender]), life=self.lives[sender])
         self.beat(sender, now)
         try:
             head = header(data)
@@ -171,6 +177,7 @@ class Coordinator:
         if self.asked and self.state.phase == broker.HOLDING and self.state.done:  # a step under way is not given up
             for name in sorted(self.asked & self.state.present):
                 self.leaving[name] = now
+                self.connected.pop(name, None)
                 self._event(Left(at_s=now, name=name))
             self.asked.clear()
         self._replaced(now)
