@@ -90,6 +90,7 @@ def steps(one: Job) -> list[int]:
     return [row["step"] for row in jsonl.read(Path(one.out) / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_both_mirrors_have_all_of_a_run_without_key_or_network(results: Path) -> None:
     """And the offline run is one that `wandb sync` takes: without a key, or where no server answers, it says so and
     leaves the folder alone."""

@@ -71,7 +71,8 @@ def run(coordinator: Coordinator, providers: Machines, count: int, committed: Ca
 
 
 @pytest.mark.parametrize(
-    ("what", "count"), [("SIGKILL", 3), ("SIGSTOP", 3), pytest.param("SIGKILL", 4, marks=pytest.mark.slow)]
+    ("what", "count"),
+    [("SIGKILL", 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("SIGSTOP", 3), ("SIGKILL", 4)))],
 )
 def test_a_signal_to_the_owner_of_a_stage(providers: Machines, what: str, count: int) -> None:
     """Killed, its stage is another's within a second (its connection is closed); stopped, after three beats that were

@@ -296,6 +296,7 @@ def test_of_many_replicas_one_may_end() -> None:
     assert len(found.plan.pipelines) == 3
 
 
+@pytest.mark.slow
 def test_many_that_go_one_after_another_do_not_wear_a_plan_down() -> None:
     """Each time a little less is let pass: it is measured by what all together were good for, not by the last time."""
     own = Costs(even(48), equal(24, mem_gib=0.05), Workload(micro_batches=400))

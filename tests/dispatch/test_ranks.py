@@ -109,6 +109,7 @@ def test_what_is_wrong_for_all_ranks_is_said_once(results: Path) -> None:
     assert not record.error.startswith("rank")
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_of_all_ranks_and_the_run_goes_on(results: Path) -> None:
     """Sent to every process of the run, as service managers do: the ranks hear it twice, from there and the parent."""
 

@@ -136,6 +136,7 @@ def test_eight_jobs_on_four_nodes_run_at_once_each_in_workers_of_its_own(
     assert max(starts) - begun < 60, "at the same time; how soon is measured by benchmarks/ray_dispatch.py"
 
 
+@pytest.mark.slow
 def test_two_ranks_on_two_nodes_are_what_two_processes_are(connected: Any, results: Path, tmp_path: Path) -> None:
     words = (*SHORT, *TWO)
     away = make(results, *words, "dispatch=ray", "dispatch.nodes=2")

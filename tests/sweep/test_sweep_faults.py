@@ -92,6 +92,7 @@ def test_every_cell_ends_typed_and_a_second_start_makes_only_those_that_are_not_
     assert again == [name for name, (status, _) in EXPECTED.items() if status not in (*FINAL, "skipped")]
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_parent_was_killed_outright_goes_on_with_the_same_command(results: Path) -> None:
     env = {**os.environ, "LLMSYS_RESULTS": str(results)}
     command = [sys.executable, "-m", "llmsys", "-m", *TINY, "train.steps=3", "train.seed=0,1"]
