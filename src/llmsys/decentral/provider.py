@@ -12,53 +12,18 @@ is left alone and counted, and so is what is not as the plan says.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
-from llmsys.decentral.planes import PARAMETER, AdamW, Plane, Rules, names_of
+from llmsys.decentral.holdings import Held, Holdings, Place, chunks
+from llmsys.decentral.planes import AdamW, Plane, Rules, names_of
 from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
 from llmsys.decentral.wire import Array, Frame, Malformed, decode
 
 BROKER = "broker"
-CHUNK_BYTES = 32 << 20
-"""State goes in frames of about as much."""
-Place = tuple[int, int]
-"""A stage for good: the epoch in which the model was cut like this, and the stage's number."""
-
-
-@dataclass(kw_only=True)
-class Held:
-    """A stage whose state is here as it is after step `at`, and what it has sent after step `since`; `due`: parameters
-    that others own, whose values have not come yet."""
-
-    work: StageWork
-    at: int
-    since: int
-    due: set[str] = field(default_factory=set)
-
-    @property
-    def lacks(self) -> set[str]:
-        """Names of its state that are not here."""
-        return self.due | self.work.executor.missing
-
-    def applied(self) -> None:
-        self.at += 1
-        self.due = {PARAMETER + key for key in self.work.stage.shares}
-
-    def settled(self) -> bool:
-        """Whether nothing is due any more."""
-        if self.due and self.work.settle(self.at):
-            self.due = set()
-        return not self.due
-
-    def put(self, state: Mapping[str, Array]) -> None:
-        """What it lacks, of what has come."""
-        lacks = self.lacks
-        self.work.executor.put({name: each for name, each in state.items() if name in lacks})
-        self.due -= set(state)
 
 
 @dataclass(kw_only=True)
@@ -89,9 +54,8 @@ class Provider:
     def __init__(self, name: str, plane: Plane, job: str = "") -> None:
         self.name, self.plane, self.job = name, plane, job
         self.epoch = self.step = 0
-        self.stages: dict[Place, Held] = {}
+        self.here = Holdings()
         self.revivals: dict[Place, Revival] = {}
-        self.copies: dict[Place, dict[int, dict[str, Array]]] = {}
         self.live: Place | None = None
         self.peers: dict[int, str] = {}
         self.keepers: tuple[str, ...] = ()
@@ -149,30 +113,20 @@ class Provider:
         body = frame.body
         rules = _rules(body["rules"]) if body["stage"] is not None else None
         place = (int(body["cutting"]), int(body["stage"]["index"])) if rules else None
-        old = self.stages.get(place) if place else None
+        old = self.here.stages.get(place) if place else None
         made = None if rules is None or (old and old.at == frame.step) else self._made(frame, rules)
         self.epoch, self.step = frame.epoch, frame.step
         self.revivals.clear()
-        for held in self.stages.values():
+        for held in self.here.stages.values():
             held.work.give_up()
         self.live, self.said = place, None
         self.peers = {at: str(name) for at, name in enumerate(body["peers"])}
         self.keepers, self.every = tuple(str(each) for each in body["keepers"]), int(body["every"])
         self.copied = {name: self.copied[name] for name in self.keepers if name in self.copied}
         if place is not None and made is not None:
-            self.stages[place] = Held(work=made, at=frame.step, since=frame.step)
+            self.here.stages[place] = Held(work=made, at=frame.step, since=frame.step)
         self._fill()
-        self._say("have", body=self._have())
-
-    def _have(self) -> dict[str, Any]:
-        """Stages as they are after the last step, what each has sent since when (-1: it is not here yet), and what it
-        lacks; copies, and of which steps."""
-        there = {place: held for place, held in self.stages.items() if held.at == self.step}
-        since = {place: -1 if held.work.executor.missing else held.since for place, held in there.items()}
-        return {
-            "stages": [[*place, since[place], sorted(held.lacks)] for place, held in there.items()],
-            "copies": [[*place, sorted(steps)] for place, steps in self.copies.items()],
-        }
+        self._say("have", body=self.here.have(self.step))
 
     def _made(self, frame: Frame, rules: Rules) -> StageWork:
         body = frame.body
@@ -184,13 +138,13 @@ class Provider:
         """Of stages only the one that it has now is kept."""
         if self.live is None or frame.step != self.step + 1:
             raise ValueError(f"step {frame.step}: the last one was {self.step}")
-        own = self.stages[self.live]
+        own = self.here.stages[self.live]
         if own.lacks or own.at != self.step:
             raise ValueError(f"step {frame.step}: its state is not here")
-        self.stages = {self.live: own}
+        self.here.stages = {self.live: own}
         self.revivals.clear()
         own.work.begin(frame.step)
-        self._safe(int(frame.body["safe"]))
+        self.here.drop(int(frame.body["safe"]))
 
     def _stop(self, frame: Frame) -> None:
         self.stopped = True
@@ -198,21 +152,14 @@ class Provider:
     def _tidy(self, frame: Frame) -> None:
         """Of somebody without a stage: what it had is old now."""
         if self.live is None:
-            self.stages.clear()
+            self.here.stages.clear()
             self.revivals.clear()
-        self._safe(int(frame.body["safe"]))
-
-    def _safe(self, step: int) -> None:
-        """What is older is asked for no more."""
-        for held in self.stages.values():
-            held.work.drop(step)
-        left = {p: {at: each for at, each in steps.items() if at >= step} for p, steps in self.copies.items()}
-        self.copies = {place: steps for place, steps in left.items() if steps}
+        self.here.drop(int(frame.body["safe"]))
 
     def _commit(self, frame: Frame) -> None:
         if self.live is None:
             raise ValueError("commit: it has no stage")
-        own = self.stages[self.live]
+        own = self.here.stages[self.live]
         if frame.step <= own.at:
             return  # applied before
         if frame.step != own.at + 1 or own.work.step != frame.step or not own.work.computed:
@@ -237,7 +184,7 @@ class Provider:
         if place in self.revivals:
             self.revivals[place].held.work.put(sent)
         elif place == self.live:
-            self.stages[place].work.put(sent)
+            self.here.stages[place].work.put(sent)
         else:
             raise ValueError(f"{frame.kind}: stage {place} is not here")
 
@@ -246,7 +193,7 @@ class Provider:
         for place, revival in [*self.revivals.items()]:
             if self._revived(place, revival):
                 return True
-        own = self.stages.get(self.live) if self.live else None
+        own = self.here.stages.get(self.live) if self.live else None
         if own is None or self.live is None:
             return False
         sent = own.work.work()
@@ -284,8 +231,8 @@ class Provider:
         peers = {int(stage): str(name) for stage, name in body["peers"].items()}
         held = Held(work=self._made(frame, rules), at=after, since=after)
         self.revivals[place] = Revival(held=held, until=until, updates=updates, peers=peers)
-        if after in self.copies.get(place, {}):
-            held.work.executor.put(self.copies[place][after])
+        if after in self.here.copies.get(place, {}):
+            held.work.executor.put(self.here.copies[place][after])
 
     def _revived(self, place: Place, revival: Revival) -> bool:
         """The next task of a stage that was lost; at its end the stage is here as if it had always been."""
@@ -294,7 +241,7 @@ class Provider:
             return False
         if held.at == revival.until:
             del self.revivals[place]
-            self.stages[place] = held
+            self.here.stages[place] = held
             self._fill()
             self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
             self._settle()
@@ -315,7 +262,7 @@ class Provider:
         """To whoever has a neighbour now, what that one had been sent."""
         body = frame.body
         place, to = (int(body["cutting"]), int(body["stage"])), int(body["for"])
-        logged = self.stages[place].work.logged(to, int(body["after"]), int(body["until"]))
+        logged = self.here.stages[place].work.logged(to, int(body["after"]), int(body["until"]))
         self._send(place, [*logged], {to: str(body["who"])})
 
     # --- state ---
@@ -325,37 +272,20 @@ class Provider:
         body = frame.body
         if "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
-            found: Mapping[str, Array] = self.copies[place][frame.step]
+            found: Mapping[str, Array] = self.here.copies[place][frame.step]
             extra = {"copy": list(place)}
         else:
-            found, extra = self._found(body["names"], frame.step), {}
+            found, extra = self.here.found(body["names"], frame.step), {}
         self._give_away(found, str(body["who"]), frame.step, extra)
 
     def _fill(self) -> None:
         """What the stage that it has now lacks and is here already, in another stage or in a copy."""
-        own = self.stages.get(self.live) if self.live else None
+        own = self.here.stages.get(self.live) if self.live else None
         if own is not None and own.at == self.step and own.lacks:
-            own.put(self._there(own.lacks, self.step))
-
-    def _found(self, names: Sequence[str], step: int) -> dict[str, Array]:
-        found = self._there(set(names), step)
-        if lacking := set(names) - set(found):
-            raise ValueError(f"state {min(lacking)}: is not here")
-        return found
-
-    def _there(self, wanted: set[str], step: int) -> dict[str, Array]:
-        """Of these names, what is here as it is after `step`, in stages or in copies."""
-        found: dict[str, Array] = {}
-        for held in self.stages.values():
-            if held.at == step:
-                there = (wanted & set(names_of(held.work.stage))) - held.lacks - set(found)
-                found |= held.work.executor.state(sorted(there))
-        for steps in self.copies.values():
-            found |= {name: steps[step][name] for name in wanted - set(found) if name in steps.get(step, {})}
-        return found
+            own.put(self.here.there(own.lacks, self.step))
 
     def _give_away(self, state: Mapping[str, Array], to: str, step: int, body: Mapping[str, Any]) -> None:
-        pieces = [*_chunks(state)]
+        pieces = [*chunks(state)]
         for at, piece in enumerate(pieces):
             last = at == len(pieces) - 1
             self.out.append(self._frame("state", to, step, {**body, "last": last}, piece))
@@ -365,7 +295,7 @@ class Provider:
         body = frame.body
         if "keep" in body:
             place = (int(body["keep"][0]), int(body["keep"][1]))
-            kept = self.copies.setdefault(place, {}).setdefault(frame.step, {})
+            kept = self.here.copies.setdefault(place, {}).setdefault(frame.step, {})
             kept |= frame.tensors
             if body["last"]:
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
@@ -374,13 +304,13 @@ class Provider:
             if self.revivals[place].held.at == frame.step:
                 self.revivals[place].held.work.executor.put(frame.tensors)
         elif self.live is not None and frame.step == self.step:
-            self.stages[self.live].put(frame.tensors)
+            self.here.stages[self.live].put(frame.tensors)
             if body.get("begin"):
-                self.stages[self.live].work.executor.begin()
+                self.here.stages[self.live].work.executor.begin()
 
     def _settle(self) -> None:
         """Says once that the state of its stage is here; and sends the copy of it that is due."""
-        own = self.stages.get(self.live) if self.live else None
+        own = self.here.stages.get(self.live) if self.live else None
         if own is None or self.live is None or own.at != self.step:
             return
         if own.work.step or not own.settled() or own.lacks:
@@ -406,9 +336,9 @@ class Provider:
         self.keepers = tuple(str(each) for each in frame.body["keepers"])
 
     def _asked_to_copy(self, frame: Frame) -> None:
-        if self.live is None or self.stages[self.live].lacks:
+        if self.live is None or self.here.stages[self.live].lacks:
             raise ValueError("copy: it has nothing to copy")
-        self._copy(self.live, self.stages[self.live], self.keepers)
+        self._copy(self.live, self.here.stages[self.live], self.keepers)
 
     # --- what goes ---
 
@@ -443,16 +373,3 @@ class Provider:
 
 def _rules(data: Mapping[str, Any]) -> Rules:
     return Rules(**{**data, "optimizer": AdamW(**data["optimizer"])})
-
-
-def _chunks(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """At least one."""
-    piece: dict[str, Array] = {}
-    size = 0
-    for name, array in state.items():
-        if piece and size + len(array.data) > CHUNK_BYTES:
-            yield piece
-            piece, size = {}, 0
-        piece[name] = array
-        size += len(array.data)
-    yield piece

@@ -15,8 +15,8 @@ from typing import Any
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting, lost, sources
+from llmsys.decentral.holdings import Place
 from llmsys.decentral.planes import PARAMETER, VARIABLE, Arrays
-from llmsys.decentral.provider import Place
 from llmsys.decentral.stage_work import INPUT
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.wire import Frame

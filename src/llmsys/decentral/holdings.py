@@ -1,0 +1,104 @@
+"""What a provider has: the state of stages, and copies of others' that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmsys.decentral.planes import PARAMETER, names_of
+from llmsys.decentral.stage_work import StageWork
+from llmsys.decentral.wire import Array
+
+CHUNK_BYTES = 32 << 20
+"""State goes in frames of about as much."""
+Place = tuple[int, int]
+"""A stage for good: the epoch in which the model was cut like this, and the stage's number."""
+
+
+@dataclass(kw_only=True)
+class Held:
+    """A stage whose state is here as it is after step `at`, and what it has sent after step `since`; `due`: parameters
+    that others own, whose values have not come yet."""
+
+    work: StageWork
+    at: int
+    since: int
+    due: set[str] = field(default_factory=set)
+
+    @property
+    def lacks(self) -> set[str]:
+        """Names of its state that are not here."""
+        return self.due | self.work.executor.missing
+
+    def applied(self) -> None:
+        self.at += 1
+        self.due = {PARAMETER + key for key in self.work.stage.shares}
+
+    def settled(self) -> bool:
+        """Whether nothing is due any more."""
+        if self.due and self.work.settle(self.at):
+            self.due = set()
+        return not self.due
+
+    def put(self, state: Mapping[str, Array]) -> None:
+        """What it lacks, of what has come."""
+        lacks = self.lacks
+        self.work.executor.put({name: each for name, each in state.items() if name in lacks})
+        self.due -= set(state)
+
+
+@dataclass(kw_only=True)
+class Holdings:
+    """`stages`; `copies` by stage and step."""
+
+    stages: dict[Place, Held] = field(default_factory=dict)
+    copies: dict[Place, dict[int, dict[str, Array]]] = field(default_factory=dict)
+
+    def have(self, step: int) -> dict[str, Any]:
+        """What the broker is told: stages as they are after `step`, what each has sent since when (-1: it is not here
+        yet), and what it lacks; copies, and of which steps."""
+        there = {place: held for place, held in self.stages.items() if held.at == step}
+        since = {place: -1 if held.work.executor.missing else held.since for place, held in there.items()}
+        return {
+            "stages": [[*place, since[place], sorted(held.lacks)] for place, held in there.items()],
+            "copies": [[*place, sorted(steps)] for place, steps in self.copies.items()],
+        }
+
+    def there(self, wanted: set[str], step: int) -> dict[str, Array]:
+        """Of these names, what is here as it is after `step`, in stages or in copies."""
+        found: dict[str, Array] = {}
+        for held in self.stages.values():
+            if held.at == step:
+                own = (wanted & set(names_of(held.work.stage))) - held.lacks - set(found)
+                found |= held.work.executor.state(sorted(own))
+        for steps in self.copies.values():
+            found |= {name: steps[step][name] for name in wanted - set(found) if name in steps.get(step, {})}
+        return found
+
+    def found(self, names: Sequence[str], step: int) -> dict[str, Array]:
+        """All of these names. ValueError for one that is not here."""
+        found = self.there(set(names), step)
+        if lacking := set(names) - set(found):
+            raise ValueError(f"state {min(lacking)}: is not here")
+        return found
+
+    def drop(self, before: int) -> None:
+        """What is older is asked for no more: what was sent up to this step, and copies of earlier ones."""
+        for held in self.stages.values():
+            held.work.drop(before)
+        left = {p: {at: each for at, each in steps.items() if at >= before} for p, steps in self.copies.items()}
+        self.copies = {place: steps for place, steps in left.items() if steps}
+
+
+def chunks(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    """At least one."""
+    piece: dict[str, Array] = {}
+    size = 0
+    for name, array in state.items():
+        if piece and size + len(array.data) > CHUNK_BYTES:
+            yield piece
+            piece, size = {}, 0
+        piece[name] = array
+        size += len(array.data)
+    yield piece
