@@ -10,6 +10,7 @@ from __future__ import annotations
 import pkgutil
 import re
 import subprocess
+import tomllib
 import venv
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,15 @@ def run(code: str, cwd: Path) -> list[str]:
     assert {normal(name) for name in _said(python, THERE, cwd)} == wanted
     assert not {"transformers", "peft", "accelerate", "hydra-core", "omegaconf", "bitsandbytes"} & wanted
     return _said(python, "import sys\n" + code + LOADED, cwd)
+
+
+def with_extra(extra: str, folder: Path) -> Path:
+    """The interpreter of an environment as `pip install llmsys[extra]` makes it, of which no torch is part."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"][extra]]
+    wanted = {name for name in requirements(*asked) if _there(name)}
+    assert not {"torch", "transformers"} & wanted
+    return _environment(folder, wanted)
 
 
 def _said(python: Path, code: str, cwd: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -10,16 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from decentral_running import job, losses_of, machines, mem_gib, training, undisturbed
 
+import alone
 from llmsys.comm.place import listen
 from llmsys.decentral import link
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import read
 from llmsys.decentral.events import Committed
+from llmsys.decentral.exports import Exports
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.serve import Serving
 
@@ -35,11 +39,13 @@ class Machines:
         self.token.write_text(TOKEN)
         self.processes: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, machine: Provider, port: int, *more: str, token: Path | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, machine: Provider, port: int, *more: str, token: Path | None = None, python: Path | str = sys.executable
+    ) -> subprocess.Popen[str]:
         words = ["--join", f"127.0.0.1:{port}", "--token-file", str(token or self.token), "--name", machine.name]
         words += ["--tflops", str(machine.tflops), "--mem-gib", str(machine.mem_gib)]
-        words += ["--up-mbit", "500", "--down-mbit", "500", *more]
-        command = [sys.executable, "-m", "llmsys.decentral", "provider", *words]
+        words += ["--up-mbit", "500", "--down-mbit", "500", "--plane", machine.plane, *more]
+        command = [str(python), "-m", "llmsys.decentral", "provider", *words]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         made = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
         self.processes[machine.name] = made
@@ -94,6 +100,29 @@ def test_a_signal_to_the_owner_of_a_stage(providers: Machines, what: str, count:
     for name, process in providers.processes.items():
         if name != hit:
             assert process.wait(10) == 0, process.stderr
+
+
+def test_a_provider_without_torch_beside_one_with(providers: Machines, tmp_path: Path) -> None:
+    """Half the pipeline is computed by somebody who has numpy, onnxruntime, safetensors and grpcio, and what they
+    require; the other half by torch."""
+    python = alone.with_extra("provider", tmp_path / "bare")
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode != 0
+    with ThreadPoolExecutor(1) as elsewhere:
+        own = training("llama", STEPS)
+        own = dataclasses.replace(own, exports=Exports(own.rules, elsewhere))
+        coordinator = Coordinator(job("llama"), own)
+        first, second = machines(mem_gib("llama", 2), 2)
+
+        def ready(port: int) -> None:
+            providers.start(first, port)
+            providers.start(dataclasses.replace(second, plane="onnx"), port, python=python)
+
+        asyncio.run(asyncio.wait_for(Serving(coordinator, TOKEN).run(ready=ready), 60))
+    assert sorted(coordinator.owners) == [first.name, second.name]
+    for found, expected in zip(losses_of(coordinator), undisturbed("llama", STEPS), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert losses_of(coordinator) != undisturbed("llama", STEPS)  # other kernels: it was not torch after all
+    assert coordinator.again == 0  # an export takes seconds, in which a broker goes on listening
 
 
 @pytest.mark.slow

@@ -61,13 +61,17 @@ def _provide(asked: argparse.Namespace) -> int:
         up_mbit=asked.up_mbit,
         down_mbit=asked.down_mbit,
         region=asked.region,
+        plane=asked.plane,
     )
     token = asked.token_file.read_text(encoding="utf-8").strip()
     own = None if asked.certificate is None else Credentials(certificate=asked.certificate.read_bytes())
     plane = plane_of(asked.plane)
     plane.warm()
     life = uuid.uuid4().hex
-    stay(Provider(machine.name, plane), lambda: Line(asked.join, token, machine, life, own), asked.patience)
+    provider = Provider(machine.name, plane)
+    stay(provider, lambda: Line(asked.join, token, machine, life, own), asked.patience)
+    if provider.why:
+        raise ValueError(provider.why)
     return 0
 
 

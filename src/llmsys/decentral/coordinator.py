@@ -155,6 +155,8 @@ class Coordinator:
         elif frame.kind == "revived":
             self.recovery.revived(frame)
             self.recovery.move(self.state, self.leaving)
+        elif frame.kind == "unable":
+            self.recovery.unfit[name] = str(body["why"])[:500]
         elif frame.kind == "copied":
             self.recovery.copied(frame)
         elif frame.kind == "held":
@@ -181,6 +183,8 @@ class Coordinator:
                 self._event(Left(at_s=now, name=name))
             self.asked.clear()
         self._replaced(now)
+        self.recovery.tell_due(self.state, self.leaving)
+        self._sent_away(now)
         while not self.finished and (events := self._decided(now)):
             for event in events:
                 before = self.state
@@ -190,6 +194,15 @@ class Coordinator:
                 else:
                     self._event(event)
                 self._follow(event, before)
+
+    def _sent_away(self, now: float) -> None:
+        """Those who cannot run what is theirs: they are told why."""
+        unfit, self.recovery.unfit = self.recovery.unfit, {}
+        for name, why in unfit.items():
+            self.refusals.append(f"{name}: {why}")
+            self._tell(name, "stop", body={"why": why})
+            self.connected.pop(name, None)
+            self._event(Left(at_s=now, name=name))
 
     def _all_back(self, awaited: set[str], now: float) -> bool:
         """Whether all have dialled again whom a broker that was rebuilt has known; then all begin in a new epoch."""

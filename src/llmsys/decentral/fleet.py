@@ -23,8 +23,8 @@ GIB = 2**30
 class Provider:
     """`tflops`: peak, of which `efficiency` is reached. `mem_gib` of the device, `host_gib` of the host, which
     `host_gbps` (10**9 bytes a second) join. `up_mbit`, `down_mbit`: 10**6 bits a second. `trusted`: may see what a job
-    keeps private. `usd_per_hour` and `watts`: of the whole machine at work, where known. ValueError, which names the
-    provider, for what cannot be."""
+    keeps private. `usd_per_hour` and `watts`: of the whole machine at work, where known. `plane`: what computes there
+    (`planes.PLANES`). ValueError, which names the provider, for what cannot be."""
 
     name: str
     tflops: float
@@ -38,6 +38,7 @@ class Provider:
     trusted: bool = True
     usd_per_hour: float | None = None
     watts: float | None = None
+    plane: str = "torch"
 
     def __post_init__(self) -> None:
         if not self.name:

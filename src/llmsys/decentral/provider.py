@@ -12,6 +12,7 @@ is left alone and counted, and so is what is not as the plan says.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ class Provider:
         self.every = 1
         self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
         self.said: tuple[str, int, int] | None = None
-        self.stopped = False
+        self.stopped, self.why = False, ""
         self.counters = Counters()
         self.out: list[Frame] = []
 
@@ -104,7 +105,11 @@ class Provider:
                 raise ValueError(f"{frame.kind[:40]}: no such frame")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             self.counters.refused += 1
-            self.counters.refusals.append(f"{frame.kind}: {type(error).__name__}: {error}")
+            why = f"{frame.kind}: {type(error).__name__}: {error}"
+            self.counters.refusals.append(why)
+            if frame.sender == BROKER and frame.kind in ("plan", "revive"):  # or all would wait for it
+                said = self._frame("unable", BROKER, frame.step, {"why": why}, {})
+                self.out.append(dataclasses.replace(said, epoch=frame.epoch))
         self._settle()
 
     # --- plans ---
@@ -147,7 +152,7 @@ class Provider:
         self.here.drop(int(frame.body["safe"]))
 
     def _stop(self, frame: Frame) -> None:
-        self.stopped = True
+        self.stopped, self.why = True, str(frame.body.get("why", ""))
 
     def _tidy(self, frame: Frame) -> None:
         """Of somebody without a stage: what it had is old now."""

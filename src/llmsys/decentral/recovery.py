@@ -16,7 +16,7 @@ from typing import Any
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting, lost, sources
 from llmsys.decentral.holdings import Place
-from llmsys.decentral.planes import PARAMETER, VARIABLE, Arrays
+from llmsys.decentral.planes import CONSTANT, EXPORTED, EXPORTERS, PARAMETER, VARIABLE, Arrays
 from llmsys.decentral.stage_work import INPUT
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.wire import Frame
@@ -28,9 +28,12 @@ class JobLost(RuntimeError):
 
 @dataclass(kw_only=True)
 class Told:
-    """What providers have said since the epoch began; `plan`: who has been told of it."""
+    """What providers have said since the epoch began; `plan`: who is told of it; `due` of them, with their stages:
+    who is not told yet, as what is sent with the stage is still being made; `waiting`: so is something else."""
 
     plan: set[str] = field(default_factory=set)
+    due: dict[str, int | None] = field(default_factory=dict)
+    waiting: bool = False
     holds: dict[str, set[str]] = field(default_factory=dict)
     stages: dict[Place, str] = field(default_factory=dict)
     copies: dict[Place, dict[int, set[str]]] = field(default_factory=dict)
@@ -62,6 +65,7 @@ class Recovery:
         self.keepers: dict[str, list[str]] = {}
         self.safe = 0
         self.updates: dict[int, Update] = {}
+        self.unfit: dict[str, str] = {}  # who cannot run what is theirs to run, and why
 
     # --- a plan ---
 
@@ -92,7 +96,22 @@ class Recovery:
         for name in sorted({*state.present, *leaving}):
             index = order.index(name) if name in order else None
             self.told.plan.add(name)
-            self._tell(name, "plan", body=self._stage(index, order), tensors=self._constants(index))
+            self.told.due[name] = index
+        self.tell_due(state, leaving)
+
+    def tell_due(self, state: State, leaving: Collection[str]) -> None:
+        """Of the plan, those whose stage is ready to be sent; and goes on with what waited for such a thing."""
+        if state.plan is None:
+            return
+        told, order = self.told, owners(state)
+        for name, index in [*told.due.items()]:
+            given = {} if index is None else self._given(name, self.cutting, index, state)
+            if given is not None:
+                del told.due[name]
+                self._tell(name, "plan", body=self._stage(index, order), tensors=given)
+        if told.waiting:
+            told.waiting = False
+            self.move(state, leaving)
 
     def keepers_of(self, state: State) -> dict[str, list[str]]:
         """Of each owner, who keep its copies: first those without a stage, as they are to take one over."""
@@ -129,11 +148,23 @@ class Recovery:
             "count": len(cutting.stages),
         }
 
-    def _constants(self, index: int | None, cutting: Cutting | None = None) -> Arrays:
-        cutting = cutting or self.cutting
+    def _given(self, name: str, cutting: Cutting | None, index: int, state: State) -> Arrays | None:
+        """What a provider is sent with a stage: constants, and what is exported for its plane. None: not yet."""
         assert cutting is not None
-        keys = () if index is None else cutting.stages[index].constants
-        return {key: self.training.tensors[key] for key in keys}
+        found = {CONSTANT + key: self.training.tensors[key] for key in cutting.stages[index].constants}
+        place = state.place(name)
+        assert place is not None
+        plane, exports = state.providers[place].plane, self.training.exports
+        if plane not in EXPORTERS:
+            return found
+        try:
+            if exports is None:
+                raise ValueError("this job exports nothing")
+            program = exports(plane, cutting, index)
+        except ValueError as error:
+            self.unfit[name] = f"plane={plane}: {error}"
+            return None
+        return None if program is None else found | {EXPORTED + key: each for key, each in program.items()}
 
     # --- what is where ---
 
@@ -250,6 +281,10 @@ class Recovery:
             raise JobLost(f"step {until}: stages {every} are lost, and nobody has what they are computed again from")
         after = max(common)
         who = {at: self._reviver(base, at, state) for at in every}
+        given = {at: self._given(who[at], base, at, state) for at in every}
+        if None in given.values():
+            told.waiting = True
+            return
         for at, copies in zip(every, kept, strict=True):
             self._tell(
                 who[at],
@@ -262,7 +297,7 @@ class Recovery:
                     "updates": [[self.updates[s].rate, self.updates[s].scale] for s in range(after + 1, until + 1)],
                     "peers": {str(other): name for other, name in who.items()},
                 },
-                tensors=self._constants(at, base),
+                tensors=given[at],
             )
             if who[at] not in copies[after]:
                 copy = {"copy": [base.number, at], "who": who[at]}

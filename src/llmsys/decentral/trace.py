@@ -199,8 +199,7 @@ class _Reading:
             values=tuple(value_of(each) for each in results if isinstance(each, Tensor)),
             flops=0.0 if target == ITEM else _flops(node),
             module=_module(node),
-            random=isinstance(node.target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in node.target.tags,
+            random=_draws(node),
         )
         parametric = any(key in self.kinds["parameters"] for key in own.tensors)
         return dataclasses.replace(own, kind="parametric") if parametric else own
@@ -247,6 +246,14 @@ def _target(node: Any) -> str:
         # a kernel may lay its result out otherwise than the tracer thought: then a view of it has to be a copy
         return "aten.reshape.default" if node.target is torch.ops.aten.view.default else str(node.target)
     raise ValueError(f"{node.name}: calls {node.target}, which is no operator of torch's own (aten)")
+
+
+def _draws(node: Any) -> bool:
+    """Random numbers: attention is marked as if it did, and does with dropout alone."""
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags
 
 
 def _flops(node: Any) -> float:

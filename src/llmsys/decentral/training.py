@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmsys.decentral.chain import Chain
+from llmsys.decentral.exports import Exports
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.planes import Arrays, Rules
 
@@ -14,7 +15,8 @@ from llmsys.decentral.planes import Arrays, Rules
 class Training:
     """What is trained: `graph` with `tensors` (by key) as they are in the beginning; `data` of a step, one mapping for
     each micro-batch; `steps` of it, each with its `rate`; gradients clipped to a norm of `clip` (0: not at all). Of
-    each stage's state `copies` are kept by others, of every `copy_every`-th step."""
+    each stage's state `copies` are kept by others, of every `copy_every`-th step. `exports`: what planes are sent that run
+    programs of their own; None: there are no providers with such planes."""
 
     graph: Graph
     chain: Chain
@@ -24,6 +26,7 @@ class Training:
     steps: int
     rate: Callable[[int], float]
     clip: float = 0.0
+    exports: Exports | None = None
     copies: int = 2
     copy_every: int = 1
 

@@ -19,7 +19,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -59,6 +59,11 @@ class Array:
             raise ValueError("a tensor whose dimensions are not in an order")
         if len(self.data) != math.prod(self.sent_shape) * WIDTHS[self.dtype]:
             raise ValueError(f"{len(self.data)} bytes of a tensor of {self.dtype} {list(self.sent_shape)}")
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Self:
+        """What is no tensor, and goes as one."""
+        return cls(dtype="uint8", shape=(len(data),), order=(0,), expanded=(False,), data=data)
 
     @property
     def sent_shape(self) -> tuple[int, ...]:

@@ -86,14 +86,15 @@ class Executor(Protocol):
 class Plane(Protocol):
     name: str
 
-    def stage(self, graph: Graph, stage: Stage, constants: Arrays, rules: Rules) -> Executor:
-        """ValueError where the plane cannot run an operator of it."""
+    def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> Executor:
+        """`given`: constants, by their key behind `c/`, and what the job's owner has exported for this plane, behind
+        `x/`. ValueError where the plane cannot run an operator of it."""
 
     def warm(self) -> None:
         """What is slow the first time, done once."""
 
 
-PARAMETER, MOMENTS, VARIABLE = "p/", ("m/", "v/", "t/"), "b/"
+PARAMETER, MOMENTS, VARIABLE, CONSTANT, EXPORTED = "p/", ("m/", "v/", "t/"), "b/", "c/", "x/"
 
 
 def names_of(stage: Stage) -> list[str]:
@@ -106,8 +107,15 @@ def names_of(stage: Stage) -> list[str]:
     ]
 
 
-PLANES = {"torch": "llmsys.decentral.planes.torch_stage:TorchPlane"}
+PLANES = {
+    "torch": "llmsys.decentral.planes.torch_stage:TorchPlane",
+    "torch_compiled": "llmsys.decentral.planes.torch_compiled:CompiledPlane",
+    "onnx": "llmsys.decentral.planes.onnx:OnnxPlane",
+}
 """By name; a plane's framework is imported where it is used."""
+EXPORTERS = {"onnx": "llmsys.decentral.planes.onnx_export:exported"}
+"""Planes that are sent a stage as their framework's own program: function (graph, stage, rules) -> arrays by name, for
+who has the job."""
 
 
 def plane_of(name: str) -> Plane:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph, Value
-from llmsys.decentral.planes import MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of
+from llmsys.decentral.planes import CONSTANT, MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch import Run
 from llmsys.decentral.wire import Array
@@ -25,8 +25,8 @@ class TorchPlane:
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
 
-    def stage(self, graph: Graph, stage: Stage, constants: Arrays, rules: Rules) -> TorchStage:
-        return TorchStage(graph, stage, constants, rules, self.device)
+    def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> TorchStage:
+        return TorchStage(graph, stage, given, rules, self.device)
 
     def warm(self) -> None:
         """Autograd's thread and the optimizer's code: half a second, the first time."""
@@ -39,13 +39,13 @@ class TorchPlane:
 class TorchStage:
     """See `planes.Executor`."""
 
-    def __init__(self, graph: Graph, stage: Stage, constants: Arrays, rules: Rules, device: torch.device) -> None:
+    def __init__(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules, device: torch.device) -> None:
         self.graph, self.own, self.rules, self.device = graph, stage, rules, device
         self.names = frozenset(names_of(stage))
         self._held: dict[str, Tensor] = {}
         self._constants = {}
         for key in stage.constants:
-            self._constants[key] = self._checked(f"constant {key}", constants[key], graph.constants[key])
+            self._constants[key] = self._checked(f"constant {key}", given[CONSTANT + key], graph.constants[key])
         self._runs: dict[int, Run] = {}
         self._losses: dict[int, float] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -85,13 +85,7 @@ class TorchStage:
     # --- a step ---
 
     def forward(self, step: int, micro_batch: int, inputs: Arrays, received: Arrays) -> dict[str, Array]:
-        run = Run(
-            self.graph,
-            self.own,
-            self._tensors(),
-            share=1.0 / self.rules.micro_batches,
-            draw=lambda node: self.rules.draw(step, micro_batch, node),
-        )
+        run = self._run(step, micro_batch)
         sent = run.forward(self._all(inputs), self._all(received))
         self._runs[micro_batch] = run
         self._changed |= {VARIABLE + key: tensor for key, tensor in run.updates.items()}
@@ -113,6 +107,15 @@ class TorchStage:
             else:
                 self._gradients[key] = gradient
         return {name: packed(tensor) for name, tensor in back.items()}, on
+
+    def _run(self, step: int, micro_batch: int) -> Run:
+        return Run(
+            self.graph,
+            self.own,
+            self._tensors(),
+            share=1.0 / self.rules.micro_batches,
+            draw=lambda node: self.rules.draw(step, micro_batch, node),
+        )
 
     def loss(self, micro_batch: int) -> float | None:
         return self._losses.get(micro_batch)
