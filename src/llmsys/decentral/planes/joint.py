@@ -46,8 +46,8 @@ class Function:
 def functions(
     graph: Graph, stage: Stage, share: float, device: torch.device | str = "cpu"
 ) -> tuple[Function, Function]:
-    """Forward and backward of `stage`, whose part of the graph is `graph`; gradients are of the loss times `share`. What it
-    makes itself it makes on `device`.
+    """Forward and backward of `stage`, whose part of the graph is `graph`; gradients are of the loss times `share`.
+    What they make themselves they make on `device`.
 
     ValueError for an operator that draws random numbers: what it drew in one framework is not drawn again in another.
     """
