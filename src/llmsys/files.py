@@ -8,6 +8,7 @@ writer is gone. Of another machine's processes, which may write to the same fold
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import os
 import platform
@@ -30,12 +31,13 @@ def named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces `path` by `text` (UTF-8): a temporary file beside it, flushed to disk, then renamed over it. OSError
-    with the path where it cannot be written."""
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
+    """Replaces `path` by `text` (UTF-8): a temporary file beside it, flushed to disk, then renamed over it. `mode`, less
+    the process's mask. OSError with the path where it cannot be written."""
     temporary = beside(path)
     try:
-        with named(path), open(temporary, "w", encoding="utf-8") as file:
+        made = functools.partial(os.open, mode=mode)
+        with named(path), open(temporary, "w", encoding="utf-8", opener=made) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

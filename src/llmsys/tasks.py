@@ -25,6 +25,8 @@ TASKS = {
     "decentral_perf": "llmsys.decentral.perf_task:compare",
     "decentral_simulate": "llmsys.decentral.simulate_task:simulate",
     "decentral_profile": "llmsys.decentral.profile_task:profile",
+    "decentral_train": "llmsys.decentral.train_task:train",
+    "decentral_finetune": "llmsys.decentral.train_task:train",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 LIGHT = ("bench_predict", "bench_advise")

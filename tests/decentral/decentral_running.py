@@ -39,11 +39,21 @@ def batches(family: str, step: int) -> list[dict[str, Tensor]]:
     return [{name: fresh(name, each) for name, each in example(family).items()} for _ in range(MICRO_BATCHES)]
 
 
-@functools.cache
 def undisturbed(family: str, steps: int, clip: float = 0.0) -> list[tuple[float, ...]]:
     """Losses of each step's micro-batches: the model itself, torch's AdamW, one process."""
+    return _undisturbed(family, steps, clip)[0]
+
+
+def trained(family: str, steps: int) -> dict[str, Tensor]:
+    """Its parameters after these steps."""
+    return _undisturbed(family, steps, 0.0)[1]
+
+
+@functools.cache
+def _undisturbed(family: str, steps: int, clip: float) -> tuple[list[tuple[float, ...]], dict[str, Tensor]]:
     own = model(family)
-    optimizer = torch.optim.AdamW(own.parameters(), lr=RATE, weight_decay=DECAY, foreach=False)
+    groups = [{"params": [p], "weight_decay": DECAY if p.dim() >= 2 else 0.0} for p in own.parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, foreach=False)
     found = []
     for step in range(1, steps + 1):
         losses = []
@@ -60,7 +70,7 @@ def undisturbed(family: str, steps: int, clip: float = 0.0) -> list[tuple[float,
         optimizer.step()
         optimizer.zero_grad()
         found.append(tuple(losses))
-    return found
+    return found, {name: p.detach() for name, p in own.named_parameters()}
 
 
 def machines(mem_gib: float, count: int) -> list[Provider]:

@@ -7,13 +7,15 @@ import contextlib
 from pathlib import Path
 
 import pytest
+import torch
 from decentral_harness import FAMILIES
-from decentral_running import Storm, job, losses, machines, mem_gib, together, training, undisturbed
+from decentral_running import Storm, job, losses, machines, mem_gib, together, trained, training, undisturbed
 
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import EventLog, read
 from llmsys.decentral.events import Committed
 from llmsys.decentral.local import Local, Stalled
+from llmsys.decentral.planes.layout import unpacked
 from llmsys.decentral.planes.torch_stage import TorchPlane
 from llmsys.decentral.recovery import JobLost
 from rank_pool import briefly
@@ -73,6 +75,8 @@ def test_one_that_goes_costs_the_step_under_way_at_most(
     assert once.name
     assert losses(local) == undisturbed("llama", STEPS)
     assert local.coordinator.again <= 1
+    for name, expected in trained("llama", STEPS).items():
+        assert torch.equal(unpacked(local.coordinator.trained[name]), expected), name
     if what == "leave":
         assert local.coordinator.again == 0
         assert once.name not in local.providers, "it is let go once nobody needs it"

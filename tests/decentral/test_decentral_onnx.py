@@ -16,7 +16,7 @@ from llmsys.decentral.cut import cut, part
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.graph import Graph, Node, Value
 from llmsys.decentral.local import Local
-from llmsys.decentral.planes import CONSTANT, EXPORTED, PARAMETER, AdamW, Executor, Plane, Rules, plane_of
+from llmsys.decentral.planes import CONSTANT, PARAMETER, AdamW, Executor, Plane, Rules, plane_of
 from llmsys.decentral.planes.joint import functions
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.onnx import array_of, numbers_of
@@ -32,11 +32,10 @@ def stages(family: str, planes: tuple[str, str]) -> list[tuple[Executor, object]
     found = []
     for stage, plane in zip(cut(own.graph, chain(own.graph).at((chain(own.graph).count // 2,))), planes, strict=True):
         piece = part(own.graph, stage)
-        given = {CONSTANT + key: packed(own.tensors[key]) for key in stage.constants}
-        if plane == "onnx":
-            given |= {EXPORTED + key: each for key, each in exported(piece, stage, RULES).items()}
+        given = exported(piece, stage, RULES) if plane == "onnx" else {}
         made = plane_of(plane).stage(piece, stage, given, RULES)
         made.put({PARAMETER + key: packed(own.tensors[key]) for key in stage.parameters})
+        made.put({CONSTANT + key: packed(own.tensors[key]) for key in stage.constants})
         made.begin()
         found.append((made, stage))
     return found

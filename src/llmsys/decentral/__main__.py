@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +45,8 @@ def _provider(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--up-mbit", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--down-mbit", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--region", default="")
+    parser.add_argument("--untrusted", action="store_true", help="it is shown nothing that the job keeps private")
+    parser.add_argument("--stdin", action="store_true", help="it ends when its standard input does")
     parser.add_argument(
         "--patience",
         metavar="S",
@@ -50,6 +54,11 @@ def _provider(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="to dial again a broker that has gone; default: %(default)s",
     )
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def _provide(asked: argparse.Namespace) -> int:
@@ -62,7 +71,10 @@ def _provide(asked: argparse.Namespace) -> int:
         down_mbit=asked.down_mbit,
         region=asked.region,
         plane=asked.plane,
+        trusted=not asked.untrusted,
     )
+    if asked.stdin:
+        threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     token = asked.token_file.read_text(encoding="utf-8").strip()
     own = None if asked.certificate is None else Credentials(certificate=asked.certificate.read_bytes())
     plane = plane_of(asked.plane)

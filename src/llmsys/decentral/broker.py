@@ -49,13 +49,16 @@ HOLDING, COMPUTING = "holding", "computing"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is planned for; it never changes."""
+    """What is planned for; it never changes. Nothing begins before `least` providers are there; of those that are,
+    `reserve` are left in the backup pool where the others hold the model."""
 
     chain: Chain
     work: Workload
     between: Mapping[tuple[str, str], Between] = field(default_factory=dict)
     other: Between = field(default_factory=Between)
     patience_s: float = PATIENCE_S
+    least: int = 1
+    reserve: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +186,7 @@ def _lost(state: State, now: float) -> tuple[Event, ...]:
 
 def _planned(state: State, now: float) -> tuple[Event, ...]:
     """A plan where there is none that all of its owners are there for; joined ones are asked in between steps."""
-    if state.stuck:
+    if state.stuck or (state.epoch == 0 and 0 < len(state.present) < state.job.least):
         return ()
     if not state.present:
         nobody = Planned(at_s=now, epoch=state.epoch + 1, plan=None)
@@ -200,10 +203,21 @@ def _planned(state: State, now: float) -> tuple[Event, ...]:
             planner, mended = after_quit(planner, plan, p)
             plan, how, moved = mended.plan, mended.how, moved + mended.moved_bytes
         if state.plan is None:
-            plan = planner.best()
+            plan = _with_reserve(state) or planner.best()
     except ValueError:
         plan = None  # nothing holds the model until somebody joins
     return (Planned(at_s=now, epoch=state.epoch + 1, plan=plan, how=how, moved_bytes=moved),)
+
+
+def _with_reserve(state: State) -> Plan | None:
+    """A plan of all but the slowest; None where the others do not hold the model, or none are to be left out."""
+    costs, count = state.costs, state.job.reserve
+    there = sorted(costs.usable, key=lambda p: (costs.fleet.providers[p].flops, -p))
+    pool = there[:count]
+    if not pool or len(there) <= count:
+        return None
+    found = Planner(dataclasses.replace(costs, absent=state.absent | set(pool)), thorough=False).best()
+    return None if found is None else dataclasses.replace(found, spares=(*found.spares, *pool))
 
 
 def _welcomed(state: State, now: float) -> tuple[Event, ...]:
@@ -212,6 +226,9 @@ def _welcomed(state: State, now: float) -> tuple[Event, ...]:
     used = {p for each in state.plan.pipelines for p in each.order}
     spares = [p for p in range(len(state.providers)) if p not in state.absent and p not in used]
     plan = dataclasses.replace(state.plan, spares=tuple(p for p in spares if p != state.fresh[-1]))
+    if len(plan.spares) < state.job.reserve:
+        plan = dataclasses.replace(plan, spares=(*plan.spares, state.fresh[-1]))
+        return (Planned(at_s=now, epoch=state.epoch + 1, plan=plan, how="none"),)
     found = after_join(Planner(state.costs, thorough=False), plan, state.fresh[-1])
     return (Planned(at_s=now, epoch=state.epoch + 1, plan=found.plan, how=found.how, moved_bytes=found.moved_bytes),)
 

@@ -23,7 +23,7 @@ from llmsys.decentral.provider import BROKER
 from llmsys.decentral.recovery import Recovery, owners
 from llmsys.decentral.stage_work import INPUT, KINDS
 from llmsys.decentral.training import Training, Update
-from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
+from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
 
 RELAYED = frozenset({*KINDS, "state"} - {INPUT})
 """What providers say to each other."""
@@ -50,6 +50,7 @@ class Coordinator:
         self.counters = {"malformed": 0, "foreign": 0, "stale": 0, "refused": 0, "relayed": 0}
         self.refusals: collections.deque[str] = collections.deque(maxlen=10)
         self.tasks: dict[str, int] = {}
+        self.happened: collections.Counter[str] = collections.Counter()  # events that are in the log, by their kind
         self.again = 0  # steps that were under way when a plan ended
         self.begun_s = 0.0  # on the clock of the job
         self.awaited: set[str] | None = None  # who is to dial again, of a broker that was rebuilt
@@ -63,6 +64,7 @@ class Coordinator:
                 self.lives[event.provider.name] = str(more["life"])
             if isinstance(event, Committed):
                 self.updates[event.step] = Update(**{**more, "losses": tuple(more["losses"])})
+            self.happened[type(event).__name__] += 1
             before, self.state = self.state, broker.apply(self.state, event)
             if isinstance(event, Planned):
                 self.again += before.phase == broker.COMPUTING
@@ -74,7 +76,8 @@ class Coordinator:
 
     @property
     def finished(self) -> bool:
-        return self.state.step >= self.training.steps and self.state.done
+        """All steps are done, and what they have made of the model is here."""
+        return self.state.step >= self.training.steps and self.recovery.gathered_all
 
     # --- what comes ---
 
@@ -155,6 +158,8 @@ class Coordinator:
         elif frame.kind == "revived":
             self.recovery.revived(frame)
             self.recovery.move(self.state, self.leaving)
+        elif frame.kind == "state":
+            self.recovery.gathered |= frame.tensors
         elif frame.kind == "unable":
             self.recovery.unfit[name] = str(body["why"])[:500]
         elif frame.kind == "copied":
@@ -248,12 +253,17 @@ class Coordinator:
 
     def _decided(self, now: float) -> tuple[Event, ...]:
         found = broker.decide(self.state, now)
-        if found and isinstance(found[0], Began) and not self.recovery.guarded(self.state):
-            return ()
+        if found and isinstance(found[0], Began):
+            if self.state.step >= self.training.steps:
+                self.recovery.gather(self.state)
+                return ()
+            if not self.recovery.guarded(self.state):
+                return ()
         return found
 
     def _event(self, event: Event, **more: Any) -> None:
         self.note(event, more)
+        self.happened[type(event).__name__] += 1
         self.state = broker.apply(self.state, event)
 
     def _follow(self, event: Event, before: State) -> None:
@@ -264,6 +274,11 @@ class Coordinator:
             self._begin()
         elif isinstance(event, Committed):
             self._commit(event.step)
+
+    @property
+    def trained(self) -> dict[str, Array]:
+        """Parameters and variables as they are after the last step, by key; once it is `finished`."""
+        return {name[2:]: each for name, each in self.recovery.gathered.items()}
 
     @property
     def owners(self) -> list[str]:
@@ -298,7 +313,7 @@ class Coordinator:
         own = self.updates[step]
         for name in self.owners:
             self._tell(name, "commit", step=step, body={"rate": own.rate, "scale": own.scale})
-            self.tasks[name] = self.tasks.get(name, 0) + 1
+            self.tasks[name] = self.tasks.get(name, 0) + self.training.rules.micro_batches
 
     def _tell(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def last_step(noted: Iterable[tuple[Event, Mapping[str, Any]]]) -> int:
+    """That was committed; 0: none."""
+    return max((event.step for event, _ in noted if isinstance(event, events.Committed)), default=0)
 
 
 def read(path: Path) -> list[tuple[Event, dict[str, Any]]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmsys.decentral.planes import PARAMETER, names_of
+from llmsys.decentral.planes import CONSTANT, PARAMETER, names_of
 from llmsys.decentral.stage_work import StageWork
 from llmsys.decentral.wire import Array
 
@@ -50,10 +50,15 @@ class Held:
 
 @dataclass(kw_only=True)
 class Holdings:
-    """`stages`; `copies` by stage and step."""
+    """`stages`; `copies` by stage and step; `constants` of any stage, by name, as long as the job goes on."""
 
     stages: dict[Place, Held] = field(default_factory=dict)
     copies: dict[Place, dict[int, dict[str, Array]]] = field(default_factory=dict)
+    constants: dict[str, Array] = field(default_factory=dict)
+
+    def note(self, state: Mapping[str, Array]) -> None:
+        """Keeps what of it never changes."""
+        self.constants |= {name: each for name, each in state.items() if name.startswith(CONSTANT)}
 
     def have(self, step: int) -> dict[str, Any]:
         """What the broker is told: stages as they are after `step`, what each has sent since when (-1: it is not here
@@ -63,11 +68,12 @@ class Holdings:
         return {
             "stages": [[*place, since[place], sorted(held.lacks)] for place, held in there.items()],
             "copies": [[*place, sorted(steps)] for place, steps in self.copies.items()],
+            "constants": sorted(self.constants),
         }
 
     def there(self, wanted: set[str], step: int) -> dict[str, Array]:
         """Of these names, what is here as it is after `step`, in stages or in copies."""
-        found: dict[str, Array] = {}
+        found = {name: each for name, each in self.constants.items() if name in wanted}
         for held in self.stages.values():
             if held.at == step:
                 own = (wanted & set(names_of(held.work.stage))) - held.lacks - set(found)

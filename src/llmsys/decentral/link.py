@@ -8,6 +8,7 @@ loopback is listened on.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import hmac
@@ -76,6 +77,7 @@ class Hub:
         self.queues: dict[str, asyncio.Queue[bytes | None]] = {}
         self.port = 0
         self.malformed = 0
+        self.received: collections.Counter[str] = collections.Counter()  # bytes, by who sent them
 
     async def listen(self, host: str, port: int, credentials: Credentials | None = None) -> None:
         """ValueError for an address beyond loopback without credentials, OSError for one that cannot be had."""
@@ -139,6 +141,7 @@ class Hub:
         try:
             async for data in requests:
                 if self.queues.get(name) is own:
+                    self.received[name] += len(data)
                     self.heard(name, data)
         except grpc.RpcError:
             pass  # it has hung up

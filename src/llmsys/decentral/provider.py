@@ -20,7 +20,7 @@ from typing import Any
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
-from llmsys.decentral.planes import AdamW, Plane, Rules, names_of
+from llmsys.decentral.planes import CONSTANT, AdamW, Plane, Rules, names_of
 from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
 from llmsys.decentral.wire import Array, Frame, Malformed, decode
 
@@ -298,10 +298,11 @@ class Provider:
     def _state(self, frame: Frame) -> None:
         """State that was asked for; or somebody's copy to keep."""
         body = frame.body
+        self.here.note(frame.tensors)
         if "keep" in body:
             place = (int(body["keep"][0]), int(body["keep"][1]))
             kept = self.here.copies.setdefault(place, {}).setdefault(frame.step, {})
-            kept |= frame.tensors
+            kept |= {name: each for name, each in frame.tensors.items() if not name.startswith(CONSTANT)}
             if body["last"]:
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
@@ -331,10 +332,14 @@ class Provider:
             self._copy(self.live, own, due)
 
     def _copy(self, place: Place, own: Held, keepers: Sequence[str]) -> None:
-        state = own.work.executor.state(names_of(own.work.stage))
+        names = names_of(own.work.stage)
+        state = own.work.executor.state(each for each in names if not each.startswith(CONSTANT))
         for name in keepers:
+            fixed = {}
+            if self.copied.get(name, (None,))[0] != place:  # so that it is warm if it has to take over
+                fixed = {each: self.here.constants[each] for each in names if each.startswith(CONSTANT)}
             self.copied[name] = (place, own.at)
-            self._give_away(state, name, own.at, {"keep": list(place)})
+            self._give_away({**state, **fixed}, name, own.at, {"keep": list(place)})
 
     def _kept_by(self, frame: Frame) -> None:
         """Others keep its copies from now on."""

@@ -15,11 +15,12 @@ from typing import Any
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting, lost, sources
-from llmsys.decentral.holdings import Place
-from llmsys.decentral.planes import CONSTANT, EXPORTED, EXPORTERS, PARAMETER, VARIABLE, Arrays
+from llmsys.decentral.holdings import Place, chunks
+from llmsys.decentral.planes import CONSTANT, EXPORTERS, PARAMETER, VARIABLE, Arrays
+from llmsys.decentral.provider import BROKER
 from llmsys.decentral.stage_work import INPUT
 from llmsys.decentral.training import Training, Update
-from llmsys.decentral.wire import Frame
+from llmsys.decentral.wire import Array, Frame
 
 
 class JobLost(RuntimeError):
@@ -34,6 +35,7 @@ class Told:
     plan: set[str] = field(default_factory=set)
     due: dict[str, int | None] = field(default_factory=dict)
     waiting: bool = False
+    gathering: bool = False
     holds: dict[str, set[str]] = field(default_factory=dict)
     stages: dict[Place, str] = field(default_factory=dict)
     copies: dict[Place, dict[int, set[str]]] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class Recovery:
         self.keepers: dict[str, list[str]] = {}
         self.safe = 0
         self.updates: dict[int, Update] = {}
+        self.gathered: dict[str, Array] = {}
         self.unfit: dict[str, str] = {}  # who cannot run what is theirs to run, and why
 
     # --- a plan ---
@@ -149,22 +152,20 @@ class Recovery:
         }
 
     def _given(self, name: str, cutting: Cutting | None, index: int, state: State) -> Arrays | None:
-        """What a provider is sent with a stage: constants, and what is exported for its plane. None: not yet."""
+        """What a provider is sent with a stage: what is exported for its plane. None: not yet."""
         assert cutting is not None
-        found = {CONSTANT + key: self.training.tensors[key] for key in cutting.stages[index].constants}
         place = state.place(name)
         assert place is not None
         plane, exports = state.providers[place].plane, self.training.exports
         if plane not in EXPORTERS:
-            return found
+            return {}
         try:
             if exports is None:
                 raise ValueError("this job exports nothing")
-            program = exports(plane, cutting, index)
+            return exports(plane, cutting, index)
         except ValueError as error:
             self.unfit[name] = f"plane={plane}: {error}"
             return None
-        return None if program is None else found | {EXPORTED + key: each for key, each in program.items()}
 
     # --- what is where ---
 
@@ -183,7 +184,8 @@ class Recovery:
                 for step in steps:
                     told.copies.setdefault((number, index), {}).setdefault(int(step), set()).add(name)
                 if frame.step in steps:
-                    holds |= self.cuttings[number].names[index]
+                    holds |= {each for each in self.cuttings[number].names[index] if not each.startswith(CONSTANT)}
+        holds |= set(body["constants"])
 
     def revived(self, frame: Frame) -> None:
         """A stage that was lost is there again."""
@@ -231,6 +233,29 @@ class Recovery:
         since = max((told.since.get((number, index), state.step) for index in range(len(order))), default=0)
         return max((at for at in set.intersection(*steps) if at >= since), default=None)
 
+    def gather(self, state: State) -> None:
+        """After the last step: asks owners for the model that has been trained, once in an epoch."""
+        assert self.cutting is not None
+        if self.told.gathering:
+            return
+        self.told.gathering = True
+        for index, name in enumerate(owners(state)):
+            names = sorted(self._results(index) - set(self.gathered))
+            self._tell(name, "give", body={"names": names, "who": BROKER})
+
+    @property
+    def gathered_all(self) -> bool:
+        """Whether every parameter and variable is here."""
+        stages = () if self.cutting is None else self.cutting.stages
+        return bool(stages) and all(self._results(at) <= set(self.gathered) for at in range(len(stages)))
+
+    def _results(self, index: int) -> set[str]:
+        """Of a stage, which names of the model are its to give."""
+        assert self.cutting is not None
+        own = self.cutting.stages[index]
+        keys = {PARAMETER: [key for key in own.parameters if key not in own.shares], VARIABLE: own.variables}
+        return {prefix + key for prefix, names in keys.items() for key in names}
+
     def move(self, state: State, leaving: Collection[str]) -> None:
         """Asks for what owners lack and somebody has, and has computed again what nobody has. As far as all who are
         there have said what they have."""
@@ -250,17 +275,27 @@ class Recovery:
             for source, names in sources(wanted, others).items():
                 self._tell(source, "give", body={"names": names, "who": name})
                 told.asked[name] |= set(names)
-            missing |= wanted - everything
+            nowhere = wanted - everything
+            constants = sorted(each for each in nowhere if each.startswith(CONSTANT))
+            self._hand_out(name, constants, begin=False)  # what never changes the broker still has
+            told.asked[name] |= set(constants)
+            missing |= nowhere - set(constants)
         if missing:
             self._revive(missing, state)
 
     def _initial(self, name: str, cutting: Cutting, index: int) -> None:
         """Before the first step the broker has it all."""
-        own = [each for each in sorted(cutting.names[index]) if each.startswith((PARAMETER, VARIABLE))]
-        if self.told.asked[name]:
+        own = [each for each in sorted(cutting.names[index]) if each.startswith((PARAMETER, VARIABLE, CONSTANT))]
+        if not self.told.asked[name]:
+            self._hand_out(name, own, begin=True)
+
+    def _hand_out(self, name: str, names: Sequence[str], *, begin: bool) -> None:
+        if not (names or begin):
             return
-        tensors = {each: self.training.tensors[each[2:]] for each in own}
-        self._tell(name, "state", body={"begin": True, "last": True}, tensors=tensors)
+        pieces = [*chunks({each: self.training.tensors[each[2:]] for each in names})]
+        for at, piece in enumerate(pieces):
+            last = at == len(pieces) - 1
+            self._tell(name, "state", body={"begin": begin and last, "last": last}, tensors=piece)
 
     def _revive(self, missing: Iterable[str], state: State) -> None:
         """Has the stages computed again that have these names. JobLost where no copies of them are left."""
@@ -298,6 +333,13 @@ class Recovery:
                     "peers": {str(other): name for other, name in who.items()},
                 },
                 tensors=given[at],
+            )
+            self._tell(
+                who[at],
+                "state",
+                step=after,
+                body={"copy": [base.number, at], "last": True},
+                tensors={CONSTANT + key: self.training.tensors[key] for key in base.stages[at].constants},
             )
             if who[at] not in copies[after]:
                 copy = {"copy": [base.number, at], "who": who[at]}

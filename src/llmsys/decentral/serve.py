@@ -59,7 +59,8 @@ class Serving:
         self._guarded(lambda: self.coordinator.hear(name, data, self.now))
 
     def _closed(self, name: str) -> None:
-        self._guarded(lambda: self.coordinator.gone(name, self.now))
+        if not self._over.is_set():  # after it whoever was let go hangs up
+            self._guarded(lambda: self.coordinator.gone(name, self.now))
 
     def _guarded(self, what: Callable[[], None]) -> None:
         """What goes wrong here (`JobLost`, a full disk) is the broker's end, and not that of whoever was just heard."""

@@ -96,7 +96,8 @@ def _first_line(error: Exception) -> str:
 
 def _gradients_flow(exported: Any) -> None:
     """ValueError where a region without gradients reads what a parameter is behind: a plain graph would train it."""
-    parameters = {spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind.name == "PARAMETER"}
+    specs = [spec for spec in exported.graph_signature.input_specs if spec.kind.name == "PARAMETER"]
+    parameters = {spec.arg.name for spec in specs if exported.state_dict[spec.target].requires_grad}
     behind: set[Any] = set()
     for node in exported.graph.nodes:
         if (node.op == "placeholder" and node.name in parameters) or any(n in behind for n in node.all_input_nodes):
@@ -148,7 +149,8 @@ class _Reading:
             if spec.target in self.tied:
                 self.aliases[key] = self.keys[spec.arg.name] = self.tied[spec.target].removeprefix(PREFIX)
                 continue
-            group = "parameters" if kind == "PARAMETER" else "variables" if spec.target in changed else "constants"
+            trained = kind == "PARAMETER" and tensor.requires_grad  # a frozen weight is a constant
+            group = "parameters" if trained else "variables" if spec.target in changed else "constants"
             self.kinds[group][key] = value_of(tensor)
             self.tensors[key] = tensor.detach()
             self.keys[spec.arg.name] = key

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmsys.lorafa.injection import inject
     from llmsys.lorafa.merging import merge, unmerge
     from llmsys.lorafa.peft_format import from_peft, to_peft
+    from llmsys.lorafa.plain import traceable
     from llmsys.lorafa.ranks import assert_same_across_ranks, ignore_in_ddp
     from llmsys.lorafa.refreshing import refresh
     from llmsys.lorafa.store import load_adapter, save_adapter
@@ -41,6 +42,7 @@ _HOMES = {
     "save_adapter": "store",
     "set_adapter": "adapters",
     "to_peft": "peft_format",
+    "traceable": "plain",
     "unload": "adapters",
     "unmerge": "merging",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "to_peft",
+    "traceable",
     "unload",
     "unmerge",
 ]

@@ -28,6 +28,7 @@ from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.search import Search
 from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
+from llmsys.schema.together import DecentralTrain
 from llmsys.schema.train import (
     CLOSED_FORM,
     DDP,
@@ -57,6 +58,7 @@ __all__ = [
     "DecentralPerf",
     "DecentralPlan",
     "DecentralSimulate",
+    "DecentralTrain",
     "DeepSpeed",
     "Dispatch",
     "Engine",
@@ -151,6 +153,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "decentral_perf": DecentralPerf,
         "decentral_profile": DecentralProfile,
         "decentral_simulate": DecentralSimulate,
+        "decentral_train": DecentralTrain,
+        "decentral_finetune": DecentralTrain,
         "bench_predict": Predict,
         "bench_calibrate": Calibrate,
     },

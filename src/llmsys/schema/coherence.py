@@ -14,6 +14,7 @@ from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
 from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.task import Ledger, Simulate
+from llmsys.schema.together import DecentralTrain
 from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def _check(config: Config) -> None:
     _simulate(config)
     _measured(config)
     _modules(config)
+    _together(config)
 
 
 def _placement(config: Config) -> None:
@@ -255,6 +257,26 @@ def _modules(config: Config) -> None:
         raise ValueError(
             f"model.family={config.model.family}: {task.kind} is for transformers, by whose shapes it goes"
         )
+
+
+def _together(config: Config) -> None:
+    """A traced graph of plain operators is what providers run, with the optimizer that they have."""
+    if not isinstance(config.task, DecentralTrain):
+        return
+    model, train = config.model, config.train
+    for key, value, only in (
+        ("engine.kind", config.engine.kind, "local"),
+        ("model.quant", model.quant, "none"),
+        ("model.dtype", model.dtype, "fp32"),
+        ("train.precision", train.precision, "fp32"),
+        ("train.recompute", train.recompute, "none"),
+        ("train.loss", train.loss, "whole"),
+        ("train.optimizer", train.optimizer, "adamw"),
+    ):
+        if value != only:
+            raise ValueError(f"{key}={value}: {config.task.kind} is for {key}={only}")
+    if config.method.kind in CLOSED_FORM:
+        raise ValueError(f"method.kind={config.method.kind}: takes no steps, and {config.task.kind} is about steps")
 
 
 def _network(config: Config) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmsys.decentral.cut import Stage
-from llmsys.decentral.graph import Graph
+from llmsys.decentral.graph import Graph, Value
 from llmsys.decentral.wire import Array
 
 Arrays = Mapping[str, Array]
@@ -21,7 +21,8 @@ Arrays = Mapping[str, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """The optimizer of a job (Loshchilov and Hutter, arXiv 1711.05101); its rate is each step's own."""
+    """The optimizer of a job (Loshchilov and Hutter, arXiv 1711.05101); its rate is each step's own, and its weight
+    decay that of matrices alone, as in `llmsys.train.optimizer`."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -46,8 +47,8 @@ class Rules:
 
 
 class Executor(Protocol):
-    """A stage. `state` has the parameters it owns and reads, by their key behind `p/`, and what the optimizer keeps of
-    those it owns."""
+    """A stage. `state` has the parameters it owns and reads, by their key behind `p/`, what the optimizer keeps of
+    those it owns, variables and constants (frozen weights among them)."""
 
     def put(self, state: Arrays) -> None:
         """What of its state has come; ValueError for a name that is not its, or another shape."""
@@ -87,24 +88,35 @@ class Plane(Protocol):
     name: str
 
     def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> Executor:
-        """`given`: constants, by their key behind `c/`, and what the job's owner has exported for this plane, behind
-        `x/`. ValueError where the plane cannot run an operator of it."""
+        """`given`: what the job's owner has exported for this plane. ValueError where the plane cannot run an operator
+        of it."""
 
     def warm(self) -> None:
         """What is slow the first time, done once."""
 
 
-PARAMETER, MOMENTS, VARIABLE, CONSTANT, EXPORTED = "p/", ("m/", "v/", "t/"), "b/", "c/", "x/"
+PARAMETER, MOMENTS, VARIABLE, CONSTANT = "p/", ("m/", "v/", "t/"), "b/", "c/"
 
 
 def names_of(stage: Stage) -> list[str]:
-    """Of a stage's state: parameters; of those it owns first and second moments and the number of steps; variables."""
+    """Of a stage's state: parameters; of those it owns first and second moments and the number of steps; variables;
+    constants, which stay as they are for the whole job."""
     own = [key for key in stage.parameters if key not in stage.shares]
     return [
         *(PARAMETER + key for key in stage.parameters),
         *(prefix + key for key in own for prefix in MOMENTS),
         *(VARIABLE + key for key in stage.variables),
+        *(CONSTANT + key for key in stage.constants),
     ]
+
+
+def value_of(graph: Graph, name: str) -> Value:
+    """What a part of the state is, by its name. KeyError for one that the graph does not have."""
+    prefix, key = name[:2], name[2:]
+    if prefix == MOMENTS[-1]:
+        return Value(dtype="float32", shape=(), strides=())
+    kinds = {VARIABLE: graph.variables, CONSTANT: graph.constants}
+    return kinds.get(prefix, graph.parameters)[key]
 
 
 PLANES = {

@@ -16,7 +16,7 @@ import onnxruntime
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph, Value
-from llmsys.decentral.planes import CONSTANT, EXPORTED, MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of
+from llmsys.decentral.planes import CONSTANT, MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of, value_of
 from llmsys.decentral.wire import Array
 
 Numbers = np.ndarray[Any, Any]
@@ -78,13 +78,8 @@ class OnnxStage:
         self.graph, self.own, self.rules = graph, stage, rules
         self.names = frozenset(names_of(stage))
         self._held: dict[str, Numbers] = {}
-        self._constants = {}
-        for key in stage.constants:
-            self._constants[CONSTANT + key] = _checked(f"constant {key}", given[CONSTANT + key], graph.constants[key])
-        names = json.loads(given[EXPORTED + "names"].data)
-        self._forward, self._backward = (
-            Function(given[EXPORTED + what].data, names[what]) for what in ("forward", "backward")
-        )
+        names = json.loads(given["names"].data)
+        self._forward, self._backward = (Function(given[what].data, names[what]) for what in ("forward", "backward"))
         self._kept: dict[int, dict[str, Numbers]] = {}
         self._losses: dict[int, float] = {}
         self._gradients: dict[str, Numbers] = {}
@@ -96,17 +91,12 @@ class OnnxStage:
         for name, array in state.items():
             if name not in self.names:
                 raise ValueError(f"state {name}: is none of this stage's")
-            self._held[name] = _checked(name, array, self._value(name)).copy()
-
-    def _value(self, name: str) -> Value:
-        if name.startswith(STEPS):
-            return Value(dtype="float32", shape=(), strides=())
-        return self.graph.variables[name[2:]] if name.startswith(VARIABLE) else self.graph.parameters[name[2:]]
+            self._held[name] = _checked(name, array, value_of(self.graph, name)).copy()
 
     def begin(self) -> None:
         for name in self.missing:
             if name.startswith(MOMENTS):
-                value = self._value(name)
+                value = value_of(self.graph, name)
                 self._held[name] = np.zeros(value.shape, np.dtype(value.dtype))
 
     @property
@@ -163,7 +153,8 @@ class OnnxStage:
             steps = self._held[STEPS + key] + one(1)
             parameter, first, second = (self._held[prefix + key] for prefix in (PARAMETER, FIRST, SECOND))
             gradient = gradient * one(scale) if scale != 1.0 else gradient
-            parameter = parameter * one(1 - rate * chosen.weight_decay)
+            if parameter.ndim >= 2:
+                parameter = parameter * one(1 - rate * chosen.weight_decay)
             first = first + (gradient - first) * one(1 - chosen.beta1)
             second = second * one(chosen.beta2) + gradient * gradient * one(1 - chosen.beta2)
             size = rate / (1 - chosen.beta1 ** float(steps))
@@ -182,8 +173,8 @@ class OnnxStage:
 
     def _tensors(self) -> dict[str, Numbers]:
         now = {**self._held, **self._changed}
-        found = {PARAMETER + key: now[PARAMETER + key] for key in self.own.parameters}
-        return {**found, **self._constants, **{VARIABLE + key: now[VARIABLE + key] for key in self.own.variables}}
+        kinds = {PARAMETER: self.own.parameters, VARIABLE: self.own.variables, CONSTANT: self.own.constants}
+        return {prefix + key: now[prefix + key] for prefix, keys in kinds.items() for key in keys}
 
 
 def _under(prefix: str, arrays: Arrays) -> dict[str, Numbers]:

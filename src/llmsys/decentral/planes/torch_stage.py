@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph, Value
-from llmsys.decentral.planes import CONSTANT, MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of
+from llmsys.decentral.planes import CONSTANT, MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of, value_of
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch import Run
 from llmsys.decentral.wire import Array
@@ -43,9 +43,6 @@ class TorchStage:
         self.graph, self.own, self.rules, self.device = graph, stage, rules, device
         self.names = frozenset(names_of(stage))
         self._held: dict[str, Tensor] = {}
-        self._constants = {}
-        for key in stage.constants:
-            self._constants[key] = self._checked(f"constant {key}", given[CONSTANT + key], graph.constants[key])
         self._runs: dict[int, Run] = {}
         self._losses: dict[int, float] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -58,14 +55,7 @@ class TorchStage:
         for name, array in state.items():
             if name not in self.names:
                 raise ValueError(f"state {name}: is none of this stage's")
-            key = name[2:]
-            value = self.graph.variables[key] if name.startswith(VARIABLE) else self.graph.parameters[key]
-            tensor = unpacked(array, self.device)
-            if not name.startswith(STEPS):
-                tensor = self._checked(name, array, value)
-            elif (array.dtype, array.shape) != ("float32", ()):
-                raise ValueError(f"state {name}: {array.dtype} {list(array.shape)}: must be one number")
-            self._held[name] = tensor
+            self._held[name] = self._checked(name, array, value_of(self.graph, name))
         self._optimizer = None  # it holds the tensors that were there before
 
     def begin(self) -> None:
@@ -126,18 +116,19 @@ class TorchStage:
     def apply(self, rate: float, scale: float) -> None:
         if self._optimizer is None:
             self._optimizer = self._made()
-        (group,) = self._optimizer.param_groups
-        group["lr"] = rate
-        for key, parameter in zip(self._owned, group["params"], strict=True):
+        named = dict(zip(self._owned, (group["params"][0] for group in self._optimizer.param_groups), strict=True))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        for key, parameter in named.items():
             gradient = self._gradients.get(key)
             parameter.grad = gradient if gradient is None or scale == 1.0 else gradient * scale
         self._optimizer.step()
-        for key, parameter in zip(self._owned, group["params"], strict=True):
+        for key, parameter in named.items():
             parameter.grad = None
             if parameter in self._optimizer.state:
                 kept = self._optimizer.state[parameter]
-                named = {FIRST: kept["exp_avg"], SECOND: kept["exp_avg_sq"], STEPS: kept["step"]}
-                self._held |= {prefix + key: tensor for prefix, tensor in named.items()}
+                state = {FIRST: kept["exp_avg"], SECOND: kept["exp_avg_sq"], STEPS: kept["step"]}
+                self._held |= {prefix + key: tensor for prefix, tensor in state.items()}
         self._held |= self._changed
         self.forget()
 
@@ -159,11 +150,17 @@ class TorchStage:
         for key in self._owned:
             self._held[PARAMETER + key] = self._held[PARAMETER + key].detach().requires_grad_()
         chosen = self.rules.optimizer
+        groups = [
+            {
+                "params": [self._held[PARAMETER + key]],
+                "weight_decay": chosen.weight_decay if self._held[PARAMETER + key].dim() >= 2 else 0.0,
+            }
+            for key in self._owned
+        ]
         optimizer = torch.optim.AdamW(
-            [self._held[PARAMETER + key] for key in self._owned],
+            groups,
             betas=(chosen.beta1, chosen.beta2),
             eps=chosen.eps,
-            weight_decay=chosen.weight_decay,
             foreach=False,
         )
         for key in self._owned:
@@ -176,7 +173,8 @@ class TorchStage:
     def _tensors(self) -> dict[str, Tensor]:
         found = {key: self._held[PARAMETER + key] for key in self.own.parameters}
         now = {**self._held, **self._changed}
-        return {**found, **self._constants, **{key: now[VARIABLE + key] for key in self.own.variables}}
+        found |= {key: self._held[CONSTANT + key] for key in self.own.constants}
+        return {**found, **{key: now[VARIABLE + key] for key in self.own.variables}}
 
     def _all(self, arrays: Arrays) -> dict[str, Tensor]:
         return {name: unpacked(array, self.device) for name, array in arrays.items()}

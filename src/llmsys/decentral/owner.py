@@ -1,0 +1,109 @@
+"""What the owner of a job makes of a config: the graph of a step's loss, its data, and the machines that it starts.
+
+A step's loss is the mean over all its label positions, as in `llmsys.train.loop`. Micro-batches have unequal numbers of
+labels, so that each one's loss is traced with a weight, which comes with its data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llmsys import schema
+from llmsys.decentral.chain import Chain
+from llmsys.decentral.cost import Costs, Workload
+from llmsys.decentral.fleet import Fleet, Provider
+from llmsys.decentral.plan import Planner
+from llmsys.decentral.trace import Traced, trace
+from llmsys.lorafa import traceable
+from llmsys.train.evaluate import label_count, token_count
+from llmsys.train.loop import Loop
+
+WEIGHT = "weight"
+WITHIN = "model."
+"""What `Weighted` puts before each name."""
+CLOSE, SLACK = 1.001, 1.02
+
+
+class Weighted(nn.Module):
+    """A model whose loss counts for `weight`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, weight: Tensor, **batch: Tensor) -> Tensor:
+        loss: Tensor = self.model(**batch).loss.float() * weight
+        return loss
+
+
+class Batches:
+    """A step's micro-batches, each with its weight: n_i M / n, of M micro-batches of n_i labels, n together."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.objective = loop, loop.config.model.objective
+        self.tokens: dict[int, int] = {}
+
+    def of(self, step: int) -> list[dict[str, Tensor]]:
+        """Of step `step`, from 1. ValueError for one without labels."""
+        batches = self.loop.micro_batches(step - 1)
+        labels = [label_count(each, self.objective) for each in batches]
+        self.tokens[step] = sum(token_count(each, self.objective) for each in batches)
+        if not sum(labels):
+            raise ValueError(
+                f"data: step {step} has no label token within train.length={self.loop.config.train.length}"
+            )
+        shares = [torch.tensor(count * len(batches) / sum(labels)) for count in labels]
+        return [{**batch, WEIGHT: share} for share, batch in zip(shares, batches, strict=True)]
+
+
+def traced(model: nn.Module, batch: Mapping[str, Tensor]) -> Traced:
+    """The graph of a micro-batch's loss, whose parameters have the model's own names. ValueError for a model that does
+    not export."""
+    model.train()
+    with traceable(model):
+        return trace(Weighted(model), batch)
+
+
+def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """What has been trained, by `traced`'s names, into the model, in place."""
+    own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    with torch.no_grad():
+        for key, tensor in state.items():
+            own[key.removeprefix(WITHIN)].copy_(tensor)
+
+
+def machines(task: schema.DecentralTrain, own: Chain, work: Workload) -> list[Provider]:
+    """p0, p1, ..., as they are started. ValueError where so many stages cannot hold the job, whatever they have."""
+    mem_gib = task.mem_gib or SLACK * enough(task, own, work)
+    return [_machine(task, at, mem_gib) for at in range(task.providers)]
+
+
+def enough(task: schema.DecentralTrain, own: Chain, work: Workload) -> float:
+    """GiB with which as many as `task.stages` providers hold the job, and fewer do not."""
+
+    def holds(mem_gib: float) -> bool:
+        fleet = Fleet(providers=tuple(_machine(task, at, mem_gib) for at in range(task.stages)))
+        return Planner(Costs(own, fleet, work), thorough=False).best() is not None
+
+    low, high = 1e-6, 1e6
+    if not holds(high):
+        raise ValueError(f"task.stages={task.stages}: the model is not cut into so many")
+    while high / low > CLOSE:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _machine(task: schema.DecentralTrain, at: int, mem_gib: float) -> Provider:
+    return Provider(
+        name=f"p{at}",
+        tflops=task.tflops,
+        efficiency=1.0,
+        mem_gib=mem_gib,
+        up_mbit=task.up_mbit,
+        down_mbit=task.down_mbit,
+        plane=task.planes[at % len(task.planes)],
+    )

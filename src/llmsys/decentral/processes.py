@@ -1,0 +1,91 @@
+"""Providers as processes of this machine, none of which outlives whoever started them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llmsys.decentral.fleet import Provider
+
+PATIENCE_S = 20.0
+"""How long one dials again a broker that has died."""
+END_S = 10.0
+
+
+class Processes:
+    """`folder`: where what they say is kept, a file for each. Close it, or leave its block, and all are gone; if this
+    process dies their standard input ends, and so do they."""
+
+    def __init__(self, folder: Path, token: str, threads: int = 1, certificate: Path | None = None) -> None:
+        self.folder, self.threads, self.certificate = folder, threads, certificate
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._token = folder / "token"
+        self._token.touch(mode=0o600)
+        self._token.write_text(token, encoding="utf-8")
+
+    def start(
+        self,
+        machine: Provider,
+        address: str,
+        *,
+        python: Path | str = sys.executable,
+        more: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Returns at once; what is wrong with it is in its file."""
+        words = ["--join", address, "--token-file", str(self._token), "--patience", str(PATIENCE_S), "--stdin"]
+        if self.certificate is not None:
+            words += ["--certificate", str(self.certificate)]
+        for key in ("name", "plane", "tflops", "efficiency", "mem_gib", "up_mbit", "down_mbit", "region"):
+            words += [f"--{key.replace('_', '-')}={getattr(machine, key)}"]
+        if not machine.trusted:
+            words.append("--untrusted")
+        threads = str(self.threads)
+        env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(environment or {})}
+        with (self.folder / f"{machine.name}.log").open("ab") as log:
+            self.processes[machine.name] = subprocess.Popen(
+                [str(python), "-m", "llmsys.decentral", "provider", *words, *more],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=env,
+            )
+
+    def signal(self, name: str, what: str) -> None:
+        """`what`: a signal's name. KeyError for somebody who was never started."""
+        os.kill(self.processes[name].pid, getattr(signal, what))
+
+    def wrong(self) -> dict[str, str]:
+        """What was said by those that ended badly, and not by a signal, by name."""
+        bad = [name for name, each in self.processes.items() if (each.poll() or 0) > 0]
+        found = {}
+        for name in bad:
+            lines = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            found[name] = lines[-1] if lines else f"exit code {self.processes[name].returncode}"
+        return found
+
+    def close(self) -> None:
+        """Waits for those that were let go, and kills the others."""
+        for each in self.processes.values():
+            if each.stdin is not None:
+                with contextlib.suppress(OSError):
+                    each.stdin.close()
+        for each in self.processes.values():
+            try:
+                each.wait(END_S)
+            except subprocess.TimeoutExpired:
+                each.kill()
+                each.wait()
+        self._token.unlink(missing_ok=True)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,84 @@
+"""What the tasks of `llmsys.decentral` are told that run a job on providers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmsys.schema.fields import at_least, one_of
+from llmsys.schema.task import Task
+
+STARTED = ("process", "ray", "none")
+RUN_PLANES = ("torch", "torch_compiled", "onnx")
+
+
+@dataclass(kw_only=True)
+class DecentralTrain(Task):
+    """Training of `model` on `data` as `train` says, by providers that may come and go.
+
+    `start`: `providers` of them are started on this machine as processes, or one on each node of a Ray cluster that has
+    the resource `provider`; none: they dial in, and the job begins when so many have come. `planes` of those that are
+    started, in turn. What each says of itself: `tflops` that it reaches, `up_mbit` and `down_mbit`, `mem_gib`; 0: as
+    much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
+    state are kept by others, of every `copy_every`-th step.
+
+    `listen`: host and port; beyond loopback with `certificate` and `key`, files that
+    `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
+    `faults`: of those that are started, who is hit by which signal once a step is committed: `p1 SIGKILL 5`.
+    """
+
+    kind: str = "decentral_train"
+    start: str = "process"
+    providers: int = 4
+    planes: list[str] = field(default_factory=lambda: ["torch"])
+    stages: int = 3
+    reserve: int = 1
+    tflops: float = 0.05
+    up_mbit: float = 1000.0
+    down_mbit: float = 1000.0
+    mem_gib: float = 0.0
+    copies: int = 2
+    copy_every: int = 1
+    listen: str = "127.0.0.1:0"
+    certificate: str = ""
+    key: str = ""
+    token_file: str = ""
+    faults: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        one_of("task.start", self.start, STARTED)
+        for plane in self.planes:
+            one_of("task.planes", plane, RUN_PLANES)
+        if not self.planes:
+            raise ValueError("task.planes: empty; e.g. task.planes=[torch,onnx]")
+        for key, least in (("providers", 1), ("stages", 1), ("reserve", 0), ("copies", 0), ("copy_every", 1)):
+            at_least(f"task.{key}", getattr(self, key), least)
+        if self.stages > self.providers:
+            raise ValueError(f"task.stages={self.stages}: task.providers={self.providers} are fewer")
+        for key in ("tflops", "up_mbit", "down_mbit"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"task.{key}={getattr(self, key)}: must be positive")
+        if not self.mem_gib >= 0:
+            raise ValueError(f"task.mem_gib={self.mem_gib}: must be 0 or more")
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"task.listen={self.listen}: must be host:port, e.g. 127.0.0.1:0")
+        if bool(self.certificate) != bool(self.key):
+            missing = "key" if self.certificate else "certificate"
+            raise ValueError(f"task.{missing}: empty; a certificate and its key go together")
+        if self.start == "none" and (not int(port) or not self.token_file):
+            raise ValueError("task.start=none: whoever dials in has to know task.listen's port and task.token_file")
+        if self.faults and self.start != "process":
+            raise ValueError(f"task.faults={self.faults}: are of providers that are processes: task.start=process")
+        for text in self.faults:
+            fault(text)
+
+
+def fault(text: str) -> tuple[str, str, int]:
+    """(provider, signal, step). ValueError for what is none."""
+    words = text.split()
+    good = len(words) == 3 and words[1] in ("SIGKILL", "SIGSTOP", "SIGTERM") and words[2].isdigit()
+    if not good:
+        raise ValueError(
+            f"task.faults={text}: must be a provider, SIGKILL, SIGSTOP or SIGTERM, and a step: p1 SIGKILL 5"
+        )
+    return words[0], words[1], int(words[2])

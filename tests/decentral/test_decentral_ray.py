@@ -1,0 +1,113 @@
+"""Providers on the nodes of a cluster: Ray starts them and starts them again, and the broker is rebuilt from its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmsys.decentral import ray_runtime
+from llmsys.decentral.event_log import last_step, read
+from ray_cluster import Emulated, emulated
+
+pytestmark = pytest.mark.slow
+SMALL = (
+    *("train.steps=30", "train.global_batch=4", "train.micro_batch=2", "train.length=32", "train.warmup_steps=1"),
+    *("model.num_layers=2", "data.max_train=40", "data.max_val=2", "task.faults=[]", "task.stages=2"),
+)
+COMMAND = (sys.executable, "-m", "llmsys", "+exp=decentral_train", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Emulated]:
+    with emulated(1) as made:
+        for number in range(4):
+            made.cluster.add_node(num_cpus=2, resources={"provider": 1}, node_name=f"home{number}")
+        made.cluster.wait_for_nodes()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of processes that nothing happens to."""
+    results = tmp_path_factory.mktemp("quiet")
+    env = {**os.environ, "LLMSYS_RESULTS": str(results)}
+    subprocess.run([*COMMAND, "task.providers=2"], env=env, check=True, timeout=120)
+    found: list[float] = record(results)["samples"]["loss"]
+    return found
+
+
+def record(results: Path) -> dict[str, Any]:
+    (path,) = results.glob("decentral_train/*/record.json")
+    made: dict[str, Any] = json.loads(path.read_text())
+    return made
+
+
+def started(cluster: Emulated, results: Path) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "LLMSYS_RESULTS": str(results), "RAY_ADDRESS": cluster.cluster.address}
+    return subprocess.Popen([*COMMAND, "task.start=ray"], env=env, start_new_session=True)
+
+
+def until(results: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Is committed."""
+    while not any(last_step(read(path)) >= step for path in results.glob("*/*/events.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def test_a_broker_that_is_killed_goes_on_by_the_same_command(
+    cluster: Emulated, results: Path, quiet: list[float]
+) -> None:
+    """Its providers, which Ray keeps, dial the same port again."""
+    process = started(cluster, results)
+    try:
+        until(results, 8, process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert started(cluster, results).wait(120) == 0
+    made = record(results)
+    assert made["samples"]["loss"] == quiet
+    assert made["summary"]["steps_lost"] == 0
+    assert made["summary"]["joined"] == 4  # all by the broker that died
+    (log,) = results.glob("*/*/log.txt")
+    assert "going on after step" in log.read_text()
+
+
+def test_a_provider_that_is_killed_is_started_again(cluster: Emulated, results: Path, quiet: list[float]) -> None:
+    """By Ray, in another process, which joins as anybody does."""
+    import ray
+
+    process = started(cluster, results)
+    try:
+        until(results, 5, process)
+        (folder,) = results.glob("*/*")
+        ray.init(cluster.cluster.address, namespace=ray_runtime.NAMESPACE, log_to_driver=False)
+        try:
+            actor = ray.get_actor(f"{folder.name}-p1")
+            os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+        finally:
+            ray.shutdown()
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+    made = record(results)
+    assert made["samples"]["loss"] == quiet
+    assert made["summary"]["lost"] >= 1
+
+
+def test_too_few_nodes_are_said_at_once(cluster: Emulated, results: Path) -> None:
+    env = {**os.environ, "LLMSYS_RESULTS": str(results), "RAY_ADDRESS": cluster.cluster.address}
+    done = subprocess.run([*COMMAND, "task.start=ray", "task.providers=9"], env=env, capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert "task.providers=9: the cluster's nodes have 4 of the resource provider" in done.stdout + done.stderr
