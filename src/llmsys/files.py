@@ -32,8 +32,8 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
-    """Replaces `path` by `text` (UTF-8): a temporary file beside it, flushed to disk, then renamed over it. `mode`, less
-    the process's mask. OSError with the path where it cannot be written."""
+    """Replaces `path` by `text` (UTF-8): a temporary file beside it, flushed to disk, then renamed over it. `mode` is
+    less the process's mask. OSError with the path where it cannot be written."""
     temporary = beside(path)
     try:
         made = functools.partial(os.open, mode=mode)

@@ -1,4 +1,4 @@
-"""Providers on the nodes of a cluster: Ray starts them and starts them again, and the broker is rebuilt from its log."""
+"""Providers on the nodes of a cluster: Ray starts them, and again; the broker is rebuilt from its log."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from llmsys.decentral.wire import FRAME_BYTES, Frame, Malformed, decode, encode,
 METHOD = "/llmsys.decentral/Talk"
 WELCOME = "welcome"
 """Metadata of a stream whose token is right."""
+STATUS = "status"
 BEAT_S = 0.5
 GRACE_S = 5.0
 """For what has been said to arrive, when a broker ends."""
@@ -64,7 +65,7 @@ class Refused(ConnectionError):
 
 class Hub:
     """Listens, and has a queue of frames for each provider that is connected. `joined(machine, life)`, `heard(name,
-    data)` and `closed(name)` are called in the loop's own thread."""
+    data)`, `closed(name)` and, for whoever asks, `status()` are called in the loop's own thread."""
 
     def __init__(
         self,
@@ -72,8 +73,9 @@ class Hub:
         joined: Callable[[Machine, str], None],
         heard: Callable[[str, bytes], None],
         closed: Callable[[str], None],
+        status: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.token, self.joined, self.heard, self.closed = token, joined, heard, closed
+        self.token, self.joined, self.heard, self.closed, self.status = token, joined, heard, closed, status
         self.queues: dict[str, asyncio.Queue[bytes | None]] = {}
         self.port = 0
         self.malformed = 0
@@ -117,7 +119,11 @@ class Hub:
         await context.send_initial_metadata(((WELCOME, "1"),))
         try:
             async with asyncio.timeout(HELLO_S):
-                machine, life = hello_of(await anext(requests))
+                first = await anext(requests)
+            if kind_of(first) == STATUS:
+                yield encode(Frame(kind=STATUS, sender=BROKER, body=self.status()))
+                return
+            machine, life = hello_of(first)
         except (TimeoutError, StopAsyncIteration, Malformed) as error:
             self.malformed += 1
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no hello: {error}")
@@ -213,7 +219,7 @@ class Line:
     async def _talk(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._open.set()
-        async with self._channel() as channel:
+        async with channel_to(self.address, self.credentials) as channel:
             talk = channel.stream_stream(METHOD)
             let_in = asyncio.Event()
             call = talk(self._said(let_in), metadata=(("token", self.token),))
@@ -222,12 +228,6 @@ class Line:
             async for data in call:
                 self.heard = True
                 self.inbox.put(data)
-
-    def _channel(self) -> grpc.aio.Channel:
-        if self.credentials is None:
-            return grpc.aio.insecure_channel(self.address, options=OPTIONS)
-        own = grpc.ssl_channel_credentials(self.credentials.certificate)
-        return grpc.aio.secure_channel(self.address, own, options=OPTIONS)
 
     async def _said(self, let_in: asyncio.Event) -> AsyncIterator[bytes]:
         await let_in.wait()  # what is being said while a broker hangs up would hide why it does
@@ -243,6 +243,13 @@ class Line:
             if data is None:
                 return
             yield data
+
+
+def channel_to(address: str, credentials: Credentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=OPTIONS)
+    own = grpc.ssl_channel_credentials(credentials.certificate)
+    return grpc.aio.secure_channel(address, own, options=OPTIONS)
 
 
 def provide(provider: Provider, line: Line) -> None:
@@ -280,6 +287,23 @@ def stay(provider: Provider, dial: Callable[[], Line], patience_s: float) -> Non
             if now_s > lost_s + patience_s:
                 raise
         time.sleep(AGAIN_S)
+
+
+async def asked(address: str, token: str, credentials: Credentials | None) -> Mapping[str, Any]:
+    """What a broker says of its job. Refused where the token is not its own, ConnectionError where none answers."""
+
+    async def question() -> AsyncIterator[bytes]:
+        yield encode(Frame(kind=STATUS, to=BROKER))
+
+    try:
+        async with channel_to(address, credentials) as channel:
+            call = channel.stream_stream(METHOD)(question(), metadata=(("token", token),), timeout=HELLO_S)
+            async for data in call:
+                return decode(data).body
+    except grpc.aio.AioRpcError as error:
+        refused = error.code() == grpc.StatusCode.UNAUTHENTICATED
+        raise (Refused if refused else ConnectionError)(f"{address}: {error.details()}") from None
+    raise ConnectionError(f"{address}: no answer")
 
 
 def _flush(provider: Provider, line: Line) -> None:

@@ -1,5 +1,5 @@
-"""Providers as Ray actors, one for each unit of the resource `provider` that nodes have; the only file here that imports
-ray. What providers say to the broker still goes by gRPC: Ray starts them, watches their processes and starts them again.
+"""Providers as Ray actors, one for each unit of the resource `provider` that nodes have. What they say to the broker
+goes by gRPC all the same: Ray starts them, watches their processes and starts them again. Only this file imports ray.
 
     ray start --address=HOST:PORT --resources='{"provider": 1}'
 

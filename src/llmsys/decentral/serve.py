@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.fleet import Provider as Machine
@@ -21,7 +22,7 @@ class Serving:
         self, coordinator: Coordinator, token: str, committed: Callable[[int], None] = lambda step: None
     ) -> None:
         self.coordinator, self.committed = coordinator, committed
-        self.hub = Hub(token, self._joined, self._heard, self._closed)
+        self.hub = Hub(token, self._joined, self._heard, self._closed, self.status)
         self._begun = time.monotonic() - coordinator.begun_s
         self._step = coordinator.state.step
         self._over = asyncio.Event()
@@ -47,6 +48,13 @@ class Serving:
             await self.hub.close()
         if self._error is not None:
             raise self._error
+
+    def status(self) -> dict[str, Any]:
+        """See `Coordinator.status`; bytes are what the lines carried."""
+        found = self.coordinator.status(self.now)
+        for name, each in found["providers"].items():
+            each["sent_mib"] = self.hub.received[name] / 2**20
+        return found
 
     @property
     def now(self) -> float:

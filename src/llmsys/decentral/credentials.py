@@ -1,0 +1,68 @@
+"""What lets providers in and shows them whom they talk to: a token, and a certificate that is its own authority."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmsys.errors import MissingPackage
+
+CERTIFICATE, KEY, TOKEN = "certificate.pem", "key.pem", "token"
+DAYS = 90
+
+
+def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
+    """Writes `certificate.pem` for these names and addresses, its `key.pem` and a `token` into `folder`; the last two
+    are for nobody else to read. FileExistsError where one is there, ValueError for no host."""
+    if not hosts:
+        raise ValueError("--host: none; it is the name or the address by which providers dial")
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import NameOID
+    except ModuleNotFoundError as error:
+        raise MissingPackage(f"certificate: needs {error.name}: pip install 'llmsys[owner]'") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CERTIFICATE, KEY, TOKEN):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name}: is there already; a new one would lock out who has the old")
+    key = ec.generate_private_key(ec.SECP256R1())
+    own = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "llmsys.decentral")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(own)
+        .issuer_name(own)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))  # of machines whose clocks are late
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_name(each) for each in hosts]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    _write(folder / KEY, private, 0o600)
+    _write(folder / TOKEN, secrets.token_urlsafe(24).encode() + b"\n", 0o600)
+    _write(folder / CERTIFICATE, made.public_bytes(serialization.Encoding.PEM), 0o644)
+
+
+def _name(host: str) -> object:
+    from cryptography import x509
+
+    with contextlib.suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address(host))
+    return x509.DNSName(host)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
