@@ -9,6 +9,7 @@ all that is there for whatever stage may be lost next.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting, lost, sources
 from llmsys.decentral.holdings import Place, chunks
-from llmsys.decentral.planes import CONSTANT, EXPORTERS, PARAMETER, VARIABLE, Arrays
+from llmsys.decentral.planes import CONSTANT, EXPORTERS, PARAMETER, VARIABLE, Arrays, value_of
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.stage_work import INPUT
 from llmsys.decentral.training import Training, Update
@@ -54,6 +55,23 @@ def owners(state: State) -> list[str]:
     return [state.providers[p].name for p in pipeline.order]
 
 
+def copies_every(state: State, cutting: Cutting | None, copies: int) -> int:
+    """Steps between two copies of the stages' state, so that no line is busy with them for more than `COPYING` of the
+    time; in between neighbours keep what they have sent, from which a lost stage is computed again."""
+    assert state.plan is not None
+    assert cutting is not None
+    (pipeline,) = state.plan.pipelines
+    busy_s = 0.0
+    for p, names, graph in zip(pipeline.order, cutting.names, cutting.parts, strict=True):
+        nbytes = sum(value_of(graph, name).nbytes for name in names if not name.startswith(CONSTANT))
+        busy_s = max(busy_s, copies * nbytes * 8e-6 / state.providers[p].up_mbit)
+    return max(1, min(MOST_BETWEEN, math.ceil(busy_s / (COPYING * state.plan.score.step_s))))
+
+
+COPYING = 0.5
+MOST_BETWEEN = 64
+
+
 class Recovery:
     """Of `training`; `tell(name, kind, step=, body=, tensors=, micro_batch=)` sends a frame. `state` is the broker's,
     `leaving` are those without a stage who are still there to hand over what they have."""
@@ -66,6 +84,7 @@ class Recovery:
         self.told = Told()
         self.keepers: dict[str, list[str]] = {}
         self.safe = 0
+        self.every = 1
         self.updates: dict[int, Update] = {}
         self.gathered: dict[str, Array] = {}
         self.unfit: dict[str, str] = {}  # who cannot run what is theirs to run, and why
@@ -96,6 +115,7 @@ class Recovery:
         self.told = Told()
         order = owners(state)
         self.keepers = self.keepers_of(state)
+        self.every = self.training.copy_every or copies_every(state, self.cutting, self.training.copies)
         for name in sorted({*state.present, *leaving}):
             index = order.index(name) if name in order else None
             self.told.plan.add(name)
@@ -138,7 +158,7 @@ class Recovery:
 
     def _stage(self, index: int | None, order: Sequence[str]) -> dict[str, Any]:
         assert self.cutting is not None
-        common = {"cutting": self.cutting.number, "peers": list(order), "every": self.training.copy_every}
+        common = {"cutting": self.cutting.number, "peers": list(order), "every": self.every}
         if index is None:
             return {**common, "stage": None, "keepers": [], "rules": None}
         return {**common, **self._described(self.cutting, index), "keepers": self.keepers[order[index]]}

@@ -15,8 +15,9 @@ from llmsys.decentral.planes import Arrays, Rules
 class Training:
     """What is trained: `graph` with `tensors` (by key) as they are in the beginning; `data` of a step, one mapping for
     each micro-batch; `steps` of it, each with its `rate`; gradients clipped to a norm of `clip` (0: not at all). Of
-    each stage's state `copies` are kept by others, of every `copy_every`-th step. `exports`: what planes are
-    sent that run programs of their own; None: providers with such planes are sent away."""
+    each stage's state `copies` are kept by others, of every `copy_every`-th step (0: as the lines allow, see
+    `recovery.copies_every`). `exports`: what planes are sent that run programs of their own; None: providers with such
+    planes are sent away."""
 
     graph: Graph
     chain: Chain

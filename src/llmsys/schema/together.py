@@ -19,7 +19,7 @@ class DecentralTrain(Task):
     the resource `provider`; none: they dial in, and the job begins when so many have come. `planes` of those that are
     started, in turn. What each says of itself: `tflops` that it reaches, `up_mbit` and `down_mbit`, `mem_gib`; 0: as
     much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
-    state are kept by others, of every `copy_every`-th step.
+    state are kept by others, of every `copy_every`-th step; 0: as often as the lines allow.
 
     `listen`: host and port; beyond loopback with `certificate` and `key`, files that
     `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
@@ -37,7 +37,7 @@ class DecentralTrain(Task):
     down_mbit: float = 1000.0
     mem_gib: float = 0.0
     copies: int = 2
-    copy_every: int = 1
+    copy_every: int = 0
     listen: str = "127.0.0.1:0"
     certificate: str = ""
     key: str = ""
@@ -50,7 +50,7 @@ class DecentralTrain(Task):
             one_of("task.planes", plane, RUN_PLANES)
         if not self.planes:
             raise ValueError("task.planes: empty; e.g. task.planes=[torch,onnx]")
-        for key, least in (("providers", 1), ("stages", 1), ("reserve", 0), ("copies", 0), ("copy_every", 1)):
+        for key, least in (("providers", 1), ("stages", 1), ("reserve", 0), ("copies", 0), ("copy_every", 0)):
             at_least(f"task.{key}", getattr(self, key), least)
         if self.stages > self.providers:
             raise ValueError(f"task.stages={self.stages}: task.providers={self.providers} are fewer")
