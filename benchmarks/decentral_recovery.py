@@ -139,7 +139,7 @@ def main(given: Sequence[str]) -> Record:
     made: list[dict[str, Any]] = []
     for _ in range(asked.runs):
         for name, (*words, what) in SCENARIOS.items():
-            record = ran(steps, *words, f"task.faults=[p1 {what} {steps // 2}]")
+            record = ran(steps, *words, f"task.faults=[stage1 {what} {steps // 2}]")
             samples[f"{name}_s"] += record["samples"]["recovery_s"]
             samples["step_ms"].append(record["summary"]["step_ms_p50"])
             made.append(record)

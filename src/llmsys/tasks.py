@@ -27,6 +27,7 @@ TASKS = {
     "decentral_profile": "llmsys.decentral.profile_task:profile",
     "decentral_train": "llmsys.decentral.train_task:train",
     "decentral_finetune": "llmsys.decentral.train_task:train",
+    "decentral_generate": "llmsys.decentral.generate_task:generate",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 LIGHT = ("bench_predict", "bench_advise")

@@ -14,7 +14,7 @@ from decentral_harness import example, model, traced
 from torch import Tensor
 
 from llmsys.decentral.broker import Job
-from llmsys.decentral.chain import chain
+from llmsys.decentral.chain import Chain, chain
 from llmsys.decentral.coordinator import Coordinator, Note
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.fleet import Fleet, Provider
@@ -84,7 +84,11 @@ def machines(mem_gib: float, count: int) -> list[Provider]:
 @functools.cache
 def mem_gib(family: str, stages: int) -> float:
     """Of a provider, so that as many as `stages` hold the job, and fewer do not."""
-    own, work = chain(traced(family).graph), Workload(micro_batches=MICRO_BATCHES, most=1)
+    return hold(chain(traced(family).graph), Workload(micro_batches=MICRO_BATCHES, most=1), stages)
+
+
+def hold(own: Chain, work: Workload, stages: int) -> float:
+    """GiB of each, for a job."""
     low, high = 1e-6, 1.0
     while high / low > 1.001:
         middle = (low * high) ** 0.5

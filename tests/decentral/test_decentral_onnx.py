@@ -153,7 +153,7 @@ def test_what_draws_random_numbers_is_not_exported() -> None:
     graph = Graph(nodes=(drawn, loss), outputs=("loss",), parameters={"weight": value})
     (stage,) = cut(graph, {"drop": 0, "loss": 0})
     with pytest.raises(ValueError, match="operator drop: draws random numbers"):
-        functions(graph, stage, 1.0)
+        functions(graph, stage, RULES)
 
 
 def test_numbers_travel_as_they_are() -> None:

@@ -26,7 +26,7 @@ def record(results: Path, exp: str, done: subprocess.CompletedProcess[str], at: 
 
 
 def test_a_provider_is_killed_and_the_run_is_that_of_one_that_was_alone(llmsys: Run, results: Path) -> None:
-    storm = (*SMALL, "task.providers=3", "task.stages=2", "task.faults=[p1 SIGKILL 3]")
+    storm = (*SMALL, "task.providers=3", "task.stages=2", "task.faults=[stage1 SIGKILL 3]")
     hit = record(results, "decentral_train", llmsys("+exp=decentral_train", *storm))
     alone = (*SMALL, *QUIET, "task.providers=1", "task.stages=1", "task.reserve=0")
     quiet = record(results, "decentral_train", llmsys("+exp=decentral_train", *alone))

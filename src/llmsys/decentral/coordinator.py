@@ -63,7 +63,8 @@ class Coordinator:
             if isinstance(event, Joined):
                 self.lives[event.provider.name] = str(more["life"])
             if isinstance(event, Committed):
-                self.updates[event.step] = Update(**{**more, "losses": tuple(more["losses"])})
+                own = {key: tuple(more[key]) for key in ("losses", "tokens")}
+                self.updates[event.step] = Update(rate=more["rate"], scale=more["scale"], **own)
             self.happened[type(event).__name__] += 1
             before, self.state = self.state, broker.apply(self.state, event)
             if isinstance(event, Planned):
@@ -169,8 +170,8 @@ class Coordinator:
             self._event(Held(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         elif frame.kind == "prepared":
             told.squares |= {str(key): float(value) for key, value in body["squares"].items()}
-            if body["losses"]:
-                told.losses = tuple(float(each) for each in body["losses"])
+            if body["results"]:
+                told.results = self.training.checked(body["results"])
             self._event(Prepared(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         else:
             raise ValueError(f"{frame.kind}: no such frame")
@@ -335,7 +336,8 @@ class Coordinator:
         told, clip = self.recovery.told, self.training.clip
         norm = math.sqrt(sum(told.squares[key] for key in sorted(told.squares)))
         scale = clip / norm if clip and norm > clip else 1.0
-        return Update(rate=self.training.rate(step), scale=scale, losses=told.losses)
+        results = {"tokens" if self.training.rules.streams else "losses": told.results}
+        return Update(rate=self.training.rate(step), scale=scale, **results)
 
     def _commit(self, step: int) -> None:
         own = self.updates[step]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.cut import Stage, cut, part
 from llmsys.decentral.graph import Graph
-from llmsys.decentral.planes import names_of
+from llmsys.decentral.planes import Rules, names_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +20,7 @@ class Cutting:
     graph: Graph
     chain: Chain
     cuts: tuple[int, ...]
+    rules: Rules
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -33,7 +34,7 @@ class Cutting:
     @functools.cached_property
     def names(self) -> tuple[frozenset[str], ...]:
         """Of each stage's state."""
-        return tuple(frozenset(names_of(stage)) for stage in self.stages)
+        return tuple(frozenset(names_of(stage, self.rules)) for stage in self.stages)
 
 
 def lost(cutting: Cutting, missing: Iterable[str]) -> list[int]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from llmsys.decentral.trace import Traced, trace
 
 
-def trace_decoder(model: Any, rows: int, length: int) -> Traced:
+def trace_decoder(model: Any, rows: int, length: int, *, chosen: bool = False, noise: bool = False) -> Traced:
     """One token of each of `rows` sequences of at most `length`: from `input_ids` [rows, 1] and `cache_position` [1] to
-    logits [rows, 1, V].
+    logits [rows, 1, V]; `chosen`: to the token of the largest one [rows], with `noise` [rows, V] added to them.
 
     `model`, a transformers model with a language modelling head, is as it was when this returns. ValueError as of
     `trace`.
@@ -27,27 +27,31 @@ def trace_decoder(model: Any, rows: int, length: int) -> Traced:
         "input_ids": torch.zeros(rows, 1, dtype=torch.long, device=device),
         "cache_position": torch.zeros(1, dtype=torch.long, device=device),
     }
+    if noise:
+        example["noise"] = torch.zeros(rows, model.config.vocab_size, device=device)
     with _for_generation(model):
-        return trace(
-            _Bound(TorchExportableModuleWithStaticCache(model, batch_size=rows, max_cache_len=length)), example
-        )
+        module = TorchExportableModuleWithStaticCache(model, batch_size=rows, max_cache_len=length)
+        return trace(_Bound(module, chosen), example)
 
 
 class _Bound(nn.Module):
     """The module's cache on the module's own buffers, as they are while it is traced: without that tracing sees tensors
     that nobody has registered, and takes them for constants."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, chosen: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.chosen = module, chosen
 
-    def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, cache_position: Tensor, noise: Tensor | None = None) -> Tensor:
         for at, layer in enumerate(self.module.static_cache.layers):
             layer.keys = getattr(self.module, f"key_cache_{at}")
             layer.values = getattr(self.module, f"value_cache_{at}")
             layer.cumulative_length = getattr(self.module, f"cumulative_length_{at}")
         logits: Tensor = self.module(input_ids=input_ids, cache_position=cache_position)
-        return logits
+        if not self.chosen:
+            return logits
+        last = logits[:, -1]
+        return (last if noise is None else last.float() + noise).argmax(dim=-1)
 
 
 @contextlib.contextmanager

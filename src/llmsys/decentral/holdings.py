@@ -76,7 +76,7 @@ class Holdings:
         found = {name: each for name, each in self.constants.items() if name in wanted}
         for held in self.stages.values():
             if held.at == step:
-                own = (wanted & set(names_of(held.work.stage))) - held.lacks - set(found)
+                own = (wanted & set(names_of(held.work.stage, held.work.rules))) - held.lacks - set(found)
                 found |= held.work.executor.state(sorted(own))
         for steps in self.copies.values():
             found |= {name: steps[step][name] for name in wanted - set(found) if name in steps.get(step, {})}

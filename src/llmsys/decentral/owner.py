@@ -75,13 +75,13 @@ def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             own[key.removeprefix(WITHIN)].copy_(tensor)
 
 
-def machines(task: schema.DecentralTrain, own: Chain, work: Workload) -> list[Provider]:
+def machines(task: schema.Together, own: Chain, work: Workload) -> list[Provider]:
     """p0, p1, ..., as they are started. ValueError where so many stages cannot hold the job, whatever they have."""
     mem_gib = task.mem_gib or SLACK * enough(task, own, work)
     return [_machine(task, at, mem_gib) for at in range(task.providers)]
 
 
-def enough(task: schema.DecentralTrain, own: Chain, work: Workload) -> float:
+def enough(task: schema.Together, own: Chain, work: Workload) -> float:
     """GiB with which as many as `task.stages` providers hold the job, and fewer do not."""
 
     def holds(mem_gib: float) -> bool:
@@ -97,7 +97,7 @@ def enough(task: schema.DecentralTrain, own: Chain, work: Workload) -> float:
     return high
 
 
-def _machine(task: schema.DecentralTrain, at: int, mem_gib: float) -> Provider:
+def _machine(task: schema.Together, at: int, mem_gib: float) -> Provider:
     return Provider(
         name=f"p{at}",
         tflops=task.tflops,

@@ -208,7 +208,7 @@ class Provider:
         self._send(self.live, sent, self.peers)
         if own.work.computed:
             done = own.work.done()
-            body = {"squares": dict(done.squares), "losses": list(done.losses)}
+            body = {"squares": dict(done.squares), "results": list(done.results)}
             self._say("prepared", step=done.step, body=body)
         return True
 
@@ -332,7 +332,7 @@ class Provider:
             self._copy(self.live, own, due)
 
     def _copy(self, place: Place, own: Held, keepers: Sequence[str]) -> None:
-        names = names_of(own.work.stage)
+        names = names_of(own.work.stage, own.work.rules)
         state = own.work.executor.state(each for each in names if not each.startswith(CONSTANT))
         for name in keepers:
             fixed = {}

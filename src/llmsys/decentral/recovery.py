@@ -17,7 +17,7 @@ from typing import Any
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting, lost, sources
 from llmsys.decentral.holdings import Place, chunks
-from llmsys.decentral.planes import CONSTANT, EXPORTERS, PARAMETER, VARIABLE, Arrays, value_of
+from llmsys.decentral.planes import CONSTANT, EXPORTERS, PARAMETER, VARIABLE, Arrays, key_of, value_of
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.stage_work import INPUT
 from llmsys.decentral.training import Training, Update
@@ -45,7 +45,7 @@ class Told:
     copying: bool = False
     reviving: dict[int, str] = field(default_factory=dict)
     squares: dict[str, float] = field(default_factory=dict)
-    losses: tuple[float, ...] = ()
+    results: tuple[Any, ...] = ()
 
 
 def owners(state: State) -> list[str]:
@@ -63,7 +63,7 @@ def copies_every(state: State, cutting: Cutting | None, copies: int) -> int:
     (pipeline,) = state.plan.pipelines
     busy_s = 0.0
     for p, names, graph in zip(pipeline.order, cutting.names, cutting.parts, strict=True):
-        nbytes = sum(value_of(graph, name).nbytes for name in names if not name.startswith(CONSTANT))
+        nbytes = sum(value_of(graph, name, cutting.rules).nbytes for name in names if not name.startswith(CONSTANT))
         busy_s = max(busy_s, copies * nbytes * 8e-6 / state.providers[p].up_mbit)
     return max(1, min(MOST_BETWEEN, math.ceil(busy_s / (COPYING * state.plan.score.step_s))))
 
@@ -98,7 +98,7 @@ class Recovery:
         (pipeline,) = state.plan.pipelines
         if self.cutting is None or self.cutting.cuts != pipeline.cuts:
             graph, chain = self.training.graph, self.training.chain
-            self.cutting = Cutting(state.epoch, graph, chain, pipeline.cuts)
+            self.cutting = Cutting(state.epoch, graph, chain, pipeline.cuts, self.training.rules)
             self.cuttings[self.cutting.number] = self.cutting
 
     def based(self) -> None:
@@ -273,6 +273,8 @@ class Recovery:
         """Of a stage, which names of the model are its to give."""
         assert self.cutting is not None
         own = self.cutting.stages[index]
+        if self.training.rules.streams:
+            return set()  # what has been generated is here already
         keys = {PARAMETER: [key for key in own.parameters if key not in own.shares], VARIABLE: own.variables}
         return {prefix + key for prefix, names in keys.items() for key in names}
 
@@ -312,7 +314,7 @@ class Recovery:
     def _hand_out(self, name: str, names: Sequence[str], *, begin: bool) -> None:
         if not (names or begin):
             return
-        pieces = [*chunks({each: self.training.tensors[each[2:]] for each in names})]
+        pieces = [*chunks({each: self.training.tensors[key_of(each, self.training.rules)] for each in names})]
         for at, piece in enumerate(pieces):
             last = at == len(pieces) - 1
             self._tell(name, "state", body={"begin": begin and last, "last": last}, tensors=piece)

@@ -37,12 +37,12 @@ class Sent:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """All tasks of a step are done: the sum of squares of each gradient that the stage owns, and the losses of
-    micro-batches, where it computes them."""
+    """All tasks of a step are done: the sum of squares of each gradient that the stage owns, and the losses or tokens
+    of micro-batches, where it computes them."""
 
     step: int
     squares: Mapping[str, float]
-    losses: tuple[float, ...]
+    results: tuple[float | list[int], ...]
 
 
 class StageWork:
@@ -51,6 +51,8 @@ class StageWork:
     def __init__(self, graph: Graph, stage: Stage, executor: Executor, rules: Rules, *, count: int) -> None:
         self.graph, self.stage, self.executor, self.rules, self.count = graph, stage, executor, rules, count
         self.order = orders(rules.schedule, count, rules.micro_batches)[stage.index]
+        if rules.streams:
+            self.order = [("F", at) for at in range(rules.micro_batches)]
         self.log: list[Sent] = []
         self.step = 0  # under way; 0: none
         self.next = 0
@@ -138,9 +140,9 @@ class StageWork:
 
     def done(self) -> Done:
         """Of the step under way, all of whose tasks are done."""
-        losses = [self.executor.loss(m) for m in range(self.rules.micro_batches)]
-        there = tuple(each for each in losses if each is not None)
-        return Done(step=self.step, squares=self.executor.squares(), losses=there)
+        found = [self.executor.result(m) for m in range(self.rules.micro_batches)]
+        there = tuple(each for each in found if each is not None)
+        return Done(step=self.step, squares=self.executor.squares(), results=there)
 
     def apply(self, rate: float, scale: float) -> list[Sent]:
         """The step's update: what goes out is new values of shared parameters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.exports import Exports
@@ -17,7 +18,7 @@ class Training:
     each micro-batch; `steps` of it, each with its `rate`; gradients clipped to a norm of `clip` (0: not at all). Of
     each stage's state `copies` are kept by others, of every `copy_every`-th step (0: as the lines allow, see
     `recovery.copies_every`). `exports`: what planes are sent that run programs of their own; None: providers with such
-    planes are sent away."""
+    planes are sent away. `vocabulary`: of what is generated (`rules.streams`)."""
 
     graph: Graph
     chain: Chain
@@ -30,15 +31,28 @@ class Training:
     exports: Exports | None = None
     copies: int = 2
     copy_every: int = 1
+    vocabulary: int = 0
+
+    def checked(self, results: Sequence[Any]) -> tuple[Any, ...]:
+        """What a provider says came of a step. ValueError for what cannot be."""
+        if len(results) != self.rules.micro_batches:
+            raise ValueError(f"results of {len(results)} micro-batches: there are {self.rules.micro_batches}")
+        if not self.rules.streams:
+            return tuple(float(each) for each in results)
+        for tokens in results:
+            if not all(type(each) is int and 0 <= each < self.vocabulary for each in tokens):
+                raise ValueError("results: tokens that are none of the model's")
+        return tuple(tuple(each) for each in results)
 
 
 @dataclass(kw_only=True)
 class Update:
-    """A committed step: what each stage applied, and the losses of its micro-batches."""
+    """A committed step: what each stage applied, and the losses of its micro-batches, or the tokens of each stream."""
 
     rate: float
     scale: float
-    losses: tuple[float, ...]
+    losses: tuple[float, ...] = ()
+    tokens: tuple[tuple[int, ...], ...] = ()
 
     @property
     def loss(self) -> float:

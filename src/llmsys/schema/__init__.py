@@ -28,7 +28,7 @@ from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.search import Search
 from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
-from llmsys.schema.together import DecentralTrain
+from llmsys.schema.together import DecentralGenerate, DecentralTrain, Together
 from llmsys.schema.train import (
     CLOSED_FORM,
     DDP,
@@ -55,6 +55,7 @@ __all__ = [
     "Config",
     "ConvNet",
     "Data",
+    "DecentralGenerate",
     "DecentralPerf",
     "DecentralPlan",
     "DecentralSimulate",
@@ -83,6 +84,7 @@ __all__ = [
     "Simulate",
     "Sweep",
     "Task",
+    "Together",
     "Tracker",
     "Train",
     "Transformer",
@@ -155,6 +157,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "decentral_simulate": DecentralSimulate,
         "decentral_train": DecentralTrain,
         "decentral_finetune": DecentralTrain,
+        "decentral_generate": DecentralGenerate,
         "bench_predict": Predict,
         "bench_calibrate": Calibrate,
     },

@@ -7,26 +7,27 @@ from dataclasses import dataclass, field
 from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.task import Task
 
+OWNER = "stage"
 STARTED = ("process", "ray", "none")
 RUN_PLANES = ("torch", "torch_compiled", "onnx")
 
 
 @dataclass(kw_only=True)
-class DecentralTrain(Task):
-    """Training of `model` on `data` as `train` says, by providers that may come and go.
+class Together(Task):
+    """A job run by providers that may come and go.
 
     `start`: `providers` of them are started on this machine as processes, or one on each node of a Ray cluster that has
     the resource `provider`; none: they dial in, and the job begins when so many have come. `planes` of those that are
     started, in turn. What each says of itself: `tflops` that it reaches, `up_mbit` and `down_mbit`, `mem_gib`; 0: as
     much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
-    state are kept by others, of every `copy_every`-th step; 0: as often as the lines allow.
+    state are kept by others.
 
     `listen`: host and port; beyond loopback with `certificate` and `key`, files that
     `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
-    `faults`: of those that are started, who is hit by which signal once a step is committed: `p1 SIGKILL 5`.
+    `faults`: of those that are started, who is hit by which signal once a step is committed: `p1 SIGKILL 5`, or
+    `stage1 SIGSTOP 5`, whoever has that stage then.
     """
 
-    kind: str = "decentral_train"
     start: str = "process"
     providers: int = 4
     planes: list[str] = field(default_factory=lambda: ["torch"])
@@ -37,7 +38,6 @@ class DecentralTrain(Task):
     down_mbit: float = 1000.0
     mem_gib: float = 0.0
     copies: int = 2
-    copy_every: int = 0
     listen: str = "127.0.0.1:0"
     certificate: str = ""
     key: str = ""
@@ -50,7 +50,7 @@ class DecentralTrain(Task):
             one_of("task.planes", plane, RUN_PLANES)
         if not self.planes:
             raise ValueError("task.planes: empty; e.g. task.planes=[torch,onnx]")
-        for key, least in (("providers", 1), ("stages", 1), ("reserve", 0), ("copies", 0), ("copy_every", 0)):
+        for key, least in (("providers", 1), ("stages", 1), ("reserve", 0), ("copies", 0)):
             at_least(f"task.{key}", getattr(self, key), least)
         if self.stages > self.providers:
             raise ValueError(f"task.stages={self.stages}: task.providers={self.providers} are fewer")
@@ -69,8 +69,46 @@ class DecentralTrain(Task):
             raise ValueError("task.start=none: whoever dials in has to know task.listen's port and task.token_file")
         if self.faults and self.start != "process":
             raise ValueError(f"task.faults={self.faults}: are of providers that are processes: task.start=process")
+        names = [f"p{at}" for at in range(self.providers)] + [f"{OWNER}{at}" for at in range(self.stages)]
         for text in self.faults:
-            fault(text)
+            one_of(f"task.faults={text}: provider", fault(text)[0], names)
+
+
+@dataclass(kw_only=True)
+class DecentralTrain(Together):
+    """Training of `model` on `data` as `train` says. Copies are kept of every `copy_every`-th step; 0: as often as the
+    lines allow."""
+
+    kind: str = "decentral_train"
+    copy_every: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("task.copy_every", self.copy_every, 0)
+
+
+@dataclass(kw_only=True)
+class DecentralGenerate(Together):
+    """Generation by `model`: `streams` of `rows` sequences each, one behind the other, `new_tokens` to each.
+
+    `prompts`: texts, repeated until there are enough; none: the first `prompt_tokens` of validation examples.
+    `temperature` 0: the likeliest token, always.
+    """
+
+    kind: str = "decentral_generate"
+    streams: int = 4
+    rows: int = 2
+    new_tokens: int = 64
+    prompts: list[str] = field(default_factory=list)
+    prompt_tokens: int = 16
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("streams", "rows", "new_tokens", "prompt_tokens"):
+            at_least(f"task.{key}", getattr(self, key), 1)
+        if not self.temperature >= 0:
+            raise ValueError(f"task.temperature={self.temperature}: must be 0 or more")
 
 
 def fault(text: str) -> tuple[str, str, int]:
@@ -79,6 +117,6 @@ def fault(text: str) -> tuple[str, str, int]:
     good = len(words) == 3 and words[1] in ("SIGKILL", "SIGSTOP", "SIGTERM") and words[2].isdigit()
     if not good:
         raise ValueError(
-            f"task.faults={text}: must be a provider, SIGKILL, SIGSTOP or SIGTERM, and a step: p1 SIGKILL 5"
+            f"task.faults={text}: must be a provider, SIGKILL, SIGSTOP or SIGTERM, and a step: stage1 SIGKILL 5"
         )
     return words[0], words[1], int(words[2])

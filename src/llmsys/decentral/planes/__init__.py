@@ -33,12 +33,18 @@ class AdamW:
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """What all providers of a job keep to: `micro_batches` of a step, whose losses count for as much each, in the order
-    of a `schedule`; `seed` of what is drawn."""
+    of a `schedule`; `seed` of what is drawn. `streams`: nothing is trained, and each micro-batch has variables of its
+    own: the keys and values of what it generates."""
 
     micro_batches: int
     schedule: str = "1f1b"
     optimizer: AdamW = AdamW()
     seed: int = 0
+    streams: bool = False
+
+    def variable(self, key: str, micro_batch: int) -> str:
+        """The name in the state of a micro-batch's variable."""
+        return f"{VARIABLE}{micro_batch}/{key}" if self.streams else VARIABLE + key
 
     def draw(self, step: int, micro_batch: int, node: str) -> int:
         """The seed of an operator that draws: it draws the same again, whoever computes it."""
@@ -71,8 +77,8 @@ class Executor(Protocol):
         """Gradients of what was received, and sums of those of parameters that an earlier stage owns. Its own are kept,
         added up in the order of the calls."""
 
-    def loss(self, micro_batch: int) -> float | None:
-        """Of a micro-batch, where this stage computes it."""
+    def result(self, micro_batch: int) -> float | list[int] | None:
+        """A micro-batch's loss, or the tokens that come next, where this stage computes them."""
 
     def squares(self) -> dict[str, float]:
         """Of each parameter that it owns, the sum of its gradient's squares."""
@@ -98,21 +104,30 @@ class Plane(Protocol):
 PARAMETER, MOMENTS, VARIABLE, CONSTANT = "p/", ("m/", "v/", "t/"), "b/", "c/"
 
 
-def names_of(stage: Stage) -> list[str]:
+def names_of(stage: Stage, rules: Rules) -> list[str]:
     """Of a stage's state: parameters; of those it owns first and second moments and the number of steps; variables;
     constants, which stay as they are for the whole job."""
     own = [key for key in stage.parameters if key not in stage.shares]
     return [
         *(PARAMETER + key for key in stage.parameters),
         *(prefix + key for key in own for prefix in MOMENTS),
-        *(VARIABLE + key for key in stage.variables),
+        *(
+            rules.variable(key, at)
+            for at in range(rules.micro_batches if rules.streams else 1)
+            for key in stage.variables
+        ),
         *(CONSTANT + key for key in stage.constants),
     ]
 
 
-def value_of(graph: Graph, name: str) -> Value:
+def key_of(name: str, rules: Rules) -> str:
+    """Of a part of the state, by which the graph knows it."""
+    return name[2:].partition("/")[2] if rules.streams and name.startswith(VARIABLE) else name[2:]
+
+
+def value_of(graph: Graph, name: str, rules: Rules) -> Value:
     """What a part of the state is, by its name. KeyError for one that the graph does not have."""
-    prefix, key = name[:2], name[2:]
+    prefix, key = name[:2], key_of(name, rules)
     if prefix == MOMENTS[-1]:
         return Value(dtype="float32", shape=(), strides=())
     kinds = {VARIABLE: graph.variables, CONSTANT: graph.constants}

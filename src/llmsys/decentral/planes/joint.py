@@ -6,7 +6,7 @@ are arguments, so that the two serve all steps.
 
     p/<key>   b/<key>   c/<key>     parameters, variables, constants
     in/<name>   got/<name>          placeholders; what came from stages before
-    sent/<name>   loss   b/<key>    what forward gives: what goes on, the loss, variables as they are next
+    sent/<name>   result   b/<key>  what forward gives: what goes on, the loss or tokens, variables as they are next
     kept/<number>                   what backward needs of what forward has computed
     from/<name>   shared/<key>      gradients of what was sent; sums so far of those of shared parameters
     back/<name>   grad/<key>        what backward gives: gradients of what was received, and of parameters
@@ -27,10 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph, Value
+from llmsys.decentral.planes import Rules
 from llmsys.decentral.planes.torch import Run
 
 PARAMETER, VARIABLE, CONSTANT, INPUT, RECEIVED = "p/", "b/", "c/", "in/", "got/"
-SENT, LOSS, KEPT, FROM, SHARED, BACK, GRADIENT = "sent/", "loss", "kept/", "from/", "shared/", "back/", "grad/"
+SENT, RESULT, KEPT, FROM, SHARED, BACK, GRADIENT = "sent/", "result", "kept/", "from/", "shared/", "back/", "grad/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +45,10 @@ class Function:
 
 
 def functions(
-    graph: Graph, stage: Stage, share: float, device: torch.device | str = "cpu"
+    graph: Graph, stage: Stage, rules: Rules, device: torch.device | str = "cpu"
 ) -> tuple[Function, Function]:
-    """Forward and backward of `stage`, whose part of the graph is `graph`; gradients are of the loss times `share`.
-    What they make themselves they make on `device`.
+    """Forward and backward of `stage`, whose part of the graph is `graph`; gradients are of its share of the
+    step's loss. Of what is not trained, backward gives nothing. What they make themselves they make on `device`.
 
     ValueError for an operator that draws random numbers: what it drew in one framework is not drawn again in another.
     """
@@ -55,19 +56,22 @@ def functions(
         if graph.by_name[name].random:
             raise ValueError(f"operator {name}: draws random numbers, which only the torch plane draws again; "
                              "train without dropout")  # fmt: skip
-    values = _given(graph, stage)
+    values = _given(graph, stage, backward=not rules.streams)
     takes = (*values,)
     gives: list[str] = []
 
     def joint(*tensors: Tensor) -> list[Tensor]:
         given = dict(zip(takes, tensors, strict=True))
         own = {key: given[p + key] for p, keys in _tensors(stage) for key in keys}
-        run = Run(graph, stage, own, share=share)
+        run = Run(graph, stage, own, train=not rules.streams, share=1.0 / rules.micro_batches)
         sent = run.forward(under(given, INPUT), under(given, RECEIVED))
         out = {SENT + name: each for name, each in sent.items()}
-        if graph.loss is not None:
-            out[LOSS] = run.outputs[graph.loss]
+        for each in run.outputs.values():
+            out[RESULT] = each
         out |= {VARIABLE + key: each for key, each in run.updates.items()}
+        if rules.streams:
+            gives[:] = out
+            return [*out.values()]
         back, found = run.backward(under(given, FROM), under(given, SHARED))
         out |= {BACK + name: each for name, each in back.items()}
         out |= {GRADIENT + key: each for key, each in found.items()}
@@ -89,12 +93,14 @@ def _copy(own: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(own.dtype).expand(own.shape)
 
 
-def _given(graph: Graph, stage: Stage) -> dict[str, Value]:
+def _given(graph: Graph, stage: Stage, *, backward: bool) -> dict[str, Value]:
     """What the two take together."""
     kinds = {PARAMETER: graph.parameters, VARIABLE: graph.variables, CONSTANT: graph.constants}
     found = {p + key: kinds[p][key] for p, keys in _tensors(stage) for key in keys}
     found |= {INPUT + name: graph.by_name[name].values[0] for name in stage.inputs}
     found |= {RECEIVED + name: graph.by_name[name].values[0] for name in stage.receives}
+    if not backward:
+        return found
     found |= {FROM + name: graph.by_name[name].values[0] for name in stage.sends if name in stage.trained}
     return found | {SHARED + key: graph.parameters[key] for key in stage.hears}
 

@@ -76,12 +76,12 @@ class OnnxStage:
 
     def __init__(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> None:
         self.graph, self.own, self.rules = graph, stage, rules
-        self.names = frozenset(names_of(stage))
+        self.names = frozenset(names_of(stage, rules))
         self._held: dict[str, Numbers] = {}
         names = json.loads(given["names"].data)
-        self._forward, self._backward = (Function(given[what].data, names[what]) for what in ("forward", "backward"))
+        self._functions = {what: Function(given[what].data, each) for what, each in names.items()}
         self._kept: dict[int, dict[str, Numbers]] = {}
-        self._losses: dict[int, float] = {}
+        self._results: dict[int, float | list[int]] = {}
         self._gradients: dict[str, Numbers] = {}
         self._changed: dict[str, Numbers] = {}
 
@@ -91,12 +91,12 @@ class OnnxStage:
         for name, array in state.items():
             if name not in self.names:
                 raise ValueError(f"state {name}: is none of this stage's")
-            self._held[name] = _checked(name, array, value_of(self.graph, name)).copy()
+            self._held[name] = _checked(name, array, value_of(self.graph, name, self.rules)).copy()
 
     def begin(self) -> None:
         for name in self.missing:
             if name.startswith(MOMENTS):
-                value = value_of(self.graph, name)
+                value = value_of(self.graph, name, self.rules)
                 self._held[name] = np.zeros(value.shape, np.dtype(value.dtype))
 
     @property
@@ -109,25 +109,29 @@ class OnnxStage:
     # --- a step ---
 
     def forward(self, step: int, micro_batch: int, inputs: Arrays, received: Arrays) -> dict[str, Array]:
-        given = {**self._tensors(), **_under("in/", inputs), **_under("got/", received)}
-        found = self._forward(given)
-        self._kept[micro_batch] = {name: given[name] for name in self._backward.takes if name in given}
-        self._kept[micro_batch] |= {name: each for name, each in found.items() if name.startswith("kept/")}
-        self._changed |= {name: each for name, each in found.items() if name.startswith(VARIABLE)}
-        if "loss" in found:
-            self._losses[micro_batch] = float(found["loss"])
+        given = {**self._tensors(micro_batch), **_under("in/", inputs), **_under("got/", received)}
+        found = self._functions["forward"](given)
+        if not self.rules.streams:  # else nothing goes back
+            self._kept[micro_batch] = {name: given[name] for name in self._functions["backward"].takes if name in given}
+            self._kept[micro_batch] |= {name: each for name, each in found.items() if name.startswith("kept/")}
+        changed = {name[2:]: each for name, each in found.items() if name.startswith(VARIABLE)}
+        self._changed |= {self.rules.variable(key, micro_batch): each for key, each in changed.items()}
+        if "result" in found:
+            value = found["result"]
+            self._results[micro_batch] = value.flatten().tolist() if self.rules.streams else float(value)
         return {name[5:]: array_of(each) for name, each in found.items() if name.startswith("sent/")}
 
     def backward(
         self, micro_batch: int, gradients: Arrays, shared: Arrays
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         given = {**self._kept.pop(micro_batch), **_under("from/", gradients), **_under("shared/", shared)}
-        for name in self._backward.takes:
+        backward = self._functions["backward"]
+        for name in backward.takes:
             if name not in given:  # nothing depends on it
                 kind, _, key = name.partition("/")
                 value = self.graph.by_name[key].values[0] if kind == "from" else self.graph.parameters[key]
                 given[name] = np.zeros(value.shape, np.dtype(value.dtype))
-        found = self._backward(given)
+        found = backward(given)
         on = {}
         for name in (each for each in found if each.startswith("grad/")):
             key = name[5:]
@@ -139,8 +143,8 @@ class OnnxStage:
                 self._gradients[key] = found[name]
         return {name[5:]: array_of(each) for name, each in found.items() if name.startswith("back/")}, on
 
-    def loss(self, micro_batch: int) -> float | None:
-        return self._losses.get(micro_batch)
+    def result(self, micro_batch: int) -> float | list[int] | None:
+        return self._results.get(micro_batch)
 
     def squares(self) -> dict[str, float]:
         return {key: float(np.square(each, dtype=np.float64).sum()) for key, each in self._gradients.items()}
@@ -167,14 +171,15 @@ class OnnxStage:
 
     def forget(self) -> None:
         self._kept.clear()
-        self._losses.clear()
+        self._results.clear()
         self._gradients.clear()
         self._changed.clear()
 
-    def _tensors(self) -> dict[str, Numbers]:
+    def _tensors(self, micro_batch: int) -> dict[str, Numbers]:
         now = {**self._held, **self._changed}
-        kinds = {PARAMETER: self.own.parameters, VARIABLE: self.own.variables, CONSTANT: self.own.constants}
-        return {prefix + key: now[prefix + key] for prefix, keys in kinds.items() for key in keys}
+        found = {PARAMETER + key: now[PARAMETER + key] for key in self.own.parameters}
+        found |= {CONSTANT + key: now[CONSTANT + key] for key in self.own.constants}
+        return found | {VARIABLE + key: now[self.rules.variable(key, micro_batch)] for key in self.own.variables}
 
 
 def _under(prefix: str, arrays: Arrays) -> dict[str, Numbers]:

@@ -25,13 +25,13 @@ OPSET = 20
 
 
 def exported(graph: Graph, stage: Stage, rules: Rules) -> dict[str, Array]:
-    """`forward`, `backward`: the models; `names`: JSON, what each takes and gives, by the names of `planes.joint`.
-    ValueError for a stage that ONNX has no operators for, and for one whose parameters are not in fp32."""
+    """`forward` and, of what is trained, `backward`: the models; `names`: JSON, what each takes and gives, by names of
+    `planes.joint`. ValueError for a stage that ONNX has no operators for, and for parameters that are not in fp32."""
     for key, value in graph.parameters.items():
         if value.dtype != "float32":
             raise ValueError(f"parameter {key}: {value.dtype}: the onnx plane computes in float32")
-    forward, backward = functions(graph, stage, 1.0 / rules.micro_batches)
-    both = {"forward": forward, "backward": backward}
+    forward, backward = functions(graph, stage, rules)
+    both = {"forward": forward} if rules.streams else {"forward": forward, "backward": backward}
     names = {what: {"takes": own.takes, "gives": own.gives} for what, own in both.items()}
     found = {"names": json.dumps(names).encode(), **{what: _model(own) for what, own in both.items()}}
     return {what: Array.of_bytes(data) for what, data in found.items()}

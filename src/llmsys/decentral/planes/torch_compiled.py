@@ -21,9 +21,9 @@ from llmsys.decentral.planes.joint import (
     GRADIENT,
     INPUT,
     KEPT,
-    LOSS,
     PARAMETER,
     RECEIVED,
+    RESULT,
     SENT,
     SHARED,
     VARIABLE,
@@ -47,10 +47,10 @@ class CompiledStage(TorchStage):
 
     def __init__(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules, device: torch.device) -> None:
         super().__init__(graph, stage, given, rules, device)
-        self._functions = tuple(Compiled(each) for each in functions(graph, stage, 1.0 / rules.micro_batches, device))
+        self._functions = tuple(Compiled(each) for each in functions(graph, stage, rules, device))
 
     def _run(self, step: int, micro_batch: int) -> Run:
-        return CompiledRun(self.graph, self.own, self._tensors(), self._functions)
+        return CompiledRun(self.graph, self.own, self._tensors(micro_batch), self._functions)
 
 
 class Compiled:
@@ -89,7 +89,7 @@ class CompiledRun(Run):
 
     @property
     def outputs(self) -> dict[str, Tensor]:
-        return {name: self._found[LOSS] for name in self.graph.outputs if LOSS in self._found}
+        return {name: self._found[RESULT] for name in self.graph.outputs if RESULT in self._found}
 
     @property
     def updates(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph, Value
-from llmsys.decentral.planes import CONSTANT, MOMENTS, PARAMETER, VARIABLE, Arrays, Rules, names_of, value_of
+from llmsys.decentral.planes import CONSTANT, MOMENTS, PARAMETER, Arrays, Rules, names_of, value_of
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch import Run
 from llmsys.decentral.wire import Array
@@ -41,10 +41,10 @@ class TorchStage:
 
     def __init__(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules, device: torch.device) -> None:
         self.graph, self.own, self.rules, self.device = graph, stage, rules, device
-        self.names = frozenset(names_of(stage))
+        self.names = frozenset(names_of(stage, rules))
         self._held: dict[str, Tensor] = {}
         self._runs: dict[int, Run] = {}
-        self._losses: dict[int, float] = {}
+        self._results: dict[int, float | list[int]] = {}
         self._gradients: dict[str, Tensor] = {}
         self._changed: dict[str, Tensor] = {}  # variables, which are what they were if the step is given up
         self._optimizer: torch.optim.AdamW | None = None
@@ -55,7 +55,7 @@ class TorchStage:
         for name, array in state.items():
             if name not in self.names:
                 raise ValueError(f"state {name}: is none of this stage's")
-            self._held[name] = self._checked(name, array, value_of(self.graph, name))
+            self._held[name] = self._checked(name, array, value_of(self.graph, name, self.rules))
         self._optimizer = None  # it holds the tensors that were there before
 
     def begin(self) -> None:
@@ -77,10 +77,13 @@ class TorchStage:
     def forward(self, step: int, micro_batch: int, inputs: Arrays, received: Arrays) -> dict[str, Array]:
         run = self._run(step, micro_batch)
         sent = run.forward(self._all(inputs), self._all(received))
-        self._runs[micro_batch] = run
-        self._changed |= {VARIABLE + key: tensor for key, tensor in run.updates.items()}
+        if not self.rules.streams:  # else nothing goes back
+            self._runs[micro_batch] = run
+        self._changed |= {self.rules.variable(key, micro_batch): tensor for key, tensor in run.updates.items()}
         if self.graph.loss is not None:
-            self._losses[micro_batch] = float(run.outputs[self.graph.loss])
+            self._results[micro_batch] = float(run.outputs[self.graph.loss])
+        elif run.outputs:
+            self._results[micro_batch] = run.outputs[self.graph.outputs[0]].flatten().tolist()
         return {name: packed(tensor) for name, tensor in sent.items()}
 
     def backward(
@@ -102,18 +105,25 @@ class TorchStage:
         return Run(
             self.graph,
             self.own,
-            self._tensors(),
+            self._tensors(micro_batch),
+            train=not self.rules.streams,
             share=1.0 / self.rules.micro_batches,
             draw=lambda node: self.rules.draw(step, micro_batch, node),
         )
 
-    def loss(self, micro_batch: int) -> float | None:
-        return self._losses.get(micro_batch)
+    def result(self, micro_batch: int) -> float | list[int] | None:
+        return self._results.get(micro_batch)
 
     def squares(self) -> dict[str, float]:
         return {key: float(each.double().square().sum()) for key, each in self._gradients.items()}
 
     def apply(self, rate: float, scale: float) -> None:
+        if self._owned:
+            self._update(rate, scale)
+        self._held |= self._changed
+        self.forget()
+
+    def _update(self, rate: float, scale: float) -> None:
         if self._optimizer is None:
             self._optimizer = self._made()
         named = dict(zip(self._owned, (group["params"][0] for group in self._optimizer.param_groups), strict=True))
@@ -129,12 +139,10 @@ class TorchStage:
                 kept = self._optimizer.state[parameter]
                 state = {FIRST: kept["exp_avg"], SECOND: kept["exp_avg_sq"], STEPS: kept["step"]}
                 self._held |= {prefix + key: tensor for prefix, tensor in state.items()}
-        self._held |= self._changed
-        self.forget()
 
     def forget(self) -> None:
         self._runs.clear()
-        self._losses.clear()
+        self._results.clear()
         self._gradients.clear()
         self._changed.clear()
 
@@ -170,11 +178,11 @@ class TorchStage:
                 optimizer.state[self._held[PARAMETER + key]] = state
         return optimizer
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, micro_batch: int) -> dict[str, Tensor]:
         found = {key: self._held[PARAMETER + key] for key in self.own.parameters}
         now = {**self._held, **self._changed}
         found |= {key: self._held[CONSTANT + key] for key in self.own.constants}
-        return {**found, **{key: now[VARIABLE + key] for key in self.own.variables}}
+        return {**found, **{key: now[self.rules.variable(key, micro_batch)] for key in self.own.variables}}
 
     def _all(self, arrays: Arrays) -> dict[str, Tensor]:
         return {name: unpacked(array, self.device) for name, array in arrays.items()}

@@ -1,0 +1,173 @@
+"""A job of the owner's, run: the broker in this process, its providers wherever the task says that they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmsys import schema
+from llmsys.decentral import owner
+from llmsys.decentral.broker import Job
+from llmsys.decentral.chain import Chain
+from llmsys.decentral.coordinator import Coordinator
+from llmsys.decentral.cost import Workload
+from llmsys.decentral.event_log import EventLog, last_step, read
+from llmsys.decentral.link import Credentials
+from llmsys.decentral.processes import Processes
+from llmsys.decentral.recovery import JobLost
+from llmsys.decentral.serve import Serving
+from llmsys.decentral.training import Training
+from llmsys.errors import MissingPackage
+from llmsys.files import write_atomic
+from llmsys.schema.together import OWNER, fault
+
+if TYPE_CHECKING:
+    from llmsys.context import Context
+    from llmsys.decentral.ray_runtime import Nodes
+
+MIB = 2**20
+KNOWN = "broker.json"
+"""What whoever dials again knows of a broker: its port, and the token."""
+
+
+class Running:
+    """Of `task`: `chain` for `work`, by `training(exports)`. `committed(step)` is called after each step."""
+
+    def __init__(
+        self,
+        task: schema.Together,
+        context: Context,
+        chain: Chain,
+        work: Workload,
+        training: Callable[[ThreadPoolExecutor], Training],
+        committed: Callable[[int], None],
+    ) -> None:
+        self.task, self.context, self.chain, self.work = task, context, chain, work
+        self.training, self.committed = training, committed
+        self.coordinator: Coordinator
+        self.ended_s: dict[int, float] = {}
+        self.hit: dict[int, float] = {}  # when somebody was, by the step that had just been committed
+        self.sent: dict[str, int] = {}  # bytes, by provider
+
+    def run(self) -> None:
+        """The broker, until the job is done. One that was killed goes on from its events, where its providers are not
+        this machine's processes, which ended with it."""
+        task, context = self.task, self.context
+        host, _, wanted = task.listen.rpartition(":")
+        token, port = self._known(int(wanted))
+        own = Path(task.certificate).read_bytes() if task.certificate else None
+        credentials = None if own is None else Credentials(certificate=own, key=Path(task.key).read_bytes())
+        events = context.out / "events.jsonl"
+        if task.start == "process":
+            events.unlink(missing_ok=True)
+        noted = read(events)
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="export") as elsewhere,
+            contextlib.closing(EventLog(events)) as log,
+            self._started(token, own) as started,
+        ):
+            machines = owner.machines(task, self.chain, self.work) if started is not None else []
+            job = Job(chain=self.chain, work=self.work, least=task.providers, reserve=task.reserve)
+            self.coordinator = Coordinator(job, self.training(elsewhere), log.note)
+            if noted:
+                context.log.warning("going on after step %d, by %s", last_step(noted), events.name)
+                self.coordinator.rebuild(noted, noted[-1][0].at_s)
+
+            def ready(port: int) -> None:
+                context.beat(phase=f"waiting for {task.providers} providers at port {port}")
+                context.log.info("the broker listens on %s:%d", host, port)
+                write_atomic(context.out / KNOWN, json.dumps({"port": port, "token": token}), mode=0o600)
+                for each in machines:
+                    assert started is not None
+                    started.start(each, f"{host}:{port}")
+
+            def committed(step: int) -> None:
+                self.ended_s[step] = time.perf_counter()
+                self.committed(step)
+                for who, what in [(who, what) for who, what, at in map(fault, task.faults) if at == step]:
+                    assert isinstance(started, Processes)
+                    stage = who.removeprefix(OWNER)
+                    name = self.coordinator.owners[int(stage)] if stage.isdigit() else who
+                    context.log.warning("step %d: %s to %s", step, what, name)
+                    started.signal(name, what)
+                    self.hit[step] = time.perf_counter()
+
+            serving = Serving(self.coordinator, token, committed)
+            try:
+                asyncio.run(serving.run(host, port, credentials, ready))
+            except JobLost:
+                events.rename(events.with_suffix(".lost"))  # or the next attempt would go on where nothing is left
+                raise
+            self.sent = serving.hub.received
+            for name, why in started.wrong().items() if started is not None else ():
+                context.log.warning("provider %s: %s", name, why)
+        (context.out / KNOWN).unlink()
+
+    def _known(self, port: int) -> tuple[str, int]:
+        """The token, and the port, which whoever dials again knows already."""
+        path = self.context.out / KNOWN
+        before = json.loads(path.read_text()) if path.exists() and self.task.start != "process" else {}
+        if self.task.token_file:
+            token = Path(self.task.token_file).read_text(encoding="utf-8").strip()
+        else:
+            token = str(before.get("token", secrets.token_hex(16)))
+        return token, port or int(before.get("port", 0))
+
+    @contextlib.contextmanager
+    def _started(self, token: str, certificate: bytes | None) -> Iterator[Processes | Nodes | None]:
+        task, context = self.task, self.context
+        if task.start == "none":
+            yield None
+        elif task.start == "ray":
+            try:
+                from llmsys.decentral import ray_runtime
+            except ModuleNotFoundError as error:
+                raise MissingPackage(f"task.start=ray: needs {error.name}: pip install 'llmsys[ray]'") from None
+            given: dict[str, Any] = {"threads": context.threads, "certificate": certificate}
+            with ray_runtime.Nodes(context.out.name, token, task.providers, **given) as nodes:
+                yield nodes
+        else:
+            path = Path(task.certificate) if task.certificate else None
+            with Processes(context.out / "providers", token, context.threads, path) as processes:
+                yield processes
+
+    # --- what came of it ---
+
+    def took_ms(self, step: int) -> float | None:
+        """From the commit before it to its own; None where this process saw only one of them."""
+        both = self.ended_s.get(step), self.ended_s.get(step - 1)
+        return None if None in both else (self.ended_s[step] - self.ended_s[step - 1]) * 1e3
+
+    def figures(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Summary and samples that all such tasks share."""
+        own, steps = self.coordinator, sorted(self.coordinator.updates)
+        seen, moved = own.happened, sum(self.sent.values())
+        took = [each for step in steps if (each := self.took_ms(step)) is not None]
+        recovered = [self.ended_s[s + 1] - at for s, at in self.hit.items() if s + 1 in self.ended_s]
+        summary: dict[str, float] = {
+            "steps_lost": seen["Committed"] - len(steps),
+            "steps_again": own.again,
+            "plans": seen["Planned"],
+            "joined": seen["Joined"],
+            "lost": seen["Lost"] + seen["Left"],
+            "stages": len(own.owners),
+            "moved_mib": moved / MIB,
+            "per_step_mib": moved / MIB / len(steps),
+        }
+        if took:
+            summary["step_ms_p50"] = statistics.median(took)
+        if recovered:
+            summary["recovery_s_p50"] = statistics.median(recovered)
+        for name, count in sorted(own.tasks.items()):
+            summary[f"provider/{name}/tasks"] = count
+            summary[f"provider/{name}/mib"] = self.sent.get(name, 0) / MIB
+        samples = {"step_ms": took, "recovery_s": recovered}
+        return summary, {key: each for key, each in samples.items() if each}

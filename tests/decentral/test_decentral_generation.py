@@ -1,0 +1,153 @@
+"""Generation by the same protocol: whatever happens to providers, the text is the whole model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from decentral_harness import model
+from decentral_running import Storm, hold, machines
+
+from llmsys.decentral.broker import Job
+from llmsys.decentral.chain import chain
+from llmsys.decentral.coordinator import Coordinator
+from llmsys.decentral.cost import Workload
+from llmsys.decentral.decode import trace_decoder
+from llmsys.decentral.exports import Exports
+from llmsys.decentral.generation import Generation
+from llmsys.decentral.local import Local
+from llmsys.decentral.planes import plane_of
+from llmsys.decentral.planes.layout import packed
+from llmsys.decentral.training import Training, Update
+
+LENGTH, NEW, ROWS = 24, 10, 2
+PROMPTS = [[[5, 9, 3, 17, 40], [6, 2]], [[33, 8, 21], [50, 4, 4, 7]], [[11], [60, 61, 62]]]
+
+
+def generation(temperature: float = 0.0) -> Generation:
+    return Generation(prompts=PROMPTS, new=NEW, length=LENGTH, vocabulary=64, temperature=temperature, seed=1)
+
+
+def together(
+    planes: tuple[str, ...],
+    stages: int,
+    own: Generation,
+    watch: Callable[[Local, str, str, int], None] | None = None,
+    family: str = "llama",
+) -> Local:
+    traced = trace_decoder(model(family), ROWS, LENGTH, chosen=True, noise=bool(own.temperature))
+    work = Workload(train=False, micro_batches=len(PROMPTS), most=1)
+    training = Training(
+        graph=traced.graph,
+        chain=chain(traced.graph),
+        tensors={key: packed(tensor) for key, tensor in traced.tensors.items()},
+        rules=own.rules(),
+        data=lambda step: [{k: packed(v) for k, v in each.items()} for each in own.data(step)],
+        steps=own.steps,
+        rate=lambda step: 0.0,
+        exports=Exports(own.rules()),
+        copy_every=10**9,
+        vocabulary=64,
+    )
+    local = Local(Coordinator(Job(chain=training.chain, work=work), training), watch)
+    own.updates = local.coordinator.updates
+    mem_gib = hold(training.chain, work, stages)
+    for machine, plane in zip(machines(mem_gib, len(planes)), planes, strict=True):
+        local.join(dataclasses.replace(machine, plane=plane), plane_of(plane))
+    return local
+
+
+@functools.cache
+def alone(family: str = "llama") -> list[list[list[int]]]:
+    """By the whole model, without a cache, one prompt after the other."""
+    own = model(family).eval()
+
+    def text(row: list[int]) -> list[int]:
+        tokens = torch.tensor([row])
+        for _ in range(NEW):
+            tokens = torch.cat([tokens, own(input_ids=tokens).logits[:, -1:].argmax(dim=-1)], dim=1)
+        return tokens[0, len(row) :].tolist()
+
+    with torch.no_grad():
+        return [[text(row) for row in stream] for stream in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_prompts_of_unequal_lengths_are_gone_on_with_as_by_the_whole_model(family: str) -> None:
+    own = generation()
+    together(("torch",) * 3, 2, own, family=family).run()
+    assert own.texts() == alone(family)
+
+
+@pytest.mark.parametrize("planes", [("torch",) * 4, ("onnx", "torch", "onnx")])
+def test_one_is_killed_in_mid_stream_and_the_text_is_the_same(planes: tuple[str, ...]) -> None:
+    """Its stage's keys and values are computed again from the prefix, by one provider alone."""
+    own, killed = generation(), list[str]()
+
+    def watch(local: Local, name: str, what: str, step: int) -> None:
+        if step == 9 and not killed and name in local.coordinator.state.owners:
+            killed.append(name)
+            local.kill(name)
+
+    local = together(planes, 2, own, watch)
+    local.run()
+    assert killed
+    assert killed[0] not in local.coordinator.owners
+    assert own.texts() == alone()
+    assert local.coordinator.again <= 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_storms_change_no_token_that_is_drawn(seed: int) -> None:
+    """Noise is keyed by step and stream: what is done again draws the same."""
+    quiet, hit = generation(0.9), generation(0.9)
+    together(("torch",) * 4, 2, quiet).run()
+    storm = Storm(seed=seed, steps=quiet.steps, least=2)
+    together(("torch",) * 4, 2, hit, storm).run()
+    assert hit.texts() == quiet.texts() != alone()
+
+
+def test_noise_is_of_the_distribution_that_makes_a_draw() -> None:
+    """arg max (logits + T Gumbel) is a token of softmax (logits / T)."""
+    own = Generation(prompts=[[[1]] * 4000], new=1, length=2, vocabulary=3, temperature=2.0)
+    logits = torch.tensor([2.0, 0.0, -2.0])
+    drawn = (logits + own.noise(1, 0, 4000)).argmax(dim=-1).bincount(minlength=3) / 4000
+    assert drawn.tolist() == pytest.approx(torch.softmax(logits / 2.0, dim=0).tolist(), abs=0.03)
+
+
+def test_what_cannot_be_generated_is_refused() -> None:
+    with pytest.raises(ValueError, match="a prompt of 5 tokens and 20 new ones are more"):
+        Generation(prompts=PROMPTS, new=20, length=LENGTH, vocabulary=64)
+    with pytest.raises(ValueError, match="an empty one"):
+        Generation(prompts=[[[]]], new=1, length=4, vocabulary=64)
+
+
+def test_tokens_that_are_none_are_not_believed() -> None:
+    own = together(("torch",), 1, generation()).coordinator.training
+    assert own.checked([[1, 2], [3, 4], [5, 63]]) == ((1, 2), (3, 4), (5, 63))
+    for wrong in ([[1, 2], [3, 4]], [[1, 2], [3, 4], [5, 64]], [[1, 2], [3, 4], [5, True]]):
+        with pytest.raises(ValueError, match="results"):
+            own.checked(wrong)
+    assert Update(rate=0.0, scale=1.0, tokens=((1,),)).tokens == ((1,),)
+
+
+@pytest.mark.slow
+def test_the_experiment_with_a_kill_has_the_text_of_one_without(
+    llmsys: Callable[..., subprocess.CompletedProcess[str]], results: Path
+) -> None:
+    common = ("+exp=decentral_generate", "model.weights=random", "model.num_layers=3", "task.new_tokens=20",
+              "data.max_train=40", "data.max_val=2", "train.length=64", "task.temperature=1")  # fmt: skip
+    for faults in ("[]", "[stage1 SIGKILL 20]", "[stage0 SIGSTOP 24]"):
+        done = llmsys(*common, f"task.faults={faults}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    texts = [path.read_text() for path in results.glob("decentral_generate/*/generated.jsonl")]
+    assert len(texts) == 3
+    assert len(set(texts)) == 1
+    first = json.loads(texts[0].splitlines()[0])
+    assert len(first["tokens"]) == 20
