@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow format docs clean
+.PHONY: demo test slow storm format docs clean
 
 demo: $(VENV)/.all
 	$(BIN)/python -m llmsys -m +exp=lorafa_minilm method=full,lora_peft,lorafa_peft
@@ -19,6 +19,10 @@ test: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# A hundred faults to provider processes, and hundreds of seeded storms in one process.
+storm: $(VENV)/.test
+	$(BIN)/python -m pytest -m "" tests/decentral -k "storm or arrive"
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -40,6 +40,7 @@ from script_record import RECORDS, Script
 MODEL = (
     *("train.global_batch=4", "train.micro_batch=1", "train.length=64", "train.log_every=1", "train.warmup_steps=2"),
     *("data.max_train=400", "data.max_val=1", "train.save_final=false"),
+    *("task.up_mbit=2500", "task.down_mbit=2500"),  # what a relay of Python moves over loopback
 )
 SCENARIOS = {
     "warm": ("task.providers=4", "task.stages=3", "task.reserve=1", "SIGKILL"),

@@ -28,6 +28,7 @@ TASKS = {
     "decentral_train": "llmsys.decentral.train_task:train",
     "decentral_finetune": "llmsys.decentral.train_task:train",
     "decentral_generate": "llmsys.decentral.generate_task:generate",
+    "decentral_attack": "llmsys.decentral.attack_task:attack",
 }
 """`task.kind` -> module:function. A task takes (config, context) and returns what goes into the record."""
 LIGHT = ("bench_predict", "bench_advise")

@@ -175,3 +175,39 @@ class Storm:
             local.leave(name)
         else:
             local.kill(name, noticed=kind == "kill")
+
+
+@dataclass
+class Astray:
+    """Of a seed: so many frames, among the first `among`, that do not arrive as they were sent: `drop`, `corrupt` (some
+    bits), `duplicate`, `late` (with the next that goes there)."""
+
+    seed: int
+    count: int
+    among: int
+    kinds: Sequence[str] = ("drop", "corrupt", "duplicate", "late")
+    happened: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.due = {self.random.randrange(self.among): self.random.choice(self.kinds) for _ in range(self.count)}
+        self.seen = 0
+        self.held: dict[str, list[bytes]] = {}
+
+    def __call__(self, to: str, data: bytes) -> list[bytes]:
+        kind = self.due.get(self.seen, "")
+        self.seen += 1
+        before = self.held.pop(to, [])
+        if kind:
+            self.happened.append((self.seen, kind, to))
+        if kind == "drop":
+            return before
+        if kind == "late":
+            self.held[to] = [*before, data]
+            return []
+        if kind == "corrupt":
+            changed = bytearray(data)
+            for _ in range(3):
+                changed[self.random.randrange(len(changed))] ^= 1 << self.random.randrange(8)
+            data = bytes(changed)
+        return [*before, data, data] if kind == "duplicate" else [*before, data]

@@ -25,6 +25,7 @@ from llmsys.decentral.event_log import read
 from llmsys.decentral.events import Committed
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.fleet import Provider
+from llmsys.decentral.processes import Processes
 from llmsys.decentral.serve import Serving
 
 STEPS = 8
@@ -213,3 +214,48 @@ def test_a_mistake_is_one_line(providers: Machines, words: list[str], said: str)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert said in line
+
+
+def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_path: Path) -> None:
+    """SIGUSR1, SIGUSR2 and SIGTERM: no step under way is given up for any of them."""
+    coordinator = Coordinator(job("llama"), training("llama", 100_000))
+    own = machines(mem_gib("llama", 2), 3)
+
+    async def signals(processes: Processes, running: asyncio.Task[None]) -> None:
+        async def until(true: Callable[[], bool]) -> None:
+            while not true():
+                assert not running.done(), running.result()
+                await asyncio.sleep(0.02)
+
+        def there(count: int) -> Callable[[], bool]:
+            return lambda: len(coordinator.state.present) == count and coordinator.state.phase == "computing"
+
+        await until(there(3))
+        first = coordinator.owners[0]
+        processes.signal(first, "SIGUSR1")
+        await until(there(2))
+        processes.signal(first, "SIGUSR2")
+        await until(there(3))
+        processes.signal(coordinator.owners[-1], "SIGTERM")
+        await until(there(2))
+        object.__setattr__(coordinator.training, "steps", coordinator.state.step + 3)
+
+    async def serve() -> None:
+        with Processes(tmp_path / "providers", TOKEN) as processes:
+            serving = Serving(coordinator, TOKEN)
+
+            def ready(port: int) -> None:
+                for each in own:
+                    processes.start(each, f"127.0.0.1:{port}")
+
+            running = asyncio.create_task(serving.run(ready=ready))
+            await asyncio.wait_for(signals(processes, running), 60)
+            await asyncio.wait_for(running, 30)
+        assert {each.returncode for each in processes.processes.values()} == {0}
+
+    asyncio.run(serve())
+    found = losses_of(coordinator)
+    assert found == undisturbed("llama", len(found))
+    assert coordinator.again == 0
+    assert coordinator.happened["Left"] == 2
+    assert coordinator.happened["Joined"] == 4

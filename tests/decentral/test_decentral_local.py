@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from decentral_harness import FAMILIES
-from decentral_running import Storm, job, losses, machines, mem_gib, together, trained, training, undisturbed
+from decentral_running import Astray, Storm, job, losses, machines, mem_gib, together, trained, training, undisturbed
 
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import EventLog, read
@@ -166,6 +166,21 @@ def test_what_nobody_can_compute_again_is_said() -> None:
 def test_storms(family: str, stages: int, every: int) -> None:
     for seed in range(5):
         stormy(family, stages, every, seed)
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(each, marks=pytest.mark.slow) for each in range(6, 100))])
+def test_frames_that_do_not_arrive_as_they_were_sent(seed: int) -> None:
+    """One that is corrupt or lost nobody waits for: all begin the step again; one that comes twice counts once."""
+    astray = Astray(seed, count=1 + seed % 4, among=300)
+    local = together("llama", 3, 2, STEPS, copy_every=1 + seed % 3)
+    local.carry = astray
+    local.run()
+    assert astray.happened
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert local.coordinator.again <= len(astray.happened)
+    corrupt = sum(kind == "corrupt" for _, kind, _ in astray.happened)
+    found = sum(each.counters.malformed for each in local.providers.values())
+    assert found + local.coordinator.counters["malformed"] >= corrupt
 
 
 @pytest.mark.slow

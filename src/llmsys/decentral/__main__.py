@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,8 +17,10 @@ from typing import Any
 
 from llmsys.decentral import credentials
 from llmsys.decentral.fleet import Provider as Machine
-from llmsys.decentral.link import Credentials, Line, Refused, asked, stay
+from llmsys.decentral.link import Credentials, Line, Refused, asked
+from llmsys.decentral.pieces import Slow
 from llmsys.decentral.planes import PLANES, plane_of
+from llmsys.decentral.presence import Presence
 from llmsys.decentral.provider import Provider
 from llmsys.errors import MissingPackage
 
@@ -87,6 +90,8 @@ def _provider(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mem-gib", type=float, required=True, help="that the job may use")
     parser.add_argument("--up-mbit", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--down-mbit", type=float, default=100.0, help="default: %(default)s")
+    parser.add_argument("--capped", action="store_true", help="never use more of the line than that")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="to add to it, for tests; default: %(default)s")
     parser.add_argument("--region", default="")
     parser.add_argument("--untrusted", action="store_true", help="it is shown nothing that the job keeps private")
     parser.add_argument("--stdin", action="store_true", help="it ends when its standard input does")
@@ -117,16 +122,20 @@ def _provide(given: argparse.Namespace) -> int:
     token, own = _credentials(given)
     plane = plane_of(given.plane)
     plane.warm()
-    life = uuid.uuid4().hex
-    provider = Provider(machine.name, plane)
-    stay(provider, lambda: Line(given.join, token, machine, life, own), given.patience)
-    if provider.why:
-        raise ValueError(provider.why)
+    slow = Slow(up_mbit=given.up_mbit, down_mbit=given.down_mbit, delay_ms=given.delay_ms) if given.capped else None
+    presence = Presence(lambda life, busy: Line(given.join, token, machine, life, own, slow, busy), given.patience)
+    for number, what in ((signal.SIGTERM, presence.leave), (signal.SIGINT, presence.leave)):
+        signal.signal(number, what)
+    if hasattr(signal, "SIGUSR1"):  # Windows has none
+        signal.signal(signal.SIGUSR1, presence.pause)
+        signal.signal(signal.SIGUSR2, presence.resume)
+    presence.run(lambda: Provider(machine.name, plane))
     return 0
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not by sys.stdin, whose lock an interpreter that ends would wait for
+        pass
     os._exit(1)
 
 

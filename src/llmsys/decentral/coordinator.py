@@ -19,7 +19,7 @@ from llmsys.decentral.events import Beat, Began, Committed, Event, Held, Joined,
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.plan import Plan
 from llmsys.decentral.planes import Arrays
-from llmsys.decentral.provider import BROKER
+from llmsys.decentral.provider import BEAT, BROKER
 from llmsys.decentral.recovery import Recovery, owners
 from llmsys.decentral.stage_work import INPUT, KINDS
 from llmsys.decentral.training import Training, Update
@@ -30,6 +30,8 @@ RELAYED = frozenset({*KINDS, "state"} - {INPUT})
 
 
 Note = Callable[[Event, Mapping[str, Any]], None]
+ASTRAY_S = 5.0
+"""So long nothing comes, and nobody has anything to do."""
 BACK_S = 10.0
 """How long a broker that was rebuilt waits for providers to dial again."""
 
@@ -53,6 +55,8 @@ class Coordinator:
         self.happened: collections.Counter[str] = collections.Counter()  # events that are in the log, by their kind
         self.again = 0  # steps that were under way when a plan ended
         self.begun_s = 0.0  # on the clock of the job
+        self.moved_s = 0.0  # when anything but a sign of life was last heard
+        self.astray = 0  # how often nothing came any more, and all began again
         self.awaited: set[str] | None = None  # who is to dial again, of a broker that was rebuilt
 
     def rebuild(self, noted: Iterable[tuple[Event, Mapping[str, Any]]], now: float) -> None:
@@ -104,7 +108,9 @@ class Coordinator:
         """There is nothing left to do."""
         self._tell(name, "stop")
 
-    def beat(self, name: str, now: float) -> None:
+    def beat(self, name: str, now: float, *, busy: bool = False) -> None:
+        """A sign of life of somebody who has something to do, or has not."""
+        self.moved_s = now if busy else self.moved_s
         if name in self.leaving:
             self.leaving[name] = now
         if name not in (self.awaited or ()):
@@ -121,6 +127,7 @@ class Coordinator:
             if head["sender"] != sender:
                 raise Malformed(f"a frame of {head['sender']}, from {sender}")
             if head["kind"] in RELAYED and head["to"] != BROKER:
+                self.moved_s = now
                 self._relay(head, data)
                 return
             frame = decode(data)
@@ -130,8 +137,10 @@ class Coordinator:
         if frame.to != BROKER:
             self.counters["foreign"] += 1
             return
-        if frame.kind == "beat":
+        if frame.kind == BEAT:
+            self.beat(sender, now, busy=frame.body.get("busy") is True)
             return
+        self.moved_s = now
         if frame.kind == "leave":
             self.asked.add(sender)
         elif frame.epoch != self.state.epoch:
@@ -191,6 +200,7 @@ class Coordinator:
             "loss": rate[0] if rate else None,
             "steps_per_s": state.step / now if now > 0 else 0.0,
             "steps_again": self.again,
+            "astray": self.astray,
             "counters": dict(self.counters),
             "refusals": list(self.refusals),
             "providers": {
@@ -219,6 +229,7 @@ class Coordinator:
         self._replaced(now)
         self.recovery.tell_due(self.state, self.leaving)
         self._sent_away(now)
+        self._nothing_came(now)
         while not self.finished and (events := self._decided(now)):
             for event in events:
                 before = self.state
@@ -237,6 +248,17 @@ class Coordinator:
             self._tell(name, "stop", body={"why": why})
             self.connected.pop(name, None)
             self._event(Left(at_s=now, name=name))
+
+    def _nothing_came(self, now: float) -> None:
+        """Everybody is there, nobody has anything to do, and the step is not done: something has gone astray, a frame
+        that was corrupted, say. All begin again, in a new epoch."""
+        own, waits = self.state, self.recovery.told
+        if own.plan is None or own.gone or self.finished or waits.due or waits.waiting:
+            self.moved_s = now
+        if now > self.moved_s + ASTRAY_S:
+            self.moved_s, self.astray = now, self.astray + 1
+            assert own.plan is not None
+            self._again(now, own.plan)
 
     def _all_back(self, awaited: set[str], now: float) -> bool:
         """Whether all have dialled again whom a broker that was rebuilt has known; then all begin in a new epoch."""

@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
+from llmsys.decentral import owner
 from llmsys.decentral.chain import chain
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.decode import trace_decoder
@@ -94,7 +95,8 @@ class _Generating:
         )
         self.traced = trace_decoder(model, task.rows, length, chosen=True, noise=bool(task.temperature))
         self.chain = chain(self.traced.graph)
-        work = Workload(train=False, micro_batches=task.streams, most=1)
+        pinned = owner.pins(self.chain, task.private)
+        work = Workload(train=False, micro_batches=task.streams, most=1, private=pinned)
         self.running = Running(task, context, self.chain, work, self.training, self.committed)
 
     def training(self, elsewhere: Executor) -> Training:

@@ -23,8 +23,9 @@ from typing import Any
 import grpc
 
 from llmsys.decentral.fleet import Provider as Machine
-from llmsys.decentral.provider import BROKER, Provider
-from llmsys.decentral.wire import FRAME_BYTES, Frame, Malformed, decode, encode, header
+from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, pieces, until
+from llmsys.decentral.provider import BEAT, BROKER, Provider
+from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
 
 METHOD = "/llmsys.decentral/Talk"
 WELCOME = "welcome"
@@ -39,8 +40,8 @@ HELLO_S = 10.0
 """Whoever dials has to say who it is within so long."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPTIONS = (
-    ("grpc.max_receive_message_length", FRAME_BYTES),
-    ("grpc.max_send_message_length", FRAME_BYTES),
+    ("grpc.max_receive_message_length", 2 * PIECE_BYTES),
+    ("grpc.max_send_message_length", 2 * PIECE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -65,7 +66,8 @@ class Refused(ConnectionError):
 
 class Hub:
     """Listens, and has a queue of frames for each provider that is connected. `joined(machine, life)`, `heard(name,
-    data)`, `closed(name)` and, for whoever asks, `status()` are called in the loop's own thread."""
+    data)`, `alive(name)` (a part of something is here), `closed(name)` and, for whoever asks, `status()` are called in
+    the loop's own thread."""
 
     def __init__(
         self,
@@ -73,9 +75,11 @@ class Hub:
         joined: Callable[[Machine, str], None],
         heard: Callable[[str, bytes], None],
         closed: Callable[[str], None],
+        alive: Callable[[str], None] = lambda name: None,
         status: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.token, self.joined, self.heard, self.closed, self.status = token, joined, heard, closed, status
+        self.token, self.joined, self.heard, self.closed = token, joined, heard, closed
+        self.alive, self.status = alive, status
         self.queues: dict[str, asyncio.Queue[bytes | None]] = {}
         self.port = 0
         self.malformed = 0
@@ -119,9 +123,10 @@ class Hub:
         await context.send_initial_metadata(((WELCOME, "1"),))
         try:
             async with asyncio.timeout(HELLO_S):
-                first = await anext(requests)
+                first = Joined().add(await anext(requests)) or b""
             if kind_of(first) == STATUS:
-                yield encode(Frame(kind=STATUS, sender=BROKER, body=self.status()))
+                for piece in pieces(encode(Frame(kind=STATUS, sender=BROKER, body=self.status()))):
+                    yield piece
                 return
             machine, life = hello_of(first)
         except (TimeoutError, StopAsyncIteration, Malformed) as error:
@@ -136,7 +141,8 @@ class Hub:
         reading = asyncio.create_task(self._read(name, own, requests))
         try:
             while (data := await own.get()) is not None:
-                yield data
+                for piece in pieces(data):
+                    yield piece
         finally:
             reading.cancel()
             if self.queues.get(name) is own:
@@ -144,11 +150,18 @@ class Hub:
                 self.closed(name)
 
     async def _read(self, name: str, own: asyncio.Queue[bytes | None], requests: AsyncIterator[bytes]) -> None:
+        joined = Joined()
         try:
-            async for data in requests:
-                if self.queues.get(name) is own:
-                    self.received[name] += len(data)
+            async for piece in requests:
+                if self.queues.get(name) is not own:
+                    continue
+                self.received[name] += len(piece)
+                if (data := joined.add(piece)) is not None:
                     self.heard(name, data)
+                else:
+                    self.alive(name)
+        except Malformed:
+            self.malformed += 1  # where frames begin is not known any more: it has to dial again
         except grpc.RpcError:
             pass  # it has hung up
         finally:
@@ -183,9 +196,22 @@ def hello_of(data: bytes) -> tuple[Machine, str]:
 
 class Line:
     """A provider's stream to the broker, in a thread of its own, which also says twice a second that it is alive: a
-    provider that computes is not silent."""
+    provider that computes is not silent. `slow`: it is made to be so, to try what real lines would do. `busy`: whether
+    it has something to do, which a sign of life says as well: where nobody has, and nothing comes, something has gone
+    astray."""
 
-    def __init__(self, address: str, token: str, machine: Machine, life: str, credentials: Credentials | None) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        machine: Machine,
+        life: str,
+        credentials: Credentials | None,
+        slow: Slow | None = None,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.slow, self.busy = slow, busy
+        self._receiving_s = -math.inf
         self.address, self.token, self.machine, self.life = address, token, machine, life
         self.credentials = credentials
         self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -225,24 +251,61 @@ class Line:
             call = talk(self._said(let_in), metadata=(("token", self.token),))
             if WELCOME in dict(await call.initial_metadata()):
                 let_in.set()
-            async for data in call:
+            joined = Joined()
+            slow = self.slow
+            down = None if slow is None else Direction(slow.down_mbit, slow.delay_ms / 2e3)
+            async for piece in call:
                 self.heard = True
-                self.inbox.put(data)
+                self._receiving_s = time.monotonic()
+                data = joined.add(piece)
+                if down is None:
+                    if data is not None:
+                        self.inbox.put(data)
+                    continue
+                through = down.received_at(len(piece), self._loop.time()) + down.delay_s
+                if data is not None:
+                    self._loop.call_at(through, self.inbox.put, data)
 
     async def _said(self, let_in: asyncio.Event) -> AsyncIterator[bytes]:
         await let_in.wait()  # what is being said while a broker hangs up would hide why it does
-        yield hello(self.machine, self.life)
-        beat = encode(Frame(kind="beat", sender=self.machine.name, to=BROKER))
+        if self.slow is None:
+            async for piece in self._pieces():
+                yield piece
+            return
+        up = Direction(self.slow.up_mbit, self.slow.delay_ms / 2e3)
+        under_way = asyncio.Queue[tuple[float, bytes | None]]()
+
+        async def carry() -> None:
+            async for piece in self._pieces():
+                await until(up.busy_until(len(piece), self._loop.time()))
+                under_way.put_nowait((self._loop.time() + up.delay_s, piece))
+            under_way.put_nowait((0.0, None))
+
+        carrying = asyncio.create_task(carry())
+        try:
+            while (item := await under_way.get())[1] is not None:
+                await until(item[0])
+                yield item[1]
+        finally:
+            carrying.cancel()
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """All that is said; signs of life between any two pieces, where they are due."""
+        for piece in pieces(hello(self.machine, self.life)):
+            yield piece
         due = time.monotonic() + BEAT_S
         while True:
             try:
                 data = await asyncio.wait_for(self._outbox.get(), max(0.0, due - time.monotonic()))
             except TimeoutError:
                 due = time.monotonic() + BEAT_S
-                data = beat
+                busy = self.busy() or not self.inbox.empty() or time.monotonic() < self._receiving_s + BEAT_S
+                yield LAST + encode(Frame(kind=BEAT, sender=self.machine.name, to=BROKER, body={"busy": busy}))
+                continue
             if data is None:
                 return
-            yield data
+            for piece in pieces(data):
+                yield piece
 
 
 def channel_to(address: str, credentials: Credentials | None) -> grpc.aio.Channel:
@@ -250,6 +313,10 @@ def channel_to(address: str, credentials: Credentials | None) -> grpc.aio.Channe
         return grpc.aio.insecure_channel(address, options=OPTIONS)
     own = grpc.ssl_channel_credentials(credentials.certificate)
     return grpc.aio.secure_channel(address, own, options=OPTIONS)
+
+
+WAKE = b""
+"""Put into a line's inbox: there is something to say."""
 
 
 def provide(provider: Provider, line: Line) -> None:
@@ -267,7 +334,8 @@ def provide(provider: Provider, line: Line) -> None:
             if line.error is not None:
                 raise line.error
             raise ConnectionError(f"{line.address}: the broker has gone")
-        provider.hear(data)
+        if data is not WAKE:
+            provider.hear(data)
         _flush(provider, line)
     line.close()
 
@@ -293,13 +361,16 @@ async def asked(address: str, token: str, credentials: Credentials | None) -> Ma
     """What a broker says of its job. Refused where the token is not its own, ConnectionError where none answers."""
 
     async def question() -> AsyncIterator[bytes]:
-        yield encode(Frame(kind=STATUS, to=BROKER))
+        for piece in pieces(encode(Frame(kind=STATUS, to=BROKER))):
+            yield piece
 
+    joined = Joined()
     try:
         async with channel_to(address, credentials) as channel:
             call = channel.stream_stream(METHOD)(question(), metadata=(("token", token),), timeout=HELLO_S)
-            async for data in call:
-                return decode(data).body
+            async for piece in call:
+                if (data := joined.add(piece)) is not None:
+                    return decode(data).body
     except grpc.aio.AioRpcError as error:
         refused = error.code() == grpc.StatusCode.UNAUTHENTICATED
         raise (Refused if refused else ConnectionError)(f"{address}: {error.details()}") from None

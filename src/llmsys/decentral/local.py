@@ -7,12 +7,12 @@ faults give the same run.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llmsys.decentral import fleet
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.planes import Plane
-from llmsys.decentral.provider import Provider
+from llmsys.decentral.provider import BROKER, Provider
 from llmsys.decentral.wire import encode
 
 BEAT_S = 0.5
@@ -26,10 +26,15 @@ class Stalled(RuntimeError):
 
 class Local:
     """`watch` is called with this after whatever happens: (name of the provider, kind of the frame that it was sent or
-    `work`, step)."""
+    `work`, step). `carry(to, data)`: what arrives of a frame that is sent."""
 
-    def __init__(self, coordinator: Coordinator, watch: Callable[[Local, str, str, int], None] | None = None) -> None:
-        self.coordinator, self.watch = coordinator, watch
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        watch: Callable[[Local, str, str, int], None] | None = None,
+        carry: Callable[[str, bytes], Iterable[bytes]] = lambda to, data: (data,),
+    ) -> None:
+        self.coordinator, self.watch, self.carry = coordinator, watch, carry
         self.now = 0.0
         self.providers: dict[str, Provider] = {}
         self.machines: dict[str, tuple[fleet.Provider, str]] = {}
@@ -119,12 +124,13 @@ class Local:
         """What it says reaches the broker."""
         said, provider.out = provider.out, []
         for frame in said:
-            self.coordinator.hear(provider.name, encode(frame), self.now)
+            for data in self.carry(BROKER, encode(frame)):
+                self.coordinator.hear(provider.name, data, self.now)
 
     def _deliver(self) -> bool:
         self.coordinator.tick(self.now)
         said, self.coordinator.out = self.coordinator.out, []
         for name, data in said:
             if name in self.inboxes:
-                self.inboxes[name].append(data)
+                self.inboxes[name].extend(self.carry(name, data))
         return bool(said)

@@ -6,7 +6,8 @@ labels, so that each one's loss is traced with a weight, which comes with its da
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +46,14 @@ class Batches:
     def __init__(self, loop: Loop) -> None:
         self.loop, self.objective = loop, loop.config.model.objective
         self.tokens: dict[int, int] = {}
+        lengths = getattr(loop.dataset.train, "lengths", None)
+        self.padded = lengths is not None and min(lengths) < loop.config.train.length  # then each batch has a mask
 
     def of(self, step: int) -> list[dict[str, Tensor]]:
         """Of step `step`, from 1. ValueError for one without labels."""
         batches = self.loop.micro_batches(step - 1)
+        if self.padded:
+            batches = [{"attention_mask": torch.ones_like(each["input_ids"]), **each} for each in batches]
         labels = [label_count(each, self.objective) for each in batches]
         self.tokens[step] = sum(token_count(each, self.objective) for each in batches)
         if not sum(labels):
@@ -73,6 +78,25 @@ def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, tensor in state.items():
             own[key.removeprefix(WITHIN)].copy_(tensor)
+
+
+def pins(own: Chain, layers: Sequence[int]) -> tuple[int, int]:
+    """How many operators at the beginning and at the end are the owner's: the embedding and the first `layers[0]`
+    layers, the last `layers[1]`, the head and the loss; none of them where `layers` is empty. ValueError where
+    there are no such layers."""
+    if not layers:
+        return 0, 0
+    numbers = [int(found.group(1)) if (found := _LAYER.search(block)) else None for block in own.blocks]
+    there = [each for each in numbers if each is not None]
+    count = max(there, default=-1) + 1
+    if sum(layers) >= count:
+        raise ValueError(f"task.private={list(layers)}: the model has {count} layers")
+    first = next(at for at, number in enumerate(numbers) if number == layers[0])
+    last = max(at for at, number in enumerate(numbers) if number is not None and number < count - layers[1])
+    return first, len(numbers) - 1 - last
+
+
+_LAYER = re.compile(r"\.(\d+)$")
 
 
 def machines(task: schema.Together, own: Chain, work: Workload) -> list[Provider]:
@@ -106,4 +130,5 @@ def _machine(task: schema.Together, at: int, mem_gib: float) -> Provider:
         up_mbit=task.up_mbit,
         down_mbit=task.down_mbit,
         plane=task.planes[at % len(task.planes)],
+        trusted=not task.private or at < task.trusted,
     )

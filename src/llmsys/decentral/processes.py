@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,15 +15,18 @@ from llmsys.decentral.fleet import Provider
 
 PATIENCE_S = 20.0
 """How long one dials again a broker that has died."""
-END_S = 10.0
+END_S = 3.0
 
 
 class Processes:
-    """`folder`: where what they say is kept, a file for each. Close it, or leave its block, and all are gone; if this
-    process dies their standard input ends, and so do they."""
+    """`folder`: where what they say is kept, a file for each. `emulate`: their lines are made as slow as they are said
+    to be, with `delay_ms` between any two. Close it, or leave its block, and all are gone; if this process dies their
+    standard input ends, and so do they."""
 
-    def __init__(self, folder: Path, token: str, threads: int = 1, certificate: Path | None = None) -> None:
+    def __init__(self, folder: Path, token: str, threads: int = 1, certificate: Path | None = None, *,
+                 emulate: bool = False, delay_ms: float = 0.0) -> None:  # fmt: skip
         self.folder, self.threads, self.certificate = folder, threads, certificate
+        self.emulate, self.delay_ms = emulate, delay_ms
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._token = folder / "token"
@@ -44,6 +48,7 @@ class Processes:
             words += ["--certificate", str(self.certificate)]
         for key in ("name", "plane", "tflops", "efficiency", "mem_gib", "up_mbit", "down_mbit", "region"):
             words += [f"--{key.replace('_', '-')}={getattr(machine, key)}"]
+        words += ["--capped", f"--delay-ms={self.delay_ms}"] if self.emulate else []
         if not machine.trusted:
             words.append("--untrusted")
         threads = str(self.threads)
@@ -71,17 +76,17 @@ class Processes:
         return found
 
     def close(self) -> None:
-        """Waits for those that were let go, and kills the others."""
-        for each in self.processes.values():
-            if each.stdin is not None:
-                with contextlib.suppress(OSError):
-                    each.stdin.close()
+        """Waits a moment for those that were let go, and kills the others."""
+        deadline = time.monotonic() + END_S
         for each in self.processes.values():
             try:
-                each.wait(END_S)
+                each.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 each.kill()
                 each.wait()
+            if each.stdin is not None:
+                with contextlib.suppress(OSError):
+                    each.stdin.close()
         self._token.unlink(missing_ok=True)
 
     def __enter__(self) -> Processes:

@@ -24,7 +24,7 @@ from llmsys.decentral.planes import CONSTANT, AdamW, Plane, Rules, names_of
 from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
 from llmsys.decentral.wire import Array, Frame, Malformed, decode
 
-BROKER = "broker"
+BROKER, BEAT = "broker", "beat"
 
 
 @dataclass(kw_only=True)
@@ -64,6 +64,7 @@ class Provider:
         self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
         self.said: tuple[str, int, int] | None = None
         self.stopped, self.why = False, ""
+        self.busy = False
         self.counters = Counters()
         self.out: list[Frame] = []
 
@@ -116,6 +117,8 @@ class Provider:
 
     def _plan(self, frame: Frame) -> None:
         body = frame.body
+        if frame.epoch == self.epoch:
+            return  # told before
         rules = _rules(body["rules"]) if body["stage"] is not None else None
         place = (int(body["cutting"]), int(body["stage"]["index"])) if rules else None
         old = self.here.stages.get(place) if place else None
@@ -144,6 +147,8 @@ class Provider:
         if self.live is None or frame.step != self.step + 1:
             raise ValueError(f"step {frame.step}: the last one was {self.step}")
         own = self.here.stages[self.live]
+        if own.work.step == frame.step:
+            return  # told before
         if own.lacks or own.at != self.step:
             raise ValueError(f"step {frame.step}: its state is not here")
         self.here.stages = {self.live: own}
@@ -195,6 +200,13 @@ class Provider:
 
     def work(self) -> bool:
         """One task, of what has been lost before that of a step; whether there was one."""
+        self.busy = True
+        try:
+            return self._worked()
+        finally:
+            self.busy = False
+
+    def _worked(self) -> bool:
         for place, revival in [*self.revivals.items()]:
             if self._revived(place, revival):
                 return True
@@ -232,6 +244,9 @@ class Provider:
         rules = _rules(body["rules"])
         place = (int(body["cutting"]), int(body["stage"]["index"]))
         after, until = int(body["after"]), int(body["until"])
+        there = self.here.stages.get(place)
+        if place in self.revivals or (there is not None and there.at == until and not there.lacks):
+            return  # told before
         updates = {after + 1 + at: (float(rate), float(scale)) for at, (rate, scale) in enumerate(body["updates"])}
         peers = {int(stage): str(name) for stage, name in body["peers"].items()}
         held = Held(work=self._made(frame, rules), at=after, since=after)

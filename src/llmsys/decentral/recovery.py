@@ -230,10 +230,10 @@ class Recovery:
     def guarded(self, state: State) -> bool:
         """Whether whatever stage is lost could be computed again: of some step each has a copy with somebody else than
         its owner, and all that was sent since is still there. Nobody begins a step before; alone there is nobody
-        else. Asks for copies where they are needed."""
+        else, and without `copies` nobody would keep one. Asks for copies where they are needed."""
         assert self.cutting is not None
         order, told = owners(state), self.told
-        if len(state.present) == 1 or self._common(state) is not None:
+        if len(state.present) == 1 or self.training.copies == 0 or self._common(state) is not None:
             return True
         if not told.copying:
             told.copying = True

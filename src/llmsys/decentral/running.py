@@ -20,6 +20,7 @@ from llmsys.decentral.chain import Chain
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.event_log import EventLog, last_step, read
+from llmsys.decentral.fleet import Between
 from llmsys.decentral.link import Credentials
 from llmsys.decentral.processes import Processes
 from llmsys.decentral.recovery import JobLost
@@ -75,7 +76,8 @@ class Running:
             self._started(token, own) as started,
         ):
             machines = owner.machines(task, self.chain, self.work) if started is not None else []
-            job = Job(chain=self.chain, work=self.work, least=task.providers, reserve=task.reserve)
+            pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve}
+            job = Job(chain=self.chain, work=self.work, other=Between(delay_ms=task.delay_ms), **pool)
             self.coordinator = Coordinator(job, self.training(elsewhere), log.note)
             if noted:
                 context.log.warning("going on after step %d, by %s", last_step(noted), events.name)
@@ -136,7 +138,8 @@ class Running:
                 yield nodes
         else:
             path = Path(task.certificate) if task.certificate else None
-            with Processes(context.out / "providers", token, context.threads, path) as processes:
+            lines: dict[str, Any] = {"emulate": task.emulate, "delay_ms": task.delay_ms}
+            with Processes(context.out / "providers", token, context.threads, path, **lines) as processes:
                 yield processes
 
     # --- what came of it ---

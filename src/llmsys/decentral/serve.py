@@ -22,7 +22,7 @@ class Serving:
         self, coordinator: Coordinator, token: str, committed: Callable[[int], None] = lambda step: None
     ) -> None:
         self.coordinator, self.committed = coordinator, committed
-        self.hub = Hub(token, self._joined, self._heard, self._closed, self.status)
+        self.hub = Hub(token, self._joined, self._heard, self._closed, self._alive, self.status)
         self._begun = time.monotonic() - coordinator.begun_s
         self._step = coordinator.state.step
         self._over = asyncio.Event()
@@ -66,6 +66,9 @@ class Serving:
     def _heard(self, name: str, data: bytes) -> None:
         self._guarded(lambda: self.coordinator.hear(name, data, self.now))
 
+    def _alive(self, name: str) -> None:
+        self.coordinator.beat(name, self.now, busy=True)
+
     def _closed(self, name: str) -> None:
         if not self._over.is_set():  # after it whoever was let go hangs up
             self._guarded(lambda: self.coordinator.gone(name, self.now))
@@ -83,6 +86,8 @@ class Serving:
         """What follows; and everybody is told."""
         if self._over.is_set():
             return
+        if any(not each.empty() for each in self.hub.queues.values()):
+            self.coordinator.moved_s = self.now  # a line is slow, and nothing astray
         self.coordinator.tick(self.now)
         self._send()
         for step in range(self._step + 1, self.coordinator.state.step + 1):

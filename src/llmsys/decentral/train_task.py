@@ -50,7 +50,9 @@ class _Job:
         self.loop, self.batches = ready.loop, owner.Batches(ready.loop)
         self.traced = owner.traced(self.loop.model, self.batches.of(1)[0])
         self.chain = chain(self.traced.graph)
-        work = Workload(micro_batches=own.global_batch // own.micro_batch, most=1)
+        work = Workload(
+            micro_batches=own.global_batch // own.micro_batch, most=1, private=owner.pins(self.chain, task.private)
+        )
         self.rules = Rules(
             micro_batches=work.micro_batches, optimizer=AdamW(weight_decay=own.weight_decay), seed=own.seed
         )

@@ -28,7 +28,7 @@ from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.search import Search
 from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
-from llmsys.schema.together import DecentralGenerate, DecentralTrain, Together
+from llmsys.schema.together import DecentralAttack, DecentralGenerate, DecentralTrain, Together
 from llmsys.schema.train import (
     CLOSED_FORM,
     DDP,
@@ -55,6 +55,7 @@ __all__ = [
     "Config",
     "ConvNet",
     "Data",
+    "DecentralAttack",
     "DecentralGenerate",
     "DecentralPerf",
     "DecentralPlan",
@@ -158,6 +159,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "decentral_train": DecentralTrain,
         "decentral_finetune": DecentralTrain,
         "decentral_generate": DecentralGenerate,
+        "decentral_attack": DecentralAttack,
         "bench_predict": Predict,
         "bench_calibrate": Calibrate,
     },

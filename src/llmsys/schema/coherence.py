@@ -14,7 +14,7 @@ from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
 from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.task import Ledger, Simulate
-from llmsys.schema.together import DecentralGenerate, Together
+from llmsys.schema.together import DecentralAttack, DecentralGenerate, Together
 from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
 
 if TYPE_CHECKING:
@@ -261,13 +261,13 @@ def _modules(config: Config) -> None:
 
 def _together(config: Config) -> None:
     """A traced graph of plain operators is what providers run, with the optimizer that they have."""
-    if not isinstance(config.task, Together):
-        return
     model, train = config.model, config.train
-    if isinstance(config.task, DecentralGenerate) and not (
+    if isinstance(config.task, (DecentralGenerate, DecentralAttack)) and not (
         isinstance(model, Transformer) and model.objective == "causal_lm" and config.method.kind == "full"
     ):
         raise ValueError(f"{config.task.kind}: is for causal language models with method=full, e.g. model=llama_6m")
+    if not isinstance(config.task, Together):
+        return
     for key, value, only in (
         ("engine.kind", config.engine.kind, "local"),
         ("model.quant", model.quant, "none"),

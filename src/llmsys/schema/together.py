@@ -22,6 +22,12 @@ class Together(Task):
     much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
     state are kept by others.
 
+    `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says.
+
+    `private`: layers, at the beginning and at the end, that with the embedding, the head and the loss only trusted
+    providers have, the first `trusted` of those that are started, or who says so; empty: nothing is. That is reduced
+    exposure and not privacy: see the task `decentral_attack`.
+
     `listen`: host and port; beyond loopback with `certificate` and `key`, files that
     `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
     `faults`: of those that are started, who is hit by which signal once a step is committed: `p1 SIGKILL 5`, or
@@ -36,6 +42,10 @@ class Together(Task):
     tflops: float = 0.05
     up_mbit: float = 1000.0
     down_mbit: float = 1000.0
+    delay_ms: float = 0.0
+    emulate: bool = False
+    private: list[int] = field(default_factory=list)
+    trusted: int = 2
     mem_gib: float = 0.0
     copies: int = 2
     listen: str = "127.0.0.1:0"
@@ -50,13 +60,19 @@ class Together(Task):
             one_of("task.planes", plane, RUN_PLANES)
         if not self.planes:
             raise ValueError("task.planes: empty; e.g. task.planes=[torch,onnx]")
-        for key, least in (("providers", 1), ("stages", 1), ("reserve", 0), ("copies", 0)):
+        for key, least in (("providers", 1), ("stages", 1), ("reserve", 0), ("copies", 0), ("trusted", 0)):
             at_least(f"task.{key}", getattr(self, key), least)
         if self.stages > self.providers:
             raise ValueError(f"task.stages={self.stages}: task.providers={self.providers} are fewer")
         for key in ("tflops", "up_mbit", "down_mbit"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"task.{key}={getattr(self, key)}: must be positive")
+        if not self.delay_ms >= 0:
+            raise ValueError(f"task.delay_ms={self.delay_ms}: must be 0 or more")
+        if len(self.private) not in (0, 2) or min(self.private, default=0) < 0:
+            raise ValueError(f"task.private={self.private}: must be two numbers of layers, e.g. [1,1]; empty: none")
+        if self.emulate and self.start != "process":
+            raise ValueError("task.emulate=true: is for providers that are processes: task.start=process")
         if not self.mem_gib >= 0:
             raise ValueError(f"task.mem_gib={self.mem_gib}: must be 0 or more")
         host, _, port = self.listen.rpartition(":")
@@ -109,6 +125,27 @@ class DecentralGenerate(Together):
             at_least(f"task.{key}", getattr(self, key), 1)
         if not self.temperature >= 0:
             raise ValueError(f"task.temperature={self.temperature}: must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class DecentralAttack(Task):
+    """How many tokens of the validation split are found again from what the layers `depths` are sent (none: all of
+    them), by decoders that have seen `public_tokens` of the training split; also with noise of `noises` times the
+    standard deviation. About `private_tokens` are looked for."""
+
+    kind: str = "decentral_attack"
+    depths: list[int] = field(default_factory=list)
+    noises: list[float] = field(default_factory=lambda: [1.0])
+    public_tokens: int = 20_000
+    private_tokens: int = 4_000
+
+    def __post_init__(self) -> None:
+        if min(self.depths, default=0) < 0:
+            raise ValueError(f"task.depths={self.depths}: must be 0 or more")
+        if min(self.noises, default=1) <= 0:
+            raise ValueError(f"task.noises={self.noises}: must be positive; none at all is measured anyway")
+        for key in ("public_tokens", "private_tokens"):
+            at_least(f"task.{key}", getattr(self, key), 1)
 
 
 def fault(text: str) -> tuple[str, str, int]:
