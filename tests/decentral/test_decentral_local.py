@@ -149,7 +149,7 @@ def test_when_too_few_are_left_it_waits_for_somebody_and_goes_on() -> None:
 
 def test_what_nobody_can_compute_again_is_said() -> None:
     """Both who kept a copy of a stage go with its owner, at once."""
-    local = together("llama", 4, 2, STEPS, copies=1)
+    local = together("llama", 4, 2, STEPS, copies=1, owner_keeps=False)
     while local.coordinator.state.step < 3:
         local.round()
         local.now += 0.01
@@ -160,6 +160,25 @@ def test_what_nobody_can_compute_again_is_said() -> None:
     local.join(late, TorchPlane())
     with pytest.raises(JobLost, match="are lost, and nobody has what they are computed again from"):
         local.run()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("alone", [False, True])
+def test_all_go_at_once_and_others_go_on_from_what_the_broker_keeps(every: int, alone: bool) -> None:
+    """Every stage is computed again, by those who come, from the job's own inputs; committed steps are not lost."""
+    local = together("llama", 1 if alone else 3, 1 if alone else 2, STEPS, copy_every=every)
+    while local.coordinator.state.step < 5:
+        local.round()
+        local.now += 0.01
+    for name in [*local.providers]:
+        local.kill(name)
+    for late in machines(mem_gib("llama", 1 if alone else 2), 8)[5:]:
+        local.join(late, TorchPlane())
+    local.run()
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert local.coordinator.again <= 1
+    for name, expected in trained("llama", STEPS).items():
+        assert torch.equal(unpacked(local.coordinator.trained[name]), expected), name
 
 
 @pytest.mark.parametrize(("family", "stages", "every"), [("llama", 2, 2), ("gpt2", 4, 3)])

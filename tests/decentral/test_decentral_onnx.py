@@ -166,6 +166,7 @@ def test_numbers_travel_as_they_are() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, as it is imported
 def test_compiled_torch_is_a_plane_as_well() -> None:
     ours, torchs = (one_step("llama", (name, "torch")) for name in ("torch_compiled", "torch"))
     for name, expected in torchs.items():

@@ -168,6 +168,8 @@ class Coordinator:
         elif frame.kind == "revived":
             self.recovery.revived(frame)
             self.recovery.move(self.state, self.leaving)
+        elif frame.kind == "state" and "keep" in body:
+            self.recovery.keep(frame)
         elif frame.kind == "state":
             self.recovery.gathered |= frame.tensors
         elif frame.kind == "unable":
@@ -291,8 +293,8 @@ class Coordinator:
         plan, there = self.state.plan, self.state.present
         patience_s = self.state.job.patience_s
         self.leaving = {name: at_s for name, at_s in self.leaving.items() if at_s >= now - patience_s}
-        lost = set(self.recovery.told.holds) - there - set(self.leaving)
-        keeping = {name for names in self.recovery.keepers.values() for name in names}
+        lost = set(self.recovery.told.holds) - there - set(self.leaving) - {BROKER}
+        keeping = {name for names in self.recovery.keepers.values() for name in names} - {BROKER}
         if plan is None or self.state.gone or not (lost or keeping - there):
             return
         for name in lost:
@@ -341,6 +343,7 @@ class Coordinator:
     def _begin(self) -> None:
         own = self.recovery
         own.based()
+        own.drop()
         assert own.cutting is not None
         for name in sorted(self.leaving):
             self._tell(name, "stop")

@@ -111,6 +111,7 @@ class _Generating:
             rate=lambda step: 0.0,
             exports=Exports(own.rules(), elsewhere),
             copies=self.task.copies,
+            owner_keeps=self.task.owner_keeps,
             copy_every=NEVER,
             vocabulary=own.vocabulary,
         )

@@ -50,11 +50,21 @@ class Held:
 
 @dataclass(kw_only=True)
 class Holdings:
-    """`stages`; `copies` by stage and step; `constants` of any stage, by name, as long as the job goes on."""
+    """`stages`; `copies` by stage and step; `constants` of any stage, by name, as long as the job goes on;
+    `partial`: copies of which some is here."""
 
     stages: dict[Place, Held] = field(default_factory=dict)
     copies: dict[Place, dict[int, dict[str, Array]]] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
+    partial: dict[tuple[Place, int], dict[str, Array]] = field(default_factory=dict)
+
+    def keep(self, place: Place, step: int, state: Mapping[str, Array], *, last: bool) -> bool:
+        """A piece of somebody's copy; whether it is whole now. One that is not is none."""
+        own = self.partial.setdefault((place, step), {})
+        own |= {name: each for name, each in state.items() if not name.startswith(CONSTANT)}
+        if last:
+            self.copies.setdefault(place, {})[step] = self.partial.pop((place, step))
+        return last
 
     def note(self, state: Mapping[str, Array]) -> None:
         """Keeps what of it never changes."""

@@ -125,6 +125,7 @@ class Provider:
         made = None if rules is None or (old and old.at == frame.step) else self._made(frame, rules)
         self.epoch, self.step = frame.epoch, frame.step
         self.revivals.clear()
+        self.here.partial.clear()
         for held in self.here.stages.values():
             held.work.give_up()
         self.live, self.said = place, None
@@ -316,9 +317,7 @@ class Provider:
         self.here.note(frame.tensors)
         if "keep" in body:
             place = (int(body["keep"][0]), int(body["keep"][1]))
-            kept = self.here.copies.setdefault(place, {}).setdefault(frame.step, {})
-            kept |= {name: each for name, each in frame.tensors.items() if not name.startswith(CONSTANT)}
-            if body["last"]:
+            if self.here.keep(place, frame.step, frame.tensors, last=bool(body["last"])):
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
@@ -351,7 +350,9 @@ class Provider:
         state = own.work.executor.state(each for each in names if not each.startswith(CONSTANT))
         for name in keepers:
             fixed = {}
-            if self.copied.get(name, (None,))[0] != place:  # so that it is warm if it has to take over
+            if (
+                name != BROKER and self.copied.get(name, (None,))[0] != place
+            ):  # so that it is warm if it has to take over
                 fixed = {each: self.here.constants[each] for each in names if each.startswith(CONSTANT)}
             self.copied[name] = (place, own.at)
             self._give_away({**state, **fixed}, name, own.at, {"keep": list(place)})

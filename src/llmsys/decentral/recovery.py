@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting, lost, sources
-from llmsys.decentral.holdings import Place, chunks
+from llmsys.decentral.holdings import Holdings, Place, chunks
 from llmsys.decentral.planes import CONSTANT, EXPORTERS, PARAMETER, VARIABLE, Arrays, key_of, value_of
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.stage_work import INPUT
@@ -87,6 +87,7 @@ class Recovery:
         self.every = 1
         self.updates: dict[int, Update] = {}
         self.gathered: dict[str, Array] = {}
+        self.kept = Holdings()
         self.unfit: dict[str, str] = {}  # who cannot run what is theirs to run, and why
 
     # --- a plan ---
@@ -113,14 +114,37 @@ class Recovery:
         if state.plan is None:
             return
         self.told = Told()
+        self._own_copies(state)
         order = owners(state)
         self.keepers = self.keepers_of(state)
-        self.every = self.training.copy_every or copies_every(state, self.cutting, self.training.copies)
+        self.every = self.training.copy_every or copies_every(
+            state, self.cutting, self.training.copies + self.training.owner_keeps
+        )
         for name in sorted({*state.present, *leaving}):
             index = order.index(name) if name in order else None
             self.told.plan.add(name)
             self.told.due[name] = index
         self.tell_due(state, leaving)
+
+    def _own_copies(self, state: State) -> None:
+        """What the broker itself has, as providers say what they have."""
+        self.kept.partial.clear()
+        for place, steps in self.kept.copies.items():
+            for step in steps:
+                self.told.copies.setdefault(place, {}).setdefault(step, set()).add(BROKER)
+        self.told.holds[BROKER] = {name for steps in self.kept.copies.values() for name in steps.get(state.step, ())}
+
+    def keep(self, frame: Frame) -> None:
+        """A piece of a copy that the broker keeps: the last that is left, whoever goes."""
+        place = (int(frame.body["keep"][0]), int(frame.body["keep"][1]))
+        if self.kept.keep(place, frame.step, frame.tensors, last=bool(frame.body["last"])):
+            self._copied(place, frame.step, BROKER)
+
+    def drop(self) -> None:
+        """What the broker keeps that nobody asks for any more."""
+        assert self.cutting is not None
+        self.kept.copies = {place: own for place, own in self.kept.copies.items() if place[0] == self.cutting.number}
+        self.kept.drop(self.safe)
 
     def tell_due(self, state: State, leaving: Collection[str]) -> None:
         """Of the plan, those whose stage is ready to be sent; and goes on with what waited for such a thing."""
@@ -137,7 +161,7 @@ class Recovery:
             self.move(state, leaving)
 
     def keepers_of(self, state: State) -> dict[str, list[str]]:
-        """Of each owner, who keep its copies: first those without a stage, as they are to take one over."""
+        """Of each owner, who keep its copies: first those in the pool, who may take one over; and the broker."""
         order = owners(state)
         spares = sorted(state.present - set(order))
         found = {}
@@ -145,6 +169,7 @@ class Recovery:
             turned = [*spares[at % max(1, len(spares)) :], *spares[: at % max(1, len(spares))]]
             others = [*turned, *order[at + 1 :], *order[:at]]
             found[name] = [each for each in others if each in state.present][: self.training.copies]
+            found[name] += [BROKER] if self.training.owner_keeps else []
         return found
 
     def kept_by_others(self, state: State) -> None:
@@ -215,9 +240,13 @@ class Recovery:
         told.holds[name] |= self.cuttings[place[0]].names[place[1]]
 
     def copied(self, frame: Frame) -> None:
-        """Somebody keeps a copy; perhaps that makes an older step one that nobody asks for any more."""
-        told, place = self.told, (int(frame.body["cutting"]), int(frame.body["stage"]))
-        told.copies.setdefault(place, {}).setdefault(frame.step, set()).add(frame.sender)
+        """Somebody keeps a copy."""
+        self._copied((int(frame.body["cutting"]), int(frame.body["stage"])), frame.step, frame.sender)
+
+    def _copied(self, place: Place, step: int, who: str) -> None:
+        """Perhaps that makes an older step one that nobody asks for any more."""
+        told = self.told
+        told.copies.setdefault(place, {}).setdefault(step, set()).add(who)
         if self.cutting is not None:
             places = [(self.cutting.number, at) for at in range(len(self.cutting.stages))]
             self.safe = max(self.safe, *(set.intersection(*(set(told.copies.get(each, {})) for each in places)) or {0}))
@@ -230,10 +259,10 @@ class Recovery:
     def guarded(self, state: State) -> bool:
         """Whether whatever stage is lost could be computed again: of some step each has a copy with somebody else than
         its owner, and all that was sent since is still there. Nobody begins a step before; alone there is nobody
-        else, and without `copies` nobody would keep one. Asks for copies where they are needed."""
+        else, and without copies nobody would keep one. Asks for copies where they are needed."""
         assert self.cutting is not None
         order, told = owners(state), self.told
-        if len(state.present) == 1 or self.training.copies == 0 or self._common(state) is not None:
+        if not any(self.keepers.values()) or self._common(state) is not None:
             return True
         if not told.copying:
             told.copying = True
@@ -247,7 +276,11 @@ class Recovery:
         assert self.cutting is not None
         number, told, order = self.cutting.number, self.told, owners(state)
         steps = [
-            {at for at, who in told.copies.get((number, index), {}).items() if who & state.present - {order[index]}}
+            {
+                at
+                for at, who in told.copies.get((number, index), {}).items()
+                if who & (state.present | {BROKER}) - {order[index]}
+            }
             for index in range(len(order))
         ]
         since = max((told.since.get((number, index), state.step) for index in range(len(order))), default=0)
@@ -295,7 +328,10 @@ class Recovery:
                 continue
             others = {each: names for each, names in there.items() if each != name}
             for source, names in sources(wanted, others).items():
-                self._tell(source, "give", body={"names": names, "who": name})
+                if source == BROKER:
+                    self._hand_over(name, self.kept.found(names, state.step), {})
+                else:
+                    self._tell(source, "give", body={"names": names, "who": name})
                 told.asked[name] |= set(names)
             nowhere = wanted - everything
             constants = sorted(each for each in nowhere if each.startswith(CONSTANT))
@@ -314,10 +350,16 @@ class Recovery:
     def _hand_out(self, name: str, names: Sequence[str], *, begin: bool) -> None:
         if not (names or begin):
             return
-        pieces = [*chunks({each: self.training.tensors[key_of(each, self.training.rules)] for each in names})]
-        for at, piece in enumerate(pieces):
-            last = at == len(pieces) - 1
-            self._tell(name, "state", body={"begin": begin and last, "last": last}, tensors=piece)
+        state = {each: self.training.tensors[key_of(each, self.training.rules)] for each in names}
+        self._hand_over(name, state, {"begin": begin})
+
+    def _hand_over(self, name: str, state: Arrays, body: Mapping[str, Any], step: int | None = None) -> None:
+        """In pieces; `begin` with the last of them."""
+        cut = [*chunks(state)]
+        for at, piece in enumerate(cut):
+            last = at == len(cut) - 1
+            told = {key: each for key, each in body.items() if key != "begin" or last}
+            self._tell(name, "state", step=step, body={**told, "last": last}, tensors=piece)
 
     def _revive(self, missing: Iterable[str], state: State) -> None:
         """Has the stages computed again that have these names. JobLost where no copies of them are left."""
@@ -364,8 +406,13 @@ class Recovery:
                 tensors={CONSTANT + key: self.training.tensors[key] for key in base.stages[at].constants},
             )
             if who[at] not in copies[after]:
-                copy = {"copy": [base.number, at], "who": who[at]}
-                self._tell(min(copies[after]), "give", step=after, body=copy)
+                near_by = copies[after] - {BROKER}
+                if near_by:
+                    copy = {"copy": [base.number, at], "who": who[at]}
+                    self._tell(min(near_by), "give", step=after, body=copy)
+                else:
+                    own = self.kept.copies[base.number, at][after]
+                    self._hand_over(who[at], own, {"copy": [base.number, at]}, after)
         told.reviving = who
         for at in every:
             for step in range(after + 1, until + 1):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner
+from llmsys.decentral import owner, schedule
 from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.coordinator import Coordinator
@@ -167,6 +167,11 @@ class Running:
         }
         if took:
             summary["step_ms_p50"] = statistics.median(took)
+        state = own.state
+        if state.plan is not None:
+            timing = schedule.Timing.of(state.costs, state.plan.pipelines[0])
+            spans = schedule.run(timing, self.work.schedule, self.work.micro_batches)
+            summary["predicted_step_ms"] = schedule.ends_s(spans) * 1e3
         if recovered:
             summary["recovery_s_p50"] = statistics.median(recovered)
         for name, count in sorted(own.tasks.items()):

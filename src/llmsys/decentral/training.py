@@ -16,9 +16,10 @@ from llmsys.decentral.planes import Arrays, Rules
 class Training:
     """What is trained: `graph` with `tensors` (by key) as they are in the beginning; `data` of a step, one mapping for
     each micro-batch; `steps` of it, each with its `rate`; gradients clipped to a norm of `clip` (0: not at all). Of
-    each stage's state `copies` are kept by others, of every `copy_every`-th step (0: as the lines allow, see
-    `recovery.copies_every`). `exports`: what planes are sent that run programs of their own; None: providers with such
-    planes are sent away. `vocabulary`: of what is generated (`rules.streams`)."""
+    each stage's state `copies` are kept by other providers and, with `owner_keeps`, one by the broker, of every
+    `copy_every`-th step (0: as the lines allow, see `recovery.copies_every`). `exports`: what planes are sent that run
+    programs of their own; None: providers with such planes are sent away. `vocabulary`: of what is generated
+    (`rules.streams`)."""
 
     graph: Graph
     chain: Chain
@@ -29,7 +30,8 @@ class Training:
     rate: Callable[[int], float]
     clip: float = 0.0
     exports: Exports | None = None
-    copies: int = 2
+    copies: int = 1
+    owner_keeps: bool = True
     copy_every: int = 1
     vocabulary: int = 0
 

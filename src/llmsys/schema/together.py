@@ -20,7 +20,7 @@ class Together(Task):
     the resource `provider`; none: they dial in, and the job begins when so many have come. `planes` of those that are
     started, in turn. What each says of itself: `tflops` that it reaches, `up_mbit` and `down_mbit`, `mem_gib`; 0: as
     much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
-    state are kept by others.
+    state are kept by others, and one by the owner, unless `owner_keeps` is false.
 
     `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says.
 
@@ -47,7 +47,8 @@ class Together(Task):
     private: list[int] = field(default_factory=list)
     trusted: int = 2
     mem_gib: float = 0.0
-    copies: int = 2
+    copies: int = 1
+    owner_keeps: bool = True
     listen: str = "127.0.0.1:0"
     certificate: str = ""
     key: str = ""
