@@ -105,3 +105,23 @@ def test_ray_dispatch(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert results.read(tmp_path) == [record]
     assert (record.summary["sweep/recorded"], record.summary["sweep/workers"]) == (2, 2)
     assert "overhead_s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_decentral_recovery(tmp_path: Path) -> None:
+    """It counts by itself whose losses are those of one provider alone."""
+    import decentral_recovery
+
+    record = decentral_recovery.main(["--runs", "1", "--steps", "8", "--out", str(tmp_path)])
+    assert record.summary["equal"] == record.summary["runs"] == 4
+    assert record.summary["steps_lost"] == 0
+    assert {len(record.samples[f"{name}_s"]) for name in (*decentral_recovery.SCENARIOS, "broker")} == {1}
+
+
+@pytest.mark.slow
+def test_decentral_links(tmp_path: Path) -> None:
+    import decentral_links
+
+    record = decentral_links.main(["--mbit", "8", "--steps", "3", "--out", str(tmp_path)])
+    assert record.summary["8mbit/step_ms"] >= 0.98 * record.summary["8mbit/predicted_ms"]  # a line is no faster
+    assert len(record.samples["8mbit/step_ms"]) == 2
