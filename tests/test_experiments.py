@@ -31,12 +31,14 @@ LOOKED_INTO = {
     "decentral_plan": ("micro_batches_per_s", "| stage |"),
     "decentral_3080_vs_h100": ("critical_mbit", "compression for lines not to matter"),
     "decentral_profile": ("efficiency", "ms by the fit"),
+    "decentral_attack": ("most_percent", "| layers before |"),
     "decentral_simulate_churn": ("200s/committed_steps", "mean time between failures"),
 }
+TOGETHER = ("decentral_train", "decentral_finetune", "decentral_generate")
 TRAINED = [
     pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
     for exp in EXPERIMENTS
-    if exp not in ("lorafa_ledger", "compress_simulate", "bench_advise", *MEASURED, *LOOKED_INTO)
+    if exp not in ("lorafa_ledger", "compress_simulate", "bench_advise", *MEASURED, *LOOKED_INTO, *TOGETHER)
 ]
 ON_CUDA = ("peak_gib", "reserved_gib")
 CLASSES = ("accuracy", "accuracy_se", "macro_f1")
@@ -101,6 +103,15 @@ def test_modules_and_operators_leave_their_tables(exp: str, results: Path) -> No
     assert record.summary[key] > 0
     if line:
         assert line in (Path(made.out) / record.files["tables"]).read_text()
+
+
+@pytest.mark.parametrize("exp", TOGETHER)
+def test_jobs_over_processes_leave_what_they_made(exp: str, smoke_run: Run) -> None:
+    made, record = smoke_run(exp)
+    assert record.status == "ok", record.error
+    assert record.summary["tokens_per_s"] > 0
+    assert (record.summary["steps_lost"], record.summary["lost"], record.summary["plans"]) == (0, 0, 1)
+    assert {(Path(made.out) / name).exists() for name in record.files.values()} == {True}
 
 
 def test_the_ledger_leaves_its_tables(results: Path) -> None:

@@ -245,11 +245,13 @@ class Provider:
         rules = _rules(body["rules"])
         place = (int(body["cutting"]), int(body["stage"]["index"]))
         after, until = int(body["after"]), int(body["until"])
-        there = self.here.stages.get(place)
-        if place in self.revivals or (there is not None and there.at == until and not there.lacks):
-            return  # told before
-        updates = {after + 1 + at: (float(rate), float(scale)) for at, (rate, scale) in enumerate(body["updates"])}
         peers = {int(stage): str(name) for stage, name in body["peers"].items()}
+        there, now = self.here.stages.get(place), self.revivals.get(place)
+        if now is not None and (now.held.since, now.until, now.peers) == (after, until, peers):
+            return  # told before
+        if there is not None and there.at == until and there.since <= after and not there.lacks:
+            return  # and it is done
+        updates = {after + 1 + at: (float(rate), float(scale)) for at, (rate, scale) in enumerate(body["updates"])}
         held = Held(work=self._made(frame, rules), at=after, since=after)
         self.revivals[place] = Revival(held=held, until=until, updates=updates, peers=peers)
         if after in self.here.copies.get(place, {}):

@@ -144,7 +144,14 @@ class Recovery:
         """What the broker keeps that nobody asks for any more."""
         assert self.cutting is not None
         self.kept.copies = {place: own for place, own in self.kept.copies.items() if place[0] == self.cutting.number}
-        self.kept.drop(self.safe)
+        if own := self._kept_here():
+            self.kept.drop(max(own))
+
+    def _kept_here(self) -> set[int]:
+        """Steps of which the broker itself has all stages, as the model is cut now."""
+        assert self.cutting is not None
+        places = [(self.cutting.number, at) for at in range(len(self.cutting.stages))]
+        return set.intersection(*(set(self.kept.copies.get(place, {})) for place in places))
 
     def tell_due(self, state: State, leaving: Collection[str]) -> None:
         """Of the plan, those whose stage is ready to be sent; and goes on with what waited for such a thing."""
@@ -259,10 +266,12 @@ class Recovery:
     def guarded(self, state: State) -> bool:
         """Whether whatever stage is lost could be computed again: of some step each has a copy with somebody else than
         its owner, and all that was sent since is still there. Nobody begins a step before; alone there is nobody
-        else, and without copies nobody would keep one. Asks for copies where they are needed."""
+        else, and without copies nobody would keep one. The broker has one of each before, too, where it keeps any, so
+        that all may go. Asks for copies where they are needed."""
         assert self.cutting is not None
         order, told = owners(state), self.told
-        if not any(self.keepers.values()) or self._common(state) is not None:
+        last_left = not self.training.owner_keeps or bool(self._kept_here())
+        if not any(self.keepers.values()) or (last_left and self._common(state) is not None):
             return True
         if not told.copying:
             told.copying = True
@@ -368,23 +377,13 @@ class Recovery:
         wanted = [at for at in lost(base, missing) if at not in told.reviving]
         if not wanted:
             return
-        every = sorted({*wanted, *told.reviving})
-        kept = [
-            {step: who & set(told.holds) for step, who in told.copies.get((base.number, at), {}).items()}
-            for at in every
-        ]
-        common = set.intersection(*({step for step, who in each.items() if who} for each in kept))
-        near = {other for at in every for other in self._neighbours(base, at)} - set(every)
-        begun = max((told.since.get((base.number, other), until + 1) for other in near), default=0)
-        if not any(step >= begun for step in common):
-            raise JobLost(f"step {until}: stages {every} are lost, and nobody has what they are computed again from")
-        after = max(common)
+        every, kept, after = self._from_where(base, {*wanted, *told.reviving}, until)
         who = {at: self._reviver(base, at, state) for at in every}
         given = {at: self._given(who[at], base, at, state) for at in every}
         if None in given.values():
             told.waiting = True
             return
-        for at, copies in zip(every, kept, strict=True):
+        for at in every:
             self._tell(
                 who[at],
                 "revive",
@@ -405,8 +404,8 @@ class Recovery:
                 body={"copy": [base.number, at], "last": True},
                 tensors={CONSTANT + key: self.training.tensors[key] for key in base.stages[at].constants},
             )
-            if who[at] not in copies[after]:
-                near_by = copies[after] - {BROKER}
+            if who[at] not in kept[at][after]:
+                near_by = kept[at][after] - {BROKER}
                 if near_by:
                     copy = {"copy": [base.number, at], "who": who[at]}
                     self._tell(min(near_by), "give", step=after, body=copy)
@@ -427,6 +426,34 @@ class Recovery:
                     "until": until,
                 }
                 self._tell(told.stages[base.number, other], "resend", body=body)
+
+    def _from_where(
+        self, base: Cutting, lost: Collection[int], until: int
+    ) -> tuple[list[int], dict[int, dict[int, set[str]]], int]:
+        """Which stages to compute again, who keeps copies of them, by step, and the step from which all of them begin.
+        A neighbour that has its state from elsewhere, and not what it has sent since that step, is one of them.
+        JobLost where there is no such step."""
+        told, every = self.told, set(lost)
+        while True:
+            kept = {
+                at: {
+                    step: there
+                    for step, who in told.copies.get((base.number, at), {}).items()
+                    if (there := who & set(told.holds))
+                }
+                for at in sorted(every)
+            }
+            common = set.intersection(*(set(each) for each in kept.values()))
+            if not common:
+                raise JobLost(
+                    f"step {until}: stages {sorted(every)} are lost, and nobody has what they are computed again from"
+                )
+            after = max(common)
+            near = {other for at in every for other in self._neighbours(base, at)} - every
+            late = {other for other in near if told.since.get((base.number, other), until + 1) > after}
+            if not late:
+                return sorted(every), kept, after
+            every |= late
 
     def _reviver(self, base: Cutting, at: int, state: State) -> str:
         """The owner that has most use for what a stage had."""

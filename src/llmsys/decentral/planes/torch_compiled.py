@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsys.decentral.cut import Stage
-from llmsys.decentral.graph import Graph
+from llmsys.decentral.graph import Graph, Value
 from llmsys.decentral.planes import Arrays, Rules
 from llmsys.decentral.planes.joint import (
     BACK,
@@ -62,8 +62,17 @@ class Compiled:
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
-            found = self._call(*(given[name].detach() for name in self.function.takes))
+            found = self._call(*(_laid_out(given[name], self.function.values[name]) for name in self.function.takes))
         return dict(zip(self.function.gives, found, strict=True))
+
+
+def _laid_out(tensor: Tensor, value: Value) -> Tensor:
+    """As it was traced: a compiled forward pass may give what it keeps in another order, of which backward makes views
+    that are none."""
+    tensor = tensor.detach()
+    if tuple(tensor.stride()) == value.strides:
+        return tensor
+    return tensor.new_empty_strided(value.shape, value.strides).copy_(tensor)
 
 
 class CompiledRun(Run):
