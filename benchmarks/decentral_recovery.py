@@ -119,8 +119,8 @@ def show(record: Record) -> str:
     lines += [
         "",
         f"A step takes {s['step_ms']:.0f} ms. Runs: {s['runs']:.0f}, of which {s['equal']:.0f} have the losses of one "
-        f"provider alone, bit for bit; steps lost: {s['steps_lost']:.0f}; attempts of a step given up in a run: "
-        f"{s['most_again']:.0f} at most.",
+        f"provider alone, bit for bit; committed steps with another loss: {s['steps_lost']:.0f}; attempts of a step "
+        f"given up in a run: {s['most_again']:.0f} at most.",
     ]
     return "\n".join(lines)
 
@@ -151,7 +151,9 @@ def main(given: Sequence[str]) -> Record:
     summary |= {
         "runs": len(made),
         "equal": sum(each["samples"]["loss"] == alone for each in made),
-        "steps_lost": sum(each["summary"]["steps_lost"] for each in made),
+        "steps_lost": sum(
+            ours != own for each in made for ours, own in zip(each["samples"]["loss"], alone, strict=True)
+        ),
         "most_again": max(each["summary"]["steps_again"] for each in made),
     }
     config = {"runs": asked.runs, "steps": steps, "model": list(MODEL), "scenarios": SCENARIOS}

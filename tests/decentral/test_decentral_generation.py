@@ -54,6 +54,7 @@ def together(
         exports=Exports(own.rules()),
         copy_every=10**9,
         vocabulary=64,
+        rows=ROWS,
     )
     local = Local(Coordinator(Job(chain=training.chain, work=work), training), watch)
     own.updates = local.coordinator.updates
@@ -131,7 +132,7 @@ def test_what_cannot_be_generated_is_refused() -> None:
 def test_tokens_that_are_none_are_not_believed() -> None:
     own = together(("torch",), 1, generation()).coordinator.training
     assert own.checked([[1, 2], [3, 4], [5, 63]]) == ((1, 2), (3, 4), (5, 63))
-    for wrong in ([[1, 2], [3, 4]], [[1, 2], [3, 4], [5, 64]], [[1, 2], [3, 4], [5, True]]):
+    for wrong in ([[1, 2], [3, 4]], [[1], [3, 4], [5, 6]], [[1, 2], [3, 4], [5, 64]], [[1, 2], [3, 4], [5, True]]):
         with pytest.raises(ValueError, match="results"):
             own.checked(wrong)
     assert Update(rate=0.0, scale=1.0, tokens=((1,),)).tokens == ((1,),)

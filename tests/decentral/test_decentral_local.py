@@ -4,6 +4,7 @@ no committed step is lost, and of each that was under way at most one attempt.""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ from decentral_running import Astray, Storm, job, losses, machines, mem_gib, tog
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import EventLog, read
 from llmsys.decentral.events import Committed
+from llmsys.decentral.holdings import Holdings
 from llmsys.decentral.local import Local, Stalled
-from llmsys.decentral.planes.layout import unpacked
+from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch_stage import TorchPlane
+from llmsys.decentral.provider import BROKER
 from llmsys.decentral.recovery import JobLost
+from llmsys.decentral.wire import Frame, Malformed, encode, header
+from llmsys.errors import NotANumber
 from rank_pool import briefly
 
 STEPS = 6
@@ -179,6 +184,86 @@ def test_all_go_at_once_and_others_go_on_from_what_the_broker_keeps(every: int, 
     assert local.coordinator.again <= 1
     for name, expected in trained("llama", STEPS).items():
         assert torch.equal(unpacked(local.coordinator.trained[name]), expected), name
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_brokers_copies_serve_where_they_are_older_than_what_neighbours_kept(every: int) -> None:
+    """Its line is so thin that no copy after step 2 is there yet, while another's has let all drop what they had sent;
+    then an owner and that other go at once. All stages begin again from step 2."""
+    local = together("llama", 5, 2, STEPS, copy_every=every)
+
+    def carry(to: str, data: bytes) -> list[bytes]:
+        head = header(data)
+        late = head["to"] == BROKER and head["kind"] == "state" and "keep" in head["body"] and head["step"] > 2
+        return [] if late else [data]
+
+    local.carry = carry
+    while local.coordinator.state.step < 5:
+        local.round()
+        local.now += 0.01
+    owner = local.coordinator.owners[0]
+    assert local.coordinator.recovery.safe > 2
+    for name in {owner, *local.coordinator.recovery.keepers[owner]} - {BROKER}:
+        local.kill(name)
+    local.run()
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert local.coordinator.astray == 0
+
+
+def test_a_copy_of_which_a_piece_is_missing_is_none() -> None:
+    made, state = Holdings(), {"p/a": packed(torch.ones(2)), "c/b": packed(torch.zeros(1))}
+    assert not made.keep((1, 0), 3, {"p/z": state["p/a"]}, piece=1, of=2)
+    assert not made.copies
+    assert made.keep((1, 0), 3, state, piece=0, of=2)
+    assert set(made.copies[1, 0][3]) == {"p/a", "p/z"}
+
+
+def test_a_loss_that_is_no_number_ends_the_job_before_it_is_applied() -> None:
+    local = together("llama", 2, 2, STEPS, rate=lambda step: 1e30)
+    with pytest.raises(NotANumber, match="step 2: a loss or a gradient is NaN or infinite"):
+        local.run()
+    assert local.coordinator.state.step == 1
+
+
+HOSTILE = [
+    ("prepared", {"squares": {}, "results": [1.0]}),
+    ("prepared", {"squares": {"x": 1.0}, "results": []}),
+    ("prepared", {"squares": {"lm_head": -1e300}, "results": []}),
+    ("prepared", {"squares": {"x": 10**400}, "results": []}),
+    ("copied", {"cutting": 1, "stage": 0}),
+    ("copied", {"cutting": 10**400, "stage": 0}),
+    ("state", {"keep": [1, 0], "piece": 0, "of": 1}),
+    ("state", {}),
+    ("have", {"stages": [[1]], "copies": 3, "constants": []}),
+    ("revived", {"cutting": 9, "stage": 9, "since": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), HOSTILE)
+@pytest.mark.parametrize("who", ["owner", "spare"])
+def test_nothing_that_a_provider_says_ends_the_job_or_changes_the_model(
+    kind: str, body: dict[str, object], who: str
+) -> None:
+    local = together("llama", 4, 2, STEPS)
+    local.coordinator.state = local.coordinator.state.with_(job=dataclasses.replace(job("llama"), reserve=1))
+    while local.coordinator.state.step < 2:
+        local.round()
+        local.now += 0.01
+    own = local.coordinator
+    name = own.owners[0] if who == "owner" else next(iter(own.state.present - set(own.owners)))
+    step = 2**50 if kind == "copied" or "keep" in body else own.state.step
+    tensors = {"p/model.norm.weight": packed(torch.ones(7))} if kind == "state" else {}
+    frame = Frame(kind=kind, epoch=own.state.epoch, step=step, sender=name, to=BROKER, body=body, tensors=tensors)
+    own.hear(name, encode(frame), local.now)
+    local.run()
+    assert own.counters["refused"] >= 1
+    assert losses(local) == undisturbed("llama", STEPS)
+
+
+def test_a_frame_with_numbers_that_json_does_not_have_is_none() -> None:
+    data = encode(Frame(kind="ahead", body={"cutting": float("inf")}))
+    with pytest.raises(Malformed):
+        header(data)
 
 
 @pytest.mark.parametrize(("family", "stages", "every"), [("llama", 2, 2), ("gpt2", 4, 3)])

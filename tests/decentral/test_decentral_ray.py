@@ -76,7 +76,7 @@ def test_a_broker_that_is_killed_goes_on_by_the_same_command(
     assert started(cluster, results).wait(120) == 0
     made = record(results)
     assert made["samples"]["loss"] == quiet
-    assert made["summary"]["steps_lost"] == 0
+    assert made["summary"]["steps"] == 30
     assert made["summary"]["joined"] == 4  # all by the broker that died
     (log,) = results.glob("*/*/log.txt")
     assert "going on after step" in log.read_text()

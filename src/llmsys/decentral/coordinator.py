@@ -24,6 +24,7 @@ from llmsys.decentral.recovery import Recovery, owners
 from llmsys.decentral.stage_work import INPUT, KINDS
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
+from llmsys.errors import NotANumber
 
 RELAYED = frozenset({*KINDS, "state"} - {INPUT})
 """What providers say to each other."""
@@ -37,9 +38,17 @@ BACK_S = 10.0
 
 
 class Coordinator:
-    """`note` is called with each event, and what goes with it, before anybody is told."""
+    """`note` is called with each event, and what goes with it, before anybody is told. `trusted`: who is, as the owner
+    says; None: as they say themselves."""
 
-    def __init__(self, job: broker.Job, training: Training, note: Note = lambda event, more: None) -> None:
+    def __init__(
+        self,
+        job: broker.Job,
+        training: Training,
+        note: Note = lambda event, more: None,
+        trusted: frozenset[str] | None = None,
+    ) -> None:
+        self.trusted = trusted
         self.training, self.note = training, note
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
@@ -62,7 +71,7 @@ class Coordinator:
     def rebuild(self, noted: Iterable[tuple[Event, Mapping[str, Any]]], now: float) -> None:
         """As the broker was that noted these, whose clock is now at `now`. Its providers are to dial again; those that
         do not are lost."""
-        self.begun_s = now
+        self.begun_s = self.moved_s = now
         for event, more in noted:
             if isinstance(event, Joined):
                 self.lives[event.provider.name] = str(more["life"])
@@ -88,10 +97,13 @@ class Coordinator:
 
     def join(self, provider: Provider, life: str, now: float) -> None:
         """A provider that has come, has begun anew, or is back from before the broker was rebuilt."""
+        if self.trusted is not None:
+            provider = dataclasses.replace(provider, trusted=provider.name in self.trusted)
         awaited = self.awaited or set()
         back = provider.name in awaited and self.lives[provider.name] == life
         awaited.discard(provider.name)
         self.leaving.pop(provider.name, None)
+        self.asked.discard(provider.name)
         self.connected[provider.name] = provider
         if not back:
             self.lives[provider.name] = life
@@ -100,6 +112,7 @@ class Coordinator:
     def gone(self, name: str, now: float) -> None:
         """Somebody's connection is closed, and will not come back."""
         self.connected.pop(name, None)
+        self.asked.discard(name)
         if name in self.state.present:
             self._event(Lost(at_s=now, name=name))
         self.leaving.pop(name, None)
@@ -107,6 +120,11 @@ class Coordinator:
     def dismiss(self, name: str) -> None:
         """There is nothing left to do."""
         self._tell(name, "stop")
+
+    def paused(self, now: float) -> None:
+        """The broker itself was away for a while: whoever was there then has not been silent."""
+        self.state = broker.apply(self.state, Beat(at_s=now, names=self.state.present - (self.awaited or set())))
+        self.moved_s = now
 
     def beat(self, name: str, now: float, *, busy: bool = False) -> None:
         """A sign of life of somebody who has something to do, or has not."""
@@ -148,7 +166,7 @@ class Coordinator:
         else:
             try:
                 self._said(frame, now)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
                 self.counters["refused"] += 1
                 self.refusals.append(f"{sender}: {frame.kind}: {type(error).__name__}: {error}")
 
@@ -161,7 +179,7 @@ class Coordinator:
             self.out.append((head["to"], data))
 
     def _said(self, frame: Frame, now: float) -> None:
-        body, name, told = frame.body, frame.sender, self.recovery.told
+        body, name = frame.body, frame.sender
         if frame.kind == "have":
             self.recovery.have(frame)
             self.recovery.move(self.state, self.leaving)
@@ -169,20 +187,18 @@ class Coordinator:
             self.recovery.revived(frame)
             self.recovery.move(self.state, self.leaving)
         elif frame.kind == "state" and "keep" in body:
-            self.recovery.keep(frame)
+            self.recovery.keep(frame, self.state)
         elif frame.kind == "state":
-            self.recovery.gathered |= frame.tensors
+            self.recovery.collect(frame, self.state)
         elif frame.kind == "unable":
             self.recovery.unfit[name] = str(body["why"])[:500]
         elif frame.kind == "copied":
-            self.recovery.copied(frame)
+            self.recovery.copied(frame, self.state)
         elif frame.kind == "held":
             self.recovery.held(frame, self.state)
             self._event(Held(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         elif frame.kind == "prepared":
-            told.squares |= {str(key): float(value) for key, value in body["squares"].items()}
-            if body["results"]:
-                told.results = self.training.checked(body["results"])
+            self.recovery.prepared(frame, self.state)
             self._event(Prepared(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         else:
             raise ValueError(f"{frame.kind}: no such frame")
@@ -280,6 +296,7 @@ class Coordinator:
 
     def _again(self, now: float, plan: Plan) -> None:
         """The same plan, in a new epoch: all say anew what they have."""
+        self.moved_s = now
         spares = tuple(p for p in plan.spares if p not in self.state.absent)
         same = dataclasses.replace(plan, spares=spares)
         before = self.state
@@ -360,6 +377,9 @@ class Coordinator:
         """By the norm of all gradients, whoever has them."""
         told, clip = self.recovery.told, self.training.clip
         norm = math.sqrt(sum(told.squares[key] for key in sorted(told.squares)))
+        losses = () if self.training.rules.streams else told.results
+        if not all(map(math.isfinite, (norm, *losses))):
+            raise NotANumber(f"step {step}: a loss or a gradient is NaN or infinite")
         scale = clip / norm if clip and norm > clip else 1.0
         results = {"tokens" if self.training.rules.streams else "losses": told.results}
         return Update(rate=self.training.rate(step), scale=scale, **results)

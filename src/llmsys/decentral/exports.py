@@ -27,9 +27,12 @@ class Exports:
         module, _, name = EXPORTERS[plane].partition(":")
 
         def make() -> Arrays:
-            made: Arrays = getattr(importlib.import_module(module), name)(
-                cutting.parts[index], cutting.stages[index], self.rules
-            )
+            try:
+                made: Arrays = getattr(importlib.import_module(module), name)(
+                    cutting.parts[index], cutting.stages[index], self.rules
+                )
+            except Exception as error:  # torch's exporter raises many kinds; none of them is the job's end
+                raise ValueError(f"{type(error).__name__}: {error}"[:300]) from error
             return made
 
         if self.executor is not None:

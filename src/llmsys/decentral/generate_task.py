@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmsys import schema
 from llmsys.decentral import owner
 from llmsys.decentral.chain import chain
+from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.decode import trace_decoder
 from llmsys.decentral.exports import Exports
@@ -97,7 +98,7 @@ class _Generating:
         self.chain = chain(self.traced.graph)
         pinned = owner.pins(self.chain, task.private)
         work = Workload(train=False, micro_batches=task.streams, most=1, private=pinned)
-        self.running = Running(task, context, self.chain, work, self.training, self.committed)
+        self.running = Running(task, context, self.chain, work, self.training, self.committed, self.bound)
 
     def training(self, elsewhere: Executor) -> Training:
         own = self.generation
@@ -114,10 +115,13 @@ class _Generating:
             owner_keeps=self.task.owner_keeps,
             copy_every=NEVER,
             vocabulary=own.vocabulary,
+            rows=self.task.rows,
         )
 
+    def bound(self, coordinator: Coordinator) -> None:
+        self.generation.updates = coordinator.updates
+
     def committed(self, step: int) -> None:
-        self.generation.updates = self.running.coordinator.updates
         self.context.beat(step=step, steps=self.generation.steps)
 
     def record(self, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -51,20 +51,24 @@ class Held:
 @dataclass(kw_only=True)
 class Holdings:
     """`stages`; `copies` by stage and step; `constants` of any stage, by name, as long as the job goes on;
-    `partial`: copies of which some is here."""
+    `partial`: copies of which some is here, by piece."""
 
     stages: dict[Place, Held] = field(default_factory=dict)
     copies: dict[Place, dict[int, dict[str, Array]]] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
-    partial: dict[tuple[Place, int], dict[str, Array]] = field(default_factory=dict)
+    partial: dict[tuple[Place, int], dict[int, dict[str, Array]]] = field(default_factory=dict)
 
-    def keep(self, place: Place, step: int, state: Mapping[str, Array], *, last: bool) -> bool:
-        """A piece of somebody's copy; whether it is whole now. One that is not is none."""
+    def keep(self, place: Place, step: int, state: Mapping[str, Array], *, piece: int, of: int) -> bool:
+        """A piece of somebody's copy, one of so many; whether it is whole now. One that is not is none."""
         own = self.partial.setdefault((place, step), {})
-        own |= {name: each for name, each in state.items() if not name.startswith(CONSTANT)}
-        if last:
-            self.copies.setdefault(place, {})[step] = self.partial.pop((place, step))
-        return last
+        own[piece] = {name: each for name, each in state.items() if not name.startswith(CONSTANT)}
+        whole = set(own) == set(range(of))
+        if whole:
+            del self.partial[place, step]
+            self.copies.setdefault(place, {})[step] = {
+                name: each for part in own.values() for name, each in part.items()
+            }
+        return whole
 
     def note(self, state: Mapping[str, Array]) -> None:
         """Keeps what of it never changes."""
@@ -103,6 +107,7 @@ class Holdings:
         """What is older is asked for no more: what was sent up to this step, and copies of earlier ones."""
         for held in self.stages.values():
             held.work.drop(before)
+            held.since = max(held.since, before)
         left = {p: {at: each for at, each in steps.items() if at >= before} for p, steps in self.copies.items()}
         self.copies = {place: steps for place, steps in left.items() if steps}
 

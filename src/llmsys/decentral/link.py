@@ -24,6 +24,7 @@ import grpc
 
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, pieces, until
+from llmsys.decentral.planes import PLANES
 from llmsys.decentral.provider import BEAT, BROKER, Provider
 from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
 
@@ -184,8 +185,11 @@ def hello_of(data: bytes) -> tuple[Machine, str]:
     life = given.pop("life", "")
     try:
         machine = Machine(**given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise Malformed(str(error)) from None
+    texts = all(isinstance(each, str) for each in (machine.name, machine.region, machine.plane))
+    if not texts or machine.plane not in PLANES or type(machine.trusted) is not bool:
+        raise Malformed(f"provider {machine.name}: a plane or a region that is none")
     if machine.name != frame.sender or machine.name == BROKER or not isinstance(life, str):
         raise Malformed(f"provider {machine.name}: is not who it says")
     return machine, life
@@ -290,7 +294,7 @@ class Line:
             carrying.cancel()
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        """All that is said; signs of life between any two pieces, where they are due."""
+        """All that is said, and a sign of life where nothing is: a piece is one, too."""
         for piece in pieces(hello(self.machine, self.life)):
             yield piece
         due = time.monotonic() + BEAT_S

@@ -1,4 +1,4 @@
-"""Frames in pieces, so that a sign of life never waits behind a frame of a minute; and lines that are as slow as told.
+"""Frames in pieces, each a sign of life, where a frame may take a minute; and lines that are as slow as told.
 
 0 | bytes     a piece that others follow
 1 | bytes     the last, or only, piece of a frame

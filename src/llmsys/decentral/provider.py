@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,7 @@ class Provider:
         self.keepers: tuple[str, ...] = ()
         self.every = 1
         self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
+        self.sent: dict[str, tuple[int, Place, int]] = {}  # the same, and in which epoch
         self.said: tuple[str, int, int] | None = None
         self.stopped, self.why = False, ""
         self.busy = False
@@ -104,14 +106,18 @@ class Provider:
                 orders[frame.kind](frame)
             else:
                 raise ValueError(f"{frame.kind[:40]}: no such frame")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:  # noqa: BLE001  whatever somebody sends, or a plane's framework raises
             self.counters.refused += 1
             why = f"{frame.kind}: {type(error).__name__}: {error}"
             self.counters.refusals.append(why)
             if frame.sender == BROKER and frame.kind in ("plan", "revive"):  # or all would wait for it
-                said = self._frame("unable", BROKER, frame.step, {"why": why}, {})
-                self.out.append(dataclasses.replace(said, epoch=frame.epoch))
+                self._unable(why, frame.epoch)
         self._settle()
+
+    def _unable(self, why: str, epoch: int) -> None:
+        """It cannot do what is its own to do: others have to."""
+        said = self._frame("unable", BROKER, self.step, {"why": why[:500]}, {})
+        self.out.append(dataclasses.replace(said, epoch=epoch))
 
     # --- plans ---
 
@@ -195,7 +201,12 @@ class Provider:
         if place in self.revivals:
             self.revivals[place].held.work.put(sent)
         elif place == self.live:
-            self.here.stages[place].work.put(sent)
+            own = self.here.stages[place]
+            if not own.at <= frame.step <= own.at + 2:
+                raise ValueError(f"{frame.kind}: step {frame.step}: it is at {own.at}")
+            if frame.sender not in (BROKER, *self.peers.values()):
+                raise ValueError(f"{frame.kind}: {frame.sender} has no stage")
+            own.work.put(sent)
         else:
             raise ValueError(f"{frame.kind}: stage {place} is not here")
 
@@ -204,6 +215,11 @@ class Provider:
         self.busy = True
         try:
             return self._worked()
+        except Exception as error:  # noqa: BLE001  its plane's framework may raise anything
+            self.live = None
+            self.revivals.clear()
+            self._unable(f"{type(error).__name__}: {error}", self.epoch)
+            return True
         finally:
             self.busy = False
 
@@ -221,7 +237,8 @@ class Provider:
         self._send(self.live, sent, self.peers)
         if own.work.computed:
             done = own.work.done()
-            body = {"squares": dict(done.squares), "results": list(done.results)}
+            squares = {key: _plain(value) for key, value in done.squares.items()}
+            body = {"squares": squares, "results": [_plain(each) for each in done.results]}
             self._say("prepared", step=done.step, body=body)
         return True
 
@@ -310,8 +327,8 @@ class Provider:
     def _give_away(self, state: Mapping[str, Array], to: str, step: int, body: Mapping[str, Any]) -> None:
         pieces = [*chunks(state)]
         for at, piece in enumerate(pieces):
-            last = at == len(pieces) - 1
-            self.out.append(self._frame("state", to, step, {**body, "last": last}, piece))
+            place = {"piece": at, "of": len(pieces)}
+            self.out.append(self._frame("state", to, step, {**body, **place}, piece))
 
     def _state(self, frame: Frame) -> None:
         """State that was asked for; or somebody's copy to keep."""
@@ -319,7 +336,7 @@ class Provider:
         self.here.note(frame.tensors)
         if "keep" in body:
             place = (int(body["keep"][0]), int(body["keep"][1]))
-            if self.here.keep(place, frame.step, frame.tensors, last=bool(body["last"])):
+            if self.here.keep(place, frame.step, frame.tensors, piece=int(body["piece"]), of=int(body["of"])):
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
@@ -356,7 +373,7 @@ class Provider:
                 name != BROKER and self.copied.get(name, (None,))[0] != place
             ):  # so that it is warm if it has to take over
                 fixed = {each: self.here.constants[each] for each in names if each.startswith(CONSTANT)}
-            self.copied[name] = (place, own.at)
+            self.copied[name], self.sent[name] = (place, own.at), (self.epoch, place, own.at)
             self._give_away({**state, **fixed}, name, own.at, {"keep": list(place)})
 
     def _kept_by(self, frame: Frame) -> None:
@@ -366,7 +383,9 @@ class Provider:
     def _asked_to_copy(self, frame: Frame) -> None:
         if self.live is None or self.here.stages[self.live].lacks:
             raise ValueError("copy: it has nothing to copy")
-        self._copy(self.live, self.here.stages[self.live], self.keepers)
+        own = self.here.stages[self.live]
+        due = [name for name in self.keepers if self.sent.get(name) != (self.epoch, self.live, own.at)]
+        self._copy(self.live, own, due)
 
     # --- what goes ---
 
@@ -397,6 +416,11 @@ class Provider:
             body=body,
             tensors=tensors,
         )
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rules(data: Mapping[str, Any]) -> Rules:

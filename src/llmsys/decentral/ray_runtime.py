@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from llmsys.decentral.fleet import Provider
+from llmsys.decentral.recovery import JobLost
 
 RESOURCE = "provider"
 PATIENCE_S = 60.0
@@ -131,5 +132,8 @@ class Nodes:
     def __enter__(self) -> Nodes:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Of a broker that did not end as it should they are left, for one that is started again."""
+        if kind is not None and not issubclass(kind, JobLost):
+            self.actors.clear()
         self.close()

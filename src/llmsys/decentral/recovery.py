@@ -134,10 +134,13 @@ class Recovery:
                 self.told.copies.setdefault(place, {}).setdefault(step, set()).add(BROKER)
         self.told.holds[BROKER] = {name for steps in self.kept.copies.values() for name in steps.get(state.step, ())}
 
-    def keep(self, frame: Frame) -> None:
-        """A piece of a copy that the broker keeps: the last that is left, whoever goes."""
+    def keep(self, frame: Frame, state: State) -> None:
+        """A piece of a copy that the broker keeps: the last that is left, whoever goes. ValueError where it is not from
+        the stage's owner, or of a step that is none."""
         place = (int(frame.body["keep"][0]), int(frame.body["keep"][1]))
-        if self.kept.keep(place, frame.step, frame.tensors, last=bool(frame.body["last"])):
+        self._theirs(place, frame, state, [frame.sender])
+        piece, of = int(frame.body["piece"]), int(frame.body["of"])
+        if self.kept.keep(place, frame.step, frame.tensors, piece=piece, of=of):
             self._copied(place, frame.step, BROKER)
 
     def drop(self) -> None:
@@ -146,6 +149,7 @@ class Recovery:
         self.kept.copies = {place: own for place, own in self.kept.copies.items() if place[0] == self.cutting.number}
         if own := self._kept_here():
             self.kept.drop(max(own))
+        self.told.since = {place: max(since, self.safe) for place, since in self.told.since.items()}
 
     def _kept_here(self) -> set[int]:
         """Steps of which the broker itself has all stages, as the model is cut now."""
@@ -175,6 +179,8 @@ class Recovery:
         for at, name in enumerate(order):
             turned = [*spares[at % max(1, len(spares)) :], *spares[: at % max(1, len(spares))]]
             others = [*turned, *order[at + 1 :], *order[:at]]
+            if self._private(self.cutting, at, state):
+                others = [each for each in others if self._trusted(each, state)]
             found[name] = [each for each in others if each in state.present][: self.training.copies]
             found[name] += [BROKER] if self.training.owner_keeps else []
         return found
@@ -246,9 +252,18 @@ class Recovery:
         told.stages[place], told.since[place] = name, int(body["since"])
         told.holds[name] |= self.cuttings[place[0]].names[place[1]]
 
-    def copied(self, frame: Frame) -> None:
-        """Somebody keeps a copy."""
-        self._copied((int(frame.body["cutting"]), int(frame.body["stage"])), frame.step, frame.sender)
+    def copied(self, frame: Frame, state: State) -> None:
+        """Somebody keeps a copy. ValueError where it is not theirs to keep, or of a step that is none."""
+        place = (int(frame.body["cutting"]), int(frame.body["stage"]))
+        self._theirs(place, frame, state, [name for name, keep in self.keepers.items() if frame.sender in keep])
+        self._copied(place, frame.step, frame.sender)
+
+    def _theirs(self, place: Place, frame: Frame, state: State, names: Collection[str]) -> None:
+        """ValueError where none of `names` has that stage, or the step has not been committed."""
+        order, cutting = owners(state), self.cutting
+        there = cutting is not None and place[0] == cutting.number and 0 <= place[1] < len(order)
+        if not there or order[place[1]] not in names or not 0 <= frame.step <= state.step:
+            raise ValueError(f"a copy of stage {place} as it is after step {frame.step}: is not theirs")
 
     def _copied(self, place: Place, step: int, who: str) -> None:
         """Perhaps that makes an older step one that nobody asks for any more."""
@@ -257,6 +272,19 @@ class Recovery:
         if self.cutting is not None:
             places = [(self.cutting.number, at) for at in range(len(self.cutting.stages))]
             self.safe = max(self.safe, *(set.intersection(*(set(told.copies.get(each, {})) for each in places)) or {0}))
+
+    def prepared(self, frame: Frame, state: State) -> None:
+        """An owner's gradients are there. ValueError for what it cannot say of them."""
+        assert self.cutting is not None
+        body, order = frame.body, owners(state)
+        stage = self.cutting.stages[order.index(frame.sender)]
+        squares = {str(key): math.nan if value is None else float(value) for key, value in body["squares"].items()}
+        mine = {key for key in stage.parameters if key not in stage.shares}
+        if not set(squares) <= mine or any(value < 0 for value in squares.values()):
+            raise ValueError("prepared: squares of gradients that are none of its own")
+        self.told.squares |= squares
+        if body["results"]:
+            self.told.results = self.training.checked(body["results"])
 
     def held(self, frame: Frame, state: State) -> None:
         """An owner has the state of its stage."""
@@ -304,6 +332,16 @@ class Recovery:
         for index, name in enumerate(owners(state)):
             names = sorted(self._results(index) - set(self.gathered))
             self._tell(name, "give", body={"names": names, "who": BROKER})
+
+    def collect(self, frame: Frame, state: State) -> None:
+        """What an owner gives of the trained model. ValueError for what was not asked for, or is another."""
+        order, own = owners(state), self.training
+        results = self._results(order.index(frame.sender)) if self.told.gathering and frame.sender in order else set()
+        for name, array in frame.tensors.items():
+            value = value_of(own.graph, name, own.rules) if name in results else None
+            if value is None or (array.dtype, array.shape) != (value.dtype, value.shape):
+                raise ValueError(f"state {name}: was not asked for, or is another")
+        self.gathered |= frame.tensors
 
     @property
     def gathered_all(self) -> bool:
@@ -366,9 +404,8 @@ class Recovery:
         """In pieces; `begin` with the last of them."""
         cut = [*chunks(state)]
         for at, piece in enumerate(cut):
-            last = at == len(cut) - 1
-            told = {key: each for key, each in body.items() if key != "begin" or last}
-            self._tell(name, "state", step=step, body={**told, "last": last}, tensors=piece)
+            told = {key: each for key, each in body.items() if key != "begin" or at == len(cut) - 1}
+            self._tell(name, "state", step=step, body={**told, "piece": at, "of": len(cut)}, tensors=piece)
 
     def _revive(self, missing: Iterable[str], state: State) -> None:
         """Has the stages computed again that have these names. JobLost where no copies of them are left."""
@@ -401,7 +438,7 @@ class Recovery:
                 who[at],
                 "state",
                 step=after,
-                body={"copy": [base.number, at], "last": True},
+                body={"copy": [base.number, at], "piece": 0, "of": 1},
                 tensors={CONSTANT + key: self.training.tensors[key] for key in base.stages[at].constants},
             )
             if who[at] not in kept[at][after]:
@@ -459,8 +496,20 @@ class Recovery:
         """The owner that has most use for what a stage had."""
         assert self.cutting is not None
         order = owners(state)
-        best = max(range(len(order)), key=lambda index: len(self.cutting.names[index] & base.names[at]))  # type: ignore[union-attr]
-        return order[best]
+        names, private = self.cutting.names, self._private(base, at, state)
+        may = [index for index in range(len(order)) if not private or self._trusted(order[index], state)]
+        return order[max(may, key=lambda index: len(names[index] & base.names[at]))]
+
+    def _private(self, cutting: Cutting | None, at: int, state: State) -> bool:
+        """Whether a stage has operators that only trusted providers may see."""
+        assert cutting is not None
+        first, last = state.job.work.private
+        return cutting.cuts[at] < first or cutting.cuts[at + 1] > self.training.chain.count - last
+
+    def _trusted(self, name: str, state: State) -> bool:
+        place = state.place(name)
+        assert place is not None
+        return state.providers[place].trusted
 
     def _neighbours(self, cutting: Cutting, at: int) -> set[int]:
         """Stages that send something to this one."""

@@ -40,7 +40,8 @@ KNOWN = "broker.json"
 
 
 class Running:
-    """Of `task`: `chain` for `work`, by `training(exports)`. `committed(step)` is called after each step."""
+    """Of `task`: `chain` for `work`, by `training(exports)`. `committed(step)` is called after each step,
+    `made(coordinator)` before anything happens."""
 
     def __init__(
         self,
@@ -50,9 +51,10 @@ class Running:
         work: Workload,
         training: Callable[[ThreadPoolExecutor], Training],
         committed: Callable[[int], None],
+        made: Callable[[Coordinator], None] = lambda coordinator: None,
     ) -> None:
         self.task, self.context, self.chain, self.work = task, context, chain, work
-        self.training, self.committed = training, committed
+        self.training, self.committed, self.made = training, committed, made
         self.coordinator: Coordinator
         self.ended_s: dict[int, float] = {}
         self.hit: dict[int, float] = {}  # when somebody was, by the step that had just been committed
@@ -78,7 +80,9 @@ class Running:
             machines = owner.machines(task, self.chain, self.work) if started is not None else []
             pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve}
             job = Job(chain=self.chain, work=self.work, other=Between(delay_ms=task.delay_ms), **pool)
-            self.coordinator = Coordinator(job, self.training(elsewhere), log.note)
+            trusted = frozenset(task.trust) if task.start == "none" and task.private else None
+            self.coordinator = Coordinator(job, self.training(elsewhere), log.note, trusted)
+            self.made(self.coordinator)
             if noted:
                 context.log.warning("going on after step %d, by %s", last_step(noted), events.name)
                 self.coordinator.rebuild(noted, noted[-1][0].at_s)
@@ -102,7 +106,7 @@ class Running:
                     started.signal(name, what)
                     self.hit[step] = time.perf_counter()
 
-            serving = Serving(self.coordinator, token, committed)
+            serving = Serving(self.coordinator, token, committed, context.beat)
             try:
                 asyncio.run(serving.run(host, port, credentials, ready))
             except JobLost:
@@ -156,7 +160,7 @@ class Running:
         took = [each for step in steps if (each := self.took_ms(step)) is not None]
         recovered = [self.ended_s[s + 1] - at for s, at in self.hit.items() if s + 1 in self.ended_s]
         summary: dict[str, float] = {
-            "steps_lost": seen["Committed"] - len(steps),
+            "steps": len(steps),
             "steps_again": own.again,
             "plans": seen["Planned"],
             "joined": seen["Joined"],

@@ -10,20 +10,28 @@ from typing import Any
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.link import Credentials, Hub
+from llmsys.decentral.recovery import JobLost
 
 LOOK_S = 0.1
 """Between two looks at the clock, while nobody says anything."""
+AWAY_S = 0.75
+"""A broker that has not looked for so long was busy or stopped itself, and has not heard those who were not silent."""
 
 
 class Serving:
-    """`coordinator` at work. `committed(step)` is called after each step."""
+    """`coordinator` at work. `committed(step)` is called after each step, `looking()` all the time."""
 
     def __init__(
-        self, coordinator: Coordinator, token: str, committed: Callable[[int], None] = lambda step: None
+        self,
+        coordinator: Coordinator,
+        token: str,
+        committed: Callable[[int], None] = lambda step: None,
+        looking: Callable[[], None] = lambda: None,
     ) -> None:
-        self.coordinator, self.committed = coordinator, committed
+        self.coordinator, self.committed, self.looking = coordinator, committed, looking
         self.hub = Hub(token, self._joined, self._heard, self._closed, self._alive, self.status)
         self._begun = time.monotonic() - coordinator.begun_s
+        self._looked = self.now
         self._step = coordinator.state.step
         self._over = asyncio.Event()
         self._error: BaseException | None = None
@@ -36,14 +44,16 @@ class Serving:
         try:
             while not self._over.is_set():
                 self._look()
+                self.looking()
                 try:
                     await asyncio.wait_for(self._over.wait(), LOOK_S)
                 except TimeoutError:
                     continue
         finally:
-            for name in [*self.hub.queues]:
-                self.coordinator.dismiss(name)
-            self._send()
+            if self.coordinator.finished or isinstance(self._error, JobLost):
+                for name in [*self.hub.queues]:
+                    self.coordinator.dismiss(name)
+            self._send()  # whoever is not let go dials again, for a while: the broker may be started again
             await asyncio.sleep(0)
             await self.hub.close()
         if self._error is not None:
@@ -86,6 +96,9 @@ class Serving:
         """What follows; and everybody is told."""
         if self._over.is_set():
             return
+        if self.now > self._looked + AWAY_S:
+            self.coordinator.paused(self.now)
+        self._looked = self.now
         if any(not each.empty() for each in self.hub.queues.values()):
             self.coordinator.moved_s = self.now  # a line is slow, and nothing astray
         self.coordinator.tick(self.now)

@@ -6,7 +6,7 @@ all its label positions, as in `llmsys.train.loop`: each micro-batch's loss is t
     loss, val_loss, ...            of the last step; of the trained model on the whole validation split
     tokens_per_s, step_ms_p50      of committed steps; samples have each step's loss and ms
     predicted_step_ms              by the planner's own events, for the last plan and what providers say of themselves
-    steps_lost, steps_again        committed ones that were done again (none), attempts that were given up
+    steps, steps_again             that were committed, each once; attempts of one that were given up
     recovery_s_p50                 of faults: from the signal to the next commit
     lost, joined, plans, stages    how often somebody went, came, and a new plan was made; stages of the last one
     moved_mib, per_step_mib        what went over the broker's lines, of which each step moves

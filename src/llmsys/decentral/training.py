@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ class Training:
     each micro-batch; `steps` of it, each with its `rate`; gradients clipped to a norm of `clip` (0: not at all). Of
     each stage's state `copies` are kept by other providers and, with `owner_keeps`, one by the broker, of every
     `copy_every`-th step (0: as the lines allow, see `recovery.copies_every`). `exports`: what planes are sent that run
-    programs of their own; None: providers with such planes are sent away. `vocabulary`: of what is generated
-    (`rules.streams`)."""
+    programs of their own; None: providers with such planes are sent away. `vocabulary`, `rows` of each
+    stream: of what is generated (`rules.streams`)."""
 
     graph: Graph
     chain: Chain
@@ -34,15 +35,18 @@ class Training:
     owner_keeps: bool = True
     copy_every: int = 1
     vocabulary: int = 0
+    rows: int = 0
 
     def checked(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """What a provider says came of a step. ValueError for what cannot be."""
         if len(results) != self.rules.micro_batches:
             raise ValueError(f"results of {len(results)} micro-batches: there are {self.rules.micro_batches}")
         if not self.rules.streams:
-            return tuple(float(each) for each in results)
+            return tuple(math.nan if each is None else float(each) for each in results)
         for tokens in results:
-            if not all(type(each) is int and 0 <= each < self.vocabulary for each in tokens):
+            if len(tokens) != self.rows or not all(
+                type(each) is int and 0 <= each < self.vocabulary for each in tokens
+            ):
                 raise ValueError("results: tokens that are none of the model's")
         return tuple(tuple(each) for each in results)
 

@@ -117,7 +117,7 @@ def header(data: bytes) -> dict[str, Any]:
     if length > HEADER_BYTES or begin + length > len(data):
         raise Malformed(f"a header of {length} bytes, of which {len(data) - begin} are there")
     try:
-        found = json.loads(data[begin : begin + length])
+        found = json.loads(data[begin : begin + length], parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise Malformed("a header that is no JSON") from None
     if not isinstance(found, dict) or set(found) != {*_TEXTS, *_NUMBERS, "body", "tensors", "hash"}:
@@ -155,6 +155,11 @@ def decode(data: bytes) -> Frame:
     except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise Malformed(f"tensors that are none: {error}") from None
     return Frame(**found, tensors=tensors)
+
+
+def _no_number(name: str) -> float:
+    """JSON has no NaN and no Infinity; Python's reader has."""
+    raise ValueError(name)
 
 
 def _hash(header: Mapping[str, Any], payload: bytes) -> str:

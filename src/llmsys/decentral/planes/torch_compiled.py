@@ -50,7 +50,7 @@ class CompiledStage(TorchStage):
         self._functions = tuple(Compiled(each) for each in functions(graph, stage, rules, device))
 
     def _run(self, step: int, micro_batch: int) -> Run:
-        return CompiledRun(self.graph, self.own, self._tensors(micro_batch), self._functions)
+        return CompiledRun(self.graph, self.own, self._tensors(micro_batch), self._functions, self.device)
 
 
 class Compiled:
@@ -79,9 +79,15 @@ class CompiledRun(Run):
     """See `planes.torch.Run`."""
 
     def __init__(
-        self, graph: Graph, stage: Stage, tensors: Mapping[str, Tensor], functions: tuple[Compiled, ...]
+        self,
+        graph: Graph,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        functions: tuple[Compiled, ...],
+        device: torch.device,
     ) -> None:
         super().__init__(graph, stage, tensors, train=False)
+        self.device = device
         self._forward, self._backward = functions
         self._given: dict[str, Tensor] = {}
         self._found: dict[str, Tensor] = {}
@@ -111,6 +117,6 @@ class CompiledRun(Run):
         given |= {SHARED + key: each for key, each in shared.items()}
         for name in set(self._backward.function.takes) - set(given):  # nothing depends on it
             value = self._backward.function.values[name]
-            given[name] = torch.zeros(value.shape, dtype=getattr(torch, value.dtype))
+            given[name] = torch.zeros(value.shape, dtype=getattr(torch, value.dtype), device=self.device)
         found = self._backward(given)
         return under(found, BACK), under(found, GRADIENT)
