@@ -259,3 +259,23 @@ def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_p
     assert coordinator.again == 0
     assert coordinator.happened["Left"] == 2
     assert coordinator.happened["Joined"] == 4
+
+
+def test_one_that_goes_before_the_job_has_begun_is_let_go_at_once(tmp_path: Path) -> None:
+    waiting = dataclasses.replace(job("llama"), least=2)
+    coordinator = Coordinator(waiting, training("llama", STEPS))
+
+    async def serve() -> None:
+        with Processes(tmp_path / "providers", TOKEN) as processes:
+            own = machines(mem_gib("llama", 1), 1)[0]
+            serving = Serving(coordinator, TOKEN)
+            running = asyncio.create_task(serving.run(ready=lambda port: processes.start(own, f"127.0.0.1:{port}")))
+            while not coordinator.state.present:
+                await asyncio.sleep(0.02)
+            processes.signal(own.name, "SIGTERM")
+            assert await asyncio.wait_for(asyncio.to_thread(processes.processes[own.name].wait), 20) == 0
+            running.cancel()
+            await asyncio.wait([running])
+
+    asyncio.run(serve())
+    assert coordinator.happened["Left"] == 1

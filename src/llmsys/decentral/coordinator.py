@@ -238,6 +238,12 @@ class Coordinator:
         """Everything that follows from what has come, and from the time."""
         if self.awaited is not None and not self._all_back(self.awaited, now):
             return
+        if self.asked and self.state.plan is None:  # nobody has anything that others want
+            for name in sorted(self.asked & self.state.present):
+                self.dismiss(name)
+                self.connected.pop(name, None)
+                self._event(Left(at_s=now, name=name))
+            self.asked.clear()
         if self.asked and self.state.phase == broker.HOLDING and self.state.done:  # a step under way is not given up
             for name in sorted(self.asked & self.state.present):
                 self.leaving[name] = now

@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from llmsys.decentral.fleet import Provider
+from llmsys.decentral.link import LOOPBACK
 from llmsys.decentral.recovery import JobLost
 
 RESOURCE = "provider"
@@ -86,7 +87,14 @@ class Nodes:
             )
 
     def start(self, machine: Provider, address: str) -> None:
-        """Returns at once. One that is there already, and waits for its broker, is left alone."""
+        """Returns at once. One that is there already, and waits for its broker, is left alone. ValueError where other
+        machines' nodes could not dial that address."""
+        hosts = {each["NodeManagerAddress"] for each in ray.nodes() if each["Alive"]}
+        host = address.rpartition(":")[0]
+        if len(hosts) > 1 and host in (*LOOPBACK, "0.0.0.0", "[::]"):
+            raise ValueError(
+                f"task.listen={host}: the cluster has other machines, which cannot dial that: this one's own"
+            )
         variables = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         made = ray.remote(_Actor).options(
             name=f"{self.run}-{machine.name}",
