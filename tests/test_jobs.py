@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dispatch.ray_cluster import SETTINGS, apart
 from llmsys import compose
 from llmsys.job import Record
+from ray_cluster import SETTINGS, apart
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 SHORT = ("train.steps=4", "train.length=32", "data.num_examples=8", "train.threads=1", "profile.warmup=1")

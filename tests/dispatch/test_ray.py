@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 import yaml
-from ray_cluster import SETTINGS, Emulated, emulated
 
 from llmsys import compose, job
 from llmsys.comm.place import log_name
 from llmsys.dispatch import process
 from llmsys.dispatch.stop import Stop
 from llmsys.job import Job, Record
+from ray_cluster import SETTINGS, Emulated, emulated
 
 SHORT = ("train.steps=4", "train.length=32", "data.num_examples=8", "train.threads=1", "profile.warmup=1")
 TWO = ("engine=ddp", "train.world=2", "train.global_batch=4", "train.micro_batch=2")
