@@ -70,7 +70,7 @@ def test_gradients_are_torchs_within_a_ten_thousandth(family: str) -> None:
         assert float((ours[name] - expected).float().norm()) <= 1e-4 * norm + 1e-9, name
 
 
-@pytest.mark.parametrize("planes", [("onnx", "torch"), ("torch", "onnx")])
+@pytest.mark.parametrize("planes", [("onnx", "torch"), pytest.param(("torch", "onnx"), marks=pytest.mark.slow)])
 def test_planes_in_one_pipeline_learn_what_one_process_does(planes: tuple[str, str]) -> None:
     local = together(planes, steps=8)
     local.run()
@@ -80,6 +80,7 @@ def test_planes_in_one_pipeline_learn_what_one_process_does(planes: tuple[str, s
     assert first != pytest.approx(last, rel=1e-4)  # parameters have moved
 
 
+@pytest.mark.slow
 def test_its_stage_is_taken_over_by_torch_and_back() -> None:
     """The onnx provider is killed in mid-step; then torch's, once another onnx one has come."""
     done = []

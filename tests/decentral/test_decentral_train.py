@@ -38,6 +38,7 @@ def test_a_provider_is_killed_and_the_run_is_that_of_one_that_was_alone(llmsys: 
     assert hit["summary"]["plans"] == quiet["summary"]["plans"] + 1
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_one_trainer_does(llmsys: Run, results: Path) -> None:
     """Weights of micro-batches, rate, clipping and decay are those of `llmsys.train`; sums are in another order."""
     common = (*SMALL, "method=lorafa", "train.weight_decay=0.1", "train.clip=0.5", "model.weights=random")
