@@ -24,6 +24,7 @@ from llmsys.decentral.generation import Generation
 from llmsys.decentral.local import Local
 from llmsys.decentral.planes import plane_of
 from llmsys.decentral.planes.layout import packed
+from llmsys.decentral.status import status
 from llmsys.decentral.training import Training, Update
 
 LENGTH, NEW, ROWS = 24, 10, 2
@@ -84,6 +85,15 @@ def test_prompts_of_unequal_lengths_are_gone_on_with_as_by_the_whole_model(famil
     own = generation()
     together(("torch",) * 3, 2, own, family=family).run()
     assert own.texts() == alone(family)
+
+
+def test_a_job_that_trains_nothing_has_a_status_without_a_loss() -> None:
+    local = together(("torch",) * 3, 2, generation())
+    while local.coordinator.state.step < 2:
+        local.round()
+    found = status(local.coordinator, 1.0)
+    assert (found["step"], found["loss"]) == (2, None)
+    assert {each["role"] for each in found["providers"].values()} <= {"stage", "pool"}
 
 
 @pytest.mark.parametrize("planes", [("torch",) * 4, ("onnx", "torch", "onnx")])

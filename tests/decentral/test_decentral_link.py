@@ -19,12 +19,12 @@ from decentral_running import job, losses_of, machines, mem_gib, training, undis
 
 import alone
 from llmsys.comm.place import listen
-from llmsys.decentral import link
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import read
 from llmsys.decentral.events import Committed
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.fleet import Provider
+from llmsys.decentral.hub import Hub
 from llmsys.decentral.processes import Processes
 from llmsys.decentral.serve import Serving
 
@@ -164,7 +164,7 @@ def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_pa
     coordinator = Coordinator(job("llama"), training("llama", 1))
 
     async def serve() -> tuple[int, str]:
-        hub = link.Hub(TOKEN, lambda *given: pytest.fail("joined"), lambda *given: None, lambda name: None)
+        hub = Hub(TOKEN, lambda *given: pytest.fail("joined"), lambda *given: None, lambda name: None)
         await hub.listen("127.0.0.1", 0)
         process = providers.start(machines(1.0, 1)[0], hub.port, token=wrong)
         try:
@@ -180,7 +180,7 @@ def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_pa
 
 
 def test_beyond_loopback_a_certificate_is_needed() -> None:
-    hub = link.Hub(TOKEN, lambda *given: None, lambda *given: None, lambda name: None)
+    hub = Hub(TOKEN, lambda *given: None, lambda *given: None, lambda name: None)
     with pytest.raises(ValueError, match=r"listen=0\.0\.0\.0: beyond loopback a certificate is needed"):
         asyncio.run(hub.listen("0.0.0.0", 0))
 
@@ -188,7 +188,7 @@ def test_beyond_loopback_a_certificate_is_needed() -> None:
 def test_a_provider_whose_broker_goes_ends_and_says_so(providers: Machines) -> None:
     async def serve() -> subprocess.Popen[str]:
         there = asyncio.Event()
-        hub = link.Hub(TOKEN, lambda *given: there.set(), lambda *given: None, lambda name: None)
+        hub = Hub(TOKEN, lambda *given: there.set(), lambda *given: None, lambda name: None)
         await hub.listen("127.0.0.1", 0)
         process = providers.start(machines(1.0, 1)[0], hub.port, "--patience", "0.5")
         await there.wait()

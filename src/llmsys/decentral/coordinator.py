@@ -205,35 +205,6 @@ class Coordinator:
 
     # --- what follows ---
 
-    def status(self, now: float) -> dict[str, Any]:
-        """Plain JSON: the job, and of each provider what it does, what it has done, and when it was heard of."""
-        state, order = self.state, owners(self.state) if self.state.plan is not None else []
-        pool = {state.providers[p].name for p in state.plan.spares} if state.plan is not None else set()
-        rate = [self.updates[s].loss for s in sorted(self.updates)[-1:]]
-        return {
-            "step": state.step,
-            "steps": self.training.steps,
-            "epoch": state.epoch,
-            "phase": state.phase if state.plan is not None else "waiting for providers",
-            "loss": rate[0] if rate else None,
-            "steps_per_s": state.step / now if now > 0 else 0.0,
-            "steps_again": self.again,
-            "astray": self.astray,
-            "counters": dict(self.counters),
-            "refusals": list(self.refusals),
-            "providers": {
-                each.name: {
-                    "stage": order.index(each.name) if each.name in order else None,
-                    "role": "stage" if each.name in order else "pool" if each.name in pool else "there"
-                    if each.name in state.present else "gone",
-                    "plane": each.plane,
-                    "tasks": self.tasks.get(each.name, 0),
-                    "silent_s": max(0.0, now - state.heard_s[each.name]) if each.name in state.heard_s else None,
-                }
-                for each in state.providers
-            },
-        }  # fmt: skip
-
     def tick(self, now: float) -> None:
         """Everything that follows from what has come, and from the time."""
         if self.awaited is not None and not self._all_back(self.awaited, now):

@@ -15,7 +15,8 @@ from llmsys.decentral.fleet import Provider
 
 PATIENCE_S = 20.0
 """How long one dials again a broker that has died."""
-END_S = 3.0
+END_S = 10.0
+"""For those that were let go to end: seconds, on a busy machine."""
 
 
 class Processes:
@@ -28,6 +29,7 @@ class Processes:
         self.folder, self.threads, self.certificate = folder, threads, certificate
         self.emulate, self.delay_ms = emulate, delay_ms
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.stopped: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self._token = folder / "token"
         self._token.touch(mode=0o600)
@@ -65,6 +67,10 @@ class Processes:
     def signal(self, name: str, what: str) -> None:
         """`what`: a signal's name. KeyError for somebody who was never started."""
         os.kill(self.processes[name].pid, getattr(signal, what))
+        if what == "SIGSTOP":
+            self.stopped.add(name)
+        elif what == "SIGCONT":
+            self.stopped.discard(name)
 
     def wrong(self) -> dict[str, str]:
         """What was said by those that ended badly, and not by a signal, by name."""
@@ -76,7 +82,9 @@ class Processes:
         return found
 
     def close(self) -> None:
-        """Waits a moment for those that were let go, and kills the others."""
+        """Waits a moment for those that were let go, and kills the others; at once those that are stopped."""
+        for name in self.stopped:
+            self.processes[name].kill()
         deadline = time.monotonic() + END_S
         for each in self.processes.values():
             try:

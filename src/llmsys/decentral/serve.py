@@ -9,8 +9,10 @@ from typing import Any
 
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.fleet import Provider as Machine
-from llmsys.decentral.link import Credentials, Hub
+from llmsys.decentral.hub import Hub
+from llmsys.decentral.link import Credentials
 from llmsys.decentral.recovery import JobLost
+from llmsys.decentral.status import status
 
 LOOK_S = 0.1
 """Between two looks at the clock, while nobody says anything."""
@@ -60,8 +62,8 @@ class Serving:
             raise self._error
 
     def status(self) -> dict[str, Any]:
-        """See `Coordinator.status`; bytes are what the lines carried."""
-        found = self.coordinator.status(self.now)
+        """See `llmsys.decentral.status`; bytes are what the lines carried."""
+        found = status(self.coordinator, self.now)
         for name, each in found["providers"].items():
             each["sent_mib"] = self.hub.received[name] / 2**20
         return found

@@ -1,0 +1,44 @@
+"""What a broker says of its job to whoever asks: plain JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmsys.decentral.coordinator import Coordinator
+
+
+def status(own: Coordinator, now: float) -> dict[str, Any]:
+    """The job, and of each provider what it does, what it has done, and how long it has been silent. `loss`: of the
+    last step; None before it, and where nothing is trained."""
+    state = own.state
+    order = own.owners if state.plan is not None else []
+    pool = {state.providers[p].name for p in state.plan.spares} if state.plan is not None else set()
+    last = own.updates.get(state.step)
+
+    def role(name: str) -> str:
+        if name in order:
+            return "stage"
+        return "pool" if name in pool else "there" if name in state.present else "gone"
+
+    return {
+        "step": state.step,
+        "steps": own.training.steps,
+        "epoch": state.epoch,
+        "phase": state.phase if state.plan is not None else "waiting for providers",
+        "loss": last.loss if last is not None and last.losses else None,
+        "steps_per_s": state.step / now if now > 0 else 0.0,
+        "steps_again": own.again,
+        "astray": own.astray,
+        "counters": dict(own.counters),
+        "refusals": list(own.refusals),
+        "providers": {
+            each.name: {
+                "stage": order.index(each.name) if each.name in order else None,
+                "role": role(each.name),
+                "plane": each.plane,
+                "tasks": own.tasks.get(each.name, 0),
+                "silent_s": max(0.0, now - state.heard_s[each.name]) if each.name in state.heard_s else None,
+            }
+            for each in state.providers
+        },
+    }
