@@ -20,7 +20,7 @@ from llmsys.decentral.local import Local, Stalled
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch_stage import TorchPlane
 from llmsys.decentral.provider import BROKER
-from llmsys.decentral.recovery import JobLost
+from llmsys.decentral.whereabouts import JobLost
 from llmsys.decentral.wire import Frame, Malformed, encode, header
 from llmsys.errors import NotANumber
 from rank_pool import briefly
@@ -159,7 +159,7 @@ def test_what_nobody_can_compute_again_is_said() -> None:
         local.round()
         local.now += 0.01
     owner = local.coordinator.owners[0]
-    for name in {owner, *local.coordinator.recovery.keepers[owner]}:
+    for name in {owner, *local.coordinator.recovery.copies.keepers[owner]}:
         local.kill(name)
     (late,) = machines(mem_gib("llama", 2), 8)[7:]
     local.join(late, TorchPlane())
@@ -202,8 +202,8 @@ def test_the_brokers_copies_serve_where_they_are_older_than_what_neighbours_kept
         local.round()
         local.now += 0.01
     owner = local.coordinator.owners[0]
-    assert local.coordinator.recovery.safe > 2
-    for name in {owner, *local.coordinator.recovery.keepers[owner]} - {BROKER}:
+    assert local.coordinator.recovery.copies.safe > 2
+    for name in {owner, *local.coordinator.recovery.copies.keepers[owner]} - {BROKER}:
         local.kill(name)
     local.run()
     assert losses(local) == undisturbed("llama", STEPS)

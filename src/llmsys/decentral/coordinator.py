@@ -20,9 +20,10 @@ from llmsys.decentral.fleet import Provider
 from llmsys.decentral.plan import Plan
 from llmsys.decentral.planes import Arrays
 from llmsys.decentral.provider import BEAT, BROKER
-from llmsys.decentral.recovery import Recovery, owners
+from llmsys.decentral.recovery import Recovery
 from llmsys.decentral.stage_work import INPUT, KINDS
 from llmsys.decentral.training import Training, Update
+from llmsys.decentral.whereabouts import owners
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
 
@@ -187,13 +188,13 @@ class Coordinator:
             self.recovery.revived(frame)
             self.recovery.move(self.state, self.leaving)
         elif frame.kind == "state" and "keep" in body:
-            self.recovery.keep(frame, self.state)
+            self.recovery.copies.keep(frame, self.state)
         elif frame.kind == "state":
             self.recovery.collect(frame, self.state)
         elif frame.kind == "unable":
-            self.recovery.unfit[name] = str(body["why"])[:500]
+            self.recovery.handing.unfit[name] = str(body["why"])[:500]
         elif frame.kind == "copied":
-            self.recovery.copied(frame, self.state)
+            self.recovery.copies.copied(frame, self.state)
         elif frame.kind == "held":
             self.recovery.held(frame, self.state)
             self._event(Held(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
@@ -237,7 +238,8 @@ class Coordinator:
 
     def _sent_away(self, now: float) -> None:
         """Those who cannot run what is theirs: they are told why."""
-        unfit, self.recovery.unfit = self.recovery.unfit, {}
+        handing = self.recovery.handing
+        unfit, handing.unfit = handing.unfit, {}
         for name, why in unfit.items():
             self.refusals.append(f"{name}: {why}")
             self._tell(name, "stop", body={"why": why})
@@ -266,7 +268,7 @@ class Coordinator:
         self.awaited = None
         self.state = broker.apply(self.state, Beat(at_s=now, names=self.state.present))
         if self.state.plan is not None and not self.state.gone:
-            if self.state.step and self.recovery.base is self.recovery.cutting:
+            if self.state.step and self.recovery.where.base is self.recovery.where.cutting:
                 self._commit(self.state.step)  # for whoever had not been told when the broker died
             self._again(now, self.state.plan)
         return True
@@ -288,7 +290,7 @@ class Coordinator:
         patience_s = self.state.job.patience_s
         self.leaving = {name: at_s for name, at_s in self.leaving.items() if at_s >= now - patience_s}
         lost = set(self.recovery.told.holds) - there - set(self.leaving) - {BROKER}
-        keeping = {name for names in self.recovery.keepers.values() for name in names} - {BROKER}
+        keeping = {name for names in self.recovery.copies.keepers.values() for name in names} - {BROKER}
         if plan is None or self.state.gone or not (lost or keeping - there):
             return
         for name in lost:
@@ -296,7 +298,7 @@ class Coordinator:
         if lost and self.state.phase == broker.HOLDING and not self.state.done:
             self._again(now, plan)
         else:
-            self.recovery.kept_by_others(self.state)
+            self.recovery.copies.kept_by_others(self.state)
 
     def _decided(self, now: float) -> tuple[Event, ...]:
         found = broker.decide(self.state, now)
@@ -304,7 +306,7 @@ class Coordinator:
             if self.state.step >= self.training.steps:
                 self.recovery.gather(self.state)
                 return ()
-            if not self.recovery.guarded(self.state):
+            if not self.recovery.copies.guarded(self.state):
                 return ()
         return found
 
@@ -335,20 +337,19 @@ class Coordinator:
     # --- a step ---
 
     def _begin(self) -> None:
-        own = self.recovery
+        own, copies = self.recovery, self.recovery.copies
         own.based()
-        own.drop()
-        assert own.cutting is not None
+        copies.drop()
         for name in sorted(self.leaving):
             self._tell(name, "stop")
         self.leaving.clear()
         own.told.squares.clear()
         order, step = self.owners, self.state.step + 1
         for index, name in enumerate(order):
-            self._tell(name, "begin", step=step, body={"safe": own.safe})
-            own.inputs(name, own.cutting, index, step)
+            self._tell(name, "begin", step=step, body={"safe": copies.safe})
+            own.handing.inputs(name, own.where.now, index, step)
         for name in sorted(self.state.present - set(order)):
-            self._tell(name, "tidy", body={"safe": own.safe})
+            self._tell(name, "tidy", body={"safe": copies.safe})
 
     def _update(self, step: int) -> Update:
         """By the norm of all gradients, whoever has them."""

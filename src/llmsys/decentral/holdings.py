@@ -71,8 +71,9 @@ class Holdings:
         return whole
 
     def note(self, state: Mapping[str, Array]) -> None:
-        """Keeps what of it never changes."""
-        self.constants |= {name: each for name, each in state.items() if name.startswith(CONSTANT)}
+        """Keeps what of it never changes, and is not here yet."""
+        new = {name: each for name, each in state.items() if name.startswith(CONSTANT)}
+        self.constants = {**new, **self.constants}
 
     def have(self, step: int) -> dict[str, Any]:
         """What the broker is told: stages as they are after `step`, what each has sent since when (-1: it is not here

@@ -4,7 +4,7 @@ No socket, no thread and no clock is here: whoever drives a `Provider` hands it 
 and takes what goes `out`. So tests, simulators and real processes run the same code.
 
 Of a new plan it is told its stage, if it has one, and says what it has: stages whose state it holds, and copies that it
-keeps for others. What it lacks comes from others, or is computed again (`Revival`). It begins a step when it is told,
+keeps for others. What it lacks comes from others, or is computed again (`revival`). It begins a step when it is told,
 changes nothing before the commit, and applies an update once, by its number. Whatever is of another epoch than its own
 is left alone and counted, and so is what is not as the plan says.
 """
@@ -21,21 +21,12 @@ from typing import Any
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
-from llmsys.decentral.planes import CONSTANT, AdamW, Plane, Rules, names_of
-from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
+from llmsys.decentral.planes import CONSTANT, Plane, Rules, names_of
+from llmsys.decentral.revival import Revivals
+from llmsys.decentral.stage_work import AHEAD, BACK, INPUT, KINDS, SHARED, Sent, StageWork
 from llmsys.decentral.wire import Array, Frame, Malformed, decode
 
 BROKER, BEAT = "broker", "beat"
-
-
-@dataclass(kw_only=True)
-class Revival:
-    """A stage that was lost, computed again from a copy as it was after `at`, up to `until`. `updates` of each step."""
-
-    held: Held
-    until: int
-    updates: Mapping[int, tuple[float, float]]
-    peers: Mapping[int, str]
 
 
 @dataclass(kw_only=True)
@@ -57,7 +48,7 @@ class Provider:
         self.name, self.plane, self.job = name, plane, job
         self.epoch = self.step = 0
         self.here = Holdings()
-        self.revivals: dict[Place, Revival] = {}
+        self.revivals = Revivals(self.here, self._made, self._send)
         self.live: Place | None = None
         self.peers: dict[int, str] = {}
         self.keepers: tuple[str, ...] = ()
@@ -89,7 +80,7 @@ class Provider:
             self.counters.stale += 1
             return
         orders: Mapping[str, Callable[[Frame], None]] = {
-            "plan": self._plan, "revive": self._revive, "resend": self._resend, "give": self._give,
+            "plan": self._plan, "revive": self.revivals.told, "resend": self._resend, "give": self._give,
             "state": self._state, "begin": self._begin, "commit": self._commit, "tidy": self._tidy,
             "stop": self._stop, "copy": self._asked_to_copy,
             "keepers": self._kept_by,
@@ -125,12 +116,11 @@ class Provider:
         body = frame.body
         if frame.epoch == self.epoch:
             return  # told before
-        rules = _rules(body["rules"]) if body["stage"] is not None else None
-        place = (int(body["cutting"]), int(body["stage"]["index"])) if rules else None
+        place = None if body["stage"] is None else (int(body["cutting"]), int(body["stage"]["index"]))
         old = self.here.stages.get(place) if place else None
-        made = None if rules is None or (old and old.at == frame.step) else self._made(frame, rules)
+        made = None if place is None or (old and old.at == frame.step) else self._made(frame)
         self.epoch, self.step = frame.epoch, frame.step
-        self.revivals.clear()
+        self.revivals.open.clear()
         self.here.partial.clear()
         for held in self.here.stages.values():
             held.work.give_up()
@@ -143,8 +133,9 @@ class Provider:
         self._fill()
         self._say("have", body=self.here.have(self.step))
 
-    def _made(self, frame: Frame, rules: Rules) -> StageWork:
+    def _made(self, frame: Frame) -> StageWork:
         body = frame.body
+        rules = Rules.of_json(body["rules"])
         graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
         executor = self.plane.stage(graph, stage, frame.tensors, rules)
         return StageWork(graph, stage, executor, rules, count=int(body["count"]))
@@ -159,7 +150,7 @@ class Provider:
         if own.lacks or own.at != self.step:
             raise ValueError(f"step {frame.step}: its state is not here")
         self.here.stages = {self.live: own}
-        self.revivals.clear()
+        self.revivals.open.clear()
         own.work.begin(frame.step)
         self.here.drop(int(frame.body["safe"]))
 
@@ -170,7 +161,7 @@ class Provider:
         """Of somebody without a stage: what it had is old now."""
         if self.live is None:
             self.here.stages.clear()
-            self.revivals.clear()
+            self.revivals.open.clear()
         self.here.drop(int(frame.body["safe"]))
 
     def _commit(self, frame: Frame) -> None:
@@ -198,14 +189,15 @@ class Provider:
             arrays=frame.tensors,
             absent=tuple(frame.body.get("absent", ())),
         )
-        if place in self.revivals:
-            self.revivals[place].held.work.put(sent)
+        if place in self.revivals.open:
+            revival = self.revivals.open[place]
+            _checked(frame, revival.held.work.stage, {**revival.near, **revival.peers})
+            revival.held.work.put(sent)
         elif place == self.live:
             own = self.here.stages[place]
             if not own.at <= frame.step <= own.at + 2:
                 raise ValueError(f"{frame.kind}: step {frame.step}: it is at {own.at}")
-            if frame.sender not in (BROKER, *self.peers.values()):
-                raise ValueError(f"{frame.kind}: {frame.sender} has no stage")
+            _checked(frame, own.work.stage, self.peers)
             own.work.put(sent)
         else:
             raise ValueError(f"{frame.kind}: stage {place} is not here")
@@ -217,16 +209,22 @@ class Provider:
             return self._worked()
         except Exception as error:  # noqa: BLE001  its plane's framework may raise anything
             self.live = None
-            self.revivals.clear()
+            self.revivals.open.clear()
             self._unable(f"{type(error).__name__}: {error}", self.epoch)
             return True
         finally:
             self.busy = False
 
     def _worked(self) -> bool:
-        for place, revival in [*self.revivals.items()]:
-            if self._revived(place, revival):
-                return True
+        if (revived := self.revivals.finished()) is not None:
+            place, held = revived
+            self._fill()
+            self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
+            self._settle()
+            return True
+        if self.revivals.work():
+            self.counters.tasks += 1
+            return True
         own = self.here.stages.get(self.live) if self.live else None
         if own is None or self.live is None:
             return False
@@ -256,47 +254,6 @@ class Provider:
                 self.out.append(frame)
 
     # --- what was lost ---
-
-    def _revive(self, frame: Frame) -> None:
-        body = frame.body
-        rules = _rules(body["rules"])
-        place = (int(body["cutting"]), int(body["stage"]["index"]))
-        after, until = int(body["after"]), int(body["until"])
-        peers = {int(stage): str(name) for stage, name in body["peers"].items()}
-        there, now = self.here.stages.get(place), self.revivals.get(place)
-        if now is not None and (now.held.since, now.until, now.peers) == (after, until, peers):
-            return  # told before
-        if there is not None and there.at == until and there.since <= after and not there.lacks:
-            return  # and it is done
-        updates = {after + 1 + at: (float(rate), float(scale)) for at, (rate, scale) in enumerate(body["updates"])}
-        held = Held(work=self._made(frame, rules), at=after, since=after)
-        self.revivals[place] = Revival(held=held, until=until, updates=updates, peers=peers)
-        if after in self.here.copies.get(place, {}):
-            held.work.executor.put(self.here.copies[place][after])
-
-    def _revived(self, place: Place, revival: Revival) -> bool:
-        """The next task of a stage that was lost; at its end the stage is here as if it had always been."""
-        held, work = revival.held, revival.held.work
-        if work.executor.missing or not held.settled():
-            return False
-        if held.at == revival.until:
-            del self.revivals[place]
-            self.here.stages[place] = held
-            self._fill()
-            self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
-            self._settle()
-            return True
-        if work.step != held.at + 1:
-            work.begin(held.at + 1)
-        sent = work.work()
-        if sent is None:
-            return False
-        self.counters.tasks += 1
-        self._send(place, sent, revival.peers)
-        if work.computed:
-            self._send(place, work.apply(*revival.updates[work.step]), revival.peers)
-            held.applied()
-        return True
 
     def _resend(self, frame: Frame) -> None:
         """To whoever has a neighbour now, what that one had been sent."""
@@ -340,8 +297,7 @@ class Provider:
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
-            if self.revivals[place].held.at == frame.step:
-                self.revivals[place].held.work.executor.put(frame.tensors)
+            self.revivals.put(place, frame.step, frame)
         elif self.live is not None and frame.step == self.step:
             self.here.stages[self.live].put(frame.tensors)
             if body.get("begin"):
@@ -423,5 +379,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rules(data: Mapping[str, Any]) -> Rules:
-    return Rules(**{**data, "optimizer": AdamW(**data["optimizer"])})
+def _checked(frame: Frame, stage: Stage, peers: Mapping[int, str]) -> None:
+    """ValueError where what goes between stages is not from whoever has the one that it comes from."""
+    if frame.kind == INPUT:
+        return  # it is the broker's, which has been looked at
+    from_ = {AHEAD: stage.receives, BACK: stage.sends, SHARED: stage.hears}.get(frame.kind)
+    for name in (*frame.tensors, *frame.body.get("absent", ())):
+        senders = peers.values() if from_ is None else {peers.get(from_[name])} if name in from_ else ()
+        if frame.sender not in senders:
+            raise ValueError(f"{frame.kind} {name}: is not from {frame.sender}")

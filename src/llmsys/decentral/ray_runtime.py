@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.link import LOOPBACK
-from llmsys.decentral.recovery import JobLost
+from llmsys.decentral.whereabouts import JobLost
 
 RESOURCE = "provider"
 PATIENCE_S = 60.0

@@ -23,9 +23,9 @@ from llmsys.decentral.event_log import EventLog, last_step, read
 from llmsys.decentral.fleet import Between
 from llmsys.decentral.link import Credentials
 from llmsys.decentral.processes import Processes
-from llmsys.decentral.recovery import JobLost
 from llmsys.decentral.serve import Serving
 from llmsys.decentral.training import Training
+from llmsys.decentral.whereabouts import JobLost
 from llmsys.errors import MissingPackage
 from llmsys.files import write_atomic
 from llmsys.schema.together import OWNER, fault

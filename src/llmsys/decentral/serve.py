@@ -11,8 +11,8 @@ from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.hub import Hub
 from llmsys.decentral.link import Credentials
-from llmsys.decentral.recovery import JobLost
 from llmsys.decentral.status import status
+from llmsys.decentral.whereabouts import JobLost
 
 LOOK_S = 0.1
 """Between two looks at the clock, while nobody says anything."""

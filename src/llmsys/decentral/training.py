@@ -18,7 +18,7 @@ class Training:
     """What is trained: `graph` with `tensors` (by key) as they are in the beginning; `data` of a step, one mapping for
     each micro-batch; `steps` of it, each with its `rate`; gradients clipped to a norm of `clip` (0: not at all). Of
     each stage's state `copies` are kept by other providers and, with `owner_keeps`, one by the broker, of every
-    `copy_every`-th step (0: as the lines allow, see `recovery.copies_every`). `exports`: what planes are sent that run
+    `copy_every`-th step (0: as the lines allow, see `copies.copies_every`). `exports`: what planes are sent that run
     programs of their own; None: providers with such planes are sent away. `vocabulary`, `rows` of each
     stream: of what is generated (`rules.streams`)."""
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph, Value
@@ -41,6 +41,10 @@ class Rules:
     optimizer: AdamW = AdamW()
     seed: int = 0
     streams: bool = False
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{**data, "optimizer": AdamW(**data["optimizer"])})
 
     def variable(self, key: str, micro_batch: int) -> str:
         """The name in the state of a micro-batch's variable."""
