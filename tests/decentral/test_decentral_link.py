@@ -179,6 +179,32 @@ def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_pa
     assert not coordinator.state.present
 
 
+def test_only_who_shows_the_trusted_token_is_trusted(providers: Machines, tmp_path: Path) -> None:
+    """Whatever they say of themselves, and by whatever name they come."""
+    trusted = tmp_path / "trusted"
+    trusted.write_text("shown to few")
+    own = [dataclasses.replace(each, trusted=True) for each in machines(1.0, 2)]
+    found: dict[str, bool] = {}
+
+    async def serve() -> None:
+        there = asyncio.Event()
+
+        def joined(machine: Provider, life: str) -> None:
+            found[machine.name] = machine.trusted
+            if len(found) == 2:
+                there.set()
+
+        hub = Hub(TOKEN, joined, lambda *given: None, lambda name: None, trusted_token="shown to few")
+        await hub.listen("127.0.0.1", 0)
+        providers.start(own[0], hub.port)
+        providers.start(own[1], hub.port, token=trusted)
+        await there.wait()
+        await hub.close()
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    assert found == {own[0].name: False, own[1].name: True}
+
+
 def test_beyond_loopback_a_certificate_is_needed() -> None:
     hub = Hub(TOKEN, lambda *given: None, lambda *given: None, lambda name: None)
     with pytest.raises(ValueError, match=r"listen=0\.0\.0\.0: beyond loopback a certificate is needed"):

@@ -20,8 +20,8 @@ from llmsys.decentral.local import Local, Stalled
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch_stage import TorchPlane
 from llmsys.decentral.provider import BROKER
-from llmsys.decentral.whereabouts import JobLost
-from llmsys.decentral.wire import Frame, Malformed, encode, header
+from llmsys.decentral.whereabouts import JobLost, Stuck
+from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
 from rank_pool import briefly
 
@@ -258,6 +258,54 @@ def test_nothing_that_a_provider_says_ends_the_job_or_changes_the_model(
     local.run()
     assert own.counters["refused"] >= 1
     assert losses(local) == undisturbed("llama", STEPS)
+
+
+def test_what_goes_between_stages_is_not_taken_from_anybody_else() -> None:
+    """An owner says what another one's stage sends, just after it: nobody computes with that, and the broker learns of
+    it."""
+    local = together("llama", 3, 3, STEPS)
+
+    def carry(to: str, data: bytes) -> list[bytes]:
+        head = header(data)
+        if head["kind"] not in ("ahead", "back", "shared"):
+            return [data]
+        real = decode(data)
+        liar = next(name for name in local.coordinator.owners if name not in (head["sender"], to))
+        zeros = {name: dataclasses.replace(each, data=bytes(len(each.data))) for name, each in real.tensors.items()}
+        return [data, encode(dataclasses.replace(real, sender=liar, tensors=zeros))]
+
+    local.carry = carry
+    local.run()
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert any("is not from" in each for each in local.coordinator.refusals)
+
+
+def test_what_never_changes_is_not_changed_by_others() -> None:
+    made = Holdings()
+    made.note({"c/mask": packed(torch.ones(2)), "p/a": packed(torch.ones(2))})
+    made.note({"c/mask": packed(torch.zeros(2)), "c/other": packed(torch.zeros(2))})
+    assert made.constants == {"c/mask": packed(torch.ones(2)), "c/other": packed(torch.zeros(2))}
+
+
+def test_a_step_that_comes_to_no_end_ends_the_job_and_says_why() -> None:
+    """A provider whose every gradient is refused: all would begin again for ever."""
+    local = together("llama", 3, 3, STEPS)
+
+    def carry(to: str, data: bytes) -> list[bytes]:
+        real = decode(data)
+        if real.kind != "back":
+            return [data]
+        return [encode(dataclasses.replace(real, tensors={"nothing": packed(torch.ones(1))}))]
+
+    local.carry = carry
+    with pytest.raises(Stuck, match=r"step 1: begun again 10 times, and nothing comes; p\d: back: .* nothing"):
+        local.run()
+
+
+def test_a_tensor_that_no_frame_carries_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmsys.decentral.training.TENSOR_BYTES", 1 << 10)
+    with pytest.raises(ValueError, match=r"model: .* has 0 MiB: a tensor of at most"):
+        training("llama", 1)
 
 
 def test_a_frame_with_numbers_that_json_does_not_have_is_none() -> None:

@@ -62,6 +62,8 @@ def _serve(given: argparse.Namespace) -> int:
     own = {"token_file": folder / credentials.TOKEN}
     if (folder / credentials.CERTIFICATE).exists():
         own |= {"certificate": folder / credentials.CERTIFICATE, "key": folder / credentials.KEY}
+    if (folder / credentials.TRUSTED).exists():
+        own |= {"trusted_token_file": folder / credentials.TRUSTED}
     for path in own.values():
         path.read_bytes()  # what is missing is said before anything is composed
     set_ = [f"task.{key}={path}" for key, path in own.items()]
@@ -75,7 +77,13 @@ def _serve(given: argparse.Namespace) -> int:
 
 def _joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--join", metavar="HOST:PORT", required=True, help="where the broker listens")
-    parser.add_argument("--token-file", metavar="FILE", type=Path, required=True, help="with the broker's token")
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="with a token of the broker's: token, or trusted-token",
+    )
     parser.add_argument("--certificate", metavar="FILE", type=Path, help="the broker's; without one only on loopback")
 
 
@@ -199,7 +207,7 @@ def table(status: Mapping[str, Any]) -> Any:
 
 
 def _certificate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="for certificate.pem, key.pem and token")
+    parser.add_argument("folder", type=Path, help="for certificate.pem, key.pem, token and trusted-token")
     parser.add_argument("--host", action="append", default=[], help="by which providers dial: a name or an address")
     parser.add_argument("--days", type=int, default=credentials.DAYS, help="default: %(default)s")
     parser.set_defaults(run=_make)
@@ -208,7 +216,8 @@ def _certificate(parser: argparse.ArgumentParser) -> None:
 def _make(given: argparse.Namespace) -> int:
     credentials.make(given.folder, given.host, given.days)
     names = f"{credentials.CERTIFICATE} and {credentials.TOKEN}"
-    print(f"{given.folder}: give {names} to providers; {credentials.KEY} stays here")
+    print(f"{given.folder}: give {names} to providers, {credentials.TRUSTED} instead to those that may see what jobs "
+          f"keep private; {credentials.KEY} stays here")  # fmt: skip
     return 0
 
 

@@ -23,7 +23,7 @@ from llmsys.decentral.provider import BEAT, BROKER
 from llmsys.decentral.recovery import Recovery
 from llmsys.decentral.stage_work import INPUT, KINDS
 from llmsys.decentral.training import Training, Update
-from llmsys.decentral.whereabouts import owners
+from llmsys.decentral.whereabouts import Stuck, owners
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
 
@@ -34,22 +34,20 @@ RELAYED = frozenset({*KINDS, "state"} - {INPUT})
 Note = Callable[[Event, Mapping[str, Any]], None]
 ASTRAY_S = 5.0
 """So long nothing comes, and nobody has anything to do."""
+MOST_TRIES = 10
 BACK_S = 10.0
 """How long a broker that was rebuilt waits for providers to dial again."""
 
 
 class Coordinator:
-    """`note` is called with each event, and what goes with it, before anybody is told. `trusted`: who is, as the owner
-    says; None: as they say themselves."""
+    """`note` is called with each event, and what goes with it, before anybody is told."""
 
     def __init__(
         self,
         job: broker.Job,
         training: Training,
         note: Note = lambda event, more: None,
-        trusted: frozenset[str] | None = None,
     ) -> None:
-        self.trusted = trusted
         self.training, self.note = training, note
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
@@ -67,6 +65,7 @@ class Coordinator:
         self.begun_s = 0.0  # on the clock of the job
         self.moved_s = 0.0  # when anything but a sign of life was last heard
         self.astray = 0  # how often nothing came any more, and all began again
+        self.tries = 0  # the same, of the step that comes next
         self.awaited: set[str] | None = None  # who is to dial again, of a broker that was rebuilt
 
     def rebuild(self, noted: Iterable[tuple[Event, Mapping[str, Any]]], now: float) -> None:
@@ -98,8 +97,6 @@ class Coordinator:
 
     def join(self, provider: Provider, life: str, now: float) -> None:
         """A provider that has come, has begun anew, or is back from before the broker was rebuilt."""
-        if self.trusted is not None:
-            provider = dataclasses.replace(provider, trusted=provider.name in self.trusted)
         awaited = self.awaited or set()
         back = provider.name in awaited and self.lives[provider.name] == life
         awaited.discard(provider.name)
@@ -191,6 +188,8 @@ class Coordinator:
             self.recovery.copies.keep(frame, self.state)
         elif frame.kind == "state":
             self.recovery.collect(frame, self.state)
+        elif frame.kind == "refused":
+            self.refusals.append(f"{name}: {str(body['why'])[:500]}")
         elif frame.kind == "unable":
             self.recovery.handing.unfit[name] = str(body["why"])[:500]
         elif frame.kind == "copied":
@@ -253,7 +252,10 @@ class Coordinator:
         if own.plan is None or own.gone or self.finished or waits.due or waits.waiting:
             self.moved_s = now
         if now > self.moved_s + ASTRAY_S:
-            self.moved_s, self.astray = now, self.astray + 1
+            self.moved_s, self.astray, self.tries = now, self.astray + 1, self.tries + 1
+            if self.tries > MOST_TRIES:
+                last = self.refusals[-1] if self.refusals else "nobody has refused anything"
+                raise Stuck(f"step {own.step + 1}: begun again {MOST_TRIES} times, and nothing comes; {last}")
             assert own.plan is not None
             self._again(now, own.plan)
 
@@ -322,6 +324,7 @@ class Coordinator:
         elif isinstance(event, Began):
             self._begin()
         elif isinstance(event, Committed):
+            self.tries = 0
             self._commit(event.step)
 
     @property

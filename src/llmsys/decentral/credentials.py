@@ -12,13 +12,14 @@ from pathlib import Path
 
 from llmsys.errors import MissingPackage
 
-CERTIFICATE, KEY, TOKEN = "certificate.pem", "key.pem", "token"
+CERTIFICATE, KEY, TOKEN, TRUSTED = "certificate.pem", "key.pem", "token", "trusted-token"
 DAYS = 90
 
 
 def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
-    """Writes `certificate.pem` for these names and addresses, its `key.pem` and a `token` into `folder`; the last two
-    are for nobody else to read. FileExistsError where one is there, ValueError for no host."""
+    """Writes `certificate.pem` for these names and addresses, its `key.pem`, a `token` and a `trusted-token`, of those
+    who may see what a job keeps private, into `folder`; all but the first are for nobody else to read. FileExistsError
+    where one is there, ValueError for no host."""
     if not hosts:
         raise ValueError("--host: none; it is the name or the address by which providers dial")
     try:
@@ -29,7 +30,7 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
     except ModuleNotFoundError as error:
         raise MissingPackage(f"certificate: needs {error.name}: pip install 'llmsys[owner]'") from None
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CERTIFICATE, KEY, TOKEN):
+    for name in (CERTIFICATE, KEY, TOKEN, TRUSTED):
         if (folder / name).exists():
             raise FileExistsError(f"{folder / name}: is there already; a new one would lock out who has the old")
     key = ec.generate_private_key(ec.SECP256R1())
@@ -51,7 +52,8 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     _write(folder / KEY, private, 0o600)
-    _write(folder / TOKEN, secrets.token_urlsafe(24).encode() + b"\n", 0o600)
+    for name in (TOKEN, TRUSTED):
+        _write(folder / name, secrets.token_urlsafe(24).encode() + b"\n", 0o600)
     _write(folder / CERTIFICATE, made.public_bytes(serialization.Encoding.PEM), 0o644)
 
 

@@ -35,6 +35,8 @@ class Presence:
 
             def dial(life: str = life, provider: Provider = provider) -> Line:
                 self._line = self.dial(life, lambda: provider.busy)
+                if self._ending or self._paused:  # a broker that has died does not know it any more
+                    self._say()
                 return self._line
 
             stay(provider, dial, self.patience_s)

@@ -27,6 +27,8 @@ from llmsys.decentral.stage_work import AHEAD, BACK, INPUT, KINDS, SHARED, Sent,
 from llmsys.decentral.wire import Array, Frame, Malformed, decode
 
 BROKER, BEAT = "broker", "beat"
+MOST_SAID = 100
+"""Refusals that the broker is told of."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +40,7 @@ class Counters:
     stale: int = 0
     refused: int = 0
     tasks: int = 0
-    refusals: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=10))
+    refusals: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=MOST_SAID))
 
 
 class Provider:
@@ -103,6 +105,8 @@ class Provider:
             self.counters.refusals.append(why)
             if frame.sender == BROKER and frame.kind in ("plan", "revive"):  # or all would wait for it
                 self._unable(why, frame.epoch)
+            elif len(self.counters.refusals) < MOST_SAID:
+                self._say("refused", body={"why": why[:500]})
         self._settle()
 
     def _unable(self, why: str, epoch: int) -> None:

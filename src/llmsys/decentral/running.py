@@ -80,8 +80,7 @@ class Running:
             machines = owner.machines(task, self.chain, self.work) if started is not None else []
             pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve}
             job = Job(chain=self.chain, work=self.work, other=Between(delay_ms=task.delay_ms), **pool)
-            trusted = frozenset(task.trust) if task.start == "none" and task.private else None
-            self.coordinator = Coordinator(job, self.training(elsewhere), log.note, trusted)
+            self.coordinator = Coordinator(job, self.training(elsewhere), log.note)
             self.made(self.coordinator)
             if noted:
                 context.log.warning("going on after step %d, by %s", last_step(noted), events.name)
@@ -106,7 +105,8 @@ class Running:
                     started.signal(name, what)
                     self.hit[step] = time.perf_counter()
 
-            serving = Serving(self.coordinator, token, committed, context.beat)
+            trusted = _token(task.trusted_token_file) if task.trusted_token_file else ""
+            serving = Serving(self.coordinator, token, committed, context.beat, trusted)
             try:
                 asyncio.run(serving.run(host, port, credentials, ready))
             except JobLost:
@@ -122,7 +122,7 @@ class Running:
         path = self.context.out / KNOWN
         before = json.loads(path.read_text()) if path.exists() and self.task.start != "process" else {}
         if self.task.token_file:
-            token = Path(self.task.token_file).read_text(encoding="utf-8").strip()
+            token = _token(self.task.token_file)
         else:
             token = str(before.get("token", secrets.token_hex(16)))
         return token, port or int(before.get("port", 0))
@@ -183,3 +183,7 @@ class Running:
             summary[f"provider/{name}/mib"] = self.sent.get(name, 0) / MIB
         samples = {"step_ms": took, "recovery_s": recovered}
         return summary, {key: each for key, each in samples.items() if each}
+
+
+def _token(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8").strip()

@@ -21,7 +21,8 @@ AWAY_S = 0.75
 
 
 class Serving:
-    """`coordinator` at work. `committed(step)` is called after each step, `looking()` all the time."""
+    """`coordinator` at work. `committed(step)` is called after each step, `looking()` all the time; tokens as of
+    `Hub`."""
 
     def __init__(
         self,
@@ -29,9 +30,10 @@ class Serving:
         token: str,
         committed: Callable[[int], None] = lambda step: None,
         looking: Callable[[], None] = lambda: None,
+        trusted_token: str = "",
     ) -> None:
         self.coordinator, self.committed, self.looking = coordinator, committed, looking
-        self.hub = Hub(token, self._joined, self._heard, self._closed, self._alive, self.status)
+        self.hub = Hub(token, self._joined, self._heard, self._closed, self._alive, self.status, trusted_token)
         self._begun = time.monotonic() - coordinator.begun_s
         self._looked = self.now
         self._step = coordinator.state.step

@@ -11,6 +11,9 @@ from llmsys.decentral.chain import Chain
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.planes import Arrays, Rules
+from llmsys.decentral.wire import FRAME_BYTES, HEADER_BYTES
+
+TENSOR_BYTES = FRAME_BYTES - HEADER_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +39,13 @@ class Training:
     copy_every: int = 1
     vocabulary: int = 0
     rows: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError for a tensor that no frame carries."""
+        for key, tensor in self.tensors.items():
+            if len(tensor.data) > TENSOR_BYTES:
+                size = f"{len(tensor.data) / 2**20:.0f} MiB"
+                raise ValueError(f"model: {key} has {size}: a tensor of at most {TENSOR_BYTES >> 20} MiB is carried")
 
     def checked(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """What a provider says came of a step. ValueError for what cannot be."""

@@ -14,6 +14,10 @@ class JobLost(RuntimeError):
     """Nobody has what the job needs to go on, and nobody can compute it again."""
 
 
+class Stuck(RuntimeError):
+    """A step has been begun again and again, and comes to no end."""
+
+
 @dataclass(kw_only=True)
 class Told:
     """What providers have said since the epoch began; `plan`: who is told of it; `due` of them, with their stages:

@@ -25,9 +25,9 @@ class Together(Task):
     `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says.
 
     `private`: layers, at the beginning and at the end, that with the embedding, the head and the loss only trusted
-    providers have, or copies of it: the first `trusted` of those that are started, of those who dial in the names in
-    `trust`; empty: nothing is. That is reduced exposure and not privacy: see the task `decentral_attack`. A name is
-    believed of whoever has the token.
+    providers have, or copies of it: the first `trusted` of those that are started, of those who dial in who show what
+    is in `trusted_token_file`; empty: nothing is. That is reduced exposure and not privacy: see the task
+    `decentral_attack`.
 
     `listen`: host and port; beyond loopback with `certificate` and `key`, files that
     `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
@@ -47,7 +47,7 @@ class Together(Task):
     emulate: bool = False
     private: list[int] = field(default_factory=list)
     trusted: int = 2
-    trust: list[str] = field(default_factory=list)
+    trusted_token_file: str = ""
     mem_gib: float = 0.0
     copies: int = 1
     owner_keeps: bool = True
@@ -74,8 +74,8 @@ class Together(Task):
             raise ValueError(f"task.delay_ms={self.delay_ms}: must be 0 or more")
         if len(self.private) not in (0, 2) or min(self.private, default=0) < 0:
             raise ValueError(f"task.private={self.private}: must be two numbers of layers, e.g. [1,1]; empty: none")
-        if self.private and self.start == "none" and not self.trust:
-            raise ValueError("task.trust: empty; with task.private it names who may see it, e.g. [mine1,mine2]")
+        if self.private and self.start == "none" and not self.trusted_token_file:
+            raise ValueError("task.trusted_token_file: empty; with task.private it has what those show who may see it")
         if self.private and self.start == "ray":
             raise ValueError(f"task.private={self.private}: Ray's nodes are not told apart: task.start=process or none")
         if self.emulate and self.start != "process":
