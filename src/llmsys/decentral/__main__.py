@@ -1,4 +1,4 @@
-"""`python -m llmsys.decentral broker | provider | status | certificate`: a job over machines that people offer."""
+"""`python -m llmsys.decentral broker | provider | status | probe | certificate`: a job over offered machines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmsys.decentral import credentials
+from llmsys.decentral import credentials, probe_command
 from llmsys.decentral.fleet import Provider as Machine
+from llmsys.decentral.limits import Limits, needed_by
 from llmsys.decentral.link import Credentials, Line, Refused, asked
 from llmsys.decentral.pieces import Slow
 from llmsys.decentral.planes import PLANES, plane_of
@@ -34,6 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
     _broker(commands.add_parser("broker", help="runs an experiment whose providers dial in"))
     _provider(commands.add_parser("provider", help="offers this machine to a broker"))
     _status(commands.add_parser("status", help="what a broker's job is at, and who does what"))
+    probe_command.add(commands.add_parser("probe", help="measures who dials in, and which models they are good for"))
     _certificate(commands.add_parser("certificate", help="makes what a broker beyond loopback needs"))
     given = parser.parse_args(words)
     try:
@@ -91,6 +93,7 @@ def _provider(parser: argparse.ArgumentParser) -> None:
     _joining(parser)
     parser.add_argument("--name", default=f"provider-{uuid.uuid4().hex[:8]}", help="default: a new one each time")
     parser.add_argument("--plane", choices=sorted(PLANES), default="torch", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="of torch's planes, e.g. cuda:0; default: %(default)s")
     parser.add_argument(
         "--tflops", type=float, required=True, help="peak; measure what is reached with decentral_profile"
     )
@@ -100,6 +103,9 @@ def _provider(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--down-mbit", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--capped", action="store_true", help="never use more of the line than that")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="to add to it, for tests; default: %(default)s")
+    parser.add_argument("--limit-gib", type=float, default=0.0, help="of resident memory; more, and it leaves; 0: none")
+    parser.add_argument("--pause-while", metavar="COMMAND", default="", help="pauses as long as this succeeds")
+    parser.add_argument("--yield-gpu", action="store_true", help="pauses while others compute on a GPU (nvidia-smi)")
     parser.add_argument("--region", default="")
     parser.add_argument("--untrusted", action="store_true", help="it is shown nothing that the job keeps private")
     parser.add_argument("--stdin", action="store_true", help="it ends when its standard input does")
@@ -125,13 +131,20 @@ def _provide(given: argparse.Namespace) -> int:
         plane=given.plane,
         trusted=not given.untrusted,
     )
+    needed = needed_by(given.pause_while, gpu=given.yield_gpu)
     if given.stdin:
         threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     token, own = _credentials(given)
-    plane = plane_of(given.plane)
+    plane = plane_of(given.plane, given.device)
     plane.warm()
     slow = Slow(up_mbit=given.up_mbit, down_mbit=given.down_mbit, delay_ms=given.delay_ms) if given.capped else None
-    presence = Presence(lambda life, busy: Line(given.join, token, machine, life, own, slow, busy), given.patience)
+    limits = Limits(given.limit_gib, needed, lambda why: print(f"{machine.name} {why}", file=sys.stderr, flush=True))
+
+    def dial(life: str, busy: Callable[[], bool]) -> Line:
+        limits.start()
+        return Line(given.join, token, machine, life, own, slow, busy)
+
+    presence = Presence(dial, given.patience)
     for number, what in ((signal.SIGTERM, presence.leave), (signal.SIGINT, presence.leave)):
         signal.signal(number, what)
     if hasattr(signal, "SIGUSR1"):  # Windows has none

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmsys.decentral import measure
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
+from llmsys.decentral.measure import MEASURE, MEASURED
 from llmsys.decentral.planes import CONSTANT, Plane, Rules, names_of
 from llmsys.decentral.revival import Revivals
 from llmsys.decentral.stage_work import AHEAD, BACK, INPUT, KINDS, SHARED, Sent, StageWork
@@ -85,7 +87,7 @@ class Provider:
             "plan": self._plan, "revive": self.revivals.told, "resend": self._resend, "give": self._give,
             "state": self._state, "begin": self._begin, "commit": self._commit, "tidy": self._tidy,
             "stop": self._stop, "copy": self._asked_to_copy,
-            "keepers": self._kept_by,
+            "keepers": self._kept_by, MEASURE: self._measure,
         }  # fmt: skip
         from_broker = frame.kind not in (*KINDS, "state")
         try:
@@ -256,6 +258,10 @@ class Provider:
                 self._data(frame)
             else:
                 self.out.append(frame)
+
+    def _measure(self, frame: Frame) -> None:
+        body, tensors = measure.answer(frame.body, self.plane)
+        self.out.append(self._frame(MEASURED, BROKER, self.step, body, tensors))
 
     # --- what was lost ---
 

@@ -104,6 +104,9 @@ class Plane(Protocol):
     def warm(self) -> None:
         """What is slow the first time, done once."""
 
+    def matmul_s(self, rows: int, size: int) -> float:
+        """Seconds of a product [rows, size] by [size, size] in fp32, at best."""
+
 
 PARAMETER, MOMENTS, VARIABLE, CONSTANT = "p/", ("m/", "v/", "t/"), "b/", "c/"
 
@@ -149,13 +152,13 @@ EXPORTERS = {"onnx": "llmsys.decentral.planes.onnx_export:exported"}
 who has the job."""
 
 
-def plane_of(name: str) -> Plane:
-    """ValueError for a name that is none, or whose framework is not installed here."""
+def plane_of(name: str, device: str = "cpu") -> Plane:
+    """ValueError for a name that is none, or whose framework is not installed here, or has no such device."""
     if name not in PLANES:
         raise ValueError(f"plane={name}: must be one of {', '.join(PLANES)}")
     module, _, cls = PLANES[name].partition(":")
     try:
-        made: Plane = getattr(importlib.import_module(module), cls)()
+        made: Plane = getattr(importlib.import_module(module), cls)(device)
     except ImportError as error:
         raise ValueError(f"plane={name}: needs {error.name}, which is not installed here") from None
     return made

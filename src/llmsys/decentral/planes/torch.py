@@ -54,7 +54,8 @@ class Run:
             if self.train and name in self.stage.trained:
                 tensor.requires_grad_()
             self._received[name] = values[name] = tensor
-        device = next(iter(self.tensors.values())).device if self.tensors else torch.device("cpu")
+        here = next(iter([*self.tensors.values(), *received.values(), *inputs.values()]), None)
+        device = torch.device("cpu") if here is None else here.device
         with torch.set_grad_enabled(self.train):
             for name in self.stage.nodes:
                 values[name] = self._result(self.graph.by_name[name], device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph, Value
+from llmsys.decentral.measure import best_s
 from llmsys.decentral.planes import CONSTANT, MOMENTS, PARAMETER, Arrays, Rules, names_of, value_of
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch import Run
@@ -23,7 +24,12 @@ class TorchPlane:
     name = "torch"
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device = torch.device(device)
+        """ValueError for a device that is not there."""
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise ValueError(f"device={device}: torch does not have it here: {why}") from None
 
     def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> TorchStage:
         return TorchStage(graph, stage, given, rules, self.device)
@@ -34,6 +40,14 @@ class TorchPlane:
         optimizer = torch.optim.AdamW([weight], foreach=False)
         torch.nn.functional.cross_entropy(weight @ weight, torch.arange(8, device=self.device)).backward()
         optimizer.step()
+
+    def matmul_s(self, rows: int, size: int) -> float:
+        left, right = torch.rand(rows, size, device=self.device), torch.rand(size, size, device=self.device)
+
+        def product() -> float:
+            return float((left @ right)[0, 0])  # which waits for the device
+
+        return best_s(product)
 
 
 class TorchStage:
@@ -192,7 +206,7 @@ class TorchStage:
         if (array.dtype, array.shape) != (value.dtype, value.shape):
             said = f"{array.dtype} {list(array.shape)}"
             raise ValueError(f"{what}: is {said}, and in the graph {value.dtype} {list(value.shape)}")
-        tensor = unpacked(array, self.device)
+        tensor = unpacked(array, "cpu" if what.startswith(STEPS) else self.device)  # where AdamW counts
         if tuple(tensor.stride()) == value.strides:
             return tensor
         return tensor.new_empty_strided(value.shape, value.strides).copy_(tensor)
