@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import subprocess
 import sys
@@ -13,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from link_harness import Net
 
+from link_harness import Net, killed
 from llmsys.comm import link
 
-HARNESS = Path(__file__).with_name("link_harness.py")
+HARNESS = Path(__file__).parents[1] / "link_harness.py"
 NOBODY = "65534"
 
 
@@ -115,19 +114,6 @@ def parent(*prefix: str, python: str = sys.executable) -> tuple[subprocess.Popen
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, json.loads(process.stdout.readline())
-
-
-def killed(process: subprocess.Popen[str], pids: list[int]) -> None:
-    """SIGKILL to the parent alone; returns when all the others have ended as well."""
-    watched = [os.pidfd_open(pid) for pid in pids]
-    process.kill()
-    for descriptor in watched:
-        assert select.select([descriptor], [], [], 10)[0], "outlives its parent"
-        os.close(descriptor)
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        assert stream is not None
-        stream.close()
 
 
 def test_nothing_remains_after_sigkill() -> None:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "src" / "llmsys" / "comm"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "src" / "llmsys" / "comm"))
 import link
 
 PORT = 29500
@@ -163,11 +164,31 @@ class Orders:
         ctypes.CDLL(None).prctl(2, ctypes.byref(found))  # PR_GET_PDEATHSIG
         return found.value
 
+    def become(self, command: list[str], env: dict[str, str], log: str, heard: bool = False) -> None:
+        """This rank is that program from here on; what it says is in the file `log`, or is `heard`, but for errors."""
+        with open(log, "ab") as file:
+            for descriptor in (2,) if heard else (1, 2):
+                os.dup2(file.fileno(), descriptor)
+        os.execvpe(command[0], command, {**os.environ, **env})
+
     def run(self, command: list[str], env: dict[str, str]) -> Any:
         """A program inside this rank's namespace; its standard output has to be JSON."""
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+
+def killed(process: subprocess.Popen[str], pids: list[int]) -> None:
+    """SIGKILL to the parent alone; returns when all the others have ended as well."""
+    watched = [os.pidfd_open(pid) for pid in pids]
+    process.kill()
+    for descriptor in watched:
+        assert select.select([descriptor], [], [], 10)[0], "outlives its parent"
+        os.close(descriptor)
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        stream.close()
 
 
 def main() -> None:
