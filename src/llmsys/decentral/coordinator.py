@@ -15,6 +15,7 @@ from typing import Any
 
 from llmsys.decentral import broker
 from llmsys.decentral.broker import State
+from llmsys.decentral.checking import Checking
 from llmsys.decentral.events import Beat, Began, Committed, Event, Held, Joined, Left, Lost, Planned, Prepared
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.plan import Plan
@@ -55,6 +56,7 @@ class Coordinator:
         self.asked: set[str] = set()  # to be let go
         self.leaving: dict[str, float] = {}  # without a stage, and still there to hand it over; heard of when
         self.recovery = Recovery(training, self._tell)
+        self.checks = Checking(self.recovery, self._tell)
         self.updates = self.recovery.updates
         self.out: list[tuple[str, bytes]] = []
         self.counters = {"malformed": 0, "foreign": 0, "stale": 0, "refused": 0, "relayed": 0}
@@ -180,12 +182,14 @@ class Coordinator:
         body, name = frame.body, frame.sender
         if frame.kind == "have":
             self.recovery.have(frame)
+            self.checks.have(frame)
             self.recovery.move(self.state, self.leaving)
         elif frame.kind == "revived":
             self.recovery.revived(frame)
             self.recovery.move(self.state, self.leaving)
         elif frame.kind == "state" and "keep" in body:
             self.recovery.copies.keep(frame, self.state)
+            self.checks.copied(frame)
         elif frame.kind == "state":
             self.recovery.collect(frame, self.state)
         elif frame.kind == "refused":
@@ -194,11 +198,15 @@ class Coordinator:
             self.recovery.handing.unfit[name] = str(body["why"])[:500]
         elif frame.kind == "copied":
             self.recovery.copies.copied(frame, self.state)
+        elif frame.kind == "opinion":
+            self.checks.opinion(frame, self.state)
         elif frame.kind == "held":
             self.recovery.held(frame, self.state)
+            self.checks.held(frame, self.state)
             self._event(Held(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         elif frame.kind == "prepared":
             self.recovery.prepared(frame, self.state)
+            self.checks.prepared(frame, self.state)
             self._event(Prepared(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         else:
             raise ValueError(f"{frame.kind}: no such frame")
@@ -223,6 +231,7 @@ class Coordinator:
             self.asked.clear()
         self._replaced(now)
         self.recovery.tell_due(self.state, self.leaving)
+        self.recovery.handing.unfit |= self.checks.unfit(self.state)
         self._sent_away(now)
         self._nothing_came(now)
         while not self.finished and (events := self._decided(now)):
@@ -306,7 +315,8 @@ class Coordinator:
         found = broker.decide(self.state, now)
         if found and isinstance(found[0], Began):
             if self.state.step >= self.training.steps:
-                self.recovery.gather(self.state)
+                if self.checks.over(self.state, now):
+                    self.recovery.gather(self.state)
                 return ()
             if not self.recovery.copies.guarded(self.state):
                 return ()
@@ -322,7 +332,7 @@ class Coordinator:
             self.again += before.phase == broker.COMPUTING
             self.recovery.plan(self.state, self.leaving)
         elif isinstance(event, Began):
-            self._begin()
+            self._begin(now=event.at_s)
         elif isinstance(event, Committed):
             self.tries = 0
             self._commit(event.step)
@@ -339,9 +349,10 @@ class Coordinator:
 
     # --- a step ---
 
-    def _begin(self) -> None:
+    def _begin(self, now: float) -> None:
         own, copies = self.recovery, self.recovery.copies
         own.based()
+        self.checks.step(self.state, now)
         copies.drop()
         for name in sorted(self.leaving):
             self._tell(name, "stop")

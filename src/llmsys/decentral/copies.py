@@ -43,15 +43,21 @@ def copies_every(state: State, cutting: Cutting, keepers: Mapping[str, Sequence[
 
 
 class Copies:
-    """Of the stages of `where`; `tell` as of `Recovery`. `keepers` of each owner's; `kept`: the broker's own; nobody
-    asks for what is older than step `safe`."""
+    """Of the stages of `where`; `tell` as of `Recovery`. `keepers` of each owner's; `kept`: the broker's own;
+    `wanted`: the step from which on checks ask for what was sent."""
 
     def __init__(self, training: Training, where: Whereabouts, tell: Callable[..., None]) -> None:
         self.training, self.where, self._tell = training, where, tell
         self.keepers: dict[str, list[str]] = {}
         self.kept = Holdings()
-        self.safe = 0
+        self.wanted: int | None = None
+        self._safe = 0
         self.every = 1
+
+    @property
+    def safe(self) -> int:
+        """Nobody asks for what is older than this step."""
+        return self._safe if self.wanted is None else min(self._safe, self.wanted)
 
     # --- a plan ---
 
@@ -118,7 +124,7 @@ class Copies:
         copies = self.where.told.copies
         copies.setdefault(place, {}).setdefault(step, set()).add(who)
         common = set.intersection(*(set(copies.get(each, {})) for each in self.where.places))
-        self.safe = max(self.safe, *(common or {0}))
+        self._safe = max(self._safe, *(common or {0}))
 
     # --- a step ---
 
@@ -127,7 +133,7 @@ class Copies:
         would keep one. The broker has one of each before, too, where it keeps any, so that all may go. Asks for copies
         where they are needed."""
         told = self.where.told
-        last_left = not self.training.owner_keeps or bool(self._kept_here())
+        last_left = not self.training.owner_keeps or bool(self.common_here())
         if not any(self.keepers.values()) or (last_left and self._common(state) is not None):
             return True
         if not told.copying:
@@ -140,11 +146,11 @@ class Copies:
         """A step begins: what the broker keeps that nobody asks for any more."""
         number, told = self.where.now.number, self.where.told
         self.kept.copies = {place: own for place, own in self.kept.copies.items() if place[0] == number}
-        if own := self._kept_here():
+        if own := self.common_here():
             self.kept.drop(max(own))
         told.since = {place: max(since, self.safe) for place, since in told.since.items()}
 
-    def _kept_here(self) -> set[int]:
+    def common_here(self) -> set[int]:
         """Steps of which the broker itself has all stages, as the model is cut now."""
         return set.intersection(*(set(self.kept.copies.get(place, {})) for place in self.where.places))
 

@@ -59,3 +59,10 @@ def sources(wanted: Iterable[str], holders: Mapping[str, frozenset[str]]) -> dic
         found[name] = sorted(holders[name] & left)
         left -= holders[name]
     return found
+
+
+def neighbours(cutting: Cutting, at: int) -> set[int]:
+    """Stages that send something to this one."""
+    own = cutting.stages[at]
+    shared = {other.index for other in cutting.stages if at in {t for to in other.tells.values() for t in to}}
+    return {*own.receives.values(), *own.sends.values(), *own.hears.values()} | shared

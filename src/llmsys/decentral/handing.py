@@ -28,6 +28,7 @@ class Handing:
             "graph": cutting.parts[index].to_json(),
             "rules": dataclasses.asdict(self.training.rules),
             "count": len(cutting.stages),
+            "claims": self.training.checks > 0,
         }
 
     def programs(self, name: str, cutting: Cutting, index: int, state: State) -> Arrays | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
 from llmsys.decentral.measure import MEASURE, MEASURED
+from llmsys.decentral.opinion import Opinions
 from llmsys.decentral.planes import CONSTANT, Plane, Rules, names_of
 from llmsys.decentral.revival import Revivals
 from llmsys.decentral.stage_work import AHEAD, BACK, INPUT, KINDS, SHARED, Sent, StageWork
@@ -53,6 +53,7 @@ class Provider:
         self.epoch = self.step = 0
         self.here = Holdings()
         self.revivals = Revivals(self.here, self._made, self._send)
+        self.opinions = Opinions(self.here, self._made, lambda body: self._say("opinion", body=body))
         self.live: Place | None = None
         self.peers: dict[int, str] = {}
         self.keepers: tuple[str, ...] = ()
@@ -86,7 +87,7 @@ class Provider:
         orders: Mapping[str, Callable[[Frame], None]] = {
             "plan": self._plan, "revive": self.revivals.told, "resend": self._resend, "give": self._give,
             "state": self._state, "begin": self._begin, "commit": self._commit, "tidy": self._tidy,
-            "stop": self._stop, "copy": self._asked_to_copy,
+            "stop": self._stop, "copy": self._asked_to_copy, "check": self.opinions.told,
             "keepers": self._kept_by, MEASURE: self._measure,
         }  # fmt: skip
         from_broker = frame.kind not in (*KINDS, "state")
@@ -127,6 +128,7 @@ class Provider:
         made = None if place is None or (old and old.at == frame.step) else self._made(frame)
         self.epoch, self.step = frame.epoch, frame.step
         self.revivals.open.clear()
+        self.opinions.open.clear()
         self.here.partial.clear()
         for held in self.here.stages.values():
             held.work.give_up()
@@ -137,14 +139,14 @@ class Provider:
         if place is not None and made is not None:
             self.here.stages[place] = Held(work=made, at=frame.step, since=frame.step)
         self._fill()
-        self._say("have", body=self.here.have(self.step))
+        self._say("have", body={**self.here.have(self.step), "stack": self.plane.stack})
 
     def _made(self, frame: Frame) -> StageWork:
         body = frame.body
         rules = Rules.of_json(body["rules"])
         graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
         executor = self.plane.stage(graph, stage, frame.tensors, rules)
-        return StageWork(graph, stage, executor, rules, count=int(body["count"]))
+        return StageWork(graph, stage, executor, rules, count=int(body["count"]), claiming=body["claims"] is True)
 
     def _begin(self, frame: Frame) -> None:
         """Of stages only the one that it has now is kept."""
@@ -199,6 +201,10 @@ class Provider:
             revival = self.revivals.open[place]
             _checked(frame, revival.held.work.stage, {**revival.near, **revival.peers})
             revival.held.work.put(sent)
+        elif place in self.opinions.open:
+            opinion = self.opinions.open[place]
+            _checked(frame, opinion.held.work.stage, opinion.near)
+            opinion.held.work.put(sent)
         elif place == self.live:
             own = self.here.stages[place]
             if not own.at <= frame.step <= own.at + 2:
@@ -232,18 +238,14 @@ class Provider:
             self.counters.tasks += 1
             return True
         own = self.here.stages.get(self.live) if self.live else None
-        if own is None or self.live is None:
-            return False
-        sent = own.work.work()
-        if sent is None:
-            return False
+        sent = None if own is None else own.work.work()
+        if own is None or self.live is None or sent is None:
+            return self.opinions.work()  # where it has nothing else to do
         self.counters.tasks += 1
         self._send(self.live, sent, self.peers)
         if own.work.computed:
             done = own.work.done()
-            squares = {key: _plain(value) for key, value in done.squares.items()}
-            body = {"squares": squares, "results": [_plain(each) for each in done.results]}
-            self._say("prepared", step=done.step, body=body)
+            self._say("prepared", step=done.step, body=done.told())
         return True
 
     def _send(self, place: Place, sent: Iterable[Sent], peers: Mapping[int, str]) -> None:
@@ -308,6 +310,8 @@ class Provider:
         elif "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
             self.revivals.put(place, frame.step, frame)
+        elif "check" in body and frame.sender == BROKER:
+            self.opinions.put((int(body["check"][0]), int(body["check"][1])), frame.step, frame.tensors)
         elif self.live is not None and frame.step == self.step:
             self.here.stages[self.live].put(frame.tensors)
             if body.get("begin"):
@@ -323,7 +327,9 @@ class Provider:
         mark = ("held", self.epoch, own.at)
         if self.said != mark:
             self.said = mark
-            self._say("held", step=own.at, body={"since": own.since})
+            claims = own.work.claims
+            claim = claims.told() if claims and claims.step == own.at else None
+            self._say("held", step=own.at, body={"since": own.since, "claim": claim})
         due = [name for name in self.keepers if self.copied.get(name, (None,))[0] != self.live]
         if own.at % self.every == 0:
             due = [name for name in self.keepers if self.copied.get(name) != (self.live, own.at)]
@@ -382,11 +388,6 @@ class Provider:
             body=body,
             tensors=tensors,
         )
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _checked(frame: Frame, stage: Stage, peers: Mapping[int, str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.copies import Copies
-from llmsys.decentral.cutting import Cutting, lost
+from llmsys.decentral.cutting import Cutting, lost, neighbours
 from llmsys.decentral.handing import Handing
 from llmsys.decentral.planes import CONSTANT
 from llmsys.decentral.provider import BROKER
@@ -97,7 +97,7 @@ class Reviving:
                     f"step {until}: stages {sorted(every)} are lost, and nobody has what they are computed again from"
                 )
             after = max(common)
-            near = {other for at in every for other in _neighbours(base, at)} - every
+            near = {other for at in every for other in neighbours(base, at)} - every
             late = {other for other in near if told.since.get((base.number, other), until + 1) > after}
             if not late:
                 return sorted(every), kept, after
@@ -111,11 +111,4 @@ class Reviving:
 
     def _resending(self, base: Cutting, at: int, every: Collection[int]) -> dict[int, str]:
         """Of its neighbours those that are there, and by whom."""
-        return {other: self.where.told.stages[base.number, other] for other in _neighbours(base, at) - set(every)}
-
-
-def _neighbours(cutting: Cutting, at: int) -> set[int]:
-    """Stages that send something to this one."""
-    own = cutting.stages[at]
-    shared = {other.index for other in cutting.stages if at in {t for to in other.tells.values() for t in to}}
-    return {*own.receives.values(), *own.sends.values(), *own.hears.values()} | shared
+        return {other: self.where.told.stages[base.number, other] for other in neighbours(base, at) - set(every)}

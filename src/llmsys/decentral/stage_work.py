@@ -7,9 +7,12 @@ earlier copy of its state, while the others do nothing again (Swift, arXiv 2302.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from llmsys.decentral.claims import Claims
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.planes import PARAMETER, Executor, Rules
@@ -44,16 +47,25 @@ class Done:
     squares: Mapping[str, float]
     results: tuple[float | list[int], ...]
 
+    def told(self) -> dict[str, Any]:
+        """As the broker is told of it."""
+        squares = {key: _plain(value) for key, value in self.squares.items()}
+        return {"squares": squares, "results": [_plain(each) for each in self.results]}
+
 
 class StageWork:
-    """Of `stage`, one of `count`, whose part of the graph is `graph` (`cut.part`)."""
+    """Of `stage`, one of `count`, whose part of the graph is `graph` (`cut.part`). `claiming`: it can say of its last
+    step what came and went."""
 
-    def __init__(self, graph: Graph, stage: Stage, executor: Executor, rules: Rules, *, count: int) -> None:
+    def __init__(
+        self, graph: Graph, stage: Stage, executor: Executor, rules: Rules, *, count: int, claiming: bool = False
+    ) -> None:
         self.graph, self.stage, self.executor, self.rules, self.count = graph, stage, executor, rules, count
         self.order = orders(rules.schedule, count, rules.micro_batches)[stage.index]
         if rules.streams:
             self.order = [("F", at) for at in range(rules.micro_batches)]
         self.log: list[Sent] = []
+        self.claims = Claims() if claiming else None
         self.step = 0  # under way; 0: none
         self.next = 0
         self._here: dict[tuple[str, int, int, str], Array | None] = {}
@@ -96,6 +108,8 @@ class StageWork:
         """The step after the last that was applied."""
         self.executor.forget()
         self.step, self.next = step, 0
+        if self.claims:
+            self.claims.begin(step)
         self._here = {key: array for key, array in self._here.items() if key[1] >= step}
 
     def give_up(self) -> None:
@@ -122,7 +136,7 @@ class StageWork:
             return None
         given: dict[str, dict[str, Array]] = {kind: {} for kind in KINDS}
         for key in keys:
-            if (array := self._here.pop(key)) is not None:
+            if (array := self._taken(key)) is not None:
                 given[key[0]][key[3]] = array
         if what == "F":
             found = self.executor.forward(self.step, micro_batch, given[INPUT], given[AHEAD])
@@ -135,7 +149,7 @@ class StageWork:
                 *self._grouped(SHARED, micro_batch, on, self.stage.shares, self.stage.shares),
             ]
         self.next += 1
-        self.log += out
+        self._noted(out)
         return out
 
     def done(self) -> Done:
@@ -152,7 +166,7 @@ class StageWork:
         for key, stages in self.stage.tells.items():
             value = self.executor.state([PARAMETER + key])[PARAMETER + key]
             out += [Sent(to=to, kind=VALUE, step=step, micro_batch=0, arrays={key: value}) for to in stages]
-        self.log += out
+        self._noted(out)
         return out
 
     def settle(self, step: int) -> bool:
@@ -160,11 +174,27 @@ class StageWork:
         keys = {key: (VALUE, step, 0, key) for key in self.stage.shares}
         if any(key not in self._here for key in keys.values()):
             return False
-        found = {PARAMETER + key: self._here.pop(place) for key, place in keys.items()}
+        found = {PARAMETER + key: self._taken(place) for key, place in keys.items()}
         self.executor.put({name: array for name, array in found.items() if array is not None})
         return True
 
+    def _taken(self, key: tuple[str, int, int, str]) -> Array | None:
+        array, (kind, _, micro_batch, name) = self._here.pop(key), key
+        if self.claims and kind != INPUT:
+            own = {AHEAD: self.stage.receives, BACK: self.stage.sends, SHARED: self.stage.hears}
+            self.claims.came(own.get(kind, self.stage.shares)[name], f"{kind}/{micro_batch}/{name}", array)
+        return array
+
     # --- what was sent ---
+
+    def _noted(self, out: Iterable[Sent]) -> None:
+        self.log += out
+        if self.claims is None:
+            return
+        for each in out:
+            for name in (*each.arrays, *each.absent):
+                what = f"{each.kind}/{each.micro_batch}/{name}"
+                self.claims.sent(each.to, what, each.arrays.get(name))
 
     def logged(self, to: int, after: int, until: int) -> Iterator[Sent]:
         """For stage `to`, of the steps after `after`, up to `until`."""
@@ -197,3 +227,8 @@ class StageWork:
             absent = tuple(name for name in wanted if to[name] == stage and name not in arrays)
             found.append(Sent(to=stage, kind=kind, step=self.step, micro_batch=micro_batch, arrays=own, absent=absent))
         return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,7 +23,8 @@ class Training:
     each stage's state `copies` are kept by other providers and, with `owner_keeps`, one by the broker, of every
     `copy_every`-th step (0: as the lines allow, see `copies.copies_every`). `exports`: what planes are sent that run
     programs of their own; None: providers with such planes are sent away. `vocabulary`, `rows` of each
-    stream: of what is generated (`rules.streams`)."""
+    stream: of what is generated (`rules.streams`). A share of `checks` of what stages compute is computed again
+    (`checking`); where that shows that the model is not what it should be, the job ends, if `on_cheat` is `stop`."""
 
     graph: Graph
     chain: Chain
@@ -37,6 +38,8 @@ class Training:
     copies: int = 1
     owner_keeps: bool = True
     copy_every: int = 1
+    checks: float = 0.0
+    on_cheat: str = "stop"
     vocabulary: int = 0
     rows: int = 0
 

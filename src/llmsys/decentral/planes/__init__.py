@@ -97,6 +97,10 @@ class Executor(Protocol):
 class Plane(Protocol):
     name: str
 
+    @property
+    def stack(self) -> str:
+        """Two that say the same compute the same bits. Empty: it cannot say."""
+
     def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> Executor:
         """`given`: what the job's owner has exported for this plane. ValueError where the plane cannot run an operator
         of it."""

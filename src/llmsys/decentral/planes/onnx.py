@@ -64,6 +64,7 @@ class Function:
 
 class OnnxPlane:
     name = "onnx"
+    stack = ""
 
     def __init__(self, device: str = "cpu") -> None:
         """ValueError for a device that is not the CPU."""

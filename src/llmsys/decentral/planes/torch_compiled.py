@@ -37,6 +37,7 @@ from llmsys.decentral.planes.torch_stage import TorchPlane, TorchStage
 
 class CompiledPlane(TorchPlane):
     name = "torch_compiled"
+    stack = ""
 
     def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> CompiledStage:
         return CompiledStage(graph, stage, given, rules, self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +31,14 @@ class TorchPlane:
         except (RuntimeError, AssertionError) as error:
             why = str(error).strip().splitlines()[0]
             raise ValueError(f"device={device}: torch does not have it here: {why}") from None
+
+    @property
+    def stack(self) -> str:
+        """On a CPU: kernels are chosen by what it can do, and add up by the number of threads."""
+        if self.device.type != "cpu":
+            return ""
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"{self.name} {torch.__version__} {cpu} {torch.get_num_threads()}"
 
     def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> TorchStage:
         return TorchStage(graph, stage, given, rules, self.device)

@@ -1,0 +1,326 @@
+"""Spot checks: what an owner has computed of its stage is computed again by somebody else, and compared.
+
+Between two copies of a stage's state that the broker keeps there are some steps: with a chance of `Training.checks`
+they are checked, by a draw of the system's that is made when they are over, so that nobody can know before. A provider
+begins with the first copy, gets what the neighbours had sent in these steps, and says what it was sent, what it would
+have sent (`claims`), its losses and the squares of its gradients, and what the state is then. The owner has said all
+that before the draw: of each step when it was over; of the state by the second copy. So a check is of forward,
+backward and update, and costs their computing once more.
+
+Where two do not say the same a third one is asked, and whoever is alone with what it says is sent away. Bits are the
+same on the same stack alone (`Plane.stack`): others are neither checked nor asked.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmsys.decentral.broker import State
+from llmsys.decentral.claims import hashed
+from llmsys.decentral.cost import GIB
+from llmsys.decentral.cutting import neighbours
+from llmsys.decentral.holdings import Place
+from llmsys.decentral.planes import CONSTANT, Arrays
+from llmsys.decentral.recovery import Recovery
+from llmsys.decentral.whereabouts import JobLost, owners, private, trusted
+from llmsys.decentral.wire import Frame
+
+WAIT_S, SLOWER = 30.0, 20
+"""Somebody who is asked has so long, and so many times what computing and the copy's way take by the plan."""
+
+
+class Cheated(JobLost):
+    """What has been computed is not what should have been."""
+
+
+@dataclass(kw_only=True)
+class Check:
+    """Of the steps after `after` up to `until` of a stage: `copy`, its state before them; `account`: what its `owner`
+    has said of them; `opinions`: others, by name. Of those who were `tried`, `asked` is the one who is to answer before
+    `by_s`, in `epoch`; `near` had the neighbours."""
+
+    place: Place
+    owner: str
+    after: int
+    until: int
+    copy: Arrays
+    account: dict[str, Any]
+    opinions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)
+    asked: str = ""
+    epoch: int = 0
+    by_s: float = 0.0
+    near: dict[int, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"stage {self.place[1]}, steps {self.after + 1} to {self.until}"
+
+
+class Checking:
+    """Of what `recovery` knows; `tell` as of `Recovery`. Counted in steps of a stage: `checked`, by owner, and
+    `unchecked`, which were drawn and could not be. `cheats`: who was wrong, and why. `doubtful`: the first step after
+    which the model is not to be trusted; `verdicts`: all that was found, in words."""
+
+    def __init__(self, recovery: Recovery, tell: Callable[..., None]) -> None:
+        self.recovery, self.training, self._tell = recovery, recovery.training, tell
+        self.draws: random.Random = random.SystemRandom()
+        self.checked, self.unchecked = collections.Counter[str](), 0
+        self.cheats: dict[str, str] = {}
+        self.undecided = 0
+        self.doubtful: int | None = None
+        self.verdicts: list[str] = []
+        self.open: dict[Place, Check] = {}
+        self._stacks: dict[str, str] = {}
+        self._said: dict[tuple[Place, int, str], dict[str, Any]] = {}  # of a step, by its owner: before the commit
+        self._claims: dict[tuple[Place, int, str], dict[str, Any]] = {}  # the same, after it
+        self._givers: dict[tuple[Place, int], str] = {}  # of copies that the broker has
+        self._cutting, self._after, self._compared = -1, 0, 0
+        self._ending = -1
+
+    # --- what comes ---
+
+    def have(self, frame: Frame) -> None:
+        """What a provider computes with."""
+        self._stacks[frame.sender] = str(frame.body.get("stack", ""))[:200]
+
+    def prepared(self, frame: Frame, state: State) -> None:
+        """An owner's losses and squares of gradients."""
+        if self.training.checks and frame.step == state.step + 1:
+            body = {key: frame.body[key] for key in ("squares", "results")}
+            self._said[self._place(frame, state), frame.step, frame.sender] = body
+
+    def held(self, frame: Frame, state: State) -> None:
+        """An owner's claims of the step that it has applied last; what it has said first counts."""
+        claim, key = frame.body.get("claim"), (self._place(frame, state), frame.step, frame.sender)
+        if frame.step == state.step and key in self._said and isinstance(claim, Mapping) and _good(claim):
+            self._claims.setdefault(key, {**claim, **self._said[key]})
+
+    def copied(self, frame: Frame) -> None:
+        """An owner's copy, for the broker."""
+        self._givers[(int(frame.body["keep"][0]), int(frame.body["keep"][1])), frame.step] = frame.sender
+
+    def opinion(self, frame: Frame, state: State) -> None:
+        """Of somebody who was asked. ValueError where it was not."""
+        body, place = frame.body, (int(frame.body["cutting"]), int(frame.body["stage"]))
+        check = self.open.get(place)
+        if check is None or check.asked != frame.sender:
+            raise ValueError(f"an opinion of stage {place}: was not asked for")
+        check.asked = ""
+        if "why" in body:
+            self.verdicts.append(f"{check}: {frame.sender} cannot compute it again: {str(body['why'])[:200]}")
+            return
+        steps = body.get("steps")
+        good = isinstance(steps, list) and len(steps) == check.until - check.after and all(map(_good, steps))
+        found = {"steps": steps, "state": body.get("state")} if good else {"steps": [], "state": frame.sender}
+        check.opinions[frame.sender] = found
+        self._judge(check, state)
+
+    def _place(self, frame: Frame, state: State) -> Place:
+        return self.recovery.where.now.number, owners(state).index(frame.sender)
+
+    # --- what follows ---
+
+    def step(self, state: State, now: float) -> None:
+        """A step is about to begin, or was the last: what is to be checked of those before it is drawn, and who is
+        to do it is told. Nobody has dropped anything yet of what they need for it."""
+        if not self.training.checks:
+            return
+        where, copies = self.recovery.where, self.recovery.copies
+        newest = max(copies.common_here(), default=None)
+        if where.now.number != self._cutting:
+            self._cutting, self._after = where.now.number, state.step if newest is None else newest
+            self._compared = self._after
+        self._compare(state)
+        for check in [*self.open.values()]:
+            self._go_on(check, state, now)
+        if newest is not None and newest > self._after:
+            for at in range(len(where.now.stages)):
+                if self.draws.random() < self.training.checks:
+                    self._begin(at, newest, state, now)
+            self._after = newest
+        for kept in (self._said, self._claims):
+            for key in [key for key in kept if key[0][0] != self._cutting or key[1] <= self._after]:
+                del kept[key]
+        self._givers = {key: name for key, name in self._givers.items() if key[1] >= self._after}
+        copies.wanted = min([self._after, *(each.after for each in self.open.values())])
+
+    def over(self, state: State, now: float) -> bool:
+        """After the last step: whether all checks are. The broker needs a copy of it."""
+        if not self.training.checks:
+            return True
+        if state.step not in self.recovery.copies.common_here():
+            if self._ending != state.epoch:
+                self._ending = state.epoch
+                for name in owners(state):
+                    self._tell(name, "copy")
+            return False
+        self.step(state, now)
+        return not self.open
+
+    def unfit(self, state: State) -> dict[str, str]:
+        """Of those who are there, who were found out."""
+        return {name: why for name, why in self.cheats.items() if name in state.present}
+
+    def _begin(self, at: int, until: int, state: State, now: float) -> None:
+        """A check, where all that it needs is there."""
+        place, owner, after = (self._cutting, at), owners(state)[at], self._after
+        kept = self.recovery.copies.kept.copies.get(place, {})
+        given = all(self._givers.get((place, step)) == owner and step in kept for step in (after, until))
+        steps = range(after + 1, until + 1)
+        claimed = all(
+            ((self._cutting, each), step, owners(state)[each]) in self._claims
+            for each in (at, *neighbours(self.recovery.where.now, at))
+            for step in steps
+        )
+        if place in self.open or not given or not claimed or not self._stacks.get(owner):
+            self.unchecked += until - after
+            return
+        told = {"steps": [self._claims[place, step, owner] for step in steps], "state": hashed(kept[until])}
+        check = Check(place=place, owner=owner, after=after, until=until, copy=kept[after], account=told)
+        self.open[place] = check
+        self._go_on(check, state, now)
+
+    def _go_on(self, check: Check, state: State, now: float) -> None:
+        """Asks whoever is to be asked next, if anybody is; in a new epoch the same one anew."""
+        same = check.epoch == state.epoch
+        if check.asked in state.present and same and now <= check.by_s:
+            return
+        told, near = self.recovery.told, neighbours(self.recovery.where.now, check.place[1])
+        late = any(told.since.get((self._cutting, other), state.step) > check.after for other in near)
+        if check.place[0] != self._cutting or late:
+            return self._given_up(check, "what it was computed from is gone")
+        again = check.asked in state.present and now <= check.by_s
+        name = check.asked if again else self._other(check, state, near)
+        if name is None:
+            return self._given_up(check, "there is nobody with the same stack, and room, who could be asked")
+        self._ask(check, name, near, state, now if not again else None)
+
+    def _given_up(self, check: Check, why: str) -> None:
+        del self.open[check.place]
+        if check.opinions:
+            names = [check.owner, *check.opinions]
+            self._undecided(names, f"{check}: they do not say the same, and {why}", check.after)
+        else:
+            self.unchecked += check.until - check.after
+
+    def _other(self, check: Check, state: State, near: Iterable[int]) -> str | None:
+        """Anybody who has not been asked, may see the stage and has room for it: of the pool, before owners of other
+        stages, before its neighbours, who are the last to be asked."""
+        order, at, where = owners(state), check.place[1], self.recovery.where
+        hidden, costs = private(where.now, at, state), state.costs
+        sizes = [
+            costs.device_bytes(begin, end, costs.work.in_flight(len(order) - 1 - stage))
+            for stage, (begin, end) in enumerate(zip(where.now.cuts, where.now.cuts[1:], strict=False))
+        ]
+        groups: dict[int, list[str]] = {}
+        for name in sorted(state.present - check.tried - {check.owner, order[at]}):
+            place, own = state.place(name), order.index(name) if name in order else None
+            assert place is not None
+            room = state.providers[place].mem_gib * GIB - (0 if own is None else sizes[own])
+            same = self._stacks.get(name) == self._stacks[check.owner]
+            if same and sizes[at] <= room and (trusted(name, state) or not hidden):
+                groups.setdefault(0 if own is None else 2 if own in near else 1, []).append(name)
+        return self.draws.choice(groups[min(groups)]) if groups else None
+
+    def _ask(self, check: Check, name: str, near: Iterable[int], state: State, now: float | None) -> None:
+        """`now` None: of whom was asked before, and has as long as it had."""
+        where, handing, updates = self.recovery.where, self.recovery.handing, self.recovery.updates
+        cutting, (number, at), steps = where.now, check.place, range(check.after + 1, check.until + 1)
+        order, nbytes = owners(state), sum(len(each.data) for each in check.copy.values())
+        check.asked, check.epoch, check.near = name, state.epoch, {other: order[other] for other in near}
+        check.tried.add(name)
+        if now is not None:
+            place = state.place(name)
+            assert place is not None
+            assert state.plan is not None
+            takes_s = len(steps) * state.plan.score.step_s + nbytes * 8e-6 / state.providers[place].down_mbit
+            check.by_s = now + WAIT_S + SLOWER * takes_s
+        between = {"cutting": number, "after": check.after, "until": check.until}
+        body = {
+            **handing.described(cutting, at),
+            **between,
+            "updates": [[updates[step].rate, updates[step].scale] for step in steps],
+            "near": {str(other): who for other, who in check.near.items()},
+        }
+        self._tell(name, "check", body=body)
+        constants = {CONSTANT + key: self.training.tensors[key] for key in cutting.stages[at].constants}
+        new = {key: each for key, each in constants.items() if key not in self.recovery.told.holds.get(name, ())}
+        handing.over(name, {**check.copy, **new}, {"check": [number, at]}, check.after)
+        for step in steps:
+            handing.inputs(name, cutting, at, step)
+        for other, who in check.near.items():
+            self._tell(who, "resend", body={**between, "stage": other, "for": at, "who": name})
+
+    # --- what comes of it ---
+
+    def _judge(self, check: Check, state: State) -> None:
+        """By two who say the same. ValueError never: what does not compare is not the same."""
+        first, *more = check.opinions
+        own, said = check.account, check.opinions[first]
+        if not more and said != own:
+            self.verdicts.append(f"{check}: {check.owner} and {first} do not say the same: somebody else is asked")
+            return
+        del self.open[check.place]
+        if not more or check.opinions[more[0]] == own:
+            self.checked[check.owner] += check.until - check.after
+            if more:
+                self._found(first, f"{check}: {check.owner} and {more[0]} say the same, and {first} does not")
+        elif check.opinions[more[0]] == said:
+            self.checked[check.owner] += check.until - check.after
+            self._other_than(check, said, f"{first} and {more[0]} say the same, and")
+        else:
+            self._undecided([check.owner, *check.opinions], f"{check}: all three say something else", check.after)
+
+    def _other_than(self, check: Check, said: Mapping[str, Any], so: str) -> None:
+        """Two others agree: the owner was wrong; unless they were sent something else than it had been, when its
+        neighbour had said the same as it did (`_compare`)."""
+        step = check.after
+        for own, other in zip(check.account["steps"], said["steps"], strict=True):
+            step += 1
+            for stage, name in check.near.items():
+                if own["came"].get(str(stage)) != other["came"].get(str(stage)):
+                    return self._found(name, f"{check}: {name} has sent something else when it was asked again")
+            if own != other:
+                break
+        why = f"{check}: {so} {check.owner} does not, first of step {step}"
+        self._found(check.owner, why)
+        self._doubt(step - 1, why)
+
+    def _compare(self, state: State) -> None:
+        """What owners have said of each other: of each step, two neighbours of the same tensors the same."""
+        order = owners(state)
+        for step in range(self._compared + 1, state.step + 1):
+            claims = [self._claims.get(((self._cutting, at), step, name), {}) for at, name in enumerate(order)]
+            for at, own in enumerate(claims):
+                for to, other in enumerate(claims):
+                    if own and other and own["sent"].get(str(to)) != other["came"].get(str(at)):
+                        why = f"step {step}: {order[at]} says that it has sent something else than {order[to]} says"
+                        self._undecided([order[at], order[to]], why, step - 1)
+                        for each in (at, to):  # nor by what is computed again
+                            self._claims.pop(((self._cutting, each), step, order[each]), None)
+        self._compared = state.step
+
+    def _found(self, name: str, why: str) -> None:
+        self.cheats[name] = why
+        self.verdicts.append(f"{name} is sent away: {why}")
+
+    def _undecided(self, names: Iterable[str], why: str, after: int) -> None:
+        self.undecided += 1
+        text = f"{', '.join(names)}: {why}; one of them is wrong, and nobody can say which"
+        self.verdicts.append(text)
+        self._doubt(after, text)
+
+    def _doubt(self, after: int, why: str) -> None:
+        """Cheated where such a job is to stop."""
+        self.doubtful = after if self.doubtful is None else min(after, self.doubtful)
+        if self.training.on_cheat == "stop":
+            raise Cheated(f"the model is not to be trusted after step {after}: {why}")
+
+
+def _good(claim: Any) -> bool:
+    """Whether it has hashes by stage."""
+    return isinstance(claim, Mapping) and all(isinstance(claim.get(key), Mapping) for key in ("came", "sent"))
