@@ -26,7 +26,15 @@ def record(results: Path, exp: str, done: subprocess.CompletedProcess[str], at: 
 
 
 def test_a_provider_is_killed_and_the_run_is_that_of_one_that_was_alone(llmsys: Run, results: Path) -> None:
-    storm = (*SMALL, "task.providers=3", "task.stages=2", "task.faults=[stage1 SIGKILL 3]")
+    """And all of it is checked, as far as there is somebody to do that."""
+    storm = (
+        *SMALL,
+        "task.providers=4",
+        "task.stages=2",
+        "task.faults=[stage1 SIGKILL 3]",
+        "task.checks=1",
+        "task.reserve=2",
+    )
     hit = record(results, "decentral_train", llmsys("+exp=decentral_train", *storm))
     alone = (*SMALL, *QUIET, "task.providers=1", "task.stages=1", "task.reserve=0")
     quiet = record(results, "decentral_train", llmsys("+exp=decentral_train", *alone))
@@ -34,6 +42,8 @@ def test_a_provider_is_killed_and_the_run_is_that_of_one_that_was_alone(llmsys: 
     assert hit["summary"]["val_loss"] == quiet["summary"]["val_loss"]
     assert (hit["summary"]["lost"], quiet["summary"]["lost"]) == (1, 0)
     assert hit["summary"]["steps"] == 8
+    assert hit["summary"]["checked"] > 0
+    assert (hit["summary"]["cheats"], hit["summary"]["undecided"]) == (0, 0)
     assert hit["summary"]["steps_again"] <= 1
     assert hit["summary"]["plans"] == quiet["summary"]["plans"] + 1
 
@@ -57,6 +67,8 @@ def test_it_learns_what_the_one_trainer_does(llmsys: Run, results: Path) -> None
         (["model.dtype=bf16", "train.precision=bf16"], "model.dtype=bf16: decentral_train is for model.dtype=fp32"),
         (["task.start=none"], "task.start=none: whoever dials in has to know task.listen's port and task.token_file"),
         (["task.stages=9"], "task.stages=9: task.providers=4 are fewer"),
+        (["task.checks=5"], "task.checks=5.0: must be a share, of 0 to 1"),
+        (["task.checks=0.1", "task.owner_keeps=false"], "task.checks=0.1: begin with the owner's copies"),
         (["task.planes=[cobol]"], "task.planes=cobol: must be one of torch, torch_compiled, onnx"),
     ],
 )

@@ -81,6 +81,11 @@ class Checking:
         self._cutting, self._after, self._compared = -1, 0, 0
         self._ending = -1
 
+    def counts(self) -> dict[str, int]:
+        """For a record."""
+        found = {"checked": self.checked.total(), "unchecked": self.unchecked, "cheats": len(self.cheats)}
+        return {**found, "undecided": self.undecided}
+
     # --- what comes ---
 
     def have(self, frame: Frame) -> None:
@@ -158,7 +163,11 @@ class Checking:
                 for name in owners(state):
                     self._tell(name, "copy")
             return False
-        self.step(state, now)
+        if self.open:  # or there would be none of their stages' last steps
+            for check in [*self.open.values()]:
+                self._go_on(check, state, now)
+        else:
+            self.step(state, now)
         return not self.open
 
     def unfit(self, state: State) -> dict[str, str]:
@@ -284,11 +293,15 @@ class Checking:
             for stage, name in check.near.items():
                 if own["came"].get(str(stage)) != other["came"].get(str(stage)):
                     return self._found(name, f"{check}: {name} has sent something else when it was asked again")
+            for stage, name in check.near.items():
+                tells = self.recovery.where.now.stages[stage].tells
+                if any(own["values"].get(key) != other["values"].get(key) for key in tells if key in own["values"]):
+                    return self._found(name, f"{check}: {name} has sent other values when it was asked again")
             if own != other:
                 break
         why = f"{check}: {so} {check.owner} does not, first of step {step}"
         self._found(check.owner, why)
-        self._doubt(step - 1, why)
+        self._doubt(check.after, why)
 
     def _compare(self, state: State) -> None:
         """What owners have said of each other: of each step, two neighbours of the same tensors the same."""
@@ -297,7 +310,7 @@ class Checking:
             claims = [self._claims.get(((self._cutting, at), step, name), {}) for at, name in enumerate(order)]
             for at, own in enumerate(claims):
                 for to, other in enumerate(claims):
-                    if own and other and own["sent"].get(str(to)) != other["came"].get(str(at)):
+                    if own and other and not _agree(own, other, at, to):
                         why = f"step {step}: {order[at]} says that it has sent something else than {order[to]} says"
                         self._undecided([order[at], order[to]], why, step - 1)
                         for each in (at, to):  # nor by what is computed again
@@ -321,6 +334,14 @@ class Checking:
             raise Cheated(f"the model is not to be trusted after step {after}: {why}")
 
 
+def _agree(own: Mapping[str, Any], other: Mapping[str, Any], at: int, to: int) -> bool:
+    """Whether stage `to` says that it was sent what stage `at` says, and both have the same of what both have."""
+    both = own["values"].keys() & other["values"].keys()
+    same = all(own["values"][key] == other["values"][key] for key in both)
+    return same and own["sent"].get(str(to)) == other["came"].get(str(at))
+
+
 def _good(claim: Any) -> bool:
-    """Whether it has hashes by stage."""
-    return isinstance(claim, Mapping) and all(isinstance(claim.get(key), Mapping) for key in ("came", "sent"))
+    """Whether it has hashes by stage, and by name."""
+    keys = ("came", "sent", "values")
+    return isinstance(claim, Mapping) and all(isinstance(claim.get(key), Mapping) for key in keys)

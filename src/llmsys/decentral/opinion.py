@@ -70,8 +70,7 @@ class Opinions:
         if work.executor.missing or not held.settled():
             return False
         if held.at > each.after + len(each.steps):  # and all that belongs to the last step is here
-            assert work.claims is not None
-            each.steps.append({**work.claims.told(), **each.results})
+            each.steps.append({**(work.claim(held.at) or {}), **each.results})
         if held.at == each.until:
             names = [name for name in names_of(work.stage, work.rules) if not name.startswith(CONSTANT)]
             self._done(place, {"steps": each.steps, "state": hashed(work.executor.state(names))})

@@ -327,9 +327,7 @@ class Provider:
         mark = ("held", self.epoch, own.at)
         if self.said != mark:
             self.said = mark
-            claims = own.work.claims
-            claim = claims.told() if claims and claims.step == own.at else None
-            self._say("held", step=own.at, body={"since": own.since, "claim": claim})
+            self._say("held", step=own.at, body={"since": own.since, "claim": own.work.claim(own.at)})
         due = [name for name in self.keepers if self.copied.get(name, (None,))[0] != self.live]
         if own.at % self.every == 0:
             due = [name for name in self.keepers if self.copied.get(name) != (self.live, own.at)]

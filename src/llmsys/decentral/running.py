@@ -59,6 +59,7 @@ class Running:
         self.ended_s: dict[int, float] = {}
         self.hit: dict[int, float] = {}  # when somebody was, by the step that had just been committed
         self.sent: dict[str, int] = {}  # bytes, by provider
+        self.warned = 0  # of what checks have found
 
     def run(self) -> None:
         """The broker, until the job is done. One that was killed goes on from its events, where its providers are not
@@ -106,16 +107,24 @@ class Running:
                     self.hit[step] = time.perf_counter()
 
             trusted = _token(task.trusted_token_file) if task.trusted_token_file else ""
-            serving = Serving(self.coordinator, token, committed, context.beat, trusted)
+            serving = Serving(self.coordinator, token, committed, self._looking, trusted)
             try:
                 asyncio.run(serving.run(host, port, credentials, ready))
             except JobLost:
+                self._looking()
                 events.rename(events.with_suffix(".lost"))  # or the next attempt would go on where nothing is left
                 raise
             self.sent = serving.hub.received
             for name, why in started.wrong().items() if started is not None else ():
                 context.log.warning("provider %s: %s", name, why)
         (context.out / KNOWN).unlink()
+
+    def _looking(self) -> None:
+        self.context.beat()
+        verdicts = self.coordinator.checks.verdicts
+        for each in verdicts[self.warned :]:
+            self.context.log.warning("%s", each)
+        self.warned = len(verdicts)
 
     def _known(self, port: int) -> tuple[str, int]:
         """The token, and the port, which whoever dials again knows already."""
@@ -169,6 +178,8 @@ class Running:
             "moved_mib": moved / MIB,
             "per_step_mib": moved / MIB / len(steps),
         }
+        if own.training.checks:
+            summary |= own.checks.counts()
         if took:
             summary["step_ms_p50"] = statistics.median(took)
         state = own.state
@@ -183,6 +194,16 @@ class Running:
             summary[f"provider/{name}/mib"] = self.sent.get(name, 0) / MIB
         samples = {"step_ms": took, "recovery_s": recovered}
         return summary, {key: each for key, each in samples.items() if each}
+
+    def notes(self) -> dict[str, str]:
+        """To the summary, in words."""
+        checks = self.coordinator.checks
+        found = {"cheats": "; ".join(checks.verdicts)} if checks.verdicts else {}
+        if checks.doubtful is not None:
+            found["loss"] = f"not to be trusted after step {checks.doubtful}"
+        if checks.unchecked:
+            found["unchecked"] = "no copies or logs to begin with, or nobody free with the same stack and room for it"
+        return found
 
 
 def _token(file: str) -> str:

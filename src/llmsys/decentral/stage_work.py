@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmsys.decentral.claims import Claims
+from llmsys.decentral.claims import Claims, hashed
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.planes import PARAMETER, Executor, Rules
@@ -54,8 +54,8 @@ class Done:
 
 
 class StageWork:
-    """Of `stage`, one of `count`, whose part of the graph is `graph` (`cut.part`). `claiming`: it can say of its last
-    step what came and went."""
+    """Of `stage`, one of `count`, whose part of the graph is `graph` (`cut.part`). `claiming`: it notes what
+    comes and goes."""
 
     def __init__(
         self, graph: Graph, stage: Stage, executor: Executor, rules: Rules, *, count: int, claiming: bool = False
@@ -65,7 +65,7 @@ class StageWork:
         if rules.streams:
             self.order = [("F", at) for at in range(rules.micro_batches)]
         self.log: list[Sent] = []
-        self.claims = Claims() if claiming else None
+        self._claims = Claims() if claiming else None
         self.step = 0  # under way; 0: none
         self.next = 0
         self._here: dict[tuple[str, int, int, str], Array | None] = {}
@@ -108,8 +108,8 @@ class StageWork:
         """The step after the last that was applied."""
         self.executor.forget()
         self.step, self.next = step, 0
-        if self.claims:
-            self.claims.begin(step)
+        if self._claims:
+            self._claims.begin(step)
         self._here = {key: array for key, array in self._here.items() if key[1] >= step}
 
     def give_up(self) -> None:
@@ -149,7 +149,11 @@ class StageWork:
                 *self._grouped(SHARED, micro_batch, on, self.stage.shares, self.stage.shares),
             ]
         self.next += 1
-        self._noted(out)
+        self.log += out
+        for each in out if self._claims else ():
+            for name in (*each.arrays, *each.absent):
+                assert self._claims is not None
+                self._claims.sent(each.to, f"{each.kind}/{micro_batch}/{name}", each.arrays.get(name))
         return out
 
     def done(self) -> Done:
@@ -166,7 +170,7 @@ class StageWork:
         for key, stages in self.stage.tells.items():
             value = self.executor.state([PARAMETER + key])[PARAMETER + key]
             out += [Sent(to=to, kind=VALUE, step=step, micro_batch=0, arrays={key: value}) for to in stages]
-        self._noted(out)
+        self.log += out
         return out
 
     def settle(self, step: int) -> bool:
@@ -174,27 +178,27 @@ class StageWork:
         keys = {key: (VALUE, step, 0, key) for key in self.stage.shares}
         if any(key not in self._here for key in keys.values()):
             return False
-        found = {PARAMETER + key: self._taken(place) for key, place in keys.items()}
+        found = {PARAMETER + key: self._here.pop(place) for key, place in keys.items()}
         self.executor.put({name: array for name, array in found.items() if array is not None})
         return True
 
     def _taken(self, key: tuple[str, int, int, str]) -> Array | None:
         array, (kind, _, micro_batch, name) = self._here.pop(key), key
-        if self.claims and kind != INPUT:
+        if self._claims and kind != INPUT:
             own = {AHEAD: self.stage.receives, BACK: self.stage.sends, SHARED: self.stage.hears}
-            self.claims.came(own.get(kind, self.stage.shares)[name], f"{kind}/{micro_batch}/{name}", array)
+            self._claims.came(own[kind][name], f"{kind}/{micro_batch}/{name}", array)
         return array
 
     # --- what was sent ---
 
-    def _noted(self, out: Iterable[Sent]) -> None:
-        self.log += out
-        if self.claims is None:
-            return
-        for each in out:
-            for name in (*each.arrays, *each.absent):
-                what = f"{each.kind}/{each.micro_batch}/{name}"
-                self.claims.sent(each.to, what, each.arrays.get(name))
+    def claim(self, step: int) -> dict[str, Any] | None:
+        """Of the step that was applied last: hashes of what came and went, and of what the parameters are now that
+        other stages have as well. None: it was not computed here."""
+        if self._claims is None or self._claims.step != step:
+            return None
+        keys = [*self.stage.shares, *self.stage.tells]
+        values = self.executor.state(PARAMETER + key for key in keys)
+        return {**self._claims.told(), "values": {key: hashed({key: values[PARAMETER + key]}) for key in keys}}
 
     def logged(self, to: int, after: int, until: int) -> Iterator[Sent]:
         """For stage `to`, of the steps after `after`, up to `until`."""

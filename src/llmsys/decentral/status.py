@@ -31,12 +31,14 @@ def status(own: Coordinator, now: float) -> dict[str, Any]:
         "astray": own.astray,
         "counters": dict(own.counters),
         "refusals": list(own.refusals),
+        "checks": {**own.checks.counts(), "found": own.checks.verdicts[-10:]},
         "providers": {
             each.name: {
                 "stage": order.index(each.name) if each.name in order else None,
                 "role": role(each.name),
                 "plane": each.plane,
                 "tasks": own.tasks.get(each.name, 0),
+                "checked": own.checks.checked[each.name],
                 "silent_s": max(0.0, now - state.heard_s[each.name]) if each.name in state.heard_s else None,
             }
             for each in state.providers

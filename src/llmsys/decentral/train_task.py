@@ -11,6 +11,8 @@ all its label positions, as in `llmsys.train.loop`: each micro-batch's loss is t
     lost, joined, plans, stages    how often somebody went, came, and a new plan was made; stages of the last one
     moved_mib, per_step_mib        what went over the broker's lines, of which each step moves
     provider/<name>/tasks, mib     forward and backward passes of stages that counted; what it sent
+    checked, unchecked             with `task.checks`: steps of stages that were computed again; that could not be
+    cheats, undecided              who was sent away for what it said; how often nobody could say who is wrong
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ class _Job:
             copies=task.copies,
             owner_keeps=task.owner_keeps,
             copy_every=task.copy_every,
+            checks=task.checks,
+            on_cheat=task.on_cheat,
         )
 
     def committed(self, step: int) -> None:
@@ -115,6 +119,7 @@ class _Job:
         return {
             "summary": summary,
             "samples": {"loss": [updates[step].loss for step in steps], **samples},
+            "notes": running.notes(),
             "files": files,
             "data_hash": self.ready.data_hash,
         }

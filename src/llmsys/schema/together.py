@@ -9,6 +9,7 @@ from llmsys.schema.task import Task
 
 OWNER = "stage"
 STARTED = ("process", "ray", "none")
+ON_CHEAT = ("stop", "go_on")
 RUN_PLANES = ("torch", "torch_compiled", "onnx")
 
 
@@ -100,14 +101,24 @@ class Together(Task):
 @dataclass(kw_only=True)
 class DecentralTrain(Together):
     """Training of `model` on `data` as `train` says. Copies are kept of every `copy_every`-th step; 0: as often as the
-    lines allow."""
+    lines allow.
+
+    `checks`: the share of what stages compute between two copies that another provider computes again, and that is
+    compared. Where that shows that the model is not what it should be, `on_cheat` the job stops, or does go_on."""
 
     kind: str = "decentral_train"
     copy_every: int = 0
+    checks: float = 0.0
+    on_cheat: str = "stop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("task.copy_every", self.copy_every, 0)
+        one_of("task.on_cheat", self.on_cheat, ON_CHEAT)
+        if not 0 <= self.checks <= 1:
+            raise ValueError(f"task.checks={self.checks}: must be a share, of 0 to 1")
+        if self.checks and not self.owner_keeps:
+            raise ValueError(f"task.checks={self.checks}: begin with the owner's copies: task.owner_keeps=true")
 
 
 @dataclass(kw_only=True)
