@@ -169,10 +169,27 @@ def test_a_storm_accuses_nobody(seed: int, every: int) -> None:
     local = together("llama", STAGES + 3, STAGES, 10, storm, checks=1.0, copy_every=every)
     local.run()
     own = local.coordinator.checks
+    assert own.checked.total() + own.unchecked <= 10 * STAGES
     assert storm.happened
     assert own.checked.total() > 0
     assert (own.cheats, own.undecided, own.doubtful) == ({}, 0, None)
     assert losses(local) == undisturbed("llama", 10)
+
+
+def test_who_takes_a_stage_over_is_checked_from_then_on() -> None:
+    """Although the copies that there would be are few: with a new plan one more is made."""
+    after: list[str] = []
+
+    def watch(own: Local, name: str, what: str, step: int) -> None:
+        if step == 4 and not after and name in own.coordinator.state.owners:
+            own.kill(name)
+            after.append(name)
+
+    local = together("llama", STAGES + 3, STAGES, 9, watch, checks=1.0, copy_every=100)
+    local.run()
+    own = local.coordinator.checks
+    assert own.checked.total() >= 5 * STAGES
+    assert (own.verdicts, set(own.checked)) == ([], set(local.coordinator.owners))
 
 
 @pytest.mark.parametrize("seed", range(4))

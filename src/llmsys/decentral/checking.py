@@ -79,7 +79,7 @@ class Checking:
         self._claims: dict[tuple[Place, int, str], dict[str, Any]] = {}  # the same, after it
         self._givers: dict[tuple[Place, int], str] = {}  # of copies that the broker has
         self._cutting, self._after, self._compared = -1, 0, 0
-        self._ending = -1
+        self._epoch = self._ending = -1  # in which owners were asked for copies
 
     def counts(self) -> dict[str, int]:
         """For a record."""
@@ -152,6 +152,9 @@ class Checking:
                 del kept[key]
         self._givers = {key: name for key, name in self._givers.items() if key[1] >= self._after}
         copies.wanted = min([self._after, *(each.after for each in self.open.values())])
+        if self._epoch != state.epoch:  # who has a stage now has not computed what came before
+            self._epoch = state.epoch
+            self._ask_for_copies(state)
 
     def over(self, state: State, now: float) -> bool:
         """After the last step: whether all checks are. The broker needs a copy of it."""
@@ -160,8 +163,7 @@ class Checking:
         if state.step not in self.recovery.copies.common_here():
             if self._ending != state.epoch:
                 self._ending = state.epoch
-                for name in owners(state):
-                    self._tell(name, "copy")
+                self._ask_for_copies(state)
             return False
         if self.open:  # or there would be none of their stages' last steps
             for check in [*self.open.values()]:
@@ -169,6 +171,10 @@ class Checking:
         else:
             self.step(state, now)
         return not self.open
+
+    def _ask_for_copies(self, state: State) -> None:
+        for name in owners(state):
+            self._tell(name, "copy")
 
     def unfit(self, state: State) -> dict[str, str]:
         """Of those who are there, who were found out."""
