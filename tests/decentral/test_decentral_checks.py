@@ -121,7 +121,7 @@ def checked(
 ) -> Local:
     """A job of which all is checked; whoever is not in `planes` is honest."""
     local = Local(Coordinator(job("llama"), training("llama", steps, **{"checks": 1.0, **more})))
-    local.coordinator.checks.draws = random.Random(0)
+    local.coordinator.checks.asking.draws = random.Random(0)
     for each in machines(room * mem_gib("llama", STAGES), STAGES + spares):
         local.join(each, planes.get(each.name, TorchPlane()))
     return local
@@ -339,11 +339,11 @@ def test_whoever_says_something_else_when_it_is_asked_again_is_the_one_who_goes(
 def test_what_will_be_checked_cannot_be_known_before() -> None:
     """Two jobs whose draws are not the same tell providers the same, bit for bit, until one of them checks something;
     by then those who computed it have said what came of it. By itself the draw is the system's."""
-    assert isinstance(Coordinator(job("llama"), training("llama", 1)).checks.draws, random.SystemRandom)
+    assert isinstance(Coordinator(job("llama"), training("llama", 1)).checks.asking.draws, random.SystemRandom)
     told: list[list[tuple[str, bytes]]] = []
     for seed in (1, 7):
         local = checked({}, 12, checks=0.2)
-        local.coordinator.checks.draws = random.Random(seed)
+        local.coordinator.checks.asking.draws = random.Random(seed)
         said: list[tuple[str, bytes]] = []
 
         def carry(to: str, data: bytes, said: list[tuple[str, bytes]] = said) -> list[bytes]:

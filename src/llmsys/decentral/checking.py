@@ -14,50 +14,21 @@ same on the same stack alone (`Plane.stack`): others are neither checked nor ask
 from __future__ import annotations
 
 import collections
-import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from llmsys.decentral.asking import Asking, Check
 from llmsys.decentral.broker import State
 from llmsys.decentral.claims import hashed
-from llmsys.decentral.cost import GIB
 from llmsys.decentral.cutting import neighbours
 from llmsys.decentral.holdings import Place
-from llmsys.decentral.planes import CONSTANT, Arrays
 from llmsys.decentral.recovery import Recovery
-from llmsys.decentral.whereabouts import JobLost, owners, private, trusted
+from llmsys.decentral.whereabouts import JobLost, owners
 from llmsys.decentral.wire import Frame
-
-WAIT_S, SLOWER = 30.0, 20
-"""Somebody who is asked has so long, and so many times what computing and the copy's way take by the plan."""
 
 
 class Cheated(JobLost):
     """What has been computed is not what should have been."""
-
-
-@dataclass(kw_only=True)
-class Check:
-    """Of the steps after `after` up to `until` of a stage: `copy`, its state before them; `account`: what its `owner`
-    has said of them; `opinions`: others, by name. Of those who were `tried`, `asked` is the one who is to answer before
-    `by_s`, in `epoch`; `near` had the neighbours."""
-
-    place: Place
-    owner: str
-    after: int
-    until: int
-    copy: Arrays
-    account: dict[str, Any]
-    opinions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tried: set[str] = field(default_factory=set)
-    asked: str = ""
-    epoch: int = 0
-    by_s: float = 0.0
-    near: dict[int, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"stage {self.place[1]}, steps {self.after + 1} to {self.until}"
 
 
 class Checking:
@@ -67,14 +38,13 @@ class Checking:
 
     def __init__(self, recovery: Recovery, tell: Callable[..., None]) -> None:
         self.recovery, self.training, self._tell = recovery, recovery.training, tell
-        self.draws: random.Random = random.SystemRandom()
         self.checked, self.unchecked = collections.Counter[str](), 0
         self.cheats: dict[str, str] = {}
         self.undecided = 0
         self.doubtful: int | None = None
         self.verdicts: list[str] = []
         self.open: dict[Place, Check] = {}
-        self._stacks: dict[str, str] = {}
+        self.asking = Asking(recovery, tell)
         self._said: dict[tuple[Place, int, str], dict[str, Any]] = {}  # of a step, by its owner: before the commit
         self._claims: dict[tuple[Place, int, str], dict[str, Any]] = {}  # the same, after it
         self._givers: dict[tuple[Place, int], str] = {}  # of copies that the broker has
@@ -90,7 +60,7 @@ class Checking:
 
     def have(self, frame: Frame) -> None:
         """What a provider computes with."""
-        self._stacks[frame.sender] = str(frame.body.get("stack", ""))[:200]
+        self.asking.stacks[frame.sender] = str(frame.body.get("stack", ""))[:200]
 
     def prepared(self, frame: Frame, state: State) -> None:
         """An owner's losses and squares of gradients."""
@@ -144,7 +114,7 @@ class Checking:
             self._go_on(check, state, now)
         if newest is not None and newest > self._after:
             for at in range(len(where.now.stages)):
-                if self.draws.random() < self.training.checks:
+                if self.asking.draws.random() < self.training.checks:
                     self._begin(at, newest, state, now)
             self._after = newest
         for kept in (self._said, self._claims):
@@ -191,7 +161,7 @@ class Checking:
             for each in (at, *neighbours(self.recovery.where.now, at))
             for step in steps
         )
-        if place in self.open or not given or not claimed or not self._stacks.get(owner):
+        if place in self.open or not given or not claimed or not self.asking.stacks.get(owner):
             self.unchecked += until - after
             return
         told = {"steps": [self._claims[place, step, owner] for step in steps], "state": hashed(kept[until])}
@@ -209,10 +179,10 @@ class Checking:
         if check.place[0] != self._cutting or late:
             return self._given_up(check, "what it was computed from is gone")
         again = check.asked in state.present and now <= check.by_s
-        name = check.asked if again else self._other(check, state, near)
+        name = check.asked if again else self.asking.other(check, state)
         if name is None:
             return self._given_up(check, "there is nobody with the same stack, and room, who could be asked")
-        self._ask(check, name, near, state, now if not again else None)
+        self.asking.ask(check, name, state, None if again else now)
 
     def _given_up(self, check: Check, why: str) -> None:
         del self.open[check.place]
@@ -221,54 +191,6 @@ class Checking:
             self._undecided(names, f"{check}: they do not say the same, and {why}", check.after)
         else:
             self.unchecked += check.until - check.after
-
-    def _other(self, check: Check, state: State, near: Iterable[int]) -> str | None:
-        """Anybody who has not been asked, may see the stage and has room for it: of the pool, before owners of other
-        stages, before its neighbours, who are the last to be asked."""
-        order, at, where = owners(state), check.place[1], self.recovery.where
-        hidden, costs = private(where.now, at, state), state.costs
-        sizes = [
-            costs.device_bytes(begin, end, costs.work.in_flight(len(order) - 1 - stage))
-            for stage, (begin, end) in enumerate(zip(where.now.cuts, where.now.cuts[1:], strict=False))
-        ]
-        groups: dict[int, list[str]] = {}
-        for name in sorted(state.present - check.tried - {check.owner, order[at]}):
-            place, own = state.place(name), order.index(name) if name in order else None
-            assert place is not None
-            room = state.providers[place].mem_gib * GIB - (0 if own is None else sizes[own])
-            same = self._stacks.get(name) == self._stacks[check.owner]
-            if same and sizes[at] <= room and (trusted(name, state) or not hidden):
-                groups.setdefault(0 if own is None else 2 if own in near else 1, []).append(name)
-        return self.draws.choice(groups[min(groups)]) if groups else None
-
-    def _ask(self, check: Check, name: str, near: Iterable[int], state: State, now: float | None) -> None:
-        """`now` None: of whom was asked before, and has as long as it had."""
-        where, handing, updates = self.recovery.where, self.recovery.handing, self.recovery.updates
-        cutting, (number, at), steps = where.now, check.place, range(check.after + 1, check.until + 1)
-        order, nbytes = owners(state), sum(len(each.data) for each in check.copy.values())
-        check.asked, check.epoch, check.near = name, state.epoch, {other: order[other] for other in near}
-        check.tried.add(name)
-        if now is not None:
-            place = state.place(name)
-            assert place is not None
-            assert state.plan is not None
-            takes_s = len(steps) * state.plan.score.step_s + nbytes * 8e-6 / state.providers[place].down_mbit
-            check.by_s = now + WAIT_S + SLOWER * takes_s
-        between = {"cutting": number, "after": check.after, "until": check.until}
-        body = {
-            **handing.described(cutting, at),
-            **between,
-            "updates": [[updates[step].rate, updates[step].scale] for step in steps],
-            "near": {str(other): who for other, who in check.near.items()},
-        }
-        self._tell(name, "check", body=body)
-        constants = {CONSTANT + key: self.training.tensors[key] for key in cutting.stages[at].constants}
-        new = {key: each for key, each in constants.items() if key not in self.recovery.told.holds.get(name, ())}
-        handing.over(name, {**check.copy, **new}, {"check": [number, at]}, check.after)
-        for step in steps:
-            handing.inputs(name, cutting, at, step)
-        for other, who in check.near.items():
-            self._tell(who, "resend", body={**between, "stage": other, "for": at, "who": name})
 
     # --- what comes of it ---
 
