@@ -42,6 +42,7 @@ from llmsys.decentral.processes import Processes
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.serve import Serving
 from llmsys.decentral.stage_work import AHEAD, VALUE
+from llmsys.decentral.status import status
 from llmsys.decentral.whereabouts import private
 from llmsys.decentral.wire import Array, Frame, decode, encode
 
@@ -165,7 +166,7 @@ def test_the_share_that_is_asked_for_is_checked() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_storm_accuses_nobody(seed: int, every: int) -> None:
     """Kills, silences and departures, of those too who check and of those whose stage is checked; plans change."""
-    storm = Storm(seed, 10, STAGES, most=4)
+    storm = Storm(seed, 10, STAGES + 1, most=4)
     local = together("llama", STAGES + 3, STAGES, 10, storm, checks=1.0, copy_every=every)
     local.run()
     own = local.coordinator.checks
@@ -272,6 +273,10 @@ def test_whoever_lies_of_another_is_sent_away_and_the_other_stays() -> None:
     local = checked({pool[0]: Cheats(Scales)}, 8)
     local.run()
     own = local.coordinator.checks
+    told = status(local.coordinator, local.now)
+    assert told["checks"]["cheats"] == 1
+    assert any(f"{pool[0]} is sent away" in each for each in told["checks"]["found"])
+    assert sum(each["checked"] for each in told["providers"].values()) == told["checks"]["checked"] > 0
     assert set(own.cheats) == {pool[0]}
     assert sorted(local.coordinator.owners) == sorted(owners)
     assert (own.doubtful, own.undecided) == (None, 0)

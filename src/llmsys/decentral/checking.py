@@ -78,7 +78,7 @@ class Checking:
         """An owner's copy, for the broker."""
         self._givers[(int(frame.body["keep"][0]), int(frame.body["keep"][1])), frame.step] = frame.sender
 
-    def opinion(self, frame: Frame, state: State) -> None:
+    def opinion(self, frame: Frame) -> None:
         """Of somebody who was asked. ValueError where it was not."""
         body, place = frame.body, (int(frame.body["cutting"]), int(frame.body["stage"]))
         check = self.open.get(place)
@@ -92,7 +92,7 @@ class Checking:
         good = isinstance(steps, list) and len(steps) == check.until - check.after and all(map(_good, steps))
         found = {"steps": steps, "state": body.get("state")} if good else {"steps": [], "state": frame.sender}
         check.opinions[frame.sender] = found
-        self._judge(check, state)
+        self._judge(check)
 
     def _place(self, frame: Frame, state: State) -> Place:
         return self.recovery.where.now.number, owners(state).index(frame.sender)
@@ -174,15 +174,18 @@ class Checking:
         same = check.epoch == state.epoch
         if check.asked in state.present and same and now <= check.by_s:
             return
-        told, near = self.recovery.told, neighbours(self.recovery.where.now, check.place[1])
-        late = any(told.since.get((self._cutting, other), state.step) > check.after for other in near)
-        if check.place[0] != self._cutting or late:
+        if check.place[0] != self._cutting or self._late(check, state):
             return self._given_up(check, "what it was computed from is gone")
         again = check.asked in state.present and now <= check.by_s
         name = check.asked if again else self.asking.other(check, state)
         if name is None:
             return self._given_up(check, "there is nobody with the same stack, and room, who could be asked")
         self.asking.ask(check, name, state, None if again else now)
+
+    def _late(self, check: Check, state: State) -> bool:
+        """Whether somebody has a neighbour now who has not all that it had sent."""
+        near, since = neighbours(self.recovery.where.now, check.place[1]), self.recovery.told.since
+        return any(since.get((self._cutting, other), state.step) > check.after for other in near)
 
     def _given_up(self, check: Check, why: str) -> None:
         del self.open[check.place]
@@ -194,8 +197,8 @@ class Checking:
 
     # --- what comes of it ---
 
-    def _judge(self, check: Check, state: State) -> None:
-        """By two who say the same. ValueError never: what does not compare is not the same."""
+    def _judge(self, check: Check) -> None:
+        """By two who say the same."""
         first, *more = check.opinions
         own, said = check.account, check.opinions[first]
         if not more and said != own:

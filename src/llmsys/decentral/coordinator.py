@@ -199,7 +199,7 @@ class Coordinator:
         elif frame.kind == "copied":
             self.recovery.copies.copied(frame, self.state)
         elif frame.kind == "opinion":
-            self.checks.opinion(frame, self.state)
+            self.checks.opinion(frame)
         elif frame.kind == "held":
             self.recovery.held(frame, self.state)
             self.checks.held(frame, self.state)
