@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from decentral_harness import FAMILIES, traced
@@ -33,6 +34,7 @@ from llmsys.decentral.checking import Cheated
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.cut import Stage
+from llmsys.decentral.events import Event
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.local import Local
 from llmsys.decentral.planes import Arrays, Rules
@@ -191,6 +193,25 @@ def test_who_takes_a_stage_over_is_checked_from_then_on() -> None:
     own = local.coordinator.checks
     assert own.checked.total() >= 5 * STAGES
     assert (own.verdicts, set(own.checked)) == ([], set(local.coordinator.owners))
+
+
+def test_a_broker_that_is_rebuilt_goes_on_checking() -> None:
+    """What was claimed before it died is not known any more, and so is not checked; nobody is accused for that."""
+    noted: list[tuple[Event, Mapping[str, Any]]] = []
+
+    def watch(own: Local, name: str, what: str, step: int) -> None:
+        if step == 5 and own.coordinator is first:
+            second = Coordinator(job("llama"), training("llama", 10, checks=1.0))
+            second.rebuild([*noted], own.now)
+            own.rebuilt(second)
+
+    local = together("llama", STAGES + SPARES, STAGES, 10, watch, lambda *each: noted.append(each), checks=1.0)
+    first = local.coordinator
+    local.run()
+    assert local.coordinator is not first
+    assert local.coordinator.checks.checked.total() >= 3 * STAGES
+    assert local.coordinator.checks.verdicts == []
+    assert losses(local) == undisturbed("llama", 10)
 
 
 @pytest.mark.parametrize("seed", range(4))
