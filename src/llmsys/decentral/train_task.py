@@ -10,7 +10,7 @@ all its label positions, as in `llmsys.train.loop`: each micro-batch's loss is t
     recovery_s_p50                 of faults: from the signal to the next commit
     lost, joined, plans, stages    how often somebody went, came, and a new plan was made; stages of the last one
     moved_mib, per_step_mib        what went over the broker's lines, of which each step moves
-    provider/<name>/tasks, mib     forward and backward passes of stages that counted; what it sent
+    provider/<name>/share, ...     what each has done (`contributions`)
 """
 
 from __future__ import annotations
