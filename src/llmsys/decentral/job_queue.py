@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import compose, dispatch, messages, schema, wiring
+from llmsys.decentral.event_log import EVENTS, last_step, read
 from llmsys.decentral.queued import DONE, FAILED, RUNNING, VARIABLE, moved, put, waiting, words_of
 from llmsys.dispatch.show import Show
 from llmsys.files import write_atomic
@@ -58,7 +59,7 @@ def composed(words: Sequence[str], where: Sequence[str] = ANYWHERE) -> dict[str,
 
 class Queue:
     """Of `folder`; jobs listen at `address`, with these `credentials`, which are words too; `until_empty`: and no
-    longer. BlockingIOError where another broker has the folder."""
+    longer. ValueError for an address that would not be the same for all."""
 
     def __init__(self, folder: Path, address: str, credentials: Sequence[str], *, until_empty: bool = False) -> None:
         host, _, port = address.rpartition(":")
@@ -66,18 +67,24 @@ class Queue:
             raise ValueError(f"--listen {address}: must be host:port, the same for all jobs, e.g. 127.0.0.1:7077")
         self.address, self.where = (host, int(port)), (*DIALLED, f"task.listen={address}", *credentials)
         self.folder, self.until_empty = folder.resolve(), until_empty
-        for name in ("", RUNNING, DONE, FAILED):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  as long as the process lives
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{folder}: another broker runs the jobs there") from None
-        os.environ[VARIABLE] = str(self.folder)
 
     def run(self) -> None:
-        """All jobs, first the one that was under way. OSError where the address is taken. KeyboardInterrupt leaves the
-        job where it is, to go on."""
+        """All jobs, first the one that was under way. OSError where the address is taken, or the folder is another
+        broker's. KeyboardInterrupt leaves the job where it is, to go on."""
+        for name in ("", RUNNING, DONE, FAILED):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"{self.folder}: another broker runs the jobs there") from None
+            os.environ[VARIABLE] = str(self.folder)
+            try:
+                self._run()
+            finally:
+                del os.environ[VARIABLE]
+
+    def _run(self) -> None:
         for path in self._jobs():
             _until_free(*self.address)
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -101,12 +108,19 @@ class Queue:
                 time.sleep(LOOK_S)
 
     def _ran(self, words: Sequence[str]) -> tuple[bool, str]:
-        """(whether it went well, its folder or why not)."""
+        """(whether it went well, its folder or why not). A job whose process dies goes on as long as it gets any
+        further: its providers are still there, with what they have."""
         from llmsys.main import make_job
 
-        job = make_job(composed(words, self.where))
-        (record,) = dispatch.submit([job], Show())
-        return record.status == "ok", job.out if record.status == "ok" else record.error or record.status
+        job, before = make_job(composed(words, self.where)), -1
+        while True:
+            (record,) = dispatch.submit([job], Show())
+            if record.status == "ok":
+                return True, job.out
+            now = last_step(read(Path(job.out) / EVENTS))
+            if record.status != "crashed" or now <= before:
+                return False, record.error or record.status
+            before = now
 
 
 def _until_free(host: str, port: int) -> None:

@@ -18,7 +18,7 @@ from llmsys.files import write_atomic
 
 GIB = 2**30
 NEAR = 0.9
-"""Of the bytes: whoever goes hands its state over, and that is traffic, too."""
+"""Of the bytes: whoever goes hands its state over, and that is traffic, too. A tenth is enough where that is less."""
 LOOK_S = 0.2
 WRITE_S = 5.0
 

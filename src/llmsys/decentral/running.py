@@ -19,7 +19,7 @@ from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
-from llmsys.decentral.event_log import EventLog, last_step, read
+from llmsys.decentral.event_log import EVENTS, EventLog, last_step, read
 from llmsys.decentral.fleet import Between
 from llmsys.decentral.link import Credentials
 from llmsys.decentral.processes import Processes
@@ -68,7 +68,7 @@ class Running:
         host, _, wanted = task.listen.rpartition(":")
         own = Path(task.certificate).read_bytes() if task.certificate else None
         credentials = None if own is None else Credentials(certificate=own, key=Path(task.key).read_bytes())
-        events = context.out / "events.jsonl"
+        events = context.out / EVENTS
         if task.start == "process" or not (context.out / KNOWN).exists():  # begun anew, or done before
             events.unlink(missing_ok=True)
         noted = read(events)
