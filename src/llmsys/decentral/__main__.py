@@ -134,7 +134,7 @@ def _provider(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="to dial again a broker that has gone; default: %(default)s",
     )
-    parser.add_argument("--stay", action="store_true", help="for the next job, and until a broker comes, without end")
+    parser.add_argument("--stay", action="store_true", help="dial again when a job ends, and without end")
     quotas = parser.add_argument_group("quotas", "It hands over and ends when one is used up.")
     quotas.add_argument("--quota-gib", metavar="GIB", type=float, default=math.inf, help="over its line, both ways")
     quotas.add_argument("--quota-hours", metavar="H", type=float, default=math.inf, help="with a broker")
@@ -168,8 +168,8 @@ def _provide(given: argparse.Namespace) -> int:
         return Line(given.join, token, machine, life, own, slow, busy, watch.meter)
 
     presence = Presence(dial, given.patience, staying=given.stay)
-    for number, what in ((signal.SIGTERM, presence.leave), (signal.SIGINT, presence.leave)):
-        signal.signal(number, what)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, presence.interrupt)
     if hasattr(signal, "SIGUSR1"):  # Windows has none
         signal.signal(signal.SIGUSR1, presence.pause)
         signal.signal(signal.SIGUSR2, presence.resume)

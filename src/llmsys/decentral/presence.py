@@ -1,6 +1,7 @@
 """A provider's comings and goings: it leaves and pauses gracefully, by signals, and comes back.
 
-SIGTERM, Ctrl-C    it does its part of the step under way, hands over what it has, and ends; twice: it ends at once
+SIGTERM, Ctrl-C    it does its part of the step under way, hands over what it has, and ends; twice, or where it has
+                   nothing and nobody listens: it ends at once
 SIGUSR1            the same, but it stays there, to come again at SIGUSR2: while its owner plays, say
 
 So it does when its quota is used up. One that stays beyond a job waits for the next one, at the same address.
@@ -63,13 +64,17 @@ class Presence:
                     return
             self._paused = False
 
-    # --- signals, in the main thread; `leave` in any ---
-
-    def leave(self, *signal: Any) -> None:
-        if self._ending:
-            raise KeyboardInterrupt
+    def leave(self) -> None:
+        """As it says above; in any thread."""
         self._ending = True
         self._say()
+
+    # --- signals, in the main thread ---
+
+    def interrupt(self, *signal: Any) -> None:
+        if self._ending:
+            raise KeyboardInterrupt
+        self.leave()
 
     def pause(self, *signal: Any) -> None:
         if not self._paused:

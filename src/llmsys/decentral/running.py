@@ -129,7 +129,7 @@ class Running:
             token = Path(self.task.token_file).read_text(encoding="utf-8").strip()
         else:
             token = str(before.get("token", secrets.token_hex(16)))
-        name = before["job"] if going_on else secrets.token_hex(8)
+        name = before.get("job", "") if going_on else secrets.token_hex(8)
         return token, port or int(before.get("port", 0)), str(name)
 
     @contextlib.contextmanager
