@@ -24,7 +24,7 @@ from llmsys.decentral.events import Committed, Joined
 from llmsys.decentral.job_queue import Queue, submit
 from llmsys.dispatch.child import descendants
 
-STEPS = 60
+STEPS = 150
 SMALL = (
     *("+exp=decentral_train", f"train.steps={STEPS}", "train.global_batch=4", "train.micro_batch=2", "train.length=32"),
     *("train.warmup_steps=1", "train.save_final=false", "model.num_layers=2", "data.max_train=40", "data.max_val=2"),
@@ -100,15 +100,18 @@ def test_two_jobs_are_done_once_each_though_their_broker_is_killed_twice_in_the_
     assert [first.name, second.name] == ["0001-decentral_train.txt", "0002-decentral_train.txt"]
     providers = [place.provider(name) for name in ("p0", "p1")]
     broker = place.broker()
-    until(lambda: place.committed() >= 5, broker)
+    until(lambda: place.committed() >= 1, broker)
+    watching = place.start("watching", "status", *place.joining(), "--watch", "--json")
+    until(lambda: bool(place.said("watching")), broker)
     assert main(["status", *place.joining(), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["queue"] == {"waiting": ["0002-decentral_train"], "done": [], "failed": []}
     assert sum(each["share"] for each in status["providers"].values()) == pytest.approx(1)
     assert main(["status", *place.joining()]) == 0
     assert "1 jobs wait, 0 are done, 0 failed" in capsys.readouterr().out
+    before = place.committed()
     os.kill(descendants(broker.pid)[0], signal.SIGKILL)  # the job's own process: the queue begins it again
-    until(lambda: place.committed() >= 20, broker)
+    until(lambda: place.committed() >= before + 10, broker)
     broker.kill()
     broker.wait()
     assert place.committed() < STEPS
@@ -136,6 +139,11 @@ def test_two_jobs_are_done_once_each_though_their_broker_is_killed_twice_in_the_
     assert len(quiet["samples"]["loss"]) == STEPS
     done = [sum(r["summary"][f"provider/{name}/tflop"] for name in ("p0", "p1")) for r in (hit, quiet)]
     assert done[0] == done[1] > 0
+    assert watching.poll() is None  # over both jobs, and while nobody listened
+    lines = [line for line in place.said("watching").splitlines() if line.startswith("{")]  # gRPC says things, too
+    waited = [json.loads(line)["queue"]["waiting"] for line in lines]
+    assert any("0002-decentral_train" in each for each in waited)
+    assert waited[-1] == []
     for each in providers:  # they wait for more
         assert each.poll() is None
         each.send_signal(signal.SIGTERM)

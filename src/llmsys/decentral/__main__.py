@@ -10,13 +10,12 @@ import os
 import signal
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmsys.decentral import credentials, ledger
+from llmsys.decentral import credentials, ledger, view
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.link import Credentials, Line, Refused, asked
 from llmsys.decentral.pieces import Slow
@@ -25,8 +24,6 @@ from llmsys.decentral.presence import Presence
 from llmsys.decentral.provider import Provider
 from llmsys.decentral.quota import Quota, Watch
 from llmsys.errors import MissingPackage
-
-AGAIN_S = 1.0
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -203,7 +200,9 @@ def _credentials(given: argparse.Namespace) -> tuple[str, Credentials | None]:
 def _status(parser: argparse.ArgumentParser) -> None:
     _joining(parser)
     parser.add_argument("--json", action="store_true", help="one object, and nothing else")
-    parser.add_argument("--watch", action="store_true", help="again each second, until the broker ends")
+    parser.add_argument(
+        "--watch", action="store_true", help="again each second, until the broker ends; over all jobs of a queue"
+    )
     parser.set_defaults(run=_show)
 
 
@@ -213,44 +212,22 @@ def _show(given: argparse.Namespace) -> int:
     def now() -> Mapping[str, Any]:
         return asyncio.run(asked(given.join, token, own))
 
+    every = view.watched(now) if given.watch else iter([now()])
     if given.json:
-        print(json.dumps(now()), flush=True)
-        while given.watch:
-            time.sleep(AGAIN_S)
-            print(json.dumps(now()), flush=True)
+        for status in every:
+            if status is not None:
+                print(json.dumps(status), flush=True)
         return 0
     from rich.console import Console
     from rich.live import Live
 
     if not given.watch:
-        Console().print(table(now()))
+        Console().print(view.table(next(every)))
         return 0
-    with Live(table(now()), refresh_per_second=4) as live:
-        while True:
-            time.sleep(AGAIN_S)
-            live.update(table(now()))
-
-
-def table(status: Mapping[str, Any]) -> Any:
-    """A row for each provider, under a line about the job."""
-    from rich.table import Table
-
-    queue = status["queue"]
-    loss = "" if status["loss"] is None else f" · loss {status['loss']:.4f}"
-    title = (f"step {status['step']} of {status['steps']}{loss} · {status['steps_per_s']:.2f} steps/s · "
-             f"epoch {status['epoch']} · {status['phase']}")  # fmt: skip
-    if queue is not None:
-        title += f"\n{len(queue['waiting'])} jobs wait, {len(queue['done'])} are done, {len(queue['failed'])} failed"
-        title += "".join(f"\n  {name}" for name in queue["waiting"])
-    made = Table(title=title, title_justify="left")
-    for head in ("provider", "does", "plane", "passes", "share %", "sent MiB", "silent s"):
-        made.add_column(head, justify="left" if head in ("provider", "does", "plane") else "right")
-    for name, each in status["providers"].items():
-        does = each["role"] if each["stage"] is None else f"stage {each['stage']}"
-        silent = "" if each["silent_s"] is None or each["role"] == "gone" else f"{each['silent_s']:.1f}"
-        done = (str(each["forward"] + each["backward"]), f"{100 * each['share']:.1f}", f"{each['sent_mib']:.1f}")
-        made.add_row(name, does, each["plane"], *done, silent)
-    return made
+    with Live(view.table(next(every)), refresh_per_second=4) as live:
+        for status in every:
+            live.update(view.table(status))
+    return 0
 
 
 # --- ledger ----------------------------------------------------------------------------------------------------------
