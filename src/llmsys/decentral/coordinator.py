@@ -15,6 +15,7 @@ from typing import Any
 
 from llmsys.decentral import broker
 from llmsys.decentral.broker import State
+from llmsys.decentral.contributions import Accounts
 from llmsys.decentral.events import Beat, Began, Committed, Event, Held, Joined, Left, Lost, Planned, Prepared
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.plan import Plan
@@ -22,6 +23,7 @@ from llmsys.decentral.planes import Arrays
 from llmsys.decentral.provider import BEAT, BROKER
 from llmsys.decentral.recovery import Recovery
 from llmsys.decentral.stage_work import INPUT, KINDS
+from llmsys.decentral.traffic import Traffic
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.whereabouts import Stuck, owners
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
@@ -59,7 +61,7 @@ class Coordinator:
         self.out: list[tuple[str, bytes]] = []
         self.counters = {"malformed": 0, "foreign": 0, "stale": 0, "refused": 0, "relayed": 0}
         self.refusals: collections.deque[str] = collections.deque(maxlen=10)
-        self.tasks: dict[str, int] = {}
+        self.accounts, self.traffic = Accounts(job.chain, job.work), Traffic()
         self.happened: collections.Counter[str] = collections.Counter()  # events that are in the log, by their kind
         self.again = 0  # steps that were under way when a plan ended
         self.begun_s = 0.0  # on the clock of the job
@@ -79,6 +81,7 @@ class Coordinator:
                 own = {key: tuple(more[key]) for key in ("losses", "tokens")}
                 self.updates[event.step] = Update(rate=more["rate"], scale=more["scale"], **own)
             self.happened[type(event).__name__] += 1
+            self.accounts.note(event, more)
             before, self.state = self.state, broker.apply(self.state, event)
             if isinstance(event, Planned):
                 self.again += before.phase == broker.COMPUTING
@@ -150,11 +153,11 @@ class Coordinator:
         except Malformed:
             self.counters["malformed"] += 1
             return
-        if frame.to != BROKER:
-            self.counters["foreign"] += 1
-            return
-        if frame.kind == BEAT:
+        if frame.kind == BEAT and frame.to == BROKER:
             self.beat(sender, now, busy=frame.body.get("busy") is True)
+            return
+        if frame.to != BROKER or not self._of_this_job(head):
+            self.counters["foreign"] += 1
             return
         self.moved_s = now
         if frame.kind == "leave":
@@ -164,16 +167,26 @@ class Coordinator:
         else:
             try:
                 self._said(frame, now)
+                if frame.tensors:
+                    self.traffic.passed(head, len(data))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
                 self.counters["refused"] += 1
                 self.refusals.append(f"{sender}: {frame.kind}: {type(error).__name__}: {error}")
 
+    def _of_this_job(self, head: Mapping[str, Any]) -> bool:
+        """Who has come from another job, and has not been told of this one, may still speak of that one. To go is said
+        of no job."""
+        return head["job"] == self.state.job.name or head["kind"] == "leave"
+
     def _relay(self, head: Mapping[str, Any], data: bytes) -> None:
         """Only in this epoch, and only to somebody who is there."""
-        if head["epoch"] != self.state.epoch:
+        if not self._of_this_job(head):
+            self.counters["foreign"] += 1
+        elif head["epoch"] != self.state.epoch:
             self.counters["stale"] += 1
         elif head["to"] in self.state.present or head["to"] in self.leaving:
             self.counters["relayed"] += 1
+            self.traffic.passed(head, len(data))
             self.out.append((head["to"], data))
 
     def _said(self, frame: Frame, now: float) -> None:
@@ -313,7 +326,10 @@ class Coordinator:
         return found
 
     def _event(self, event: Event, **more: Any) -> None:
+        if carried := self.traffic.taken(event, frozenset(self.state.places)):
+            more["bytes"] = carried
         self.note(event, more)
+        self.accounts.note(event, more)
         self.happened[type(event).__name__] += 1
         self.state = broker.apply(self.state, event)
 
@@ -369,7 +385,6 @@ class Coordinator:
         own = self.updates[step]
         for name in self.owners:
             self._tell(name, "commit", step=step, body={"rate": own.rate, "scale": own.scale})
-            self.tasks[name] = self.tasks.get(name, 0) + self.training.rules.micro_batches
 
     def _tell(
         self,
@@ -383,6 +398,7 @@ class Coordinator:
     ) -> None:
         frame = Frame(
             kind=kind,
+            job=self.state.job.name,
             epoch=self.state.epoch,
             step=self.state.step if step is None else step,
             micro_batch=micro_batch,

@@ -13,11 +13,12 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner
+from llmsys.decentral import contributions, owner
 from llmsys.decentral.chain import chain
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.decode import trace_decoder
+from llmsys.decentral.event_log import EVENTS
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.generation import Generation
 from llmsys.decentral.planes.layout import packed
@@ -137,5 +138,5 @@ class _Generating:
         if timed_ms:
             rows = self.task.streams * self.task.rows
             summary["tokens_per_s"] = rows * len(timed_ms) / sum(timed_ms) * 1e3
-        files = {"generated": "generated.jsonl", "events": "events.jsonl"}
+        files = {"generated": "generated.jsonl", "events": EVENTS, "contributions": contributions.FILE}
         return {"summary": summary, "samples": samples, "files": files}

@@ -24,6 +24,7 @@ import grpc
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, pieces, until
 from llmsys.decentral.provider import BEAT, BROKER, Provider
+from llmsys.decentral.quota import Meter
 from llmsys.decentral.wire import Frame, decode, encode
 
 METHOD = "/llmsys.decentral/Talk"
@@ -69,7 +70,7 @@ class Line:
     """A provider's stream to the broker, in a thread of its own, which also says twice a second that it is alive: a
     provider that computes is not silent. `slow`: it is made to be so, to try what real lines would do. `busy`: whether
     it has something to do, which a sign of life says as well: where nobody has, and nothing comes, something has gone
-    astray."""
+    astray. `meter` is told what goes over it, and how long it is open."""
 
     def __init__(
         self,
@@ -80,8 +81,9 @@ class Line:
         credentials: Credentials | None,
         slow: Slow | None = None,
         busy: Callable[[], bool] = lambda: False,
+        meter: Meter | None = None,
     ) -> None:
-        self.slow, self.busy = slow, busy
+        self.slow, self.busy, self.meter = slow, busy, meter or Meter()
         self._receiving_s = -math.inf
         self.address, self.token, self.machine, self.life = address, token, machine, life
         self.credentials = credentials
@@ -111,6 +113,7 @@ class Line:
             refused = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
             self.error = (Refused if refused else ConnectionError)(f"{self.address}: {error.details()}")
         finally:
+            self.meter.away()
             self.inbox.put(None)
 
     async def _talk(self) -> None:
@@ -121,12 +124,14 @@ class Line:
             let_in = asyncio.Event()
             call = talk(self._said(let_in), metadata=(("token", self.token),))
             if WELCOME in dict(await call.initial_metadata()):
+                self.meter.here()
                 let_in.set()
             joined = Joined()
             slow = self.slow
             down = None if slow is None else Direction(slow.down_mbit, slow.delay_ms / 2e3)
             async for piece in call:
                 self.heard = True
+                self.meter.nbytes += len(piece)
                 self._receiving_s = time.monotonic()
                 data = joined.add(piece)
                 if down is None:
@@ -141,6 +146,7 @@ class Line:
         await let_in.wait()  # what is being said while a broker hangs up would hide why it does
         if self.slow is None:
             async for piece in self._pieces():
+                self.meter.nbytes += len(piece)
                 yield piece
             return
         up = Direction(self.slow.up_mbit, self.slow.delay_ms / 2e3)
@@ -156,6 +162,7 @@ class Line:
         try:
             while (item := await under_way.get())[1] is not None:
                 await until(item[0])
+                self.meter.nbytes += len(item[1])
                 yield item[1]
         finally:
             carrying.cancel()
@@ -186,8 +193,8 @@ def channel_to(address: str, credentials: Credentials | None) -> grpc.aio.Channe
     return grpc.aio.secure_channel(address, own, options=OPTIONS)
 
 
-WAKE = b""
-"""Put into a line's inbox: there is something to say."""
+LEAVE = b"leave"
+"""Put into a line's inbox: its provider wants to go."""
 
 
 def provide(provider: Provider, line: Line) -> None:
@@ -197,7 +204,9 @@ def provide(provider: Provider, line: Line) -> None:
         try:
             data = line.inbox.get_nowait()
         except queue.Empty:
+            before = provider.counters.flops
             if provider.work():
+                line.meter.flops += provider.counters.flops - before
                 _flush(provider, line)
                 continue
             data = line.inbox.get()
@@ -205,13 +214,15 @@ def provide(provider: Provider, line: Line) -> None:
             if line.error is not None:
                 raise line.error
             raise ConnectionError(f"{line.address}: the broker has gone")
-        if data is not WAKE:
+        if data is LEAVE:
+            provider.say_leave()
+        else:
             provider.hear(data)
         _flush(provider, line)
     line.close()
 
 
-def stay(provider: Provider, dial: Callable[[], Line], patience_s: float) -> None:
+def stay(provider: Provider, dial: Callable[[], Line], patience_s: Callable[[], float]) -> None:
     """As `provide`; when the line ends it is dialled again for so long: a broker that has died is rebuilt."""
     lost_s = -math.inf
     while True:
@@ -223,7 +234,7 @@ def stay(provider: Provider, dial: Callable[[], Line], patience_s: float) -> Non
         except ConnectionError:
             now_s = time.monotonic()
             lost_s = now_s if line.heard else lost_s
-            if now_s > lost_s + patience_s:
+            if now_s - lost_s > patience_s():
                 raise
         time.sleep(AGAIN_S)
 

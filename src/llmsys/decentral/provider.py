@@ -35,13 +35,14 @@ MOST_SAID = 100
 
 @dataclass(kw_only=True)
 class Counters:
-    """What was left alone, and why; and tasks done, by kind, for what they are worth."""
+    """What was left alone, and why; and tasks done, with their FLOPs."""
 
     malformed: int = 0
     foreign: int = 0
     stale: int = 0
     refused: int = 0
     tasks: int = 0
+    flops: float = 0.0
     refusals: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=MOST_SAID))
 
 
@@ -49,7 +50,16 @@ class Provider:
     """`name`: under which the broker knows it."""
 
     def __init__(self, name: str, plane: Plane, job: str = "") -> None:
-        self.name, self.plane, self.job = name, plane, job
+        self.name, self.plane = name, plane
+        self.stopped, self.why = False, ""
+        self.busy = False
+        self.counters = Counters()
+        self.out: list[Frame] = []
+        self._of(job)
+
+    def _of(self, job: str) -> None:
+        """With nothing of another job."""
+        self.job = job
         self.epoch = self.step = 0
         self.here = Holdings()
         self.revivals = Revivals(self.here, self._made, self._send)
@@ -60,10 +70,6 @@ class Provider:
         self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
         self.sent: dict[str, tuple[int, Place, int]] = {}  # the same, and in which epoch
         self.said: tuple[str, int, int] | None = None
-        self.stopped, self.why = False, ""
-        self.busy = False
-        self.counters = Counters()
-        self.out: list[Frame] = []
 
     # --- what comes ---
 
@@ -76,7 +82,10 @@ class Provider:
             self.counters.refusals.append(str(error))
 
     def take(self, frame: Frame) -> None:
-        """A frame that is one."""
+        """A frame that is one. A broker's plan is of its job, whatever this provider did for another that broke off."""
+        told = frame.sender == BROKER and frame.to == self.name and frame.kind in ("plan", "stop", MEASURE)
+        if told and frame.job != self.job:
+            self._of(frame.job)
         if frame.to != self.name or frame.job != self.job:
             self.counters.foreign += 1
             return
@@ -228,8 +237,8 @@ class Provider:
             self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
             self._settle()
             return True
-        if self.revivals.work():
-            self.counters.tasks += 1
+        if (work := self.revivals.work()) is not None:
+            self._did(work)
             return True
         own = self.here.stages.get(self.live) if self.live else None
         if own is None or self.live is None:
@@ -237,7 +246,7 @@ class Provider:
         sent = own.work.work()
         if sent is None:
             return False
-        self.counters.tasks += 1
+        self._did(own.work)
         self._send(self.live, sent, self.peers)
         if own.work.computed:
             done = own.work.done()
@@ -245,6 +254,10 @@ class Provider:
             body = {"squares": squares, "results": [_plain(each) for each in done.results]}
             self._say("prepared", step=done.step, body=body)
         return True
+
+    def _did(self, work: StageWork) -> None:
+        self.counters.tasks += 1
+        self.counters.flops += work.flops
 
     def _send(self, place: Place, sent: Iterable[Sent], peers: Mapping[int, str]) -> None:
         """To those of `peers` that it is for; what is for oneself takes no way round."""

@@ -54,7 +54,7 @@ class _Actor:
         plane.warm()
         work, life = Work(own.name, plane), uuid.uuid4().hex
         credentials = None if certificate is None else Credentials(certificate=certificate)
-        stay(work, lambda: Line(address, token, own, life, credentials, busy=lambda: work.busy), PATIENCE_S)
+        stay(work, lambda: Line(address, token, own, life, credentials, busy=lambda: work.busy), lambda: PATIENCE_S)
         return work.why
 
     def pid(self) -> int:

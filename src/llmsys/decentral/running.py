@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner, schedule
+from llmsys.decentral import contributions, owner, schedule
 from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
-from llmsys.decentral.event_log import EventLog, last_step, read
+from llmsys.decentral.event_log import EVENTS, EventLog, last_step, read
 from llmsys.decentral.fleet import Between
 from llmsys.decentral.link import Credentials
 from llmsys.decentral.processes import Processes
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 KNOWN = "broker.json"
-"""What whoever dials again knows of a broker: its port, and the token."""
+"""What whoever dials again knows of a broker: its port, the token, and the name of the job. There as long as the job is
+not done."""
 
 
 class Running:
@@ -65,20 +66,20 @@ class Running:
         this machine's processes, which ended with it."""
         task, context = self.task, self.context
         host, _, wanted = task.listen.rpartition(":")
-        token, port = self._known(int(wanted))
         own = Path(task.certificate).read_bytes() if task.certificate else None
         credentials = None if own is None else Credentials(certificate=own, key=Path(task.key).read_bytes())
-        events = context.out / "events.jsonl"
-        if task.start == "process":
+        events = context.out / EVENTS
+        if task.start == "process" or not (context.out / KNOWN).exists():  # begun anew, or done before
             events.unlink(missing_ok=True)
         noted = read(events)
+        token, port, name = self._known(int(wanted), going_on=bool(noted))
         with (
             ThreadPoolExecutor(1, thread_name_prefix="export") as elsewhere,
             contextlib.closing(EventLog(events)) as log,
             self._started(token, own) as started,
         ):
             machines = owner.machines(task, self.chain, self.work) if started is not None else []
-            pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve}
+            pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve, "name": name}
             job = Job(chain=self.chain, work=self.work, other=Between(delay_ms=task.delay_ms), **pool)
             self.coordinator = Coordinator(job, self.training(elsewhere), log.note)
             self.made(self.coordinator)
@@ -89,7 +90,7 @@ class Running:
             def ready(port: int) -> None:
                 context.beat(phase=f"waiting for {task.providers} providers at port {port}")
                 context.log.info("the broker listens on %s:%d", host, port)
-                write_atomic(context.out / KNOWN, json.dumps({"port": port, "token": token}), mode=0o600)
+                write_atomic(context.out / KNOWN, json.dumps({"port": port, "token": token, "job": name}), mode=0o600)
                 for each in machines:
                     assert started is not None
                     started.start(each, f"{host}:{port}")
@@ -112,20 +113,24 @@ class Running:
             except JobLost:
                 events.rename(events.with_suffix(".lost"))  # or the next attempt would go on where nothing is left
                 raise
+            finally:
+                given = self.coordinator.accounts.to_json()
+                write_atomic(context.out / contributions.FILE, json.dumps(given, indent=1) + "\n")
             self.sent = serving.hub.received
             for name, why in started.wrong().items() if started is not None else ():
                 context.log.warning("provider %s: %s", name, why)
         (context.out / KNOWN).unlink()
 
-    def _known(self, port: int) -> tuple[str, int]:
-        """The token, and the port, which whoever dials again knows already."""
+    def _known(self, port: int, *, going_on: bool) -> tuple[str, int, str]:
+        """The token, the port and, of a job that goes on, its name, which whoever dials again knows already."""
         path = self.context.out / KNOWN
         before = json.loads(path.read_text()) if path.exists() and self.task.start != "process" else {}
         if self.task.token_file:
             token = _token(self.task.token_file)
         else:
             token = str(before.get("token", secrets.token_hex(16)))
-        return token, port or int(before.get("port", 0))
+        name = before.get("job", "") if going_on else secrets.token_hex(8)
+        return token, port or int(before.get("port", 0)), str(name)
 
     @contextlib.contextmanager
     def _started(self, token: str, certificate: bytes | None) -> Iterator[Processes | Nodes | None]:
@@ -178,9 +183,9 @@ class Running:
             summary["predicted_step_ms"] = schedule.ends_s(spans) * 1e3
         if recovered:
             summary["recovery_s_p50"] = statistics.median(recovered)
-        for name, count in sorted(own.tasks.items()):
-            summary[f"provider/{name}/tasks"] = count
-            summary[f"provider/{name}/mib"] = self.sent.get(name, 0) / MIB
+        for name, given in own.accounts.to_json().items():
+            for key in ("share", "tflop", "forward", "sent_mib", "copies_mib", "present_s"):
+                summary[f"provider/{name}/{key}"] = given[key]
         samples = {"step_ms": took, "recovery_s": recovered}
         return summary, {key: each for key, each in samples.items() if each}
 

@@ -64,11 +64,8 @@ class Serving:
             raise self._error
 
     def status(self) -> dict[str, Any]:
-        """See `llmsys.decentral.status`; bytes are what the lines carried."""
-        found = status(self.coordinator, self.now)
-        for name, each in found["providers"].items():
-            each["sent_mib"] = self.hub.received[name] / 2**20
-        return found
+        """See `llmsys.decentral.status`."""
+        return status(self.coordinator, self.now)
 
     @property
     def now(self) -> float:

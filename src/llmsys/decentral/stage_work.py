@@ -53,6 +53,8 @@ class StageWork:
         self.order = orders(rules.schedule, count, rules.micro_batches)[stage.index]
         if rules.streams:
             self.order = [("F", at) for at in range(rules.micro_batches)]
+        self.flops = 0.0  # of the task that was done last
+        self._forward_flops = sum(graph.by_name[name].flops for name in stage.nodes)
         self.log: list[Sent] = []
         self.step = 0  # under way; 0: none
         self.next = 0
@@ -135,6 +137,7 @@ class StageWork:
                 *self._grouped(SHARED, micro_batch, on, self.stage.shares, self.stage.shares),
             ]
         self.next += 1
+        self.flops = self._forward_flops * (1 if what == "F" else 2)
         self.log += out
         return out
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmsys.decentral import queued
 from llmsys.decentral.coordinator import Coordinator
 
 
 def status(own: Coordinator, now: float) -> dict[str, Any]:
     """The job, and of each provider what it does, what it has done, and how long it has been silent. `loss`: of the
-    last step; None before it, and where nothing is trained."""
+    last step; None before it, and where nothing is trained. `queue`: of which the job is one, or None."""
     state = own.state
     order = own.owners if state.plan is not None else []
     pool = {state.providers[p].name for p in state.plan.spares} if state.plan is not None else set()
-    last = own.updates.get(state.step)
+    last, given = own.updates.get(state.step), own.accounts.to_json()
 
     def role(name: str) -> str:
         if name in order:
@@ -31,12 +32,13 @@ def status(own: Coordinator, now: float) -> dict[str, Any]:
         "astray": own.astray,
         "counters": dict(own.counters),
         "refusals": list(own.refusals),
+        "queue": queued.state(),
         "providers": {
             each.name: {
                 "stage": order.index(each.name) if each.name in order else None,
                 "role": role(each.name),
                 "plane": each.plane,
-                "tasks": own.tasks.get(each.name, 0),
+                **given[each.name],
                 "silent_s": max(0.0, now - state.heard_s[each.name]) if each.name in state.heard_s else None,
             }
             for each in state.providers

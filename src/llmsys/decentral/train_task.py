@@ -10,7 +10,7 @@ all its label positions, as in `llmsys.train.loop`: each micro-batch's loss is t
     recovery_s_p50                 of faults: from the signal to the next commit
     lost, joined, plans, stages    how often somebody went, came, and a new plan was made; stages of the last one
     moved_mib, per_step_mib        what went over the broker's lines, of which each step moves
-    provider/<name>/tasks, mib     forward and backward passes of stages that counted; what it sent
+    provider/<name>/share, ...     what each has done (`contributions`)
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner
+from llmsys.decentral import contributions, owner
 from llmsys.decentral.chain import chain
 from llmsys.decentral.cost import Workload
+from llmsys.decentral.event_log import EVENTS
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.planes import AdamW, Rules
 from llmsys.decentral.planes.layout import packed, unpacked
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 
 def train(config: schema.Config, context: Context) -> dict[str, Any]:
-    """The record's summary and samples; `weights`, `events.jsonl`, and what providers have said in `providers/`."""
+    """The record's summary and samples; `weights`, `events.jsonl`, `contributions.json`, and in `providers/` what
+    providers have said."""
     with trainer(config, context) as ready:
         context.beat(phase="tracing the model")
         job = _Job(config, context, ready)
@@ -93,7 +95,7 @@ class _Job:
         updates = running.coordinator.updates
         owner.put(self.loop.model, {key: unpacked(each) for key, each in running.coordinator.trained.items()})
         scores = self.loop.evaluate(config.train.steps)
-        files = {"events": "events.jsonl"}
+        files = {"events": EVENTS, "contributions": contributions.FILE}
         if config.train.save_final:
             meta = {"exp": config.name, "method": config.method.kind, "base": dataclasses.asdict(config.model)}
             kept = self.context.method.state(self.loop.model)
