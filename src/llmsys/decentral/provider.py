@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
+from llmsys.decentral.noise import Noise
+from llmsys.decentral.packing import Packing
 from llmsys.decentral.planes import CONSTANT, AdamW, Plane, Rules, names_of
 from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
 from llmsys.decentral.wire import Array, Frame, Malformed, decode
@@ -147,7 +150,9 @@ class Provider:
         body = frame.body
         graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
         executor = self.plane.stage(graph, stage, frame.tensors, rules)
-        return StageWork(graph, stage, executor, rules, count=int(body["count"]))
+        noise = None if body["noise"] is None else Noise(**{**body["noise"], "names": tuple(body["noise"]["names"])})
+        packing = Packing(graph, stage, rules, Codecs.of_json(body["codecs"]), noise)
+        return StageWork(graph, stage, executor, rules, packing, count=int(body["count"]))
 
     def _begin(self, frame: Frame) -> None:
         """Of stages only the one that it has now is kept."""

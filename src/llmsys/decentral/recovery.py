@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.decentral.broker import State
+from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cutting import Cutting, lost, sources
 from llmsys.decentral.holdings import Holdings, Place, chunks
 from llmsys.decentral.planes import CONSTANT, EXPORTERS, PARAMETER, VARIABLE, Arrays, key_of, value_of
@@ -93,13 +94,14 @@ class Recovery:
     # --- a plan ---
 
     def cut(self, state: State) -> None:
-        """As the plan says; a model that is cut so already stays as it is."""
+        """As the plan says; a model that is cut so already, with stages that send what they send so, stays as it is."""
         if state.plan is None:
             return
         (pipeline,) = state.plan.pipelines
-        if self.cutting is None or self.cutting.cuts != pipeline.cuts:
-            graph, chain = self.training.graph, self.training.chain
-            self.cutting = Cutting(state.epoch, graph, chain, pipeline.cuts, self.training.rules)
+        codecs = Codecs.of(state.costs, pipeline.order, pipeline.cuts)
+        if self.cutting is None or (self.cutting.cuts, self.cutting.codecs) != (pipeline.cuts, codecs):
+            own, private = self.training, state.job.work.private
+            self.cutting = Cutting(state.epoch, own.graph, own.chain, pipeline.cuts, own.rules, codecs, private)
             self.cuttings[self.cutting.number] = self.cutting
 
     def based(self) -> None:
@@ -207,7 +209,14 @@ class Recovery:
             "graph": cutting.parts[index].to_json(),
             "rules": dataclasses.asdict(self.training.rules),
             "count": len(cutting.stages),
+            "codecs": dataclasses.asdict(cutting.codecs),
+            "noise": self._noise(cutting, index),
         }
+
+    def _noise(self, cutting: Cutting, index: int) -> dict[str, Any] | None:
+        """Its key is told to those alone who have a stage that adds it."""
+        own, names = self.training.noise, cutting.noisy(index)
+        return None if own is None or not names else {**dataclasses.asdict(own), "names": names}
 
     def _given(self, name: str, cutting: Cutting | None, index: int, state: State) -> Arrays | None:
         """What a provider is sent with a stage: what is exported for its plane. None: not yet."""
@@ -501,10 +510,8 @@ class Recovery:
         return order[max(may, key=lambda index: len(names[index] & base.names[at]))]
 
     def _private(self, cutting: Cutting | None, at: int, state: State) -> bool:
-        """Whether a stage has operators that only trusted providers may see."""
         assert cutting is not None
-        first, last = state.job.work.private
-        return cutting.cuts[at] < first or cutting.cuts[at + 1] > self.training.chain.count - last
+        return cutting.is_private(at)
 
     def _trusted(self, name: str, state: State) -> bool:
         place = state.place(name)

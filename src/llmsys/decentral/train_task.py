@@ -20,7 +20,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner
+from llmsys.decentral import noise, owner
 from llmsys.decentral.chain import chain
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.exports import Exports
@@ -52,7 +52,10 @@ class _Job:
         self.traced = owner.traced(self.loop.model, self.batches.of(1)[0])
         self.chain = chain(self.traced.graph)
         work = Workload(
-            micro_batches=own.global_batch // own.micro_batch, most=1, private=owner.pins(self.chain, task.private)
+            micro_batches=own.global_batch // own.micro_batch,
+            most=1,
+            private=owner.pins(self.chain, task.private),
+            compress=task.compress,
         )
         self.rules = Rules(
             micro_batches=work.micro_batches, optimizer=AdamW(weight_decay=own.weight_decay), seed=own.seed
@@ -74,6 +77,7 @@ class _Job:
             copies=task.copies,
             owner_keeps=task.owner_keeps,
             copy_every=task.copy_every,
+            noise=noise.of(task.noise, self.context.out),
         )
 
     def committed(self, step: int) -> None:
