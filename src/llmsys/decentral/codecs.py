@@ -65,8 +65,9 @@ def _quantized(flat: Floats) -> tuple[NDArray[np.int8], Floats]:
     """(elements, scales)."""
     groups = _groups(flat)
     masked = np.isfinite(groups) & (groups <= MASKED)
+    groups = np.where(masked, np.float32(0), groups)
     with np.errstate(invalid="ignore", divide="ignore"):
-        scales = np.max(np.abs(np.where(masked, 0, groups)), axis=1, initial=0.0) / np.float32(127)
+        scales = np.max(np.abs(groups), axis=1, initial=0.0) / np.float32(127)
         scales = np.where(np.isfinite(scales), scales, np.float32(np.nan))
         near = np.clip(np.rint(groups / scales[:, None]), -127, 127)
     near = np.where(masked, -128, np.nan_to_num(near, nan=0.0))  # 0 / 0, and what has a scale that is NaN
