@@ -140,7 +140,7 @@ def lies() -> dict[str, tuple[str, dict[str, Array]]]:
 @pytest.mark.parametrize("lie", lies())
 def test_what_is_not_as_was_agreed_is_refused(lie: str) -> None:
     codec, sent = lies()[lie]
-    with pytest.raises(ValueError, match="x: .*agreed"):
+    with pytest.raises(ValueError, match="was agreed"):
         decoded(codec, "x", sent, (2, GROUP))
 
 
@@ -256,13 +256,10 @@ def test_a_kill_changes_no_bit_behind_a_codec(stage: int, every: int) -> None:
         assert hit.coordinator.trained[name] == array, name
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_nor_does_whatever_else_happens_to_one(seed: int) -> None:
     """At any moment; a spare has the stage then, and the model is cut as it was."""
-    quiet, storm = (
-        together("int8", STEPS, count=3, stages=2, reserve=1),
-        Storm(seed, STEPS, least=2, most=1),
-    )
+    quiet, storm = together("int8", STEPS, count=3, stages=2, reserve=1), Storm(seed, STEPS, least=2, most=1)
     hit = together("int8", STEPS, count=3, stages=2, reserve=1, watch=storm, copy_every=2)
     for each in (quiet, hit):
         each.run()
@@ -398,7 +395,7 @@ def pinned() -> tuple[int, int]:
 
 
 def test_noise_is_what_the_attack_means_by_it() -> None:
-    """Of a tensor's own standard deviation; the same again for the same step, micro-batch and name, and for no other."""
+    """Of a tensor's own standard deviation; the same again for a step, micro-batch and name, and for no other."""
     hidden = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 3 + 1
     own, rules = Noise(share=0.5, key=7), Rules(micro_batches=4)
     found = unpacked(own.added(packed(hidden), rules, 3, 1, "x"))
@@ -414,7 +411,7 @@ def test_noise_is_what_the_attack_means_by_it() -> None:
 
 def test_a_kill_changes_no_bit_behind_noise_and_a_codec() -> None:
     """The private stage's owner is killed; who takes it over, trusted as well, draws the same."""
-    how: dict[str, Any] = {"count": 4, "reserve": 1, "mem": mem_gib("llama", 2), "pins": pinned()}
+    how: dict[str, Any] = {"count": 4, "reserve": 1, "mem": 0.8 * mem_gib("llama", 2), "pins": pinned()}
     own = Noise(share=0.3, key=5)
     quiet, plain, kill = together("int8", STEPS, noise=own, **how), together("int8", STEPS, **how), Kill(0, 5)
     hit = together("int8", STEPS, watch=kill, copy_every=3, noise=own, **how)

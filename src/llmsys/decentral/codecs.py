@@ -53,7 +53,7 @@ def decoded(codec: str, name: str, arrays: Mapping[str, Array], shape: tuple[int
         return _as(array, LOSSY, (np.frombuffer(array.data, np.uint16).astype(np.uint32) << 16).view(np.float32))
     groups = -(-len(array.data) // GROUP)
     if scales is None or (scales.dtype, scales.sent_shape) != (LOSSY, (groups,)):
-        raise ValueError(f"{name}: its {groups} scales are not as was agreed")
+        raise ValueError(f"{name}: {groups} scales are missing: {codec} was agreed")
     flat = np.frombuffer(array.data, np.int8)
     with np.errstate(over="ignore"):
         found = _groups(flat.astype(np.float32)) * np.frombuffer(scales.data, np.float32)[:, None]
