@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner, schedule
+from llmsys.decentral import noise, owner, schedule
 from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import Chain
+from llmsys.decentral.compression import NONE
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.event_log import EventLog, last_step, read
@@ -116,6 +117,7 @@ class Running:
             for name, why in started.wrong().items() if started is not None else ():
                 context.log.warning("provider %s: %s", name, why)
         (context.out / KNOWN).unlink()
+        (context.out / noise.FILE).unlink(missing_ok=True)
 
     def _known(self, port: int) -> tuple[str, int]:
         """The token, and the port, which whoever dials again knows already."""
@@ -176,6 +178,9 @@ class Running:
             timing = schedule.Timing.of(state.costs, state.plan.pipelines[0])
             spans = schedule.run(timing, self.work.schedule, self.work.micro_batches)
             summary["predicted_step_ms"] = schedule.ends_s(spans) * 1e3
+            assert own.recovery.cutting is not None
+            codecs = own.recovery.cutting.codecs
+            summary["compressed"] = sum(each != NONE for each in (*codecs.ahead[:-1], *codecs.back[1:]))
         if recovered:
             summary["recovery_s_p50"] = statistics.median(recovered)
         for name, count in sorted(own.tasks.items()):
