@@ -35,6 +35,29 @@ def strongest(compress: str) -> float:
     return SHARES[LADDER[-1] if compress == ADAPTIVE else compress]
 
 
+def codec(costs: Costs, order: Sequence[int], cuts: Sequence[int], at: int, *, back: bool = False) -> str:
+    """Of what the stage `at` of a pipeline sends to the next one, or back to the one before."""
+    work, own, begin, end = costs.work, costs.chain, cuts[at], cuts[at + 1]
+    if work.compress != ADAPTIVE:
+        return work.compress
+    seconds, forward = costs.compute_s(order[at], begin, end), 1 / work.passes
+    if back:
+        nbytes = float(own.back[begin]) if work.train else 0.0
+        return weakest(nbytes, nbytes, seconds * (1 - forward), costs.beta(order[at], order[at - 1]))
+    nbytes, hidden = float(own.ahead[end]), float(own.hidden[end])
+    return weakest(nbytes, hidden, seconds * forward, costs.beta(order[at], order[at + 1]))
+
+
+def over(costs: Costs, order: Sequence[int], cuts: Sequence[int], at: int) -> tuple[float, float]:
+    """Bytes of a micro-batch that the stage `at` sends to the next one, and that one back."""
+    cut, own = cuts[at + 1], costs.chain
+    if costs.work.compress != ADAPTIVE or not 0 <= at < len(order) - 1:
+        return costs.ahead[cut], costs.back[cut]
+    ahead, back = SHARES[codec(costs, order, cuts, at)], SHARES[codec(costs, order, cuts, at + 1, back=True)]
+    sent = own.ahead[cut] - (1 - ahead) * own.hidden[cut]
+    return sent, own.back[cut] * (back if costs.work.train else 0.0)
+
+
 def weakest(plain: float, hidden: float, seconds: float, beta: float) -> str:
     """Of `LADDER`, for a message of `plain` bytes of which `hidden` may be compressed, so that at `beta` seconds a byte
     it takes no longer than `seconds`."""
@@ -52,8 +75,8 @@ class Codecs:
     def of(cls, costs: Costs, order: Sequence[int], cuts: Sequence[int]) -> Self:
         """Of a pipeline, as its costs say."""
         ends = range(len(order) - 1)
-        ahead = tuple(costs.codec(order, cuts, at) for at in ends)
-        back = tuple(costs.codec(order, cuts, at + 1, back=True) for at in ends)
+        ahead = tuple(codec(costs, order, cuts, at) for at in ends)
+        back = tuple(codec(costs, order, cuts, at + 1, back=True) for at in ends)
         return cls(ahead=(*ahead, NONE), back=(NONE, *back))
 
     @classmethod

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsys.decentral.chain import Chain, Numbers
-from llmsys.decentral.compression import ADAPTIVE, NONE, SHARES, strongest, weakest
+from llmsys.decentral.compression import ADAPTIVE, NONE, over, strongest
 from llmsys.decentral.fleet import GIB, Fleet, Provider
 from llmsys.decentral.known import Known
 from llmsys.schema.decentral import SCHEDULES
@@ -139,27 +139,6 @@ class Costs:
         """What goes back: nothing, where nothing is trained."""
         return self.chain.back * (strongest(self.work.compress) if self.work.train else 0.0)
 
-    def codec(self, order: Sequence[int], cuts: Sequence[int], at: int, *, back: bool = False) -> str:
-        """Of what the stage `at` sends to the next one, or back to the one before."""
-        if self.work.compress != ADAPTIVE:
-            return self.work.compress
-        begin, end, own, forward = cuts[at], cuts[at + 1], self.chain, 1 / self.work.passes
-        seconds = self.compute_s(order[at], begin, end)
-        if back:
-            nbytes = float(own.back[begin]) if self.work.train else 0.0
-            return weakest(nbytes, nbytes, seconds * (1 - forward), self.beta(order[at], order[at - 1]))
-        sent = float(own.ahead[end]), float(own.hidden[end])
-        return weakest(*sent, seconds * forward, self.beta(order[at], order[at + 1]))
-
-    def over(self, order: Sequence[int], cuts: Sequence[int], at: int) -> tuple[float, float]:
-        """Bytes that the stage `at` sends to the next one, and that one back."""
-        cut = cuts[at + 1]
-        if self.work.compress != ADAPTIVE or not 0 <= at < len(order) - 1:
-            return self.ahead[cut], self.back[cut]
-        ahead, back = SHARES[self.codec(order, cuts, at)], SHARES[self.codec(order, cuts, at + 1, back=True)]
-        sent = self.chain.ahead[cut] - (1 - ahead) * self.chain.hidden[cut]
-        return sent, self.chain.back[cut] * (back if self.work.train else 0.0)
-
     @functools.cached_property
     def usable(self) -> tuple[int, ...]:
         """Providers that are there and that the workload allows, by place."""
@@ -258,7 +237,9 @@ class Costs:
         offload = self.offloads(p, begin, end, in_flight)
         if offload is None:
             return None
-        (came, returned), (sent, back) = self.over(order, cuts, at - 1), self.over(order, cuts, at)
+        came, returned, sent, back = self.ahead[begin], self.back[begin], self.ahead[end], self.back[end]
+        if self.work.compress == ADAPTIVE:
+            (came, returned), (sent, back) = over(self, order, cuts, at - 1), over(self, order, cuts, at)
         return Cost(
             compute_s=self.compute_s(p, begin, end),
             send_s=_times(sent, self.beta(p, after)) + _times(returned, self.beta(p, before)),
@@ -297,7 +278,7 @@ class Costs:
         """(seconds of a micro-batch on each line ahead, and back; latencies there and back)."""
         ahead, back, waits = [], [], []
         for at, (p, q) in enumerate(itertools.pairwise(order)):
-            sent, returned = self.over(order, cuts, at)
+            sent, returned = over(self, order, cuts, at)
             ahead.append(_times(sent, self.beta(p, q)))
             back.append(_times(returned, self.beta(q, p)))
             waits.append(self.fleet.alpha_s(p, q) + (self.fleet.alpha_s(q, p) if self.work.train else 0.0))

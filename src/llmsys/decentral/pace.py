@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llmsys.decentral.compression import SHARES
+from llmsys.decentral.compression import SHARES, codec
 from llmsys.decentral.cost import Cost, Costs
 
 
@@ -78,7 +78,7 @@ def _once_s(costs: Costs, order: Sequence[int], cuts: Sequence[int], stages: Seq
     for first, second, nbytes in costs.chain.ties:
         p, q = (order[bisect_right(cuts, at) - 1] for at in (first, second))
         if p != q:
-            lossy = SHARES[costs.codec(order, cuts, order.index(q), back=True)]
+            lossy = SHARES[codec(costs, order, cuts, order.index(q), back=True)]
             once += nbytes * (costs.work.gradient * lossy * costs.line(q, p) + costs.line(p, q))
             once += costs.fleet.alpha_s(q, p) + costs.fleet.alpha_s(p, q)
     return once
