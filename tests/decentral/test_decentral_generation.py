@@ -22,10 +22,12 @@ from llmsys.decentral.decode import trace_decoder
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.generation import Generation
 from llmsys.decentral.local import Local
+from llmsys.decentral.noise import Noise
 from llmsys.decentral.planes import plane_of
 from llmsys.decentral.planes.layout import packed
 from llmsys.decentral.status import status
 from llmsys.decentral.training import Training, Update
+from llmsys.decentral.wire import decode, header
 
 LENGTH, NEW, ROWS = 24, 10, 2
 PROMPTS = [[[5, 9, 3, 17, 40], [6, 2]], [[33, 8, 21], [50, 4, 4, 7]], [[11], [60, 61, 62]]]
@@ -41,12 +43,17 @@ def together(
     own: Generation,
     watch: Callable[[Local, str, str, int], None] | None = None,
     family: str = "llama",
+    *,
+    compress: str = "none",
+    noise: Noise | None = None,
 ) -> Local:
     traced = trace_decoder(model(family), ROWS, LENGTH, chosen=True, noise=bool(own.temperature))
-    work = Workload(train=False, micro_batches=len(PROMPTS), most=1)
+    own_chain = chain(traced.graph)
+    pins = (own_chain.count // 4, 1) if noise else (0, 0)
+    work = Workload(train=False, micro_batches=len(PROMPTS), most=1, compress=compress, private=pins)
     training = Training(
         graph=traced.graph,
-        chain=chain(traced.graph),
+        chain=own_chain,
         tensors={key: packed(tensor) for key, tensor in traced.tensors.items()},
         rules=own.rules(),
         data=lambda step: [{k: packed(v) for k, v in each.items()} for each in own.data(step)],
@@ -56,6 +63,7 @@ def together(
         copy_every=10**9,
         vocabulary=64,
         rows=ROWS,
+        noise=noise,
     )
     local = Local(Coordinator(Job(chain=training.chain, work=work), training), watch)
     own.updates = local.coordinator.updates
@@ -112,6 +120,42 @@ def test_one_is_killed_in_mid_stream_and_the_text_is_the_same(planes: tuple[str,
     assert killed[0] not in local.coordinator.owners
     assert own.texts() == alone()
     assert local.coordinator.again <= 1
+
+
+@pytest.mark.parametrize(("compress", "noise"), [("int8", None), ("fp16", Noise(share=2.0, key=3))])
+def test_hidden_states_go_compressed_or_with_noise_and_a_kill_changes_nothing(
+    compress: str, noise: Noise | None
+) -> None:
+    """Of generation all weights are frozen, and what they give are hidden states all the same."""
+    quiet, hit, sent, killed = generation(), generation(), [0, 0], list[str]()
+
+    def watch(local: Local, name: str, what: str, step: int) -> None:
+        if step == 9 and not killed and name == local.coordinator.owners[0]:
+            killed.append(name)
+            local.kill(name)
+
+    first = together(("torch",) * 4, 3, quiet, compress=compress, noise=noise)
+    second = together(("torch",) * 4, 3, hit, watch, compress=compress, noise=noise)
+    for local in (first, second):
+        local.coordinator.state = local.coordinator.state.with_(
+            job=dataclasses.replace(local.coordinator.state.job, reserve=1)
+        )
+
+    def carry(to: str, data: bytes) -> list[bytes]:
+        if header(data)["kind"] == "ahead":
+            found = decode(data).tensors
+            sent[0] += sum(each.dtype == {"int8": "int8", "fp16": "float16"}[compress] for each in found.values())
+            sent[1] += sum(each.dtype == "float32" and each.shape[-1:] == (32,) for each in found.values())
+        return [data]
+
+    first.carry = carry
+    for local in (first, second):
+        local.run()
+    assert sent[0] > 0
+    assert sent[1] == 0
+    assert killed
+    assert hit.texts() == quiet.texts()
+    assert (quiet.texts() != alone()) == (noise is not None)
 
 
 @pytest.mark.parametrize("seed", range(4))

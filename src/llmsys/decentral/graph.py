@@ -157,11 +157,24 @@ class Graph:
         """Nodes that a parameter is behind, so that a gradient passes them: floating point alone."""
         found: set[str] = set()
         for node in self.operators:
-            floats = any(value.dtype.startswith(("float", "bfloat")) for value in node.values)
+            floats = any(map(_floats, node.values))
             behind = any(key in self.parameters for key in node.tensors) or any(name in found for name in node.reads)
             if floats and behind:
                 found.add(node.name)
         return frozenset(found)
+
+    @functools.cached_property
+    def hidden(self) -> frozenset[str]:
+        """Hidden states: floating point that a matrix of weights is behind, trained or frozen. Not masks and positions,
+        whatever tensors they are made of."""
+        weights = {**self.parameters, **self.constants}
+        matrices = {key for key, value in weights.items() if _floats(value) and len(value.shape) > 1}
+        found: set[str] = set()
+        for node in self.operators:
+            behind = any(key in matrices for key in node.tensors) or any(name in found for name in node.reads)
+            if behind and any(map(_floats, node.values)):
+                found.add(node.name)
+        return self.trained | found
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and text."""
@@ -195,6 +208,10 @@ class Graph:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no graph: {type(error).__name__}: {error}") from None
+
+
+def _floats(value: Value) -> bool:
+    return value.dtype.startswith(("float", "bfloat"))
 
 
 def _references(value: Any, kind: str) -> Iterator[str]:

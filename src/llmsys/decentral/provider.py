@@ -19,10 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.decentral import measure
+from llmsys.decentral.codecs import SCALES
+from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
 from llmsys.decentral.measure import MEASURE, MEASURED
+from llmsys.decentral.noise import Noise
+from llmsys.decentral.packing import Packing
 from llmsys.decentral.planes import CONSTANT, Plane, Rules, names_of
 from llmsys.decentral.revival import Revivals
 from llmsys.decentral.stage_work import AHEAD, BACK, INPUT, KINDS, SHARED, Sent, StageWork
@@ -153,7 +157,9 @@ class Provider:
         rules = Rules.of_json(body["rules"])
         graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
         executor = self.plane.stage(graph, stage, frame.tensors, rules)
-        return StageWork(graph, stage, executor, rules, count=int(body["count"]))
+        noise = None if body["noise"] is None else Noise(**{**body["noise"], "names": tuple(body["noise"]["names"])})
+        packing = Packing(graph, stage, rules, Codecs.of_json(body["codecs"]), noise)
+        return StageWork(graph, stage, executor, rules, packing, count=int(body["count"]))
 
     def _begin(self, frame: Frame) -> None:
         """Of stages only the one that it has now is kept."""
@@ -408,6 +414,7 @@ def _checked(frame: Frame, stage: Stage, peers: Mapping[int, str]) -> None:
         return  # it is the broker's, which has been looked at
     from_ = {AHEAD: stage.receives, BACK: stage.sends, SHARED: stage.hears}.get(frame.kind)
     for name in (*frame.tensors, *frame.body.get("absent", ())):
-        senders = peers.values() if from_ is None else {peers.get(from_[name])} if name in from_ else ()
+        own = name.removesuffix(SCALES)
+        senders = peers.values() if from_ is None else {peers.get(from_[own])} if own in from_ else ()
         if frame.sender not in senders:
             raise ValueError(f"{frame.kind} {name}: is not from {frame.sender}")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import contributions, owner, schedule
+from llmsys.decentral import contributions, noise, owner, schedule
 from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import Chain
+from llmsys.decentral.compression import NONE
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.event_log import EVENTS, EventLog, last_step, read
@@ -120,6 +121,7 @@ class Running:
             for name, why in started.wrong().items() if started is not None else ():
                 context.log.warning("provider %s: %s", name, why)
         (context.out / KNOWN).unlink()
+        (context.out / noise.FILE).unlink(missing_ok=True)
 
     def _known(self, port: int, *, going_on: bool) -> tuple[str, int, str]:
         """The token, the port and, of a job that goes on, its name, which whoever dials again knows already."""
@@ -181,6 +183,8 @@ class Running:
             timing = schedule.Timing.of(state.costs, state.plan.pipelines[0])
             spans = schedule.run(timing, self.work.schedule, self.work.micro_batches)
             summary["predicted_step_ms"] = schedule.ends_s(spans) * 1e3
+            codecs = own.recovery.where.now.codecs
+            summary["compressed"] = sum(each != NONE for each in (*codecs.ahead[:-1], *codecs.back[1:]))
         if recovered:
             summary["recovery_s_p50"] = statistics.median(recovered)
         for name, given in own.accounts.to_json().items():

@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
+from llmsys.decentral.packing import AHEAD, BACK, SHARED, Packing
 from llmsys.decentral.planes import PARAMETER, Executor, Rules
 from llmsys.decentral.schedule import orders
 from llmsys.decentral.wire import Array
 
-AHEAD, BACK, SHARED, VALUE, INPUT = "ahead", "back", "shared", "value", "input"
-"""What travels: results, their gradients, sums of gradients of shared parameters, these parameters' new values, and the
-job's own inputs."""
+VALUE, INPUT = "value", "input"
+"""What travels as well: shared parameters' new values, and the job's own inputs."""
 KINDS = (AHEAD, BACK, SHARED, VALUE, INPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """`arrays` for stage `to`, of a step and a micro-batch (of values: of the step alone). `absent`: gradients that it
-    waits for, and that are none."""
+    """`arrays` for stage `to`, as they are sent (`packing`), of a step and a micro-batch (of values: of the step
+    alone). `absent`: gradients that it waits for, and that are none."""
 
     to: int
     kind: str
@@ -48,8 +48,11 @@ class Done:
 class StageWork:
     """Of `stage`, one of `count`, whose part of the graph is `graph` (`cut.part`)."""
 
-    def __init__(self, graph: Graph, stage: Stage, executor: Executor, rules: Rules, *, count: int) -> None:
+    def __init__(
+        self, graph: Graph, stage: Stage, executor: Executor, rules: Rules, packing: Packing, *, count: int
+    ) -> None:
         self.graph, self.stage, self.executor, self.rules, self.count = graph, stage, executor, rules, count
+        self.packing = packing
         self.order = orders(rules.schedule, count, rules.micro_batches)[stage.index]
         if rules.streams:
             self.order = [("F", at) for at in range(rules.micro_batches)]
@@ -77,20 +80,21 @@ class StageWork:
 
     def put(self, sent: Sent) -> None:
         """ValueError for what this stage is not sent, or another shape than the graph has."""
-        for name in (*sent.arrays, *sent.absent):
+        arrays = self.packing.unpacked(sent.kind, sent.arrays)
+        for name in (*arrays, *sent.absent):
             if not self.expects(sent.kind, name):
                 raise ValueError(f"{sent.kind} {name}: is not for stage {self.stage.index}")
         if sent.absent and sent.kind not in (BACK, SHARED):
             raise ValueError(f"{sent.kind} {sent.absent[0]}: cannot be absent")
         if not 0 <= sent.micro_batch < self.rules.micro_batches:
             raise ValueError(f"{sent.kind}: micro-batch {sent.micro_batch}: there is none")
-        for name, array in sent.arrays.items():
+        for name, array in arrays.items():
             shared = sent.kind in (SHARED, VALUE)
             value = self.graph.parameters[name] if shared else self.graph.by_name[name].values[0]
             if (array.dtype, array.shape) != (value.dtype, value.shape):
                 raise ValueError(f"{sent.kind} {name}: {array.dtype} {list(array.shape)}: is not as in the graph")
-        for name in (*sent.arrays, *sent.absent):
-            self._here[sent.kind, sent.step, sent.micro_batch, name] = sent.arrays.get(name)
+        for name in (*arrays, *sent.absent):
+            self._here[sent.kind, sent.step, sent.micro_batch, name] = arrays.get(name)
 
     # --- a step ---
 
@@ -197,6 +201,7 @@ class StageWork:
         found, wanted = [], tuple(wanted)
         for stage in sorted({to[name] for name in (*arrays, *wanted)}):
             own = {name: each for name, each in arrays.items() if to[name] == stage}
+            own = self.packing.packed(kind, self.step, micro_batch, own)
             absent = tuple(name for name in wanted if to[name] == stage and name not in arrays)
             found.append(Sent(to=stage, kind=kind, step=self.step, micro_batch=micro_batch, arrays=own, absent=absent))
         return found

@@ -9,6 +9,7 @@ all its label positions, as in `llmsys.train.loop`: each micro-batch's loss is t
     steps, steps_again             that were committed, each once; attempts of one that were given up
     recovery_s_p50                 of faults: from the signal to the next commit
     lost, joined, plans, stages    how often somebody went, came, and a new plan was made; stages of the last one
+    compressed                     lines of the last plan, each way by itself, that are; not all where `adaptive`
     moved_mib, per_step_mib        what went over the broker's lines, of which each step moves
     provider/<name>/share, ...     what each has done (`contributions`)
 """
@@ -20,7 +21,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import contributions, owner
+from llmsys.decentral import contributions, noise, owner
 from llmsys.decentral.chain import chain
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.event_log import EVENTS
@@ -54,7 +55,10 @@ class _Job:
         self.traced = owner.traced(self.loop.model, self.batches.of(1)[0])
         self.chain = chain(self.traced.graph)
         work = Workload(
-            micro_batches=own.global_batch // own.micro_batch, most=1, private=owner.pins(self.chain, task.private)
+            micro_batches=own.global_batch // own.micro_batch,
+            most=1,
+            private=owner.pins(self.chain, task.private),
+            compress=task.compress,
         )
         self.rules = Rules(
             micro_batches=work.micro_batches, optimizer=AdamW(weight_decay=own.weight_decay), seed=own.seed
@@ -76,6 +80,7 @@ class _Job:
             copies=task.copies,
             owner_keeps=task.owner_keeps,
             copy_every=task.copy_every,
+            noise=noise.of(task.noise, self.context.out),
         )
 
     def committed(self, step: int) -> None:

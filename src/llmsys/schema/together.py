@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from llmsys.schema.fields import at_least, one_of
@@ -10,6 +11,7 @@ from llmsys.schema.task import Task
 OWNER = "stage"
 STARTED = ("process", "ray", "none")
 RUN_PLANES = ("torch", "torch_compiled", "onnx")
+COMPRESS = ("none", "fp16", "bf16", "int8", "adaptive")
 
 
 @dataclass(kw_only=True)
@@ -28,6 +30,10 @@ class Together(Task):
     providers have, or copies of it: the first `trusted` of those that are started, of those who dial in who show what
     is in `trusted_token_file`; empty: nothing is. That is reduced exposure and not privacy: see the task
     `decentral_attack`.
+
+    `compress`: how hidden states and their gradients go from stage to stage: none, fp16, bf16 or int8 everywhere, or
+    as each line needs it (adaptive). `noise`: of so many times a hidden state's standard deviation, is added to what
+    private stages send on to others, in training and generation.
 
     `listen`: host and port; beyond loopback with `certificate` and `key`, files that
     `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
@@ -48,6 +54,8 @@ class Together(Task):
     private: list[int] = field(default_factory=list)
     trusted: int = 2
     trusted_token_file: str = ""
+    compress: str = "none"
+    noise: float = 0.0
     mem_gib: float = 0.0
     copies: int = 1
     owner_keeps: bool = True
@@ -78,6 +86,11 @@ class Together(Task):
             raise ValueError("task.trusted_token_file: empty; with task.private it has what those show who may see it")
         if self.private and self.start == "ray":
             raise ValueError(f"task.private={self.private}: Ray's nodes are not told apart: task.start=process or none")
+        one_of("task.compress", self.compress, COMPRESS)
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"task.noise={self.noise}: must be 0 or more")
+        if self.noise and not self.private:
+            raise ValueError(f"task.noise={self.noise}: needs task.private, which says whose states it hides: [1,1]")
         if self.emulate and self.start != "process":
             raise ValueError("task.emulate=true: is for providers that are processes: task.start=process")
         if not self.mem_gib >= 0:
