@@ -184,6 +184,8 @@ class Provider:
         out = own.work.apply(float(frame.body["rate"]), float(frame.body["scale"]))
         own.applied()
         self.step = own.at
+        if not frame.body["say"]:
+            self.said = ("held", self.epoch, own.at)
         self._send(self.live, out, self.peers)
 
     # --- data ---
