@@ -125,3 +125,15 @@ def test_decentral_links(tmp_path: Path) -> None:
     record = decentral_links.main(["--mbit", "8", "--steps", "3", "--out", str(tmp_path)])
     assert record.summary["8mbit/step_ms"] >= 0.98 * record.summary["8mbit/predicted_ms"]  # a line is no faster
     assert len(record.samples["8mbit/step_ms"]) == 2
+
+
+@pytest.mark.slow
+def test_decentral_generation(tmp_path: Path) -> None:
+    """It compares texts by itself. Lines are slow by a clock: what has more of them to pay is slower on any machine."""
+    import decentral_generation
+
+    record = decentral_generation.main(["--runs", "1", "--new", "8", "--lines", "home", "--out", str(tmp_path)])
+    assert record.summary["same"] == record.summary["runs"] == 2
+    assert record.summary["home/over_client"] > 1
+    assert {len(took) for took in record.samples.values()} == {1}
+    assert len(record.samples) == len(decentral_generation.WAYS) + len(decentral_generation.FAULTS)

@@ -11,23 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from decentral_broker import rebuilt, story
 from decentral_harness import model
-from decentral_running import Storm, hold, machines
+from decentral_running import Storm, generating, hold, machines
 
-from llmsys.decentral.broker import Job
-from llmsys.decentral.chain import chain
 from llmsys.decentral.coordinator import Coordinator
-from llmsys.decentral.cost import Workload
-from llmsys.decentral.decode import trace_decoder
-from llmsys.decentral.exports import Exports
 from llmsys.decentral.generation import Generation
 from llmsys.decentral.local import Local
 from llmsys.decentral.planes import plane_of
-from llmsys.decentral.planes.layout import packed
+from llmsys.decentral.processes import Processes
 from llmsys.decentral.status import status
-from llmsys.decentral.training import Training, Update
+from llmsys.decentral.training import Update
 
-LENGTH, NEW, ROWS = 24, 10, 2
+LENGTH, NEW = 24, 10
 PROMPTS = [[[5, 9, 3, 17, 40], [6, 2]], [[33, 8, 21], [50, 4, 4, 7]], [[11], [60, 61, 62]]]
 
 
@@ -42,24 +38,10 @@ def together(
     watch: Callable[[Local, str, str, int], None] | None = None,
     family: str = "llama",
 ) -> Local:
-    traced = trace_decoder(model(family), ROWS, LENGTH, chosen=True, noise=bool(own.temperature))
-    work = Workload(train=False, micro_batches=len(PROMPTS), most=1)
-    training = Training(
-        graph=traced.graph,
-        chain=chain(traced.graph),
-        tensors={key: packed(tensor) for key, tensor in traced.tensors.items()},
-        rules=own.rules(),
-        data=lambda step: [{k: packed(v) for k, v in each.items()} for each in own.data(step)],
-        steps=own.steps,
-        rate=lambda step: 0.0,
-        exports=Exports(own.rules()),
-        copy_every=10**9,
-        vocabulary=64,
-        rows=ROWS,
-    )
-    local = Local(Coordinator(Job(chain=training.chain, work=work), training), watch)
+    job, training = generating(own, family)
+    local = Local(Coordinator(job, training), watch)
     own.updates = local.coordinator.updates
-    mem_gib = hold(training.chain, work, stages)
+    mem_gib = hold(job.chain, job.work, stages)
     for machine, plane in zip(machines(mem_gib, len(planes)), planes, strict=True):
         local.join(dataclasses.replace(machine, plane=plane), plane_of(plane))
     return local
@@ -146,6 +128,25 @@ def test_tokens_that_are_none_are_not_believed() -> None:
         with pytest.raises(ValueError, match="results"):
             own.checked(wrong)
     assert Update(rate=0.0, scale=1.0, tokens=((1,),)).tokens == ((1,),)
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_killed_in_mid_stream_goes_on_with_the_same_text(tmp_path: Path) -> None:
+    """Tokens are in its log, keys and values with its providers, who dial again."""
+    new = 150
+    quiet = story(new)
+    together(("torch",) * 3, 2, quiet).run()
+    job, _ = generating(quiet)
+    with Processes(tmp_path / "providers", "story") as processes:
+
+        def start(port: int) -> None:
+            for each in machines(hold(job.chain, job.work, 2), 3):
+                processes.start(each, f"127.0.0.1:{port}")
+
+        found = rebuilt(tmp_path, "story", "generate", new, start)
+        assert all(each.wait(10) == 0 for each in processes.processes.values())
+    assert found["texts"] == quiet.texts()
+    assert found["again"] <= 1
 
 
 @pytest.mark.slow
