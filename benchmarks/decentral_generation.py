@@ -14,7 +14,8 @@ that begins the next one. Of a hop both lines' shares of the delay are paid, the
 slower one, the receiver's line in. The broker's place in the network has no slow line, so that a relayed hop costs what
 a direct one would, and tokens, which go from the last stage to the owner there and back to the first, pay half a delay
 each way in all three. `client` pays the home's line in, its line out and the delays of both for each of the three
-results between stages, and nothing for tokens that the others do not.
+results between stages, and nothing for tokens that the others do not. Petals' client has the embedding and the head,
+and would send and get hidden states for tokens: that is left out, in favour of both.
 
 Lines are those of a real case, made slower as much as this model's results are smaller: of 8 rows LLaMA-7B sends
 8 x 4096 x 2 bytes (fp16) from stage to stage, `llama_6m` 8 x 256 x 4, an eighth. So at an eighth of the rates, and the
@@ -44,6 +45,8 @@ from typing import Any
 
 from llmsys import main as command_line
 from llmsys.decentral import running
+from llmsys.decentral.event_log import read
+from llmsys.decentral.events import Planned
 from llmsys.decentral.pieces import Direction, Slow
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.serve import Serving
@@ -99,8 +102,8 @@ def scaled(line: Slow) -> Slow:
     return Slow(up_mbit=line.up_mbit * share, down_mbit=line.down_mbit * share, delay_ms=line.delay_ms)
 
 
-def ran(words: Sequence[str], through: Slow | None = None) -> tuple[dict[str, Any], list[list[int]]]:
-    """A run's record, and the tokens of each sequence."""
+def ran(words: Sequence[str], through: Slow | None = None) -> tuple[dict[str, Any], list[list[int]], tuple[int, ...]]:
+    """A run's record, the tokens of each sequence, and where the model was cut at first."""
     with tempfile.TemporaryDirectory() as folder:
         client = json.dumps(vars(through)) if through else ""
         command = [sys.executable, __file__, "--run", client, "+exp=decentral_generate", *MODEL, *words]
@@ -108,7 +111,9 @@ def ran(words: Sequence[str], through: Slow | None = None) -> tuple[dict[str, An
         subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
         (path,) = Path(folder).glob("*/*/record.json")
         lines = (path.parent / "generated.jsonl").read_text().splitlines()
-        return json.loads(path.read_text()), [json.loads(line)["tokens"] for line in lines]
+        plans = (event.plan for event, _ in read(path.parent / "events.jsonl") if isinstance(event, Planned))
+        cuts = next(plan.pipelines[0].cuts for plan in plans if plan is not None)
+        return json.loads(path.read_text()), [json.loads(line)["tokens"] for line in lines], cuts
 
 
 def one_run(client: str, words: Sequence[str]) -> None:
@@ -120,12 +125,13 @@ def one_run(client: str, words: Sequence[str]) -> None:
     command_line.main()
 
 
-def over(name: str, way: str, new: int) -> tuple[dict[str, Any], list[list[int]]]:
-    """One run of one way over lines of a name."""
+def over(name: str, way: str, new: int) -> tuple[float, tuple[int, ...]]:
+    """Tokens/s of one run of one way over lines of a name, and where the model was cut."""
     line, (streams, rows) = scaled(LINES[name]), WAYS[way]
     words = [*STAGES, f"task.streams={streams}", f"task.rows={rows}", f"task.new_tokens={new}"]
     words += [f"task.{key}={value}" for key, value in vars(line).items()]
-    return ran(words, line if way == "client" else None)
+    record, _, cuts = ran(words, line if way == "client" else None)
+    return record["summary"]["tokens_per_s"], cuts
 
 
 def show(record: Record) -> str:
@@ -156,15 +162,16 @@ def main(given: Sequence[str]) -> Record:
     lines = asked.lines.split(",")
     samples = dict[str, list[float]]()
     faulty = (f"task.new_tokens={asked.new}", "task.prompt_tokens=4", "task.temperature=1")
-    _, undisturbed = ran([*faulty, "task.faults=[]"])
-    same = 0
+    _, undisturbed, _ = ran([*faulty, "task.faults=[]"])
+    same, cut = 0, dict[str, tuple[int, ...]]()
     for turn in range(asked.runs):
         for line in lines:
-            for way in [*WAYS][:: 1 if turn % 2 else -1]:
-                record, _ = over(line, way, asked.new)
-                samples.setdefault(f"{line}/{way}/tokens_per_s", []).append(record["summary"]["tokens_per_s"])
+            for way in [*WAYS][:: -1 if turn % 2 else 1]:
+                per_s, cuts = over(line, way, asked.new)
+                samples.setdefault(f"{line}/{way}/tokens_per_s", []).append(per_s)
+                assert cut.setdefault(line, cuts) == cuts, f"{line}, {way}: the model is not cut as for the others"
         for what in FAULTS:
-            record, found = ran([*faulty, f"task.faults=[stage1 {what} {asked.new // 2}]"])
+            record, found, _ = ran([*faulty, f"task.faults=[stage1 {what} {asked.new // 2}]"])
             samples.setdefault(f"{what}/next_token_s", []).extend(record["samples"]["recovery_s"])
             same += found == undisturbed
     summary: dict[str, float] = {key: statistics.median(values) for key, values in samples.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -22,6 +23,7 @@ from llmsys.decentral.planes import plane_of
 from llmsys.decentral.processes import Processes
 from llmsys.decentral.status import status
 from llmsys.decentral.training import Update
+from llmsys.decentral.wire import header
 
 LENGTH, NEW = 24, 10
 PROMPTS = [[[5, 9, 3, 17, 40], [6, 2]], [[33, 8, 21], [50, 4, 4, 7]], [[11], [60, 61, 62]]]
@@ -76,6 +78,22 @@ def test_a_job_that_trains_nothing_has_a_status_without_a_loss() -> None:
     found = status(local.coordinator, 1.0)
     assert (found["step"], found["loss"]) == (2, None)
     assert {each["role"] for each in found["providers"].values()} <= {"stage", "pool"}
+
+
+def test_between_two_steps_there_is_one_way_to_providers_and_one_back() -> None:
+    """A commit and what begins the next step are said with one breath: nobody says in between that it holds the state,
+    as all have to once, in the beginning."""
+    local = together(("torch",) * 3, 2, generation())
+    said = collections.Counter[str]()
+
+    def carry(to: str, data: bytes) -> tuple[bytes]:
+        said[str(header(data)["kind"])] += to == "broker"
+        return (data,)
+
+    local.carry = carry
+    local.run()
+    assert said["held"] == 2
+    assert said["prepared"] == 2 * local.coordinator.training.steps
 
 
 @pytest.mark.parametrize("planes", [("torch",) * 4, ("onnx", "torch", "onnx")])

@@ -374,7 +374,7 @@ class Coordinator:
     def _commit(self, step: int, *, at_once: bool = False) -> None:
         """`at_once`: nobody has to say that it holds what comes of it."""
         own = self.updates[step]
-        body = {"rate": own.rate, "scale": own.scale, "say": not at_once}
+        body = {"rate": own.rate, "scale": own.scale, "at_once": at_once}
         for name in self.owners:
             self._tell(name, "commit", step=step, body=body)
             self.tasks[name] = self.tasks.get(name, 0) + self.training.rules.micro_batches
