@@ -66,7 +66,7 @@ FAULTS = ("SIGKILL", "SIGSTOP")
 MODEL = ("model.weights=random", "data.max_train=40", "data.max_val=8", "train.length=64", "dispatch=inline")
 STAGES = (
     *("task.providers=4", "task.stages=4", "task.reserve=0", "task.faults=[]", "task.emulate=true"),
-    *("task.mem_gib=0.0071", "task.prompt_tokens=4"),  # as much as two layers
+    *("task.mem_gib=0.0071", "task.prompt_tokens=4"),  # as much as two layers, with caches for 28 tokens
     "task.copies=0",  # made once, before the first step, and minutes on such lines; the owner's own are
 )
 
