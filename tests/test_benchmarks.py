@@ -138,3 +138,16 @@ def test_decentral_links_behind_codecs(tmp_path: Path) -> None:
     assert found["4mbit/int8/predicted_ms"] == pytest.approx(0.27 * found["4mbit/predicted_ms"], rel=0.1)
     assert found["4mbit/int8/per_step_mib"] == pytest.approx(0.27 * found["4mbit/per_step_mib"], rel=0.1)
     assert found["4mbit/adaptive/compressed"] == found["4mbit/int8/compressed"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_decentral_generation(tmp_path: Path) -> None:
+    """It compares texts by itself. Lines are slow by a clock: what has more of them to pay is slower on any machine."""
+    import decentral_generation
+
+    record = decentral_generation.main(["--runs", "1", "--lines", "home", "--out", str(tmp_path)])
+    assert record.summary["same"] == record.summary["runs"] == 2
+    assert record.summary["home/over_client"] > 1
+    assert {len(took) for took in record.samples.values()} == {1}
+    assert len(record.samples) == len(decentral_generation.WAYS) + len(decentral_generation.FAULTS)

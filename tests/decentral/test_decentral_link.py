@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -15,13 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from decentral_broker import rebuilt
 from decentral_running import job, losses_of, machines, mem_gib, training, undisturbed
 
 import alone
-from llmsys.comm.place import listen
 from llmsys.decentral.coordinator import Coordinator
-from llmsys.decentral.event_log import read
-from llmsys.decentral.events import Committed
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.hub import Hub
@@ -129,29 +126,12 @@ def test_a_provider_without_torch_beside_one_with(providers: Machines, tmp_path:
 @pytest.mark.slow
 def test_a_broker_that_is_killed_and_started_again_loses_nothing(providers: Machines, tmp_path: Path) -> None:
     """Providers dial again for a while, and have what they had."""
-    events, out = tmp_path / "events.jsonl", tmp_path / "losses.json"
-    descriptor, port = listen("127.0.0.1")
-    os.close(descriptor)  # free again, and in a test's hands
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    script = Path(__file__).with_name("decentral_broker.py")
-    command = [sys.executable, str(script), str(port), TOKEN, str(events), str(out), "40"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    own = machines(mem_gib("llama", 2), 3)
-    with subprocess.Popen(command, env=env) as broker:
-        try:
-            while not events.exists():
-                assert broker.poll() is None
-                time.sleep(0.05)
-            for each in own:
-                providers.start(each, port)
-            while not any(isinstance(event, Committed) and event.step == 5 for event, _ in read(events)):
-                assert broker.poll() is None
-                time.sleep(0.02)
-        finally:
-            broker.kill()
-    done = subprocess.run(command, env=env, timeout=60)
-    assert done.returncode == 0
-    found = json.loads(out.read_text())
+
+    def start(port: int) -> None:
+        for each in machines(mem_gib("llama", 2), 3):
+            providers.start(each, port)
+
+    found = rebuilt(tmp_path, TOKEN, "train", 40, start)
     assert [tuple(each) for each in found["losses"]] == undisturbed("llama", 40)
     assert found["again"] <= 1
     for process in providers.processes.values():

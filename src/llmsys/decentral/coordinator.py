@@ -341,7 +341,16 @@ class Coordinator:
             self._begin()
         elif isinstance(event, Committed):
             self.tries = 0
-            self._commit(event.step)
+            at_once = self._at_once()
+            self._commit(event.step, at_once=at_once)
+            if at_once:
+                self._event(Held(at_s=event.at_s, names=self.state.owners, epoch=event.epoch, step=event.step))
+
+    def _at_once(self) -> bool:
+        """Whether owners hold the state after a commit as soon as they have heard of it: nobody waits for values of
+        shared parameters that another has. What is said to each arrives in its order, so the next step may be begun
+        with the same breath, a way there and back sooner. Not where somebody waits to be let go between two steps."""
+        return not self.asked and not any(stage.shares for stage in self.recovery.where.now.stages)
 
     @property
     def trained(self) -> dict[str, Array]:
@@ -381,10 +390,12 @@ class Coordinator:
         results = {"tokens" if self.training.rules.streams else "losses": told.results}
         return Update(rate=self.training.rate(step), scale=scale, **results)
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, *, at_once: bool = False) -> None:
+        """`at_once`: nobody has to say that it holds what comes of it."""
         own = self.updates[step]
+        body = {"rate": own.rate, "scale": own.scale, "at_once": at_once}
         for name in self.owners:
-            self._tell(name, "commit", step=step, body={"rate": own.rate, "scale": own.scale})
+            self._tell(name, "commit", step=step, body=body)
 
     def _tell(
         self,

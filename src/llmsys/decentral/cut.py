@@ -4,7 +4,7 @@ A stage runs a part of the nodes. What crosses a cut is
 
     the results that a later stage reads     once to each of them, on from stage to stage in their order
     gradients                                back along the same way, in the opposite order
-    nothing that depends on no parameter and no input (`Graph.free`): each stage computes that for itself
+    nothing that depends on no parameter and no input but a number (`Graph.free`): each stage computes that for itself
 
 So a tensor that several later stages read goes to the first of them, which hands it on; and its gradient gathers on the
 way back. Autograd adds the gradients of a tensor's readers from the last to the first, and so does that way: sums have

@@ -196,6 +196,8 @@ class Provider:
         out = own.work.apply(float(frame.body["rate"]), float(frame.body["scale"]))
         own.applied()
         self.step = own.at
+        if frame.body.get("at_once"):  # and the broker takes it that it holds it
+            self.said = ("held", self.epoch, own.at)
         self._send(self.live, out, self.peers)
 
     # --- data ---
