@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys.decentral import credentials
+from llmsys.decentral.direct import Door
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.link import Credentials, Line, Refused, asked
 from llmsys.decentral.pieces import Slow
@@ -93,6 +94,16 @@ def _provider(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capped", action="store_true", help="never use more of the line than that")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="to add to it, for tests; default: %(default)s")
     parser.add_argument("--region", default="")
+    parser.add_argument(
+        "--direct",
+        metavar="HOST:PORT",
+        default="",
+        help="listen there for other providers, and talk to those that listen past the broker, where that is not "
+        "slower; port 0: any that is free; default: no port is opened",
+    )
+    parser.add_argument(
+        "--direct-as", metavar="HOST:PORT", default="", help="by which others dial that, behind a port forward, say"
+    )
     parser.add_argument("--untrusted", action="store_true", help="it is shown nothing that the job keeps private")
     parser.add_argument("--stdin", action="store_true", help="it ends when its standard input does")
     parser.add_argument(
@@ -120,10 +131,15 @@ def _provide(given: argparse.Namespace) -> int:
     if given.stdin:
         threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     token, own = _credentials(given)
+    if given.direct_as and not given.direct:
+        raise ValueError(f"--direct-as={given.direct_as}: of what listens at --direct HOST:PORT, which is not given")
+    door = Door.at(given.direct, given.direct_as) if given.direct else None
     plane = plane_of(given.plane)
     plane.warm()
     slow = Slow(up_mbit=given.up_mbit, down_mbit=given.down_mbit, delay_ms=given.delay_ms) if given.capped else None
-    presence = Presence(lambda life, busy: Line(given.join, token, machine, life, own, slow, busy), given.patience)
+    presence = Presence(
+        lambda life, busy: Line(given.join, token, machine, life, own, slow, busy, door), given.patience
+    )
     for number, what in ((signal.SIGTERM, presence.leave), (signal.SIGINT, presence.leave)):
         signal.signal(number, what)
     if hasattr(signal, "SIGUSR1"):  # Windows has none

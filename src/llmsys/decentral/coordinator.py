@@ -20,16 +20,13 @@ from llmsys.decentral.fleet import Provider
 from llmsys.decentral.plan import Plan
 from llmsys.decentral.planes import Arrays
 from llmsys.decentral.provider import BEAT, BROKER
+from llmsys.decentral.reach import BETWEEN, PROBE, PROBED, REACH, Directory, Reach
 from llmsys.decentral.recovery import Recovery, owners
-from llmsys.decentral.stage_work import INPUT, KINDS
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
 
-RELAYED = frozenset({*KINDS, "state"} - {INPUT})
-"""What providers say to each other."""
-
-
+RELAYED = BETWEEN | {PROBE, PROBED}
 Note = Callable[[Event, Mapping[str, Any]], None]
 ASTRAY_S = 5.0
 """So long nothing comes, and nobody has anything to do."""
@@ -53,6 +50,7 @@ class Coordinator:
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
         self.connected: dict[str, Provider] = {}
+        self.directory = Directory()
         self.asked: set[str] = set()  # to be let go
         self.leaving: dict[str, float] = {}  # without a stage, and still there to hand it over; heard of when
         self.recovery = Recovery(training, self._tell)
@@ -95,8 +93,9 @@ class Coordinator:
 
     # --- what comes ---
 
-    def join(self, provider: Provider, life: str, now: float) -> None:
-        """A provider that has come, has begun anew, or is back from before the broker was rebuilt."""
+    def join(self, provider: Provider, life: str, now: float, reach: Reach | None = None) -> None:
+        """A provider that has come, has begun anew, or is back from before the broker was rebuilt. `reach`: where its
+        peers do, if they may."""
         if self.trusted is not None:
             provider = dataclasses.replace(provider, trusted=provider.name in self.trusted)
         awaited = self.awaited or set()
@@ -105,6 +104,7 @@ class Coordinator:
         self.leaving.pop(provider.name, None)
         self.asked.discard(provider.name)
         self.connected[provider.name] = provider
+        self.directory.join(provider.name, reach)
         if not back:
             self.lives[provider.name] = life
             self._event(Joined(at_s=now, provider=provider), life=life)
@@ -145,7 +145,7 @@ class Coordinator:
             if head["sender"] != sender:
                 raise Malformed(f"a frame of {head['sender']}, from {sender}")
             if head["kind"] in RELAYED and head["to"] != BROKER:
-                self.moved_s = now
+                self.moved_s = now if head["kind"] in BETWEEN else self.moved_s
                 self._relay(head, data)
                 return
             frame = decode(data)
@@ -157,6 +157,8 @@ class Coordinator:
             return
         if frame.kind == BEAT:
             self.beat(sender, now, busy=frame.body.get("busy") is True)
+            if REACH in frame.body:
+                self._guarded(frame, lambda: self.directory.hear(sender, frame.body[REACH]))
             return
         self.moved_s = now
         if frame.kind == "leave":
@@ -164,18 +166,22 @@ class Coordinator:
         elif frame.epoch != self.state.epoch:
             self.counters["stale"] += 1
         else:
-            try:
-                self._said(frame, now)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-                self.counters["refused"] += 1
-                self.refusals.append(f"{sender}: {frame.kind}: {type(error).__name__}: {error}")
+            self._guarded(frame, lambda: self._said(frame, now))
+
+    def _guarded(self, frame: Frame, what: Callable[[], None]) -> None:
+        """Whatever somebody says: what cannot be is counted."""
+        try:
+            what()
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+            self.counters["refused"] += 1
+            self.refusals.append(f"{frame.sender}: {frame.kind}: {type(error).__name__}: {error}")
 
     def _relay(self, head: Mapping[str, Any], data: bytes) -> None:
         """Only in this epoch, and only to somebody who is there."""
         if head["epoch"] != self.state.epoch:
             self.counters["stale"] += 1
         elif head["to"] in self.state.present or head["to"] in self.leaving:
-            self.counters["relayed"] += 1
+            self.counters["relayed"] += head["kind"] in BETWEEN
             self.out.append((head["to"], data))
 
     def _said(self, frame: Frame, now: float) -> None:
@@ -297,6 +303,7 @@ class Coordinator:
             self._again(now, plan)
         else:
             self.recovery.kept_by_others(self.state)
+            self._introduce()
 
     def _decided(self, now: float) -> tuple[Event, ...]:
         found = broker.decide(self.state, now)
@@ -317,10 +324,21 @@ class Coordinator:
         if isinstance(event, Planned):
             self.again += before.phase == broker.COMPUTING
             self.recovery.plan(self.state, self.leaving)
+            self._introduce()
         elif isinstance(event, Began):
             self._begin()
         elif isinstance(event, Committed):
             self._commit(event.step)
+
+    def _introduce(self) -> None:
+        """Tells owners of stages where they reach those whom they have something to say to."""
+        if self.state.plan is None:
+            return
+        order = self.owners
+        others = {*order, *(name for names in self.recovery.keepers.values() for name in names)}
+        for name in order:
+            if (told := self.directory.of(name, others & self.state.present)) is not None:
+                self._tell(name, REACH, body=told)
 
     @property
     def trained(self) -> dict[str, Array]:

@@ -112,7 +112,7 @@ class Running:
             except JobLost:
                 events.rename(events.with_suffix(".lost"))  # or the next attempt would go on where nothing is left
                 raise
-            self.sent = serving.hub.received
+            self.sent = serving.sent
             for name, why in started.wrong().items() if started is not None else ():
                 context.log.warning("provider %s: %s", name, why)
         (context.out / KNOWN).unlink()
@@ -142,7 +142,7 @@ class Running:
                 yield nodes
         else:
             path = Path(task.certificate) if task.certificate else None
-            lines: dict[str, Any] = {"emulate": task.emulate, "delay_ms": task.delay_ms}
+            lines: dict[str, Any] = {"emulate": task.emulate, "delay_ms": task.delay_ms, "direct": task.direct}
             with Processes(context.out / "providers", token, context.threads, path, **lines) as processes:
                 yield processes
 

@@ -22,7 +22,8 @@ class Together(Task):
     much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
     state are kept by others, and one by the owner, unless `owner_keeps` is false.
 
-    `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says.
+    `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says. `direct`:
+    processes talk to each other, where that is not slower than by the broker.
 
     `private`: layers, at the beginning and at the end, that with the embedding, the head and the loss only trusted
     providers have, or copies of it: the first `trusted` of those that are started, of those who dial in the names in
@@ -45,6 +46,7 @@ class Together(Task):
     down_mbit: float = 1000.0
     delay_ms: float = 0.0
     emulate: bool = False
+    direct: bool = False
     private: list[int] = field(default_factory=list)
     trusted: int = 2
     trust: list[str] = field(default_factory=list)
@@ -80,6 +82,8 @@ class Together(Task):
             raise ValueError(f"task.private={self.private}: Ray's nodes are not told apart: task.start=process or none")
         if self.emulate and self.start != "process":
             raise ValueError("task.emulate=true: is for providers that are processes: task.start=process")
+        if self.direct and self.start != "process":
+            raise ValueError("task.direct=true: is for task.start=process; who dials in says --direct HOST:PORT")
         if not self.mem_gib >= 0:
             raise ValueError(f"task.mem_gib={self.mem_gib}: must be 0 or more")
         host, _, port = self.listen.rpartition(":")
