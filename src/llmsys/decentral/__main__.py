@@ -202,12 +202,13 @@ def table(status: Mapping[str, Any]) -> Any:
     title = (f"step {status['step']} of {status['steps']}{loss} · {status['steps_per_s']:.2f} steps/s · "
              f"epoch {status['epoch']} · {status['phase']}")  # fmt: skip
     made = Table(title=title, title_justify="left")
-    for head in ("provider", "does", "plane", "passes", "sent MiB", "silent s"):
+    for head in ("provider", "does", "plane", "passes", "sent MiB", "past the broker", "silent s"):
         made.add_column(head, justify="left" if head in ("provider", "does", "plane") else "right")
     for name, each in status["providers"].items():
         does = each["role"] if each["stage"] is None else f"stage {each['stage']}"
         silent = "" if each["silent_s"] is None or each["role"] == "gone" else f"{each['silent_s']:.1f}"
-        made.add_row(name, does, each["plane"], str(each["tasks"]), f"{each['sent_mib']:.1f}", silent)
+        direct = f"{each['direct_mib']:.1f} to {', '.join(each['direct'])}" if each["direct"] else ""
+        made.add_row(name, does, each["plane"], str(each["tasks"]), f"{each['sent_mib']:.1f}", direct, silent)
     return made
 
 

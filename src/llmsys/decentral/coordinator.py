@@ -331,13 +331,14 @@ class Coordinator:
             self._commit(event.step)
 
     def _introduce(self) -> None:
-        """Tells owners of stages where they reach those whom they have something to say to."""
+        """Tells owners of stages where they reach those whom they have something to say to; others, that they have
+        nothing to say."""
         if self.state.plan is None:
             return
-        order = self.owners
-        others = {*order, *(name for names in self.recovery.keepers.values() for name in names)}
-        for name in order:
-            if (told := self.directory.of(name, others & self.state.present)) is not None:
+        order, there = self.owners, self.state.present
+        others = there & {*order, *(name for names in self.recovery.keepers.values() for name in names)}
+        for name in sorted(there):
+            if (told := self.directory.of(name, others if name in order else ())) is not None:
                 self._tell(name, REACH, body=told)
 
     @property

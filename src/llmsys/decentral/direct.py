@@ -41,10 +41,12 @@ AGAIN_S = 30.0
 PROBE_BYTES = 256 << 10
 PROBE_S = 10.0
 """A probe that takes longer is not waited for."""
-ROUNDS, ROUNDS_S = 3, 0.5
+ROUNDS, ROUNDS_S = 5, 0.5
 """So often both ways are tried, unless that takes longer; the best of each counts."""
-NOISE = 1.1
-"""A line that takes so much longer is not slower."""
+GRACE_S = 1.0
+"""For peers to hear that it hangs up."""
+NOISE, NOISE_MS = 1.25, 5.0
+"""A line that takes so much longer is not slower: it spares the broker's."""
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ class _Peer:
 
     name: str
     reach: Reach
-    why: str = "not tried yet"
+    why: str = "being tried"
     ms: tuple[float, float | None] | None = None
     unsaid: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     unknown: collections.deque[tuple[int, bytes, asyncio.Future[None] | None]] = field(
@@ -134,8 +136,9 @@ class Direct:
         self._peers: dict[str, _Peer] = {}
         self._epoch, self._begun = 0, False
         self._received_s = -math.inf
-        self._probes: dict[int, asyncio.Future[None]] = {}
-        self._count = 0
+        self._open: set[asyncio.Queue[bytes | None]] = set()
+        self._alone = asyncio.Lock()  # or probes would be in each other's way
+        self._count, self._round = 0, (0, asyncio.Future[None]())
 
     async def __aenter__(self) -> Self:
         """Listens. OSError where it cannot."""
@@ -161,7 +164,9 @@ class Direct:
     async def __aexit__(self, *error: object) -> None:
         for peer in self._peers.values():
             self._forget(peer)
-        await self._server.stop(grace=None)
+        for each in self._open:
+            each.put_nowait(None)
+        await self._server.stop(grace=GRACE_S)
 
     # --- what is said ---
 
@@ -188,9 +193,10 @@ class Direct:
             if kind == REACH and about == BROKER:
                 self._introduced(decode(data))
             elif kind == PROBE:
-                self._tell(PROBED, about, int(head["body"]["number"]))
+                self._tell(PROBED, about, head["epoch"], int(head["body"]["number"]))
             elif kind == PROBED:
-                if (waiting := self._probes.get(head["body"]["number"])) is not None and not waiting.done():
+                number, waiting = self._round
+                if head["body"]["number"] == number and not waiting.done():
                     waiting.set_result(None)
             else:
                 return False
@@ -221,10 +227,10 @@ class Direct:
             received=self.received,
         ).to_json()
 
-    def _tell(self, kind: str, to: str, number: int, nbytes: int = 0) -> None:
+    def _tell(self, kind: str, to: str, epoch: int, number: int, nbytes: int = 0) -> None:
         tensors = {"": Array.of_bytes(os.urandom(nbytes))} if nbytes else {}
         body = {"number": number}
-        self.relay(encode(Frame(kind=kind, epoch=self._epoch, sender=self.name, to=to, body=body, tensors=tensors)))
+        self.relay(encode(Frame(kind=kind, epoch=epoch, sender=self.name, to=to, body=body, tensors=tensors)))
 
     # --- to a peer ---
 
@@ -284,15 +290,16 @@ class Direct:
         """ms of a probe and its acknowledgement, here and by way of the broker, whose answer may fail to come. Slower,
         or TimeoutError, for a line that is no use."""
         here = by_broker = math.inf
-        begun_s = time.monotonic()
-        for _ in range(ROUNDS):
-            here = min(here, await self._took(lambda waiting: self._probe(peer, waiting)))
-            by_broker = min(by_broker, await self._took(lambda waiting: self._probe_round(peer, waiting)))
-            if time.monotonic() > begun_s + ROUNDS_S:
-                break
+        async with self._alone:
+            begun_s = time.monotonic()
+            for _ in range(ROUNDS):
+                here = min(here, await self._took(lambda waiting: self._probe(peer, waiting)))
+                by_broker = min(by_broker, await self._took(lambda waiting: self._probe_round(peer, waiting)))
+                if time.monotonic() > begun_s + ROUNDS_S:
+                    break
         if here == math.inf:
             raise TimeoutError(f"a probe of {PROBE_BYTES >> 10} KiB takes more than {PROBE_S:g} s")
-        if here > NOISE * by_broker:
+        if here > NOISE * by_broker + NOISE_MS:
             raise Slower(f"a probe takes {here:.3g} ms, by way of the broker {by_broker:.3g}")
         return here, None if by_broker == math.inf else by_broker
 
@@ -314,8 +321,8 @@ class Direct:
 
     def _probe_round(self, peer: _Peer, waiting: asyncio.Future[None]) -> None:
         self._count += 1
-        self._probes = {self._count: waiting}
-        self._tell(PROBE, peer.name, self._count, PROBE_BYTES)
+        self._round = (self._count, waiting)
+        self._tell(PROBE, peer.name, self._epoch, self._count, PROBE_BYTES)
 
     def _broken(self, peer: _Peer) -> None:
         """What is not known to have arrived goes by way of the broker, if it is of this epoch."""
@@ -356,10 +363,12 @@ class Direct:
                 yield each
 
         reading = asyncio.create_task(read())
+        self._open.add(here)
         try:
             async for each in slowed(acknowledgements(), self.up):
                 yield each
         finally:
+            self._open.discard(here)
             reading.cancel()
         for error in wrong:
             self.counters["malformed"] += 1

@@ -169,6 +169,8 @@ class Running:
             "moved_mib": moved / MIB,
             "per_step_mib": moved / MIB / len(steps),
         }
+        if self.task.direct:
+            summary["direct_mib"] = sum(own.directory.carried.values()) / MIB
         if took:
             summary["step_ms_p50"] = statistics.median(took)
         state = own.state
