@@ -1,6 +1,6 @@
 """Steps over slow lines, by way of the broker and past it.
 
-    python benchmarks/decentral_direct.py [--mbit 8,32] [--delay-ms 20] [--steps 16] [--rounds 3] [--out benchmarks/records]
+    python benchmarks/decentral_direct.py [--mbit 16,64] [--delay-ms 20] [--steps 16] [--rounds 3] [--out FOLDER]
 
 Three provider processes train `llama_6m` by the command that a user gives, with `task.direct=false` and `true`, turn by
 turn. Each one's line carries so many 10**6 bit/s out and as many in, in its own process, whoever it talks to; between
@@ -28,7 +28,7 @@ from llmsys.job import Record
 from llmsys.table import piped
 from script_record import RECORDS, Script
 
-WARM = 4
+WARM = 6
 
 
 def ran(mbit: float, delay_ms: float, steps: int, direct: bool) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def show(record: Record) -> str:
 def main(given: Sequence[str]) -> Record:
     """Measures, writes the record, prints its table, and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mbit", default="8,32")
+    parser.add_argument("--mbit", default="16,64")
     parser.add_argument("--delay-ms", type=float, default=20.0)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)

@@ -184,6 +184,22 @@ async def listener(talk: Callable[..., AsyncIterator[bytes]]) -> AsyncIterator[R
         await server.stop(None)
 
 
+def test_one_that_goes_hangs_up() -> None:
+    """What is said to it then is the broker's to know."""
+
+    async def test() -> None:
+        own = Together()
+        async with own.made("a") as a:
+            async with own.made("b") as b:
+                own.introduce("a", {"b": b.reach})
+                await up(own, "a", "b")
+            await until(lambda: a.said()["relayed"] == {"b": "it has hung up"})
+            a.say("b", 1, said("a", "b", 1))
+            assert own.relayed == [("b", 0), ("b", 1)]
+
+    run(test())
+
+
 def test_a_line_that_is_slower_than_the_way_round_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     async def talk(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         await context.send_initial_metadata(((WELCOME, "1"),))

@@ -36,8 +36,8 @@ from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, heade
 
 METHOD = "/llmsys.decentral/Direct"
 DIAL_S = 2.0
-AGAIN_S = 30.0
-"""From the end of a line, or of an attempt, to the next one."""
+AGAIN_S, MOST_S = 30.0, 960.0
+"""From the end of a line, or of an attempt, to the next one; after each that is no use twice as long, up to so long."""
 PROBE_BYTES = 256 << 10
 PROBE_S = 10.0
 """A probe that takes longer is not waited for."""
@@ -235,18 +235,21 @@ class Direct:
     # --- to a peer ---
 
     async def _keep(self, peer: _Peer) -> None:
+        again_s = AGAIN_S / 2
         while True:
             try:
                 await self._dial(peer)
+                peer.why = "it has hung up"
             except (grpc.aio.AioRpcError, ConnectionError, TimeoutError, Malformed) as error:
                 said = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
                 peer.why = str(said or type(error).__name__)
+                log.warning("%s at %s: by way of the broker: %s", peer.name, peer.reach.address, peer.why)
+            again_s = min(MOST_S, 2 * again_s) if peer.ms is None else AGAIN_S
             self._broken(peer)
-            log.warning("%s at %s: by way of the broker: %s", peer.name, peer.reach.address, peer.why)
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(again_s)
 
     async def _dial(self, peer: _Peer) -> None:
-        """Returns, or raises, when the line ends."""
+        """Returns when it hangs up, raises where the line ends otherwise."""
         reach = peer.reach
         own = Credentials(certificate=reach.certificate.encode()) if reach.certificate else None
         async with contextlib.AsyncExitStack() as stack:
@@ -284,7 +287,6 @@ class Direct:
             waiting = peer.unknown.popleft()[-1]
             if waiting is not None and not waiting.done():
                 waiting.set_result(None)
-        raise ConnectionError("it has hung up")
 
     async def _measured(self, peer: _Peer) -> tuple[float, float | None]:
         """ms of a probe and its acknowledgement, here and by way of the broker, whose answer may fail to come. Slower,

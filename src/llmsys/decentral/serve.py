@@ -64,7 +64,7 @@ class Serving:
             raise self._error
 
     def status(self) -> dict[str, Any]:
-        """See `llmsys.decentral.status`; bytes are what the lines carried."""
+        """See `llmsys.decentral.status`; bytes are what lines carried, those past the broker as peers say."""
         found, sent = status(self.coordinator, self.now), self.sent
         for name, each in found["providers"].items():
             each["sent_mib"] = sent[name] / 2**20
