@@ -169,7 +169,7 @@ def test_only_who_shows_the_trusted_token_is_trusted(providers: Machines, tmp_pa
     async def serve() -> None:
         there = asyncio.Event()
 
-        def joined(machine: Provider, life: str) -> None:
+        def joined(machine: Provider, life: str, reach: object) -> None:
             found[machine.name] = machine.trusted
             if len(found) == 2:
                 there.set()
@@ -222,7 +222,8 @@ def test_a_mistake_is_one_line(providers: Machines, words: list[str], said: str)
     assert said in line
 
 
-def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_path: Path, direct: bool) -> None:
     """SIGUSR1, SIGUSR2 and SIGTERM: no step under way is given up for any of them."""
     coordinator = Coordinator(job("llama"), training("llama", 100_000))
     own = machines(mem_gib("llama", 2), 3)
@@ -247,7 +248,7 @@ def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_p
         object.__setattr__(coordinator.training, "steps", coordinator.state.step + 3)
 
     async def serve() -> None:
-        with Processes(tmp_path / "providers", TOKEN) as processes:
+        with Processes(tmp_path / "providers", TOKEN, direct=direct) as processes:
             serving = Serving(coordinator, TOKEN)
 
             def ready(port: int) -> None:

@@ -56,6 +56,7 @@ def test_it_learns_what_the_one_trainer_does(llmsys: Run, results: Path) -> None
         (["task.faults=[p1 SIGFPE 3]"], "task.faults=p1 SIGFPE 3: must be a provider, SIGKILL, SIGSTOP or SIGTERM"),
         (["model.dtype=bf16", "train.precision=bf16"], "model.dtype=bf16: decentral_train is for model.dtype=fp32"),
         (["task.start=none"], "task.start=none: whoever dials in has to know task.listen's port and task.token_file"),
+        (["task.start=ray", "task.direct=true", "task.faults=[]"], "task.direct=true: is for task.start=process"),
         (["task.stages=9"], "task.stages=9: task.providers=4 are fewer"),
         (["task.noise=0.5"], "task.noise=0.5: needs task.private, which says whose states it hides: [1,1]"),
         (["task.planes=[cobol]"], "task.planes=cobol: must be one of torch, torch_compiled, onnx"),

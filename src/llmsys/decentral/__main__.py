@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys.decentral import credentials, ledger, probe_command, view
+from llmsys.decentral.direct import Door
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.limits import Limits, needed_by
 from llmsys.decentral.link import Credentials, Line, Refused, asked
@@ -136,6 +137,16 @@ def _provider(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pause-while", metavar="COMMAND", default="", help="pauses as long as this succeeds")
     parser.add_argument("--yield-gpu", action="store_true", help="pauses while others compute on a GPU (nvidia-smi)")
     parser.add_argument("--region", default="")
+    parser.add_argument(
+        "--direct",
+        metavar="HOST:PORT",
+        default="",
+        help="listen there for other providers, and talk to those that listen past the broker, where that is not "
+        "slower; port 0: any that is free; default: no port is opened",
+    )
+    parser.add_argument(
+        "--direct-as", metavar="HOST:PORT", default="", help="by which others dial that, behind a port forward, say"
+    )
     parser.add_argument("--untrusted", action="store_true", help="it is shown nothing that the job keeps private")
     parser.add_argument("--stdin", action="store_true", help="it ends when its standard input does")
     parser.add_argument(
@@ -172,6 +183,9 @@ def _provide(given: argparse.Namespace) -> int:
     if given.stdin:
         threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     token, own = _credentials(given)
+    if given.direct_as and not given.direct:
+        raise ValueError(f"--direct-as={given.direct_as}: of what listens at --direct HOST:PORT, which is not given")
+    door = Door.at(given.direct, given.direct_as) if given.direct else None
     plane = plane_of(given.plane, given.device)
     plane.warm()
     slow = Slow(up_mbit=given.up_mbit, down_mbit=given.down_mbit, delay_ms=given.delay_ms) if given.capped else None
@@ -180,7 +194,7 @@ def _provide(given: argparse.Namespace) -> int:
 
     def dial(life: str, busy: Callable[[], bool]) -> Line:
         limits.start()
-        return Line(given.join, token, machine, life, own, slow, busy, watch.meter)
+        return Line(given.join, token, machine, life, own, slow, busy, watch.meter, door)
 
     presence = Presence(dial, given.patience, staying=given.stay)
     for number in (signal.SIGTERM, signal.SIGINT):

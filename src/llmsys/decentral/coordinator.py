@@ -21,18 +21,15 @@ from llmsys.decentral.fleet import Provider
 from llmsys.decentral.plan import Plan
 from llmsys.decentral.planes import Arrays
 from llmsys.decentral.provider import BEAT, BROKER
+from llmsys.decentral.reach import BETWEEN, PROBE, PROBED, REACH, Directory, Reach
 from llmsys.decentral.recovery import Recovery
-from llmsys.decentral.stage_work import INPUT, KINDS
 from llmsys.decentral.traffic import Traffic
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.whereabouts import Stuck, owners
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
 
-RELAYED = frozenset({*KINDS, "state"} - {INPUT})
-"""What providers say to each other."""
-
-
+RELAYED = BETWEEN | {PROBE, PROBED}
 Note = Callable[[Event, Mapping[str, Any]], None]
 ASTRAY_S = 5.0
 """So long nothing comes, and nobody has anything to do."""
@@ -54,6 +51,7 @@ class Coordinator:
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
         self.connected: dict[str, Provider] = {}
+        self.directory = Directory()
         self.asked: set[str] = set()  # to be let go
         self.leaving: dict[str, float] = {}  # without a stage, and still there to hand it over; heard of when
         self.recovery = Recovery(training, self._tell)
@@ -98,14 +96,16 @@ class Coordinator:
 
     # --- what comes ---
 
-    def join(self, provider: Provider, life: str, now: float) -> None:
-        """A provider that has come, has begun anew, or is back from before the broker was rebuilt."""
+    def join(self, provider: Provider, life: str, now: float, reach: Reach | None = None) -> None:
+        """A provider that has come, has begun anew, or is back from before the broker was rebuilt. `reach`: where its
+        peers do, if they may."""
         awaited = self.awaited or set()
         back = provider.name in awaited and self.lives[provider.name] == life
         awaited.discard(provider.name)
         self.leaving.pop(provider.name, None)
         self.asked.discard(provider.name)
         self.connected[provider.name] = provider
+        self.directory.join(provider.name, reach)
         if not back:
             self.lives[provider.name] = life
             self._event(Joined(at_s=now, provider=provider), life=life)
@@ -146,7 +146,7 @@ class Coordinator:
             if head["sender"] != sender:
                 raise Malformed(f"a frame of {head['sender']}, from {sender}")
             if head["kind"] in RELAYED and head["to"] != BROKER:
-                self.moved_s = now
+                self.moved_s = now if head["kind"] in BETWEEN else self.moved_s
                 self._relay(head, data)
                 return
             frame = decode(data)
@@ -155,6 +155,8 @@ class Coordinator:
             return
         if frame.kind == BEAT and frame.to == BROKER:
             self.beat(sender, now, busy=frame.body.get("busy") is True)
+            if REACH in frame.body:
+                self._guarded(frame, lambda: self.directory.hear(sender, frame.body[REACH]))
             return
         if frame.to != BROKER or not self._of_this_job(head):
             self.counters["foreign"] += 1
@@ -165,13 +167,20 @@ class Coordinator:
         elif frame.epoch != self.state.epoch:
             self.counters["stale"] += 1
         else:
-            try:
-                self._said(frame, now)
-                if frame.tensors:
-                    self.traffic.passed(head, len(data))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-                self.counters["refused"] += 1
-                self.refusals.append(f"{sender}: {frame.kind}: {type(error).__name__}: {error}")
+            self._guarded(frame, lambda: self._taken(frame, head, len(data), now))
+
+    def _taken(self, frame: Frame, head: Mapping[str, Any], nbytes: int, now: float) -> None:
+        self._said(frame, now)
+        if frame.tensors:
+            self.traffic.passed(head, nbytes)
+
+    def _guarded(self, frame: Frame, what: Callable[[], None]) -> None:
+        """Whatever somebody says: what cannot be is counted."""
+        try:
+            what()
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+            self.counters["refused"] += 1
+            self.refusals.append(f"{frame.sender}: {frame.kind}: {type(error).__name__}: {error}")
 
     def _of_this_job(self, head: Mapping[str, Any]) -> bool:
         """Who has come from another job, and has not been told of this one, may still speak of that one. To go is said
@@ -185,7 +194,7 @@ class Coordinator:
         elif head["epoch"] != self.state.epoch:
             self.counters["stale"] += 1
         elif head["to"] in self.state.present or head["to"] in self.leaving:
-            self.counters["relayed"] += 1
+            self.counters["relayed"] += head["kind"] in BETWEEN
             self.traffic.passed(head, len(data))
             self.out.append((head["to"], data))
 
@@ -314,6 +323,7 @@ class Coordinator:
             self._again(now, plan)
         else:
             self.recovery.copies.kept_by_others(self.state)
+            self._introduce()
 
     def _decided(self, now: float) -> tuple[Event, ...]:
         found = broker.decide(self.state, now)
@@ -337,6 +347,7 @@ class Coordinator:
         if isinstance(event, Planned):
             self.again += before.phase == broker.COMPUTING
             self.recovery.plan(self.state, self.leaving)
+            self._introduce()
         elif isinstance(event, Began):
             self._begin()
         elif isinstance(event, Committed):
@@ -351,6 +362,17 @@ class Coordinator:
         shared parameters that another has. What is said to each arrives in its order, so the next step may be begun
         with the same breath, a way there and back sooner. Not where somebody waits to be let go between two steps."""
         return not self.asked and not any(stage.shares for stage in self.recovery.where.now.stages)
+
+    def _introduce(self) -> None:
+        """Tells owners of stages where they reach those whom they have something to say to; others, that they have
+        nothing to say."""
+        if self.state.plan is None:
+            return
+        order, there = self.owners, self.state.present
+        others = there & {*order, *(name for names in self.recovery.copies.keepers.values() for name in names)}
+        for name in sorted(there):
+            if (told := self.directory.of(name, others if name in order else ())) is not None:
+                self._tell(name, REACH, body=told)
 
     @property
     def trained(self) -> dict[str, Array]:

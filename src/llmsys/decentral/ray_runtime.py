@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from llmsys.decentral.fleet import Provider
-from llmsys.decentral.link import LOOPBACK
+from llmsys.decentral.reach import LOOPBACK
 from llmsys.decentral.whereabouts import JobLost
 
 RESOURCE = "provider"

@@ -117,7 +117,7 @@ class Running:
             finally:
                 given = self.coordinator.accounts.to_json()
                 write_atomic(context.out / contributions.FILE, json.dumps(given, indent=1) + "\n")
-            self.sent = serving.hub.received
+            self.sent = serving.sent
             for name, why in started.wrong().items() if started is not None else ():
                 context.log.warning("provider %s: %s", name, why)
         (context.out / KNOWN).unlink()
@@ -149,7 +149,7 @@ class Running:
                 yield nodes
         else:
             path = Path(task.certificate) if task.certificate else None
-            lines: dict[str, Any] = {"emulate": task.emulate, "delay_ms": task.delay_ms}
+            lines: dict[str, Any] = {"emulate": task.emulate, "delay_ms": task.delay_ms, "direct": task.direct}
             with Processes(context.out / "providers", token, context.threads, path, **lines) as processes:
                 yield processes
 
@@ -176,6 +176,8 @@ class Running:
             "moved_mib": moved / MIB,
             "per_step_mib": moved / MIB / len(steps),
         }
+        if self.task.direct:
+            summary["direct_mib"] = sum(own.directory.carried.values()) / MIB
         if took:
             summary["step_ms_p50"] = statistics.median(took)
         state = own.state

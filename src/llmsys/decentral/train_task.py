@@ -10,7 +10,8 @@ all its label positions, as in `llmsys.train.loop`: each micro-batch's loss is t
     recovery_s_p50                 of faults: from the signal to the next commit
     lost, joined, plans, stages    how often somebody went, came, and a new plan was made; stages of the last one
     compressed                     lines of the last plan, each way by itself, that are; not all where `adaptive`
-    moved_mib, per_step_mib        what went over the broker's lines, of which each step moves
+    moved_mib, per_step_mib        what providers sent, and what each step moves of it
+    direct_mib                     what of that went past the broker, as those say who received it
     provider/<name>/share, ...     what each has done (`contributions`)
 """
 

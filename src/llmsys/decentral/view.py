@@ -43,11 +43,12 @@ def table(status: Mapping[str, Any] | None) -> Any:
         title += f"\n{len(queue['waiting'])} jobs wait, {len(queue['done'])} are done, {len(queue['failed'])} failed"
         title += "".join(f"\n  {name}" for name in queue["waiting"])
     made = Table(title=title, title_justify="left")
-    for head in ("provider", "does", "plane", "passes", "share %", "sent MiB", "silent s"):
+    for head in ("provider", "does", "plane", "passes", "share %", "sent MiB", "past the broker", "silent s"):
         made.add_column(head, justify="left" if head in ("provider", "does", "plane") else "right")
     for name, each in status["providers"].items():
         does = each["role"] if each["stage"] is None else f"stage {each['stage']}"
         silent = "" if each["silent_s"] is None or each["role"] == "gone" else f"{each['silent_s']:.1f}"
         done = (str(each["forward"] + each["backward"]), f"{100 * each['share']:.1f}", f"{each['sent_mib']:.1f}")
-        made.add_row(name, does, each["plane"], *done, silent)
+        direct = f"{each['direct_mib']:.1f} to {', '.join(each['direct'])}" if each["direct"] else ""
+        made.add_row(name, does, each["plane"], *done, direct, silent)
     return made

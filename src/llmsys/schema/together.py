@@ -24,7 +24,8 @@ class Together(Task):
     much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
     state are kept by others, and one by the owner, unless `owner_keeps` is false.
 
-    `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says.
+    `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says. `direct`:
+    processes talk to each other, where that is not slower than by the broker.
 
     `private`: layers, at the beginning and at the end, that with the embedding, the head and the loss only trusted
     providers have, or copies of it: the first `trusted` of those that are started, of those who dial in who show what
@@ -51,6 +52,7 @@ class Together(Task):
     down_mbit: float = 1000.0
     delay_ms: float = 0.0
     emulate: bool = False
+    direct: bool = False
     private: list[int] = field(default_factory=list)
     trusted: int = 2
     trusted_token_file: str = ""
@@ -93,6 +95,8 @@ class Together(Task):
             raise ValueError(f"task.noise={self.noise}: needs task.private, which says whose states it hides: [1,1]")
         if self.emulate and self.start != "process":
             raise ValueError("task.emulate=true: is for providers that are processes: task.start=process")
+        if self.direct and self.start != "process":
+            raise ValueError("task.direct=true: is for task.start=process; who dials in says --direct HOST:PORT")
         if not self.mem_gib >= 0:
             raise ValueError(f"task.mem_gib={self.mem_gib}: must be 0 or more")
         host, _, port = self.listen.rpartition(":")
