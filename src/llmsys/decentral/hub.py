@@ -13,6 +13,7 @@ import grpc
 
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.link import HELLO_S, METHOD, OPTIONS, STATUS, WELCOME, Credentials
+from llmsys.decentral.outbox import Outbox
 from llmsys.decentral.pieces import Joined, pieces
 from llmsys.decentral.planes import PLANES
 from llmsys.decentral.provider import BROKER
@@ -42,7 +43,7 @@ class Hub:
         self.trusted_token = trusted_token
         self.token, self.joined, self.heard, self.closed = token, joined, heard, closed
         self.alive, self.status = alive, status
-        self.queues: dict[str, asyncio.Queue[bytes | None]] = {}
+        self.queues: dict[str, Outbox] = {}
         self.port = 0
         self.malformed = 0
         self.received: collections.Counter[str] = collections.Counter()  # bytes, by who sent them
@@ -98,7 +99,7 @@ class Hub:
             return
         if self.trusted_token and not trusted:
             machine = dataclasses.replace(machine, trusted=False)
-        name, own = machine.name, asyncio.Queue[bytes | None]()
+        name, own = machine.name, Outbox()
         if (before := self.queues.get(name)) is not None:
             before.put_nowait(None)  # of an earlier life, or of a line that is no more
         self.queues[name] = own
@@ -114,7 +115,7 @@ class Hub:
                 del self.queues[name]
                 self.closed(name)
 
-    async def _read(self, name: str, own: asyncio.Queue[bytes | None], requests: AsyncIterator[bytes]) -> None:
+    async def _read(self, name: str, own: Outbox, requests: AsyncIterator[bytes]) -> None:
         joined = Joined()
         try:
             async for piece in requests:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from llmsys.decentral.fleet import Provider as Machine
+from llmsys.decentral.outbox import Outbox
 from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, arrived, pieces, slowed
 from llmsys.decentral.provider import BEAT, BROKER, Provider
 from llmsys.decentral.quota import Meter
@@ -101,7 +102,7 @@ class Line:
         self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.error: ConnectionError | None = None
         self.heard = False
-        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._outbox = Outbox()
         self._open = threading.Event()
         self._thread = threading.Thread(target=self._run, name="line", daemon=True)
         self._thread.start()
