@@ -18,7 +18,8 @@ import pytest
 
 from llmsys.comm.place import listen
 from llmsys.decentral import credentials, direct, link
-from llmsys.decentral.direct import Direct, Door
+from llmsys.decentral.direct import Direct
+from llmsys.decentral.door import Door
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.hub import hello_of
 from llmsys.decentral.link import WELCOME, Credentials, channel_to

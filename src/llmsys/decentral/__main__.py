@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys.decentral import credentials, ledger, probe_command, view
-from llmsys.decentral.direct import Door
+from llmsys.decentral.door import Door
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.limits import Limits, needed_by
 from llmsys.decentral.link import Credentials, Line, Refused, asked

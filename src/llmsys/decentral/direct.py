@@ -14,12 +14,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import functools
-import hmac
 import logging
 import math
 import os
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -27,15 +24,14 @@ from typing import Any, Self
 
 import grpc
 
-from llmsys.decentral import credentials
-from llmsys.decentral.link import BEAT_S, OPTIONS, WELCOME, Credentials, channel_to
-from llmsys.decentral.pieces import Direction, Joined, arrived, pieces, slowed
+from llmsys.decentral.door import METHOD, Door, Listening
+from llmsys.decentral.link import BEAT_S, WELCOME, Credentials, channel_to
+from llmsys.decentral.pieces import Direction, pieces, slowed
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.quota import Meter
-from llmsys.decentral.reach import BETWEEN, LOOPBACK, PROBE, PROBED, REACH, Reach, Said, shown
+from llmsys.decentral.reach import PROBE, PROBED, REACH, Reach, Said
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
 
-METHOD = "/llmsys.decentral/Direct"
 DIAL_S = 2.0
 AGAIN_S, MOST_S = 30.0, 960.0
 """From the end of a line, or of an attempt, to the next one; after each that is no use twice as long, up to so long."""
@@ -44,51 +40,10 @@ PROBE_S = 10.0
 """A probe that takes longer is not waited for."""
 ROUNDS, ROUNDS_S = 5, 0.5
 """So often both ways are tried, unless that takes longer; the best of each counts."""
-GRACE_S = 1.0
-"""For peers to hear that it hangs up."""
 NOISE, NOISE_MS = 1.25, 5.0
 """A line that takes so much longer is not slower: it spares the broker's."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Door:
-    """Where a provider listens for its peers: port 0 is any that is free. `known`: the address by which they dial,
-    where that is another."""
-
-    host: str
-    port: int
-    known: str = ""
-    credentials: Credentials | None = None
-
-    @classmethod
-    def at(cls, address: str, known: str = "") -> Self:
-        """Beyond loopback with a certificate that is made now. ValueError for an address that is none, or that nobody
-        could dial; MissingPackage where no certificate can be made."""
-        host, port = _split("--direct", address)
-        dialled = _split("--direct-as", known)[0] if known else host
-        if dialled in ("0.0.0.0", "[::]"):
-            raise ValueError(
-                f"--direct={address}: nobody can dial that; say by which address with --direct-as HOST:PORT"
-            )
-        own = None
-        if not {host, dialled} <= {*LOOPBACK}:
-            certificate, key = credentials.pair([dialled.strip("[]")])
-            own = Credentials(certificate=certificate, key=key)
-        return cls(host=host, port=port, known=known, credentials=own)
-
-    def open(self, name: str, heard: Callable[[bytes], None], relay: Callable[[bytes], None],
-             up: Direction | None, down: Direction | None, meter: Meter | None = None) -> Direct:  # fmt: skip
-        """The lines of that provider; to be entered in the loop where they are to live."""
-        return Direct(name, self, heard, relay, up, down, meter)
-
-
-def _split(option: str, address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) >= 2**16 or (option == "--direct-as" and not int(port)):
-        raise ValueError(f"{option}={address}: must be HOST:PORT, e.g. 192.168.0.7:7078")
-    return host, int(port)
 
 
 class Slower(ConnectionError):
@@ -132,45 +87,31 @@ class Direct:
         meter: Meter | None = None,
     ) -> None:
         self.meter, self._job = meter or Meter(), ""
-        self.name, self.door, self.heard, self.relay, self.up, self.down = name, door, heard, relay, up, down
-        self.key = secrets.token_hex(32)
-        self.reach: Reach
-        self.received: collections.Counter[str] = collections.Counter()
-        self.counters = {"refused": 0, "malformed": 0}
+        self.name, self.relay, self.up = name, relay, up
+        self._listening = Listening(name, door, heard, up, down, self.meter)
         self._peers: dict[str, _Peer] = {}
         self._epoch, self._begun = 0, False
-        self._received_s = -math.inf
-        self._open: set[asyncio.Queue[bytes | None]] = set()
         self._alone = asyncio.Lock()  # or probes would be in each other's way
         self._count, self._round = 0, (0, asyncio.Future[None]())
 
     async def __aenter__(self) -> Self:
         """Listens. OSError where it cannot."""
-        door = self.door
-        self._server = grpc.aio.server(options=(*OPTIONS, ("grpc.http2.max_ping_strikes", 0)))
-        handler = grpc.stream_stream_rpc_method_handler(self._listen)
-        service, method = METHOD[1:].split("/")
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        address, own = f"{door.host}:{door.port}", door.credentials
-        try:
-            if own is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                server = grpc.ssl_server_credentials([(own.key, own.certificate)])
-                port = self._server.add_secure_port(address, server)
-        except RuntimeError as error:
-            raise OSError(f"--direct={address}: {error}") from None
-        certificate = "" if own is None else own.certificate.decode()
-        self.reach = Reach(address=door.known or f"{door.host}:{port}", secret=self.key, certificate=certificate)
-        await self._server.start()
+        await self._listening.start()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         for peer in self._peers.values():
             self._forget(peer)
-        for each in self._open:
-            each.put_nowait(None)
-        await self._server.stop(grace=GRACE_S)
+        await self._listening.close()
+
+    @property
+    def reach(self) -> Reach:
+        """Where its peers reach it."""
+        return self._listening.reach
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._listening.counters
 
     # --- what is said ---
 
@@ -221,14 +162,16 @@ class Direct:
     @property
     def busy(self) -> bool:
         """Whether something is on its way, or has just come."""
-        return any(peer.unknown for peer in self._peers.values()) or time.monotonic() < self._received_s + BEAT_S
+        return (
+            any(peer.unknown for peer in self._peers.values()) or time.monotonic() < self._listening.received_s + BEAT_S
+        )
 
     def said(self) -> dict[str, Any]:
         tried = [peer for peer in self._peers.values() if peer.keeping is not None]
         return Said(
             direct={peer.name: peer.ms for peer in tried if peer.ms is not None},
             relayed={peer.name: peer.why for peer in tried if peer.ms is None},
-            received=self.received,
+            received=self._listening.received,
         ).to_json()
 
     def _tell(self, kind: str, to: str, epoch: int, number: int, nbytes: int = 0) -> None:
@@ -344,68 +287,3 @@ class Direct:
         if peer.keeping is not None:
             peer.keeping.cancel()
         self._broken(peer)
-
-    # --- from a peer ---
-
-    async def _listen(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        given = dict(context.invocation_metadata() or ())
-        name = str(given.get("name", ""))
-        if not hmac.compare_digest(str(given.get("token", "")).encode(), shown(self.key, name).encode()):
-            self.counters["refused"] += 1
-            log.warning("refused somebody who says to be %.40r", name)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "it does not let this provider in")
-        await context.send_initial_metadata(((WELCOME, "1"),))
-        here = asyncio.Queue[bytes | None]()
-        wrong: list[Malformed] = []
-
-        async def read() -> None:
-            try:
-                await self._read(name, requests, here)
-            except Malformed as error:
-                wrong.append(error)
-            finally:
-                here.put_nowait(None)
-
-        async def acknowledgements() -> AsyncIterator[bytes]:
-            while (each := await here.get()) is not None:
-                yield each
-
-        reading = asyncio.create_task(read())
-        self._open.add(here)
-        try:
-            async for each in slowed(acknowledgements(), self.up):
-                yield each
-        finally:
-            self._open.discard(here)
-            reading.cancel()
-        for error in wrong:
-            self.counters["malformed"] += 1
-            log.warning("%s: %s", name, error)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-
-    async def _read(self, name: str, requests: AsyncIterator[bytes], here: asyncio.Queue[bytes | None]) -> None:
-        """Malformed for what that peer does not say."""
-
-        def come(kind: str, data: bytes) -> None:
-            if kind != PROBE:
-                self.heard(data)
-            here.put_nowait(b"")
-
-        joined = Joined()
-        with contextlib.suppress(grpc.RpcError):  # it has hung up
-            async for piece in requests:
-                self.received[name] += len(piece)
-                self.meter.nbytes += len(piece)
-                self._received_s = time.monotonic()
-                if (data := joined.add(piece)) is not None:
-                    kind = self._checked(name, data)
-                arrived(self.down, len(piece), None if data is None else functools.partial(come, kind, data))
-
-    def _checked(self, name: str, data: bytes) -> str:
-        """The kind of what a peer says, in its own name, to this one."""
-        head = header(data)
-        if head["sender"] != name or head["to"] != self.name:
-            raise Malformed(f"a frame of {head['sender'][:40]} to {head['to'][:40]}, from {name}")
-        if head["kind"] not in (*BETWEEN, PROBE):
-            raise Malformed(f"{head['kind'][:40]}: is not a peer's to say")
-        return str(head["kind"])

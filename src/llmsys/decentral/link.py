@@ -31,7 +31,8 @@ from llmsys.decentral.reach import BETWEEN, REACH, Reach
 from llmsys.decentral.wire import Frame, decode, encode
 
 if TYPE_CHECKING:
-    from llmsys.decentral.direct import Direct, Door
+    from llmsys.decentral.direct import Direct
+    from llmsys.decentral.door import Door
 
 METHOD = "/llmsys.decentral/Talk"
 WELCOME = "welcome"
@@ -144,8 +145,10 @@ class Line:
         self._open.set()
         async with contextlib.AsyncExitStack() as stack:
             if self.door is not None:
+                from llmsys.decentral.direct import Direct
+
                 relay, ways = self._outbox.put_nowait, (self._up, self._down)
-                self._direct = self.door.open(self.machine.name, self.inbox.put, relay, *ways, self.meter)
+                self._direct = Direct(self.machine.name, self.door, self.inbox.put, relay, *ways, self.meter)
                 await stack.enter_async_context(self._direct)
             channel = await stack.enter_async_context(channel_to(self.address, self.credentials))
             let_in = asyncio.Event()
