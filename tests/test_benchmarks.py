@@ -123,5 +123,31 @@ def test_decentral_links(tmp_path: Path) -> None:
     import decentral_links
 
     record = decentral_links.main(["--mbit", "8", "--steps", "3", "--out", str(tmp_path)])
-    assert record.summary["8mbit/step_ms"] >= 0.98 * record.summary["8mbit/predicted_ms"]  # a line is no faster
     assert len(record.samples["8mbit/step_ms"]) == 2
+    assert record.summary["8mbit/step_ms"] >= 0.98 * record.summary["8mbit/predicted_ms"]  # a line is no faster
+
+
+@pytest.mark.slow
+def test_decentral_links_behind_codecs(tmp_path: Path) -> None:
+    """A slow line is the faster, the fewer the bytes are; how much, on a machine with nothing else to do."""
+    import decentral_links
+
+    given = ["--mbit", "4", "--steps", "3", "--compress", "none,int8,adaptive", "--out", str(tmp_path)]
+    found = decentral_links.main(given).summary
+    assert found["4mbit/int8/step_ms"] < 0.7 * found["4mbit/step_ms"]
+    assert found["4mbit/int8/predicted_ms"] == pytest.approx(0.27 * found["4mbit/predicted_ms"], rel=0.1)
+    assert found["4mbit/int8/per_step_mib"] == pytest.approx(0.27 * found["4mbit/per_step_mib"], rel=0.1)
+    assert found["4mbit/adaptive/compressed"] == found["4mbit/int8/compressed"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_decentral_generation(tmp_path: Path) -> None:
+    """It compares texts by itself. Lines are slow by a clock: what has more of them to pay is slower on any machine."""
+    import decentral_generation
+
+    record = decentral_generation.main(["--runs", "1", "--lines", "home", "--out", str(tmp_path)])
+    assert record.summary["same"] == record.summary["runs"] == 2
+    assert record.summary["home/over_client"] > 1
+    assert {len(took) for took in record.samples.values()} == {1}
+    assert len(record.samples) == len(decentral_generation.WAYS) + len(decentral_generation.FAULTS)

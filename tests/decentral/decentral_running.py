@@ -17,8 +17,12 @@ from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import Chain, chain
 from llmsys.decentral.coordinator import Coordinator, Note
 from llmsys.decentral.cost import Workload
+from llmsys.decentral.decode import trace_decoder
+from llmsys.decentral.exports import Exports
 from llmsys.decentral.fleet import Fleet, Provider
+from llmsys.decentral.generation import Generation
 from llmsys.decentral.local import Local
+from llmsys.decentral.noise import Noise
 from llmsys.decentral.plan import plan
 from llmsys.decentral.planes import AdamW, Rules
 from llmsys.decentral.planes.layout import packed
@@ -117,6 +121,31 @@ def training(family: str, steps: int, **more: object) -> Training:
 
 def job(family: str) -> Job:
     return Job(chain=chain(traced(family).graph), work=Workload(micro_batches=MICRO_BATCHES, most=1))
+
+
+def generating(
+    own: Generation, family: str = "llama", *, compress: str = "none", noise: Noise | None = None
+) -> tuple[Job, Training]:
+    """By the small model of a family; with noise its first quarter and its end are private."""
+    rows = len(own.prompts[0])
+    traced = trace_decoder(model(family), rows, own.length, chosen=True, noise=bool(own.temperature))
+    training = Training(
+        graph=traced.graph,
+        chain=chain(traced.graph),
+        tensors={key: packed(tensor) for key, tensor in traced.tensors.items()},
+        rules=own.rules(),
+        data=lambda step: [{k: packed(v) for k, v in each.items()} for each in own.data(step)],
+        steps=own.steps,
+        rate=lambda step: 0.0,
+        exports=Exports(own.rules()),
+        copy_every=10**9,
+        vocabulary=64,
+        rows=rows,
+        noise=noise,
+    )
+    pins = (training.chain.count // 4, 1) if noise else (0, 0)
+    work = Workload(train=False, micro_batches=len(own.prompts), most=1, compress=compress, private=pins)
+    return Job(chain=training.chain, work=work), training
 
 
 def together(

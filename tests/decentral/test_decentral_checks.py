@@ -45,7 +45,6 @@ from llmsys.decentral.provider import BROKER
 from llmsys.decentral.serve import Serving
 from llmsys.decentral.stage_work import AHEAD, VALUE
 from llmsys.decentral.status import status
-from llmsys.decentral.whereabouts import private
 from llmsys.decentral.wire import Array, Frame, decode, encode
 
 STEPS = 6
@@ -225,6 +224,22 @@ def test_frames_that_go_astray_accuse_nobody(seed: int) -> None:
     assert losses(local) == undisturbed("llama", 8)
 
 
+@pytest.mark.parametrize("compress", ["int8", "adaptive"])
+def test_what_is_compressed_on_its_way_is_compared_as_it_travels(compress: str) -> None:
+    """Nobody who is honest is accused, and who cheats is found."""
+    work = Workload(micro_batches=MICRO_BATCHES, most=1, compress=compress)
+    cheat = roles()[0][1]
+    for plane in (TorchPlane(), Cheats(Zeroes)):
+        made = training("llama", STEPS, checks=1.0, on_cheat="go_on")
+        local = Local(Coordinator(Job(chain=chain(traced("llama").graph), work=work), made))
+        for each in machines(mem_gib("llama", STAGES), STAGES + SPARES):
+            local.join(each, plane if each.name == cheat else TorchPlane())
+        local.run()
+        own = local.coordinator.checks
+        assert own.checked.total() >= STEPS
+        assert set(own.cheats) == ({cheat} if isinstance(plane, Cheats) else set())
+
+
 # --- somebody cheats ---
 
 
@@ -393,6 +408,7 @@ def test_a_stage_that_is_private_is_seen_by_trusted_ones_alone() -> None:
     own = chain(traced("llama").graph)
     work = Workload(micro_batches=MICRO_BATCHES, most=1, private=(1, 1))
     local = Local(Coordinator(Job(chain=own, work=work), training("llama", STEPS, checks=1.0)))
+    local.coordinator.checks.asking.draws = random.Random(0)
     for each in machines(mem_gib("llama", STAGES), STAGES + SPARES):
         local.join(dataclasses.replace(each, trusted=each.name != pool[0]), TorchPlane())
     asked: dict[bool, set[str]] = {True: set(), False: set()}
@@ -401,7 +417,7 @@ def test_a_stage_that_is_private_is_seen_by_trusted_ones_alone() -> None:
         frame = decode(data)
         if frame.kind == "check":
             stage = int(frame.body["stage"]["index"])
-            asked[private(local.coordinator.recovery.where.now, stage, local.coordinator.state)].add(to)
+            asked[local.coordinator.recovery.where.now.is_private(stage)].add(to)
         return [data]
 
     local.carry = carry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from decentral_harness import model, quarters
@@ -58,3 +60,22 @@ def test_a_cache_is_memory_of_the_stage_that_has_it() -> None:
         "layers x (keys, values) x rows x heads x length x width, fp32"
     )
     assert own.saved.sum() == 0
+
+
+def test_between_layers_a_hidden_state_goes_on_and_nothing_else() -> None:
+    """Masks and angles follow from the position, which the owner tells each stage: a single number."""
+    graph = trace_decoder(model("llama"), 2, LENGTH).graph
+    own = chain(graph, "layer")
+    layers = [int(at) for at in own.places[1:-1] if re.search(r"layers\.\d+$", own.blocks[at])]
+    stages = cuts.cut(graph, own.at(layers[1:]))
+    assert len(stages) == 4
+    for stage in stages[:-1]:
+        assert [graph.by_name[name].values[0].shape for name in stage.sends] == [(2, 1, 32)]
+    assert [stage.inputs for stage in stages[1:]] == [("cache_position",)] * 3
+
+
+def test_a_token_is_not_told_to_every_stage() -> None:
+    """A row of one token is a number, too, but none that stages but the first may see."""
+    graph = trace_decoder(model("llama"), 1, LENGTH).graph
+    stages = cuts.cut(graph, cuts.contiguous(graph, quarters(graph, 4)))
+    assert [("input_ids" in stage.inputs) for stage in stages] == [True, False, False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -11,23 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from decentral_broker import rebuilt, story
 from decentral_harness import model
-from decentral_running import Storm, hold, machines
+from decentral_running import Storm, generating, hold, machines
 
-from llmsys.decentral.broker import Job
-from llmsys.decentral.chain import chain
 from llmsys.decentral.coordinator import Coordinator
-from llmsys.decentral.cost import Workload
-from llmsys.decentral.decode import trace_decoder
-from llmsys.decentral.exports import Exports
 from llmsys.decentral.generation import Generation
 from llmsys.decentral.local import Local
+from llmsys.decentral.noise import Noise
 from llmsys.decentral.planes import plane_of
-from llmsys.decentral.planes.layout import packed
+from llmsys.decentral.processes import Processes
 from llmsys.decentral.status import status
-from llmsys.decentral.training import Training, Update
+from llmsys.decentral.training import Update
+from llmsys.decentral.wire import decode, header
 
-LENGTH, NEW, ROWS = 24, 10, 2
+LENGTH, NEW = 24, 10
 PROMPTS = [[[5, 9, 3, 17, 40], [6, 2]], [[33, 8, 21], [50, 4, 4, 7]], [[11], [60, 61, 62]]]
 
 
@@ -41,25 +40,14 @@ def together(
     own: Generation,
     watch: Callable[[Local, str, str, int], None] | None = None,
     family: str = "llama",
+    *,
+    compress: str = "none",
+    noise: Noise | None = None,
 ) -> Local:
-    traced = trace_decoder(model(family), ROWS, LENGTH, chosen=True, noise=bool(own.temperature))
-    work = Workload(train=False, micro_batches=len(PROMPTS), most=1)
-    training = Training(
-        graph=traced.graph,
-        chain=chain(traced.graph),
-        tensors={key: packed(tensor) for key, tensor in traced.tensors.items()},
-        rules=own.rules(),
-        data=lambda step: [{k: packed(v) for k, v in each.items()} for each in own.data(step)],
-        steps=own.steps,
-        rate=lambda step: 0.0,
-        exports=Exports(own.rules()),
-        copy_every=10**9,
-        vocabulary=64,
-        rows=ROWS,
-    )
-    local = Local(Coordinator(Job(chain=training.chain, work=work), training), watch)
+    job, training = generating(own, family, compress=compress, noise=noise)
+    local = Local(Coordinator(job, training), watch)
     own.updates = local.coordinator.updates
-    mem_gib = hold(training.chain, work, stages)
+    mem_gib = hold(job.chain, job.work, stages)
     for machine, plane in zip(machines(mem_gib, len(planes)), planes, strict=True):
         local.join(dataclasses.replace(machine, plane=plane), plane_of(plane))
     return local
@@ -96,6 +84,22 @@ def test_a_job_that_trains_nothing_has_a_status_without_a_loss() -> None:
     assert {each["role"] for each in found["providers"].values()} <= {"stage", "pool"}
 
 
+def test_between_two_steps_there_is_one_way_to_providers_and_one_back() -> None:
+    """A commit and what begins the next step are said with one breath: nobody says in between that it holds the state,
+    as all have to once, in the beginning."""
+    local = together(("torch",) * 3, 2, generation())
+    said = collections.Counter[str]()
+
+    def carry(to: str, data: bytes) -> tuple[bytes]:
+        said[str(header(data)["kind"])] += to == "broker"
+        return (data,)
+
+    local.carry = carry
+    local.run()
+    assert said["held"] == 2
+    assert said["prepared"] == 2 * local.coordinator.training.steps
+
+
 @pytest.mark.parametrize("planes", [("torch",) * 4, ("onnx", "torch", "onnx")])
 def test_one_is_killed_in_mid_stream_and_the_text_is_the_same(planes: tuple[str, ...]) -> None:
     """Its stage's keys and values are computed again from the prefix, by one provider alone."""
@@ -112,6 +116,42 @@ def test_one_is_killed_in_mid_stream_and_the_text_is_the_same(planes: tuple[str,
     assert killed[0] not in local.coordinator.owners
     assert own.texts() == alone()
     assert local.coordinator.again <= 1
+
+
+@pytest.mark.parametrize(("compress", "noise"), [("int8", None), ("fp16", Noise(share=2.0, key=3))])
+def test_hidden_states_go_compressed_or_with_noise_and_a_kill_changes_nothing(
+    compress: str, noise: Noise | None
+) -> None:
+    """Of generation all weights are frozen, and what they give are hidden states all the same."""
+    quiet, hit, sent, killed = generation(), generation(), [0, 0], list[str]()
+
+    def watch(local: Local, name: str, what: str, step: int) -> None:
+        if step == 9 and not killed and name == local.coordinator.owners[0]:
+            killed.append(name)
+            local.kill(name)
+
+    first = together(("torch",) * 4, 3, quiet, compress=compress, noise=noise)
+    second = together(("torch",) * 4, 3, hit, watch, compress=compress, noise=noise)
+    for local in (first, second):
+        local.coordinator.state = local.coordinator.state.with_(
+            job=dataclasses.replace(local.coordinator.state.job, reserve=1)
+        )
+
+    def carry(to: str, data: bytes) -> list[bytes]:
+        if header(data)["kind"] == "ahead":
+            found = decode(data).tensors
+            sent[0] += sum(each.dtype == {"int8": "int8", "fp16": "float16"}[compress] for each in found.values())
+            sent[1] += sum(each.dtype == "float32" and each.shape[-1:] == (32,) for each in found.values())
+        return [data]
+
+    first.carry = carry
+    for local in (first, second):
+        local.run()
+    assert sent[0] > 0
+    assert sent[1] == 0
+    assert killed
+    assert hit.texts() == quiet.texts()
+    assert (quiet.texts() != alone()) == (noise is not None)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -146,6 +186,25 @@ def test_tokens_that_are_none_are_not_believed() -> None:
         with pytest.raises(ValueError, match="results"):
             own.checked(wrong)
     assert Update(rate=0.0, scale=1.0, tokens=((1,),)).tokens == ((1,),)
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_killed_in_mid_stream_goes_on_with_the_same_text(tmp_path: Path) -> None:
+    """Tokens are in its log, keys and values with its providers, who dial again."""
+    new = 150
+    quiet = story(new)
+    together(("torch",) * 3, 2, quiet).run()
+    job, _ = generating(quiet)
+    with Processes(tmp_path / "providers", "story") as processes:
+
+        def start(port: int) -> None:
+            for each in machines(hold(job.chain, job.work, 2), 3):
+                processes.start(each, f"127.0.0.1:{port}")
+
+        found = rebuilt(tmp_path, "story", "generate", new, start)
+        assert all(each.wait(10) == 0 for each in processes.processes.values())
+    assert found["texts"] == quiet.texts()
+    assert found["again"] <= 1
 
 
 @pytest.mark.slow

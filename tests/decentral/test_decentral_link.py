@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -15,13 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from decentral_broker import rebuilt
 from decentral_running import job, losses_of, machines, mem_gib, training, undisturbed
 
 import alone
-from llmsys.comm.place import listen
 from llmsys.decentral.coordinator import Coordinator
-from llmsys.decentral.event_log import read
-from llmsys.decentral.events import Committed
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.hub import Hub
@@ -129,29 +126,12 @@ def test_a_provider_without_torch_beside_one_with(providers: Machines, tmp_path:
 @pytest.mark.slow
 def test_a_broker_that_is_killed_and_started_again_loses_nothing(providers: Machines, tmp_path: Path) -> None:
     """Providers dial again for a while, and have what they had."""
-    events, out = tmp_path / "events.jsonl", tmp_path / "losses.json"
-    descriptor, port = listen("127.0.0.1")
-    os.close(descriptor)  # free again, and in a test's hands
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    script = Path(__file__).with_name("decentral_broker.py")
-    command = [sys.executable, str(script), str(port), TOKEN, str(events), str(out), "40"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    own = machines(mem_gib("llama", 2), 3)
-    with subprocess.Popen(command, env=env) as broker:
-        try:
-            while not events.exists():
-                assert broker.poll() is None
-                time.sleep(0.05)
-            for each in own:
-                providers.start(each, port)
-            while not any(isinstance(event, Committed) and event.step == 5 for event, _ in read(events)):
-                assert broker.poll() is None
-                time.sleep(0.02)
-        finally:
-            broker.kill()
-    done = subprocess.run(command, env=env, timeout=60)
-    assert done.returncode == 0
-    found = json.loads(out.read_text())
+
+    def start(port: int) -> None:
+        for each in machines(mem_gib("llama", 2), 3):
+            providers.start(each, port)
+
+    found = rebuilt(tmp_path, TOKEN, "train", 40, start)
     assert [tuple(each) for each in found["losses"]] == undisturbed("llama", 40)
     assert found["again"] <= 1
     for process in providers.processes.values():
@@ -189,7 +169,7 @@ def test_only_who_shows_the_trusted_token_is_trusted(providers: Machines, tmp_pa
     async def serve() -> None:
         there = asyncio.Event()
 
-        def joined(machine: Provider, life: str) -> None:
+        def joined(machine: Provider, life: str, reach: object) -> None:
             found[machine.name] = machine.trusted
             if len(found) == 2:
                 there.set()
@@ -242,7 +222,8 @@ def test_a_mistake_is_one_line(providers: Machines, words: list[str], said: str)
     assert said in line
 
 
-def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_path: Path, direct: bool) -> None:
     """SIGUSR1, SIGUSR2 and SIGTERM: no step under way is given up for any of them."""
     coordinator = Coordinator(job("llama"), training("llama", 100_000))
     own = machines(mem_gib("llama", 2), 3)
@@ -267,7 +248,7 @@ def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_p
         object.__setattr__(coordinator.training, "steps", coordinator.state.step + 3)
 
     async def serve() -> None:
-        with Processes(tmp_path / "providers", TOKEN) as processes:
+        with Processes(tmp_path / "providers", TOKEN, direct=direct) as processes:
             serving = Serving(coordinator, TOKEN)
 
             def ready(port: int) -> None:

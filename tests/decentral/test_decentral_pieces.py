@@ -54,8 +54,10 @@ def test_a_line_carries_one_message_at_a_time() -> None:
 
 
 @pytest.mark.slow
-def test_a_slow_line_is_no_reason_to_be_given_up(tmp_path: Path) -> None:
-    """State takes longer than three beats, and signs of life go between its pieces; a kill is mended all the same."""
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_slow_line_is_no_reason_to_be_given_up(tmp_path: Path, direct: bool) -> None:
+    """State takes longer than three beats, and signs of life go between its pieces; a kill is mended all the same. So
+    it is where what takes so long goes past the broker, who sees nothing of it."""
     steps, hit = 6, ""
     coordinator = Coordinator(job("llama"), training("llama", steps, copies=1))
     own = [
@@ -69,7 +71,7 @@ def test_a_slow_line_is_no_reason_to_be_given_up(tmp_path: Path) -> None:
             hit = coordinator.owners[1]
             os.kill(processes.processes[hit].pid, signal.SIGKILL)
 
-    with Processes(tmp_path, "slow", emulate=True, delay_ms=20) as processes:
+    with Processes(tmp_path, "slow", emulate=True, delay_ms=20, direct=direct) as processes:
 
         def ready(port: int) -> None:
             for each in own:
@@ -82,3 +84,4 @@ def test_a_slow_line_is_no_reason_to_be_given_up(tmp_path: Path) -> None:
     assert coordinator.happened["Lost"] == 1
     assert coordinator.astray == 0
     assert took > 5.0  # it was slow, after all
+    assert bool(coordinator.directory.carried) == direct

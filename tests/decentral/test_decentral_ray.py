@@ -24,6 +24,13 @@ SMALL = (
     *("model.num_layers=2", "data.max_train=40", "data.max_val=2", "task.faults=[]", "task.stages=2"),
 )
 COMMAND = (sys.executable, "-m", "llmsys", "+exp=decentral_train", *SMALL)
+OTHERS = {
+    "decentral_finetune": (*SMALL, "model.weights=random"),
+    "decentral_generate": (
+        *("model.weights=random", "model.num_layers=2", "data.max_train=40", "data.max_val=2", "train.length=64"),
+        *("task.new_tokens=40", "task.prompt_tokens=3", "task.streams=2", "task.stages=2", "task.faults=[]"),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +53,16 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 def record(results: Path) -> dict[str, Any]:
-    (path,) = results.glob("decentral_train/*/record.json")
+    (path,) = results.glob("decentral_*/*/record.json")
     made: dict[str, Any] = json.loads(path.read_text())
     return made
 
 
-def started(cluster: Emulated, results: Path) -> subprocess.Popen[bytes]:
+def started(
+    cluster: Emulated, results: Path, *words: str, command: tuple[str, ...] = COMMAND
+) -> subprocess.Popen[bytes]:
     env = {**os.environ, "LLMSYS_RESULTS": str(results), "RAY_ADDRESS": cluster.cluster.address}
-    return subprocess.Popen([*COMMAND, "task.start=ray"], env=env, start_new_session=True)
+    return subprocess.Popen([*command, "task.start=ray", *words], env=env, start_new_session=True)
 
 
 def until(results: Path, step: int, process: subprocess.Popen[bytes]) -> None:
@@ -105,9 +114,85 @@ def test_a_provider_that_is_killed_is_started_again(cluster: Emulated, results: 
     assert made["summary"]["lost"] >= 1
 
 
+def test_a_broker_that_ray_runs_is_begun_again_by_ray(cluster: Emulated, results: Path, quiet: list[float]) -> None:
+    """Ray's worker, whose child it is, is killed; nobody gives the command again."""
+    process = started(cluster, results, *cluster.words, "dispatch.retries=1")
+    try:
+        until(results, 8, process)
+        os.kill(worker(results), signal.SIGKILL)
+        assert process.wait(180) == 0
+    finally:
+        process.kill()
+        process.wait()
+    made = record(results)
+    assert made["samples"]["loss"] == quiet
+    (log,) = results.glob("*/*/log.txt")
+    assert "going on after step" in log.read_text()
+
+
+def worker(results: Path) -> int:
+    """The parent of whoever has the events' log open, the broker."""
+    (log,) = results.glob("*/*/events.jsonl")
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            if any(each.resolve() == log.resolve() for each in folder.iterdir()):
+                return int((folder.parent / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended, or is another user's
+            continue
+    raise AssertionError(f"{log}: nobody has it open")
+
+
+@pytest.mark.parametrize("exp", OTHERS)
+def test_fine_tuning_and_generation_on_nodes_are_those_of_processes(
+    cluster: Emulated, results: Path, tmp_path: Path, exp: str
+) -> None:
+    """Also where a provider is killed in between."""
+    import ray
+
+    command = (sys.executable, "-m", "llmsys", f"+exp={exp}", *OTHERS[exp])
+    alone = {**os.environ, "LLMSYS_RESULTS": str(tmp_path / "alone")}
+    subprocess.run([*command, "task.providers=2", "task.reserve=0"], env=alone, check=True, timeout=120)
+    process = started(cluster, results, command=command)
+    try:
+        until(results, 5, process)
+        (folder,) = results.glob("*/*")
+        ray.init(cluster.cluster.address, namespace=ray_runtime.NAMESPACE, log_to_driver=False)
+        try:
+            os.kill(ray.get(ray.get_actor(f"{folder.name}-p1").pid.remote()), signal.SIGKILL)
+        finally:
+            ray.shutdown()
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+    expected, made = record(tmp_path / "alone"), record(results)
+    assert made["summary"]["lost"] >= 1
+    if exp == "decentral_generate":
+        texts = [next(each.glob("*/*/generated.jsonl")).read_text() for each in (tmp_path / "alone", results)]
+        assert texts[0] == texts[1]
+    else:
+        assert made["samples"]["loss"] == expected["samples"]["loss"]
+
+
 def test_too_few_nodes_are_said_at_once(cluster: Emulated, results: Path) -> None:
     env = {**os.environ, "LLMSYS_RESULTS": str(results), "RAY_ADDRESS": cluster.cluster.address}
     done = subprocess.run([*COMMAND, "task.start=ray", "task.providers=9"], env=env, capture_output=True, text=True,
                           timeout=120, check=False)  # fmt: skip
     assert done.returncode == 1
     assert "task.providers=9: the cluster's nodes have 4 of the resource provider" in done.stdout + done.stderr
+
+
+def test_a_node_that_is_removed_takes_its_provider_with_it_and_nothing_else(
+    cluster: Emulated, results: Path, quiet: list[float]
+) -> None:
+    process = started(cluster, results)
+    try:
+        until(results, 5, process)
+        cluster.kill("home1")
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+    made = record(results)
+    assert made["samples"]["loss"] == quiet
+    assert made["summary"]["lost"] == 1

@@ -13,7 +13,7 @@ from llmsys.decentral.cutting import neighbours
 from llmsys.decentral.holdings import Place
 from llmsys.decentral.planes import CONSTANT, Arrays
 from llmsys.decentral.recovery import Recovery
-from llmsys.decentral.whereabouts import owners, private, trusted
+from llmsys.decentral.whereabouts import owners, trusted
 
 WAIT_S, SLOWER = 30.0, 20
 """Somebody who is asked has so long, and so many times what computing and the copy's way take by the plan."""
@@ -54,7 +54,7 @@ class Asking:
         """Anybody who has not been asked, may see the stage and has room for it: of the pool, before owners of other
         stages, before its neighbours, who are the last to be asked."""
         order, at, where = owners(state), check.place[1], self.recovery.where
-        hidden, near, costs = private(where.now, at, state), neighbours(where.now, at), state.costs
+        hidden, near, costs = where.now.is_private(at), neighbours(where.now, at), state.costs
         sizes = [
             costs.device_bytes(begin, end, costs.work.in_flight(len(order) - 1 - stage))
             for stage, (begin, end) in enumerate(zip(where.now.cuts, where.now.cuts[1:], strict=False))

@@ -50,7 +50,8 @@ HOLDING, COMPUTING = "holding", "computing"
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is planned for; it never changes. Nothing begins before `least` providers are there; of those that are,
-    `reserve` are left in the backup pool where the others hold the model."""
+    `reserve` are left in the backup pool where the others hold the model. `name`: by which providers tell this job
+    from one that they had before."""
 
     chain: Chain
     work: Workload
@@ -59,6 +60,7 @@ class Job:
     patience_s: float = PATIENCE_S
     least: int = 1
     reserve: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

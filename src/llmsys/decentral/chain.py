@@ -21,6 +21,7 @@ from llmsys.decentral.graph import ITEM, Graph, Node
 from llmsys.schema.decentral import LEVELS
 
 Numbers = NDArray[np.float64]
+CUT = ("ahead", "back", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,9 +29,9 @@ class Chain:
     """Of a micro-batch, and of L operators. `work`: FLOPs forward. `weights`: bytes of the parameters it reads; those
     of `ties` are another's too: (first reader, next reader, bytes), and on one stage they are there once. `held`: bytes
     of constants and variables. `saved`: bytes kept for the backward pass. All (L,). `ahead`, `back`: bytes over each
-    position, (L+1,). `places`: positions where it may be cut, the ends among them, rising. `blocks`: of each operator,
-    the layer that it belongs to, where that is known. `tokens` of the micro-batch. ValueError where sizes do not agree,
-    or something is negative.
+    position, (L+1,); `hidden`: of `ahead`, those of hidden states in fp32, which may be compressed. `places`: positions
+    where it may be cut, the ends among them, rising. `blocks`: of each operator, the layer that it belongs to, where
+    that is known. `tokens` of the micro-batch. ValueError where sizes do not agree, or something is negative.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class Chain:
     saved: Numbers
     ahead: Numbers
     back: Numbers
+    hidden: Numbers = field(default_factory=lambda: np.zeros(0))
     held: Numbers = field(default_factory=lambda: np.zeros(0))
     ties: tuple[tuple[int, int, float], ...] = ()
     places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -49,11 +51,13 @@ class Chain:
         count = len(self.names)
         if not len(self.held):
             object.__setattr__(self, "held", np.zeros(count))
+        if not len(self.hidden):
+            object.__setattr__(self, "hidden", self.back)
         if not len(self.places):
             object.__setattr__(self, "places", np.arange(count + 1))
-        for name in ("work", "weights", "saved", "held", "ahead", "back"):
+        for name in ("work", "weights", "saved", "held", *CUT):
             values = getattr(self, name)
-            expected = count + (name in ("ahead", "back"))
+            expected = count + (name in CUT)
             if values.shape != (expected,):
                 raise ValueError(f"{name}: {len(values)} numbers; {count} operators have {expected}")
             if count and not (np.isfinite(values).all() and values.min() >= 0):
@@ -94,6 +98,7 @@ class Chain:
             **{name: getattr(self, name)[order] for name in ("work", "weights", "saved", "held")},
             ahead=np.append(self.ahead[order], 0.0),
             back=np.append(self.back[order], 0.0),
+            hidden=np.append(self.hidden[order], 0.0),
             ties=tuple((a + more * (a >= end), b + more * (b >= end), nbytes) for a, b, nbytes in self.ties),
             places=np.concatenate(places),
             blocks=tuple(blocks),
@@ -108,7 +113,7 @@ def chain(graph: Graph, level: str = "operator") -> Chain:
     nodes = graph.operators
     place = {node.name: at for at, node in enumerate(nodes)}
     last = _last_readers(nodes, place)
-    sizes = np.zeros((2, len(nodes) + 1))
+    sizes = np.zeros((3, len(nodes) + 1))
     joined: set[int] = set()
     for node in nodes:
         begin, end = place[node.name], last.get(node.name, place[node.name])
@@ -121,6 +126,8 @@ def chain(graph: Graph, level: str = "operator") -> Chain:
             sizes[0, begin + 1 : end + 1] += node.nbytes
             if node.name in graph.trained:
                 sizes[1, begin + 1 : end + 1] += node.nbytes
+            if node.name in graph.hidden and node.values[0].dtype == "float32":
+                sizes[2, begin + 1 : end + 1] += node.nbytes
     weights, held = np.zeros(len(nodes)), np.zeros(len(nodes))
     ties: list[tuple[int, int, float]] = []
     kept = {**graph.constants, **graph.variables}
@@ -148,6 +155,7 @@ def chain(graph: Graph, level: str = "operator") -> Chain:
         held=held,
         ahead=sizes[0],
         back=sizes[1],
+        hidden=sizes[2],
         ties=tuple(ties),
         places=np.array([0, *allowed, len(nodes)], np.int64),
         blocks=tuple(node.block for node in nodes),

@@ -12,21 +12,30 @@ from typing import Any
 
 from llmsys.decentral.wire import Array
 
+Hashes = dict[int, dict[str, bytes]]
+"""By stage, and by what it is."""
+
 
 class Claims:
-    """Of the step that was begun last."""
+    """Of the step that was begun last, and what has come for the next. Of tensors as they travel."""
 
     def __init__(self) -> None:
-        self.begin(0)
+        self.step = 0
+        self._came: dict[int, Hashes] = {}
+        self._sent: Hashes = {}
 
     def begin(self, step: int) -> None:
-        self.step = step
-        self._came: dict[int, dict[str, bytes]] = {}
-        self._sent: dict[int, dict[str, bytes]] = {}
+        self.step, self._sent = step, {}
+        self._came = {at: own for at, own in self._came.items() if at >= step}
 
-    def came(self, stage: int, what: str, array: Array | None) -> None:
+    def give_up(self) -> None:
+        """Of the step that was begun last: all of it comes again."""
+        self._came = {at: own for at, own in self._came.items() if at < self.step}
+        self.step = 0
+
+    def came(self, step: int, stage: int, what: str, array: Array | None) -> None:
         """From that stage; None: it said that there is none."""
-        self._came.setdefault(stage, {})[what] = _hashed(array)
+        self._came.setdefault(step, {}).setdefault(stage, {})[what] = _hashed(array)
 
     def sent(self, stage: int, what: str, array: Array | None) -> None:
         """To that stage."""
@@ -34,7 +43,7 @@ class Claims:
 
     def told(self) -> dict[str, Any]:
         """Hashes by stage, as JSON has it."""
-        both = {"came": self._came, "sent": self._sent}
+        both = {"came": self._came.get(self.step, {}), "sent": self._sent}
         return {key: {str(stage): _all(own) for stage, own in sorted(each.items())} for key, each in both.items()}
 
 

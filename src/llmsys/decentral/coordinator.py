@@ -16,22 +16,21 @@ from typing import Any
 from llmsys.decentral import broker
 from llmsys.decentral.broker import State
 from llmsys.decentral.checking import Checking
+from llmsys.decentral.contributions import Accounts
 from llmsys.decentral.events import Beat, Began, Committed, Event, Held, Joined, Left, Lost, Planned, Prepared
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.plan import Plan
 from llmsys.decentral.planes import Arrays
 from llmsys.decentral.provider import BEAT, BROKER
+from llmsys.decentral.reach import BETWEEN, PROBE, PROBED, REACH, Directory, Reach
 from llmsys.decentral.recovery import Recovery
-from llmsys.decentral.stage_work import INPUT, KINDS
+from llmsys.decentral.traffic import Traffic
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.whereabouts import Stuck, owners
 from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
 
-RELAYED = frozenset({*KINDS, "state"} - {INPUT})
-"""What providers say to each other."""
-
-
+RELAYED = BETWEEN | {PROBE, PROBED}
 Note = Callable[[Event, Mapping[str, Any]], None]
 ASTRAY_S = 5.0
 """So long nothing comes, and nobody has anything to do."""
@@ -53,6 +52,7 @@ class Coordinator:
         self.state = State(job=job)
         self.lives: dict[str, str] = {}
         self.connected: dict[str, Provider] = {}
+        self.directory = Directory()
         self.asked: set[str] = set()  # to be let go
         self.leaving: dict[str, float] = {}  # without a stage, and still there to hand it over; heard of when
         self.recovery = Recovery(training, self._tell)
@@ -61,7 +61,7 @@ class Coordinator:
         self.out: list[tuple[str, bytes]] = []
         self.counters = {"malformed": 0, "foreign": 0, "stale": 0, "refused": 0, "relayed": 0}
         self.refusals: collections.deque[str] = collections.deque(maxlen=10)
-        self.tasks: dict[str, int] = {}
+        self.accounts, self.traffic = Accounts(job.chain, job.work), Traffic()
         self.happened: collections.Counter[str] = collections.Counter()  # events that are in the log, by their kind
         self.again = 0  # steps that were under way when a plan ended
         self.begun_s = 0.0  # on the clock of the job
@@ -81,6 +81,7 @@ class Coordinator:
                 own = {key: tuple(more[key]) for key in ("losses", "tokens")}
                 self.updates[event.step] = Update(rate=more["rate"], scale=more["scale"], **own)
             self.happened[type(event).__name__] += 1
+            self.accounts.note(event, more)
             before, self.state = self.state, broker.apply(self.state, event)
             if isinstance(event, Planned):
                 self.again += before.phase == broker.COMPUTING
@@ -97,14 +98,16 @@ class Coordinator:
 
     # --- what comes ---
 
-    def join(self, provider: Provider, life: str, now: float) -> None:
-        """A provider that has come, has begun anew, or is back from before the broker was rebuilt."""
+    def join(self, provider: Provider, life: str, now: float, reach: Reach | None = None) -> None:
+        """A provider that has come, has begun anew, or is back from before the broker was rebuilt. `reach`: where its
+        peers do, if they may."""
         awaited = self.awaited or set()
         back = provider.name in awaited and self.lives[provider.name] == life
         awaited.discard(provider.name)
         self.leaving.pop(provider.name, None)
         self.asked.discard(provider.name)
         self.connected[provider.name] = provider
+        self.directory.join(provider.name, reach)
         if not back:
             self.lives[provider.name] = life
             self._event(Joined(at_s=now, provider=provider), life=life)
@@ -145,18 +148,20 @@ class Coordinator:
             if head["sender"] != sender:
                 raise Malformed(f"a frame of {head['sender']}, from {sender}")
             if head["kind"] in RELAYED and head["to"] != BROKER:
-                self.moved_s = now
+                self.moved_s = now if head["kind"] in BETWEEN else self.moved_s
                 self._relay(head, data)
                 return
             frame = decode(data)
         except Malformed:
             self.counters["malformed"] += 1
             return
-        if frame.to != BROKER:
-            self.counters["foreign"] += 1
-            return
-        if frame.kind == BEAT:
+        if frame.kind == BEAT and frame.to == BROKER:
             self.beat(sender, now, busy=frame.body.get("busy") is True)
+            if REACH in frame.body:
+                self._guarded(frame, lambda: self.directory.hear(sender, frame.body[REACH]))
+            return
+        if frame.to != BROKER or not self._of_this_job(head):
+            self.counters["foreign"] += 1
             return
         self.moved_s = now
         if frame.kind == "leave":
@@ -164,18 +169,35 @@ class Coordinator:
         elif frame.epoch != self.state.epoch:
             self.counters["stale"] += 1
         else:
-            try:
-                self._said(frame, now)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-                self.counters["refused"] += 1
-                self.refusals.append(f"{sender}: {frame.kind}: {type(error).__name__}: {error}")
+            self._guarded(frame, lambda: self._taken(frame, head, len(data), now))
+
+    def _taken(self, frame: Frame, head: Mapping[str, Any], nbytes: int, now: float) -> None:
+        self._said(frame, now)
+        if frame.tensors:
+            self.traffic.passed(head, nbytes)
+
+    def _guarded(self, frame: Frame, what: Callable[[], None]) -> None:
+        """Whatever somebody says: what cannot be is counted."""
+        try:
+            what()
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+            self.counters["refused"] += 1
+            self.refusals.append(f"{frame.sender}: {frame.kind}: {type(error).__name__}: {error}")
+
+    def _of_this_job(self, head: Mapping[str, Any]) -> bool:
+        """Who has come from another job, and has not been told of this one, may still speak of that one. To go is said
+        of no job."""
+        return head["job"] == self.state.job.name or head["kind"] == "leave"
 
     def _relay(self, head: Mapping[str, Any], data: bytes) -> None:
         """Only in this epoch, and only to somebody who is there."""
-        if head["epoch"] != self.state.epoch:
+        if not self._of_this_job(head):
+            self.counters["foreign"] += 1
+        elif head["epoch"] != self.state.epoch:
             self.counters["stale"] += 1
         elif head["to"] in self.state.present or head["to"] in self.leaving:
-            self.counters["relayed"] += 1
+            self.counters["relayed"] += head["kind"] in BETWEEN
+            self.traffic.passed(head, len(data))
             self.out.append((head["to"], data))
 
     def _said(self, frame: Frame, now: float) -> None:
@@ -310,6 +332,7 @@ class Coordinator:
             self._again(now, plan)
         else:
             self.recovery.copies.kept_by_others(self.state)
+            self._introduce()
 
     def _decided(self, now: float) -> tuple[Event, ...]:
         found = broker.decide(self.state, now)
@@ -323,7 +346,10 @@ class Coordinator:
         return found
 
     def _event(self, event: Event, **more: Any) -> None:
+        if carried := self.traffic.taken(event, frozenset(self.state.places)):
+            more["bytes"] = carried
         self.note(event, more)
+        self.accounts.note(event, more)
         self.happened[type(event).__name__] += 1
         self.state = broker.apply(self.state, event)
 
@@ -331,11 +357,34 @@ class Coordinator:
         if isinstance(event, Planned):
             self.again += before.phase == broker.COMPUTING
             self.recovery.plan(self.state, self.leaving)
+            self._introduce()
         elif isinstance(event, Began):
             self._begin(now=event.at_s)
         elif isinstance(event, Committed):
             self.tries = 0
-            self._commit(event.step)
+            at_once = self._at_once()
+            self._commit(event.step, at_once=at_once)
+            if at_once:
+                self._event(Held(at_s=event.at_s, names=self.state.owners, epoch=event.epoch, step=event.step))
+
+    def _at_once(self) -> bool:
+        """Whether owners hold the state after a commit as soon as they have heard of it: nobody waits for values of
+        shared parameters that another has. What is said to each arrives in its order, so the next step may be begun
+        with the same breath, a way there and back sooner. Not where somebody waits to be let go between two steps, or
+        owners are to say what they have computed before anybody is asked to check it."""
+        waited = self.asked or self.training.checks
+        return not waited and not any(stage.shares for stage in self.recovery.where.now.stages)
+
+    def _introduce(self) -> None:
+        """Tells owners of stages where they reach those whom they have something to say to; others, that they have
+        nothing to say."""
+        if self.state.plan is None:
+            return
+        order, there = self.owners, self.state.present
+        others = there & {*order, *(name for names in self.recovery.copies.keepers.values() for name in names)}
+        for name in sorted(there):
+            if (told := self.directory.of(name, others if name in order else ())) is not None:
+                self._tell(name, REACH, body=told)
 
     @property
     def trained(self) -> dict[str, Array]:
@@ -376,11 +425,12 @@ class Coordinator:
         results = {"tokens" if self.training.rules.streams else "losses": told.results}
         return Update(rate=self.training.rate(step), scale=scale, **results)
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, *, at_once: bool = False) -> None:
+        """`at_once`: nobody has to say that it holds what comes of it."""
         own = self.updates[step]
+        body = {"rate": own.rate, "scale": own.scale, "at_once": at_once}
         for name in self.owners:
-            self._tell(name, "commit", step=step, body={"rate": own.rate, "scale": own.scale})
-            self.tasks[name] = self.tasks.get(name, 0) + self.training.rules.micro_batches
+            self._tell(name, "commit", step=step, body=body)
 
     def _tell(
         self,
@@ -394,6 +444,7 @@ class Coordinator:
     ) -> None:
         frame = Frame(
             kind=kind,
+            job=self.state.job.name,
             epoch=self.state.epoch,
             step=self.state.step if step is None else step,
             micro_batch=micro_batch,

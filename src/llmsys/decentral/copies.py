@@ -16,7 +16,7 @@ from llmsys.decentral.holdings import Holdings, Place
 from llmsys.decentral.planes import CONSTANT, value_of
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.training import Training
-from llmsys.decentral.whereabouts import Whereabouts, owners, private, trusted
+from llmsys.decentral.whereabouts import Whereabouts, owners, trusted
 from llmsys.decentral.wire import Frame
 
 COPYING = 0.5
@@ -80,7 +80,7 @@ class Copies:
         for at, name in enumerate(order):
             turned = [*spares[at % max(1, len(spares)) :], *spares[: at % max(1, len(spares))]]
             others = [*turned, *order[at + 1 :], *order[:at]]
-            if private(self.where.now, at, state):
+            if self.where.now.is_private(at):
                 others = [each for each in others if trusted(each, state)]
             found[name] = [each for each in others if each in state.present][: self.training.copies]
             found[name] += [BROKER] if self.training.owner_keeps else []

@@ -27,9 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsys.decentral.chain import Chain, Numbers
+from llmsys.decentral.compression import ADAPTIVE, NONE, over, strongest
 from llmsys.decentral.fleet import GIB, Fleet, Provider
 from llmsys.decentral.known import Known
 from llmsys.schema.decentral import SCHEDULES
+from llmsys.schema.together import COMPRESS
 
 HOST_BYTES_PER_S = 20e9
 """Of an optimizer's state on a host of the kind that has a consumer GPU: two channels of DDR4, half of their peak."""
@@ -48,7 +50,8 @@ class Workload:
     `optimizer`: bytes of these for a byte of weights (fp32 and AdamW: 1 and 2; bf16 with fp32 master weights: 1 and 6).
     `offload`: the optimizer may be on the host, where a stage does not fit otherwise. `private`: operators that only
     trusted providers may run, by place: the first and the last so many. `regions`: where providers may be; empty:
-    anywhere. `min_mbit`: lines of less are left alone. `most`: pipelines at most; 0: as many as are best."""
+    anywhere. `min_mbit`: lines of less are left alone. `most`: pipelines at most; 0: as many as are best.
+    `compress`: what goes between stages (`compression`)."""
 
     train: bool = True
     micro_batches: int = 8
@@ -61,10 +64,13 @@ class Workload:
     regions: tuple[str, ...] = ()
     min_mbit: float = 0.0
     most: int = 0
+    compress: str = NONE
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule}: must be one of {', '.join(SCHEDULES)}")
+        if self.compress not in COMPRESS:
+            raise ValueError(f"compress={self.compress}: must be one of {', '.join(COMPRESS)}")
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches={self.micro_batches}: must be 1 or more")
         for key in ("gradient", "optimizer", "min_mbit"):
@@ -124,12 +130,14 @@ class Costs:
 
     @functools.cached_property
     def ahead(self) -> Numbers:
-        return self.chain.ahead
+        """Bytes that are sent over each position; with `adaptive` by the strongest codec that a line may have: where a
+        weaker one is enough, computing is a stage's slowest either way."""
+        return self.chain.ahead - (1 - strongest(self.work.compress)) * self.chain.hidden
 
     @functools.cached_property
     def back(self) -> Numbers:
         """What goes back: nothing, where nothing is trained."""
-        return self.chain.back if self.work.train else np.zeros_like(self.chain.back)
+        return self.chain.back * (strongest(self.work.compress) if self.work.train else 0.0)
 
     @functools.cached_property
     def usable(self) -> tuple[int, ...]:
@@ -163,7 +171,7 @@ class Costs:
 
     def received(self, begin: int, in_flight: int) -> float:
         """Bytes of what came in."""
-        return float(self.ahead[begin]) * in_flight
+        return float(self.chain.ahead[begin]) * in_flight
 
     def shared(self, begin: int, end: int) -> float:
         """Bytes of weights that are counted twice within a stage."""
@@ -229,11 +237,13 @@ class Costs:
         offload = self.offloads(p, begin, end, in_flight)
         if offload is None:
             return None
-        ahead, back = self.ahead, self.back
+        came, returned, sent, back = self.ahead[begin], self.back[begin], self.ahead[end], self.back[end]
+        if self.work.compress == ADAPTIVE:
+            (came, returned), (sent, back) = over(self, order, cuts, at - 1), over(self, order, cuts, at)
         return Cost(
             compute_s=self.compute_s(p, begin, end),
-            send_s=_times(ahead[end], self.beta(p, after)) + _times(back[begin], self.beta(p, before)),
-            receive_s=_times(ahead[begin], self.beta(before, p)) + _times(back[end], self.beta(after, p)),
+            send_s=_times(sent, self.beta(p, after)) + _times(returned, self.beta(p, before)),
+            receive_s=_times(came, self.beta(before, p)) + _times(back, self.beta(after, p)),
             device_bytes=self.device_bytes(begin, end, in_flight, offload),
             host_bytes=self.host_bytes(begin, end) if offload else 0.0,
             update_s=self.update_s(p, begin, end) if offload else 0.0,
@@ -267,9 +277,10 @@ class Costs:
     def line_s(self, order: Sequence[int], cuts: Sequence[int]) -> tuple[list[float], list[float], list[float]]:
         """(seconds of a micro-batch on each line ahead, and back; latencies there and back)."""
         ahead, back, waits = [], [], []
-        for cut, (p, q) in zip(cuts[1:-1], itertools.pairwise(order), strict=True):
-            ahead.append(_times(self.ahead[cut], self.beta(p, q)))
-            back.append(_times(self.back[cut], self.beta(q, p)))
+        for at, (p, q) in enumerate(itertools.pairwise(order)):
+            sent, returned = over(self, order, cuts, at)
+            ahead.append(_times(sent, self.beta(p, q)))
+            back.append(_times(returned, self.beta(q, p)))
             waits.append(self.fleet.alpha_s(p, q) + (self.fleet.alpha_s(q, p) if self.work.train else 0.0))
         return ahead, back, waits
 

@@ -22,6 +22,19 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
     where one is there, ValueError for no host."""
     if not hosts:
         raise ValueError("--host: none; it is the name or the address by which providers dial")
+    certificate, key = pair(hosts, days)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CERTIFICATE, KEY, TOKEN, TRUSTED):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name}: is there already; a new one would lock out who has the old")
+    _write(folder / KEY, key, 0o600)
+    for name in (TOKEN, TRUSTED):
+        _write(folder / name, secrets.token_urlsafe(24).encode() + b"\n", 0o600)
+    _write(folder / CERTIFICATE, certificate, 0o644)
+
+
+def pair(hosts: Sequence[str], days: int = DAYS) -> tuple[bytes, bytes]:
+    """A certificate for these names and addresses, and its key, as PEM."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
@@ -29,10 +42,6 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
         from cryptography.x509.oid import NameOID
     except ModuleNotFoundError as error:
         raise MissingPackage(f"certificate: needs {error.name}: pip install 'llmsys[owner]'") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (CERTIFICATE, KEY, TOKEN, TRUSTED):
-        if (folder / name).exists():
-            raise FileExistsError(f"{folder / name}: is there already; a new one would lock out who has the old")
     key = ec.generate_private_key(ec.SECP256R1())
     own = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "llmsys.decentral")])
     now = datetime.datetime.now(datetime.UTC)
@@ -51,10 +60,7 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    _write(folder / KEY, private, 0o600)
-    for name in (TOKEN, TRUSTED):
-        _write(folder / name, secrets.token_urlsafe(24).encode() + b"\n", 0o600)
-    _write(folder / CERTIFICATE, made.public_bytes(serialization.Encoding.PEM), 0o644)
+    return made.public_bytes(serialization.Encoding.PEM), private
 
 
 def _name(host: str) -> object:

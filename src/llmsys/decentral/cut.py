@@ -4,7 +4,7 @@ A stage runs a part of the nodes. What crosses a cut is
 
     the results that a later stage reads     once to each of them, on from stage to stage in their order
     gradients                                back along the same way, in the opposite order
-    nothing that depends on no parameter and no input (`Graph.free`): each stage computes that for itself
+    nothing that depends on no parameter and no input but a number (`Graph.free`): each stage computes that for itself
 
 So a tensor that several later stages read goes to the first of them, which hands it on; and its gradient gathers on the
 way back. Autograd adds the gradients of a tensor's readers from the last to the first, and so does that way: sums have
@@ -26,11 +26,11 @@ from llmsys.decentral.graph import ITEM, Graph, Node
 class Stage:
     """`nodes`: what it runs, in order, recomputed ones among them. `inputs`: placeholders that it is fed.
     `receives`: tensors, and the stage that sends each; `sends`: tensors, and the stage that each goes on to (a tensor
-    goes to at most one: that one hands it on); `trained`: of both, those that a gradient may go back of. `parameters`
-    that it reads; `shares`: of these, those that an earlier stage reads too, and that stage, to which the gradient
-    goes; `hears`: those that a later one reads too, and the next of them, whose gradient comes here. A parameter's
-    owner is the first to read it; `tells`: the others, of what this stage owns, that are to have its new values.
-    `constants`, `variables` that it reads.
+    goes to at most one: that one hands it on); `trained`: of both, those that a gradient may go back of; `hidden`:
+    those that are hidden states (`Graph.hidden`). `parameters` that it reads; `shares`: of these, those that an earlier
+    stage reads too, and that stage, to which the gradient goes; `hears`: those that a later one reads too, and the next
+    of them, whose gradient comes here. A parameter's owner is the first to read it; `tells`: the others, of what this
+    stage owns, that are to have its new values. `constants`, `variables` that it reads.
     """
 
     index: int
@@ -38,6 +38,7 @@ class Stage:
     inputs: tuple[str, ...]
     receives: Mapping[str, int]
     trained: tuple[str, ...]
+    hidden: tuple[str, ...]
     sends: Mapping[str, int]
     parameters: tuple[str, ...]
     shares: Mapping[str, int]
@@ -53,7 +54,7 @@ class Stage:
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Self:
         """ValueError for what is no stage."""
-        lists = ("nodes", "inputs", "trained", "parameters", "constants", "variables")
+        lists = ("nodes", "inputs", "trained", "hidden", "parameters", "constants", "variables")
         maps = ("receives", "sends", "shares", "hears")
         if not isinstance(data, Mapping) or set(data) != {"index", "tells", *lists, *maps}:
             raise ValueError("no stage: other settings")
@@ -195,6 +196,7 @@ def _stage(graph: Graph, owner: Mapping[str, int], runs: Sequence[set[str]], ind
         inputs=tuple(node.name for node in graph.nodes if node.name in inputs),
         receives=receives,
         trained=tuple(name for name in {**receives, **sends} if name in graph.trained),
+        hidden=tuple(name for name in {**receives, **sends} if name in graph.hidden),
         sends=sends,
         parameters=tuple(key for key in tensors if key in graph.parameters),
         shares=shares,

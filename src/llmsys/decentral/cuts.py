@@ -64,7 +64,7 @@ class Reach:
         if offload and not (costs.work.offload and costs.work.train):
             return None
         sums = costs.memory(in_flight, offload)[self.places]
-        free = provider.mem_gib * GIB - self.ahead * in_flight
+        free = provider.mem_gib * GIB - costs.chain.ahead[self.places] * in_flight
         ends = self._within(sums, free, costs.per_weight(offload))
         if offload:
             weights = costs.weights[self.places] * costs.work.optimizer

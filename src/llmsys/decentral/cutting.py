@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmsys.decentral.chain import Chain
+from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cut import Stage, cut, part
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.planes import Rules, names_of
@@ -14,13 +15,17 @@ from llmsys.decentral.planes import Rules, names_of
 
 @dataclass(frozen=True, eq=False)
 class Cutting:
-    """Of `graph`, at positions `cuts` of its chain; made in epoch `number`, by which it is called."""
+    """Of `graph`, at positions `cuts` of its chain; made in epoch `number`, by which it is called. `codecs` of what its
+    stages send, as long as it is cut like this: what is sent again is sent as it was. `private` operators, the first
+    and the last so many."""
 
     number: int
     graph: Graph
     chain: Chain
     cuts: tuple[int, ...]
     rules: Rules
+    codecs: Codecs
+    private: tuple[int, int]
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -30,6 +35,19 @@ class Cutting:
     def parts(self) -> tuple[Graph, ...]:
         """What of the graph each stage's provider has to know."""
         return tuple(part(self.graph, stage) for stage in self.stages)
+
+    def noisy(self, index: int) -> list[str]:
+        """Hidden states that a private stage sends to one that anybody may have, whoever has it now: who takes it over
+        is sent them again."""
+        own = self.stages[index]
+        if not self.is_private(index):
+            return []
+        return [name for name, to in own.sends.items() if name in own.hidden and not self.is_private(to)]
+
+    def is_private(self, index: int) -> bool:
+        """Whether a stage has operators that only trusted providers may see."""
+        first, last = self.private
+        return self.cuts[index] < first or self.cuts[index + 1] > self.chain.count - last
 
     @functools.cached_property
     def names(self) -> tuple[frozenset[str], ...]:

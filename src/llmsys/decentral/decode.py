@@ -36,7 +36,8 @@ def trace_decoder(model: Any, rows: int, length: int, *, chosen: bool = False, n
 
 class _Bound(nn.Module):
     """The module's cache on the module's own buffers, as they are while it is traced: without that tracing sees tensors
-    that nobody has registered, and takes them for constants."""
+    that nobody has registered, and takes them for constants. But for the length so far, which the module sets to the
+    position that it is given: it is no state, and whoever needs it computes it from the position."""
 
     def __init__(self, module: Any, chosen: bool) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class _Bound(nn.Module):
         for at, layer in enumerate(self.module.static_cache.layers):
             layer.keys = getattr(self.module, f"key_cache_{at}")
             layer.values = getattr(self.module, f"value_cache_{at}")
-            layer.cumulative_length = getattr(self.module, f"cumulative_length_{at}")
+            layer.cumulative_length = torch.zeros((), dtype=torch.long, device=cache_position.device)
         logits: Tensor = self.module(input_ids=input_ids, cache_position=cache_position)
         if not self.chosen:
             return logits

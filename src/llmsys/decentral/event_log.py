@@ -21,6 +21,8 @@ from llmsys.decentral.plan import Plan
 from llmsys.decentral.score import Score
 
 KEPT = (events.Joined, events.Left, events.Lost, events.Planned, events.Began, events.Committed)
+EVENTS = "events.jsonl"
+"""In the folder of a run."""
 _KINDS = {kind.__name__: kind for kind in KEPT}
 
 

@@ -13,11 +13,12 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner
+from llmsys.decentral import contributions, noise, owner
 from llmsys.decentral.chain import chain
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.decode import trace_decoder
+from llmsys.decentral.event_log import EVENTS
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.generation import Generation
 from llmsys.decentral.planes.layout import packed
@@ -97,7 +98,7 @@ class _Generating:
         self.traced = trace_decoder(model, task.rows, length, chosen=True, noise=bool(task.temperature))
         self.chain = chain(self.traced.graph)
         pinned = owner.pins(self.chain, task.private)
-        work = Workload(train=False, micro_batches=task.streams, most=1, private=pinned)
+        work = Workload(train=False, micro_batches=task.streams, most=1, private=pinned, compress=task.compress)
         self.running = Running(task, context, self.chain, work, self.training, self.committed, self.bound)
 
     def training(self, elsewhere: Executor) -> Training:
@@ -116,6 +117,7 @@ class _Generating:
             copy_every=NEVER,
             vocabulary=own.vocabulary,
             rows=self.task.rows,
+            noise=noise.of(self.task.noise, self.context.out),
         )
 
     def bound(self, coordinator: Coordinator) -> None:
@@ -137,5 +139,5 @@ class _Generating:
         if timed_ms:
             rows = self.task.streams * self.task.rows
             summary["tokens_per_s"] = rows * len(timed_ms) / sum(timed_ms) * 1e3
-        files = {"generated": "generated.jsonl", "events": "events.jsonl"}
+        files = {"generated": "generated.jsonl", "events": EVENTS, "contributions": contributions.FILE}
         return {"summary": summary, "samples": samples, "files": files}

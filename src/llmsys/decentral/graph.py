@@ -17,6 +17,7 @@ Parameters are keyed by their storage: two names of one tensor are one key, so t
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -85,6 +86,13 @@ class Node:
         return sum(value.nbytes for value in self.values)
 
     @property
+    def number(self) -> bool:
+        """Whether it is a whole number and no more; of one row's token that could not be said."""
+        return all(
+            value.dtype == "int64" and len(value.shape) <= 1 and math.prod(value.shape) == 1 for value in self.values
+        )
+
+    @property
     def block(self) -> str:
         """The layer that it belongs to: its module's path up to the first number, or the module itself."""
         indexed = _INDEXED.match(self.module)
@@ -143,25 +151,39 @@ class Graph:
 
     @functools.cached_property
     def free(self) -> frozenset[str]:
-        """Operators that depend on no parameter, no input, no variable and no random number: masks, positions' sines.
-        Whoever needs one computes it, and nobody sends it."""
-        found: set[str] = set()
+        """Operators that depend on no parameter, no variable, no random number, and no input but a single number, such
+        as a position: masks, positions' sines. Whoever needs one computes it, and nobody sends it."""
+        found = {node.name for node in self.nodes if node.kind == "placeholder" and node.number}
+        given = frozenset(found)
         for node in self.operators:
             fixed = not node.random and all(key in self.constants for key in node.tensors)
             if fixed and all(name in found for name in node.reads):
                 found.add(node.name)
-        return frozenset(found)
+        return frozenset(found - given)
 
     @functools.cached_property
     def trained(self) -> frozenset[str]:
         """Nodes that a parameter is behind, so that a gradient passes them: floating point alone."""
         found: set[str] = set()
         for node in self.operators:
-            floats = any(value.dtype.startswith(("float", "bfloat")) for value in node.values)
+            floats = any(map(_floats, node.values))
             behind = any(key in self.parameters for key in node.tensors) or any(name in found for name in node.reads)
             if floats and behind:
                 found.add(node.name)
         return frozenset(found)
+
+    @functools.cached_property
+    def hidden(self) -> frozenset[str]:
+        """Hidden states: floating point that a matrix of weights is behind, trained or frozen. Not masks and positions,
+        whatever tensors they are made of."""
+        weights = {**self.parameters, **self.constants}
+        matrices = {key for key, value in weights.items() if _floats(value) and len(value.shape) > 1}
+        found: set[str] = set()
+        for node in self.operators:
+            behind = any(key in matrices for key in node.tensors) or any(name in found for name in node.reads)
+            if behind and any(map(_floats, node.values)):
+                found.add(node.name)
+        return self.trained | found
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and text."""
@@ -195,6 +217,10 @@ class Graph:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no graph: {type(error).__name__}: {error}") from None
+
+
+def _floats(value: Value) -> bool:
+    return value.dtype.startswith(("float", "bfloat"))
 
 
 def _references(value: Any, kind: str) -> Iterator[str]:

@@ -29,7 +29,14 @@ class Handing:
             "rules": dataclasses.asdict(self.training.rules),
             "count": len(cutting.stages),
             "claims": self.training.checks > 0,
+            "codecs": dataclasses.asdict(cutting.codecs),
+            "noise": self._noise(cutting, index),
         }
+
+    def _noise(self, cutting: Cutting, index: int) -> dict[str, Any] | None:
+        """Its key is told to those alone who have a stage that adds it."""
+        own, names = self.training.noise, cutting.noisy(index)
+        return None if own is None or not names else {**dataclasses.asdict(own), "names": names}
 
     def programs(self, name: str, cutting: Cutting, index: int, state: State) -> Arrays | None:
         """What is exported of it for a provider's plane. None: not yet."""

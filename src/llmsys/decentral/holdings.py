@@ -10,8 +10,8 @@ from llmsys.decentral.planes import CONSTANT, PARAMETER, names_of
 from llmsys.decentral.stage_work import StageWork
 from llmsys.decentral.wire import Array
 
-CHUNK_BYTES = 32 << 20
-"""State goes in frames of about as much."""
+CHUNK_BYTES = 1 << 20
+"""State goes in frames of about as much, between which others find their way."""
 Place = tuple[int, int]
 """A stage for good: the epoch in which the model was cut like this, and the stage's number."""
 

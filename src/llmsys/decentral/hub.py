@@ -12,10 +12,12 @@ from typing import Any
 import grpc
 
 from llmsys.decentral.fleet import Provider as Machine
-from llmsys.decentral.link import HELLO_S, LOOPBACK, METHOD, OPTIONS, STATUS, WELCOME, Credentials
+from llmsys.decentral.link import HELLO_S, METHOD, OPTIONS, STATUS, WELCOME, Credentials
+from llmsys.decentral.outbox import Outbox
 from llmsys.decentral.pieces import Joined, pieces
 from llmsys.decentral.planes import PLANES
 from llmsys.decentral.provider import BROKER
+from llmsys.decentral.reach import LOOPBACK, REACH, Reach
 from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
 
 GRACE_S = 5.0
@@ -23,15 +25,15 @@ GRACE_S = 5.0
 
 
 class Hub:
-    """Listens, and has a queue of frames for each provider that is connected. `joined(machine, life)`, `heard(name,
-    data)`, `alive(name)` (a part of something is here), `closed(name)` and, for whoever asks, `status()` are called in
-    the loop's own thread. `trusted_token`: where there is one, only who shows it is trusted, whatever others say of
-    themselves."""
+    """Listens, and has a queue of frames for each provider that is connected. `joined(machine, life, reach)`,
+    `heard(name, data)`, `alive(name)` (a part of something is here), `closed(name)` and, for whoever asks, `status()`
+    are called in the loop's own thread. `trusted_token`: where there is one, only who shows it is trusted, whatever
+    others say of themselves."""
 
     def __init__(
         self,
         token: str,
-        joined: Callable[[Machine, str], None],
+        joined: Callable[[Machine, str, Reach | None], None],
         heard: Callable[[str, bytes], None],
         closed: Callable[[str], None],
         alive: Callable[[str], None] = lambda name: None,
@@ -41,7 +43,7 @@ class Hub:
         self.trusted_token = trusted_token
         self.token, self.joined, self.heard, self.closed = token, joined, heard, closed
         self.alive, self.status = alive, status
-        self.queues: dict[str, asyncio.Queue[bytes | None]] = {}
+        self.queues: dict[str, Outbox] = {}
         self.port = 0
         self.malformed = 0
         self.received: collections.Counter[str] = collections.Counter()  # bytes, by who sent them
@@ -90,18 +92,18 @@ class Hub:
                 for piece in pieces(encode(Frame(kind=STATUS, sender=BROKER, body=self.status()))):
                     yield piece
                 return
-            machine, life = hello_of(first)
+            machine, life, reach = hello_of(first)
         except (TimeoutError, StopAsyncIteration, Malformed) as error:
             self.malformed += 1
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no hello: {error}")
             return
         if self.trusted_token and not trusted:
             machine = dataclasses.replace(machine, trusted=False)
-        name, own = machine.name, asyncio.Queue[bytes | None]()
+        name, own = machine.name, Outbox()
         if (before := self.queues.get(name)) is not None:
             before.put_nowait(None)  # of an earlier life, or of a line that is no more
         self.queues[name] = own
-        self.joined(machine, life)
+        self.joined(machine, life, reach)
         reading = asyncio.create_task(self._read(name, own, requests))
         try:
             while (data := await own.get()) is not None:
@@ -113,7 +115,7 @@ class Hub:
                 del self.queues[name]
                 self.closed(name)
 
-    async def _read(self, name: str, own: asyncio.Queue[bytes | None], requests: AsyncIterator[bytes]) -> None:
+    async def _read(self, name: str, own: Outbox, requests: AsyncIterator[bytes]) -> None:
         joined = Joined()
         try:
             async for piece in requests:
@@ -132,14 +134,15 @@ class Hub:
             own.put_nowait(None)
 
 
-def hello_of(data: bytes) -> tuple[Machine, str]:
-    """Malformed for what is none."""
+def hello_of(data: bytes) -> tuple[Machine, str, Reach | None]:
+    """A provider, which of its lives it is, and where its peers reach it, if they may. Malformed for what is none."""
     frame = decode(data)
     if frame.kind != "hello":
         raise Malformed(f"{frame.kind[:40]}: hello comes first")
     given = dict(frame.body)
     life = given.pop("life", "")
     try:
+        reach = Reach.of_json(given.pop(REACH)) if REACH in given else None
         machine = Machine(**given)
     except (TypeError, ValueError, OverflowError) as error:
         raise Malformed(str(error)) from None
@@ -148,7 +151,7 @@ def hello_of(data: bytes) -> tuple[Machine, str]:
         raise Malformed(f"provider {machine.name}: a plane or a region that is none")
     if machine.name != frame.sender or machine.name == BROKER or not isinstance(life, str):
         raise Malformed(f"provider {machine.name}: is not who it says")
-    return machine, life
+    return machine, life, reach
 
 
 def kind_of(data: bytes) -> str:

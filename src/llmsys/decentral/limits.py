@@ -27,7 +27,7 @@ GPU = ("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader")
 
 class Limits:
     """`limit_gib` 0: none. `needed`: whether somebody else needs the machine; None: not asked. `say(signal)`: None: to
-    the main thread; `why` is told first, once for each."""
+    the main thread; `why` is told first, once for each. ValueError on a system that has no such signals."""
 
     def __init__(
         self,
@@ -36,6 +36,8 @@ class Limits:
         why: Callable[[str], None],
         say: Callable[[int], None] | None = None,
     ) -> None:
+        if (limit_gib or needed is not None) and not hasattr(signal, "SIGUSR1"):
+            raise ValueError("--limit-gib, --pause-while, --yield-gpu: need signals that this system does not have")
         self.limit_gib, self.needed, self.why, self.say = limit_gib, needed, why, say or _to_main
         self._quiet: int | None = None  # looks since it was last needed; None: it is not paused
         self._left = self._watching = False
@@ -92,13 +94,11 @@ def resident_gib() -> float:
 
 def needed_by(command: str, *, gpu: bool) -> Callable[[], bool] | None:
     """What `--pause-while` and `--yield-gpu` ask; None where neither does. ValueError where there is no such command,
-    or no nvidia-smi, or the system has no signals to pause by."""
+    or no nvidia-smi."""
     words = shlex.split(command)
     for name, asked in ((words[0] if words else "", command), (GPU[0], "--yield-gpu" if gpu else "")):
         if asked and shutil.which(name) is None:
             raise ValueError(f"{asked}: there is no {name} here")
-    if (words or gpu) and not hasattr(signal, "SIGUSR1"):
-        raise ValueError("--pause-while, --yield-gpu: this system has no signals to pause by")
 
     def needed() -> bool:
         return bool(words and _succeeds(words)) or (gpu and others_compute())

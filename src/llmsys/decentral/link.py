@@ -2,8 +2,8 @@
 a provider's end, and what both share; the broker's is `hub`.
 
 Providers dial out and open no port, so that they may be behind home routers; what they send to one another the broker
-passes on. Deadlines, flow control and, where there are certificates, TLS are the library's. Without certificates only
-loopback is listened on.
+passes on, except where they have lines of their own (`direct`). Deadlines, flow control and, where there are
+certificates, TLS are the library's. Without certificates only loopback is listened on.
 """
 
 from __future__ import annotations
@@ -11,20 +11,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import math
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from llmsys.decentral.fleet import Provider as Machine
-from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, pieces, until
+from llmsys.decentral.outbox import Outbox
+from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, arrived, pieces, slowed
 from llmsys.decentral.provider import BEAT, BROKER, Provider
+from llmsys.decentral.quota import Meter
+from llmsys.decentral.reach import BETWEEN, REACH, Reach
 from llmsys.decentral.wire import Frame, decode, encode
+
+if TYPE_CHECKING:
+    from llmsys.decentral.direct import Direct
+    from llmsys.decentral.door import Door
 
 METHOD = "/llmsys.decentral/Talk"
 WELCOME = "welcome"
@@ -35,7 +43,6 @@ AGAIN_S = 0.3
 """Between two attempts to dial."""
 HELLO_S = 10.0
 """Whoever dials has to say who it is within so long."""
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPTIONS = (
     ("grpc.max_receive_message_length", 2 * PIECE_BYTES),
     ("grpc.max_send_message_length", 2 * PIECE_BYTES),
@@ -58,18 +65,19 @@ class Refused(ConnectionError):
     """The broker does not let this provider in; what it says."""
 
 
-def hello(machine: Machine, life: str) -> bytes:
-    """What a provider says first."""
-    return encode(
-        Frame(kind="hello", sender=machine.name, to=BROKER, body={**dataclasses.asdict(machine), "life": life})
-    )
+def hello(machine: Machine, life: str, reach: Reach | None = None) -> bytes:
+    """What a provider says first. `reach`: where its peers do, if they may."""
+    body = {**dataclasses.asdict(machine), "life": life}
+    body |= {} if reach is None else {REACH: dataclasses.asdict(reach)}
+    return encode(Frame(kind="hello", sender=machine.name, to=BROKER, body=body))
 
 
 class Line:
     """A provider's stream to the broker, in a thread of its own, which also says twice a second that it is alive: a
     provider that computes is not silent. `slow`: it is made to be so, to try what real lines would do. `busy`: whether
     it has something to do, which a sign of life says as well: where nobody has, and nothing comes, something has gone
-    astray."""
+    astray. `meter` is told what goes over it, and how long it is open. `door`: where it listens for its peers, as long
+    as this line is open."""
 
     def __init__(
         self,
@@ -80,15 +88,22 @@ class Line:
         credentials: Credentials | None,
         slow: Slow | None = None,
         busy: Callable[[], bool] = lambda: False,
+        meter: Meter | None = None,
+        door: Door | None = None,
     ) -> None:
-        self.slow, self.busy = slow, busy
+        self.busy, self.meter, self.door = busy, meter or Meter(), door
+        self._direct: Direct | None = None
+        self._up = self._down = None
+        if slow is not None:
+            self._up = Direction(slow.up_mbit, slow.delay_ms / 2e3)
+            self._down = Direction(slow.down_mbit, slow.delay_ms / 2e3)
         self._receiving_s = -math.inf
         self.address, self.token, self.machine, self.life = address, token, machine, life
         self.credentials = credentials
         self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.error: ConnectionError | None = None
         self.heard = False
-        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._outbox = Outbox()
         self._open = threading.Event()
         self._thread = threading.Thread(target=self._run, name="line", daemon=True)
         self._thread.start()
@@ -98,6 +113,15 @@ class Line:
         """None: nothing more will be said. Of a line that has ended the inbox says so."""
         with contextlib.suppress(RuntimeError):  # its loop is closed
             self._loop.call_soon_threadsafe(self._outbox.put_nowait, data)
+
+    def say(self, frame: Frame) -> None:
+        """To a peer past the broker, where that is of use."""
+        data = encode(frame)
+        if self._direct is None or frame.to == BROKER or frame.kind not in BETWEEN:
+            self.send(data)
+            return
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._direct.say, frame.to, frame.epoch, data)
 
     def close(self) -> None:
         """What has been said is sent before."""
@@ -110,59 +134,51 @@ class Line:
         except grpc.aio.AioRpcError as error:
             refused = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
             self.error = (Refused if refused else ConnectionError)(f"{self.address}: {error.details()}")
+        except OSError as error:
+            self.error = ConnectionError(str(error))
         finally:
+            self.meter.away()
             self.inbox.put(None)
 
     async def _talk(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._open.set()
-        async with channel_to(self.address, self.credentials) as channel:
-            talk = channel.stream_stream(METHOD)
+        async with contextlib.AsyncExitStack() as stack:
+            if self.door is not None:
+                from llmsys.decentral.direct import Direct
+
+                relay, ways = self._outbox.put_nowait, (self._up, self._down)
+                self._direct = Direct(self.machine.name, self.door, self.inbox.put, relay, *ways, self.meter)
+                await stack.enter_async_context(self._direct)
+            channel = await stack.enter_async_context(channel_to(self.address, self.credentials))
             let_in = asyncio.Event()
-            call = talk(self._said(let_in), metadata=(("token", self.token),))
+            said = slowed(self._metered(let_in), self._up)
+            call = channel.stream_stream(METHOD)(said, metadata=(("token", self.token),))
             if WELCOME in dict(await call.initial_metadata()):
+                self.meter.here()
                 let_in.set()
             joined = Joined()
-            slow = self.slow
-            down = None if slow is None else Direction(slow.down_mbit, slow.delay_ms / 2e3)
             async for piece in call:
                 self.heard = True
+                self.meter.nbytes += len(piece)
                 self._receiving_s = time.monotonic()
                 data = joined.add(piece)
-                if down is None:
-                    if data is not None:
-                        self.inbox.put(data)
-                    continue
-                through = down.received_at(len(piece), self._loop.time()) + down.delay_s
-                if data is not None:
-                    self._loop.call_at(through, self.inbox.put, data)
+                arrived(self._down, len(piece), None if data is None else functools.partial(self._heard, data))
 
-    async def _said(self, let_in: asyncio.Event) -> AsyncIterator[bytes]:
-        await let_in.wait()  # what is being said while a broker hangs up would hide why it does
-        if self.slow is None:
-            async for piece in self._pieces():
-                yield piece
-            return
-        up = Direction(self.slow.up_mbit, self.slow.delay_ms / 2e3)
-        under_way = asyncio.Queue[tuple[float, bytes | None]]()
+    def _heard(self, data: bytes) -> None:
+        if self._direct is None or not self._direct.hear(data):
+            self.inbox.put(data)
 
-        async def carry() -> None:
-            async for piece in self._pieces():
-                await until(up.busy_until(len(piece), self._loop.time()))
-                under_way.put_nowait((self._loop.time() + up.delay_s, piece))
-            under_way.put_nowait((0.0, None))
+    async def _metered(self, let_in: asyncio.Event) -> AsyncIterator[bytes]:
+        async for piece in self._pieces(let_in):
+            self.meter.nbytes += len(piece)
+            yield piece
 
-        carrying = asyncio.create_task(carry())
-        try:
-            while (item := await under_way.get())[1] is not None:
-                await until(item[0])
-                yield item[1]
-        finally:
-            carrying.cancel()
-
-    async def _pieces(self) -> AsyncIterator[bytes]:
+    async def _pieces(self, let_in: asyncio.Event) -> AsyncIterator[bytes]:
         """All that is said, and a sign of life where nothing is: a piece is one, too."""
-        for piece in pieces(hello(self.machine, self.life)):
+        await let_in.wait()  # what is being said while a broker hangs up would hide why it does
+        direct = self._direct
+        for piece in pieces(hello(self.machine, self.life, None if direct is None else direct.reach)):
             yield piece
         due = time.monotonic() + BEAT_S
         while True:
@@ -171,7 +187,10 @@ class Line:
             except TimeoutError:
                 due = time.monotonic() + BEAT_S
                 busy = self.busy() or not self.inbox.empty() or time.monotonic() < self._receiving_s + BEAT_S
-                yield LAST + encode(Frame(kind=BEAT, sender=self.machine.name, to=BROKER, body={"busy": busy}))
+                body: dict[str, Any] = {"busy": busy}
+                if direct is not None:
+                    body = {"busy": busy or direct.busy, REACH: direct.said()}
+                yield LAST + encode(Frame(kind=BEAT, sender=self.machine.name, to=BROKER, body=body))
                 continue
             if data is None:
                 return
@@ -186,8 +205,8 @@ def channel_to(address: str, credentials: Credentials | None) -> grpc.aio.Channe
     return grpc.aio.secure_channel(address, own, options=OPTIONS)
 
 
-WAKE = b""
-"""Put into a line's inbox: there is something to say."""
+LEAVE = b"leave"
+"""Put into a line's inbox: its provider wants to go."""
 
 
 def provide(provider: Provider, line: Line) -> None:
@@ -197,7 +216,9 @@ def provide(provider: Provider, line: Line) -> None:
         try:
             data = line.inbox.get_nowait()
         except queue.Empty:
+            before = provider.counters.flops
             if provider.work():
+                line.meter.flops += provider.counters.flops - before
                 _flush(provider, line)
                 continue
             data = line.inbox.get()
@@ -205,13 +226,15 @@ def provide(provider: Provider, line: Line) -> None:
             if line.error is not None:
                 raise line.error
             raise ConnectionError(f"{line.address}: the broker has gone")
-        if data is not WAKE:
+        if data is LEAVE:
+            provider.say_leave()
+        else:
             provider.hear(data)
         _flush(provider, line)
     line.close()
 
 
-def stay(provider: Provider, dial: Callable[[], Line], patience_s: float) -> None:
+def stay(provider: Provider, dial: Callable[[], Line], patience_s: Callable[[], float]) -> None:
     """As `provide`; when the line ends it is dialled again for so long: a broker that has died is rebuilt."""
     lost_s = -math.inf
     while True:
@@ -223,7 +246,7 @@ def stay(provider: Provider, dial: Callable[[], Line], patience_s: float) -> Non
         except ConnectionError:
             now_s = time.monotonic()
             lost_s = now_s if line.heard else lost_s
-            if now_s > lost_s + patience_s:
+            if now_s - lost_s > patience_s():
                 raise
         time.sleep(AGAIN_S)
 
@@ -251,4 +274,4 @@ async def asked(address: str, token: str, credentials: Credentials | None) -> Ma
 def _flush(provider: Provider, line: Line) -> None:
     said, provider.out = provider.out, []
     for frame in said:
-        line.send(encode(frame))
+        line.say(frame)

@@ -28,11 +28,7 @@ def answer(body: Mapping[str, Any], plane: Plane) -> tuple[dict[str, Any], Array
     count = int(body["bytes"])
     if not 0 <= count <= MOST_BYTES:
         raise ValueError(f"measure: {count} bytes: at most {MOST_BYTES}")
-    return said, {"bytes": of_bytes(count)} if count else {}
-
-
-def of_bytes(count: int) -> Array:
-    return Array(dtype="uint8", shape=(count,), order=(0,), expanded=(False,), data=bytes(count))
+    return said, {"bytes": Array.of_bytes(bytes(count))} if count else {}
 
 
 def best_s(call: Callable[[], object]) -> float:

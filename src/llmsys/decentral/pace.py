@@ -22,6 +22,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llmsys.decentral.compression import SHARES, codec
 from llmsys.decentral.cost import Cost, Costs
 
 
@@ -77,6 +78,7 @@ def _once_s(costs: Costs, order: Sequence[int], cuts: Sequence[int], stages: Seq
     for first, second, nbytes in costs.chain.ties:
         p, q = (order[bisect_right(cuts, at) - 1] for at in (first, second))
         if p != q:
-            once += nbytes * (costs.work.gradient * costs.line(q, p) + costs.line(p, q))
+            lossy = SHARES[codec(costs, order, cuts, order.index(q), back=True)]
+            once += nbytes * (costs.work.gradient * lossy * costs.line(q, p) + costs.line(p, q))
             once += costs.fleet.alpha_s(q, p) + costs.fleet.alpha_s(p, q)
     return once

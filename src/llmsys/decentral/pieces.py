@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from llmsys.decentral.wire import FRAME_BYTES, Malformed
@@ -72,6 +72,43 @@ class Direction:
         """When one is through whose last byte comes now, and which came in as it was being sent."""
         self._free_s = max(now, self._free_s + nbytes * 8e-6 / self.mbit)
         return self._free_s
+
+
+async def slowed(source: AsyncIterator[bytes], way: Direction | None) -> AsyncIterator[bytes]:
+    """The same, as such a line carries it, one after the other; None: as it comes."""
+    if way is None:
+        async for each in source:
+            yield each
+        return
+    loop, under_way = asyncio.get_running_loop(), asyncio.Queue[tuple[float, bytes | None]]()
+
+    async def carry() -> None:
+        try:
+            async for each in source:
+                await until(way.busy_until(len(each), loop.time()))
+                under_way.put_nowait((loop.time() + way.delay_s, each))
+        finally:
+            under_way.put_nowait((0.0, None))
+
+    carrying = asyncio.create_task(carry())
+    try:
+        while (item := await under_way.get())[1] is not None:
+            await until(item[0])
+            yield item[1]
+    finally:
+        carrying.cancel()
+
+
+def arrived(way: Direction | None, nbytes: int, what: Callable[[], None] | None) -> None:
+    """Of a message that has just come: calls `what`, if there is such, when it is through; None: now."""
+    if way is None:
+        if what is not None:
+            what()
+        return
+    loop = asyncio.get_running_loop()
+    through = way.received_at(nbytes, loop.time()) + way.delay_s
+    if what is not None:
+        loop.call_at(through, what)
 
 
 async def until(seconds: float) -> None:

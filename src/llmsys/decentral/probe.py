@@ -12,10 +12,11 @@ from typing import Any
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.hub import Hub
 from llmsys.decentral.link import Credentials
-from llmsys.decentral.measure import MEASURE, MEASURED, MOST_BYTES, of_bytes
+from llmsys.decentral.measure import MEASURE, MEASURED, MOST_BYTES
 from llmsys.decentral.planes import Arrays
 from llmsys.decentral.provider import BROKER
-from llmsys.decentral.wire import Frame, Malformed, decode, encode
+from llmsys.decentral.reach import Reach
+from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode
 
 ROUNDS = 5
 LEAST_BYTES = 64 << 10
@@ -102,7 +103,7 @@ class Probe:
     async def _measured(self, name: str) -> Measured:
         trips = [(await self._ask(name, {"bytes": 0}))[0] for _ in range(ROUNDS)]
         rtt_s = statistics.median(trips)
-        down = await self._line(name, rtt_s, lambda n: ({"bytes": 0}, {"bytes": of_bytes(n)}))
+        down = await self._line(name, rtt_s, lambda n: ({"bytes": 0}, {"bytes": Array.of_bytes(bytes(n))}))
         up = await self._line(name, rtt_s, lambda n: ({"bytes": n}, {}))
         _, many = await self._ask(name, {"matmul": [min(SIZE, 1024), SIZE]})
         _, few = await self._ask(name, {"matmul": [self.rows, SIZE]})
@@ -147,7 +148,7 @@ class Probe:
 
     # --- what comes ---
 
-    def _joined(self, machine: Provider, life: str) -> None:
+    def _joined(self, machine: Provider, life: str, reach: Reach | None) -> None:
         self.machines[machine.name] = machine
         self.said(f"{machine.name}: has come")
         self._came.set()

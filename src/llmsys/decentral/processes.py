@@ -21,13 +21,13 @@ END_S = 10.0
 
 class Processes:
     """`folder`: where what they say is kept, a file for each. `emulate`: their lines are made as slow as they are said
-    to be, with `delay_ms` between any two. Close it, or leave its block, and all are gone; if this process dies their
-    standard input ends, and so do they."""
+    to be, with `delay_ms` between any two. `direct`: they listen for each other. Close it, or leave its block, and all
+    are gone; if this process dies their standard input ends, and so do they."""
 
     def __init__(self, folder: Path, token: str, threads: int = 1, certificate: Path | None = None, *,
-                 emulate: bool = False, delay_ms: float = 0.0) -> None:  # fmt: skip
+                 emulate: bool = False, delay_ms: float = 0.0, direct: bool = False) -> None:  # fmt: skip
         self.folder, self.threads, self.certificate = folder, threads, certificate
-        self.emulate, self.delay_ms = emulate, delay_ms
+        self.emulate, self.delay_ms, self.direct = emulate, delay_ms, direct
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.stopped: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,7 @@ class Processes:
         for key in ("name", "plane", "tflops", "efficiency", "mem_gib", "up_mbit", "down_mbit", "region"):
             words += [f"--{key.replace('_', '-')}={getattr(machine, key)}"]
         words += ["--capped", f"--delay-ms={self.delay_ms}"] if self.emulate else []
+        words += ["--direct", "127.0.0.1:0"] if self.direct else []
         if not machine.trusted:
             words.append("--untrusted")
         threads = str(self.threads)

@@ -18,11 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.decentral import measure
+from llmsys.decentral.codecs import SCALES
+from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
 from llmsys.decentral.measure import MEASURE, MEASURED
+from llmsys.decentral.noise import Noise
 from llmsys.decentral.opinion import Opinions
+from llmsys.decentral.packing import Packing
 from llmsys.decentral.planes import CONSTANT, Plane, Rules, names_of
 from llmsys.decentral.revival import Revivals
 from llmsys.decentral.stage_work import AHEAD, BACK, INPUT, KINDS, SHARED, Sent, StageWork
@@ -35,13 +39,14 @@ MOST_SAID = 100
 
 @dataclass(kw_only=True)
 class Counters:
-    """What was left alone, and why; and tasks done, by kind, for what they are worth."""
+    """What was left alone, and why; and tasks done, with their FLOPs."""
 
     malformed: int = 0
     foreign: int = 0
     stale: int = 0
     refused: int = 0
     tasks: int = 0
+    flops: float = 0.0
     refusals: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=MOST_SAID))
 
 
@@ -49,7 +54,16 @@ class Provider:
     """`name`: under which the broker knows it."""
 
     def __init__(self, name: str, plane: Plane, job: str = "") -> None:
-        self.name, self.plane, self.job = name, plane, job
+        self.name, self.plane = name, plane
+        self.stopped, self.why = False, ""
+        self.busy = False
+        self.counters = Counters()
+        self.out: list[Frame] = []
+        self._of(job)
+
+    def _of(self, job: str) -> None:
+        """With nothing of another job."""
+        self.job = job
         self.epoch = self.step = 0
         self.here = Holdings()
         self.revivals = Revivals(self.here, self._made, self._send)
@@ -61,10 +75,6 @@ class Provider:
         self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
         self.sent: dict[str, tuple[int, Place, int]] = {}  # the same, and in which epoch
         self.said: tuple[str, int, int] | None = None
-        self.stopped, self.why = False, ""
-        self.busy = False
-        self.counters = Counters()
-        self.out: list[Frame] = []
 
     # --- what comes ---
 
@@ -77,7 +87,10 @@ class Provider:
             self.counters.refusals.append(str(error))
 
     def take(self, frame: Frame) -> None:
-        """A frame that is one."""
+        """A frame that is one. A broker's plan is of its job, whatever this provider did for another that broke off."""
+        told = frame.sender == BROKER and frame.to == self.name and frame.kind in ("plan", "stop", MEASURE)
+        if told and frame.job != self.job:
+            self._of(frame.job)
         if frame.to != self.name or frame.job != self.job:
             self.counters.foreign += 1
             return
@@ -146,7 +159,10 @@ class Provider:
         rules = Rules.of_json(body["rules"])
         graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
         executor = self.plane.stage(graph, stage, frame.tensors, rules)
-        return StageWork(graph, stage, executor, rules, count=int(body["count"]), claiming=body["claims"] is True)
+        noise = None if body["noise"] is None else Noise(**{**body["noise"], "names": tuple(body["noise"]["names"])})
+        packing = Packing(graph, stage, rules, Codecs.of_json(body["codecs"]), noise)
+        count, claiming = int(body["count"]), body["claims"] is True
+        return StageWork(graph, stage, executor, rules, packing, count=count, claiming=claiming)
 
     def _begin(self, frame: Frame) -> None:
         """Of stages only the one that it has now is kept."""
@@ -183,6 +199,8 @@ class Provider:
         out = own.work.apply(float(frame.body["rate"]), float(frame.body["scale"]))
         own.applied()
         self.step = own.at
+        if frame.body.get("at_once"):  # and the broker takes it that it holds it
+            self.said = ("held", self.epoch, own.at)
         self._send(self.live, out, self.peers)
 
     # --- data ---
@@ -234,19 +252,23 @@ class Provider:
             self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
             self._settle()
             return True
-        if self.revivals.work():
-            self.counters.tasks += 1
+        if (work := self.revivals.work()) is not None:
+            self._did(work)
             return True
         own = self.here.stages.get(self.live) if self.live else None
         sent = None if own is None else own.work.work()
         if own is None or self.live is None or sent is None:
             return self.opinions.work()  # where it has nothing else to do
-        self.counters.tasks += 1
+        self._did(own.work)
         self._send(self.live, sent, self.peers)
         if own.work.computed:
             done = own.work.done()
             self._say("prepared", step=done.step, body=done.told())
         return True
+
+    def _did(self, work: StageWork) -> None:
+        self.counters.tasks += 1
+        self.counters.flops += work.flops
 
     def _send(self, place: Place, sent: Iterable[Sent], peers: Mapping[int, str]) -> None:
         """To those of `peers` that it is for; what is for oneself takes no way round."""
@@ -394,6 +416,7 @@ def _checked(frame: Frame, stage: Stage, peers: Mapping[int, str]) -> None:
         return  # it is the broker's, which has been looked at
     from_ = {AHEAD: stage.receives, BACK: stage.sends, SHARED: stage.hears}.get(frame.kind)
     for name in (*frame.tensors, *frame.body.get("absent", ())):
-        senders = peers.values() if from_ is None else {peers.get(from_[name])} if name in from_ else ()
+        own = name.removesuffix(SCALES)
+        senders = peers.values() if from_ is None else {peers.get(from_[own])} if own in from_ else ()
         if frame.sender not in senders:
             raise ValueError(f"{frame.kind} {name}: is not from {frame.sender}")

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from llmsys.decentral.fleet import Provider
-from llmsys.decentral.link import LOOPBACK
+from llmsys.decentral.reach import LOOPBACK
 from llmsys.decentral.whereabouts import JobLost
 
 RESOURCE = "provider"
@@ -54,7 +54,7 @@ class _Actor:
         plane.warm()
         work, life = Work(own.name, plane), uuid.uuid4().hex
         credentials = None if certificate is None else Credentials(certificate=certificate)
-        stay(work, lambda: Line(address, token, own, life, credentials, busy=lambda: work.busy), PATIENCE_S)
+        stay(work, lambda: Line(address, token, own, life, credentials, busy=lambda: work.busy), lambda: PATIENCE_S)
         return work.why
 
     def pid(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llmsys.decentral.broker import State
+from llmsys.decentral.compression import Codecs
 from llmsys.decentral.copies import Copies
 from llmsys.decentral.cutting import Cutting, sources
 from llmsys.decentral.handing import Handing
@@ -42,14 +43,15 @@ class Recovery:
     # --- a plan ---
 
     def cut(self, state: State) -> None:
-        """As the plan says; a model that is cut so already stays as it is."""
+        """As the plan says; a model that is cut so already, with stages that send what they send so, stays as it is."""
         if state.plan is None:
             return
         (pipeline,) = state.plan.pipelines
         where = self.where
-        if where.cutting is None or where.cutting.cuts != pipeline.cuts:
-            graph, chain = self.training.graph, self.training.chain
-            where.cutting = Cutting(state.epoch, graph, chain, pipeline.cuts, self.training.rules)
+        codecs = Codecs.of(state.costs, pipeline.order, pipeline.cuts)
+        if where.cutting is None or (where.cutting.cuts, where.cutting.codecs) != (pipeline.cuts, codecs):
+            own, private = self.training, state.job.work.private
+            where.cutting = Cutting(state.epoch, own.graph, own.chain, pipeline.cuts, own.rules, codecs, private)
             where.cuttings[where.cutting.number] = where.cutting
 
     def based(self) -> None:

@@ -65,9 +65,10 @@ class Revivals:
                 return place, each.held
         return None
 
-    def work(self) -> bool:
-        """The next task of any; whether there was one."""
-        return any(self._worked(place, each) for place, each in [*self.open.items()] if _ready(each))
+    def work(self) -> StageWork | None:
+        """The next task of any; of which, if there was one."""
+        ready = ((place, each) for place, each in [*self.open.items()] if _ready(each))
+        return next((each.held.work for place, each in ready if self._worked(place, each)), None)
 
     def _worked(self, place: Place, revival: Revival) -> bool:
         held, work = revival.held, revival.held.work

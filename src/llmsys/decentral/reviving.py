@@ -15,7 +15,7 @@ from llmsys.decentral.handing import Handing
 from llmsys.decentral.planes import CONSTANT
 from llmsys.decentral.provider import BROKER
 from llmsys.decentral.training import Update
-from llmsys.decentral.whereabouts import JobLost, Whereabouts, owners, private, trusted
+from llmsys.decentral.whereabouts import JobLost, Whereabouts, owners, trusted
 
 
 class Reviving:
@@ -105,7 +105,7 @@ class Reviving:
 
     def _reviver(self, base: Cutting, at: int, state: State) -> str:
         """The owner that has most use for what a stage had."""
-        order, names, hidden = owners(state), self.where.now.names, private(base, at, state)
+        order, names, hidden = owners(state), self.where.now.names, base.is_private(at)
         may = [index for index, name in enumerate(order) if not hidden or trusted(name, state)]
         return order[max(may, key=lambda index: len(names[index] & base.names[at]))]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner, schedule
+from llmsys.decentral import contributions, noise, owner, schedule
 from llmsys.decentral.broker import Job
 from llmsys.decentral.chain import Chain
+from llmsys.decentral.compression import NONE
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
-from llmsys.decentral.event_log import EventLog, last_step, read
+from llmsys.decentral.event_log import EVENTS, EventLog, last_step, read
 from llmsys.decentral.fleet import Between
 from llmsys.decentral.link import Credentials
 from llmsys.decentral.processes import Processes
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 KNOWN = "broker.json"
-"""What whoever dials again knows of a broker: its port, and the token."""
+"""What whoever dials again knows of a broker: its port, the token, and the name of the job. There as long as the job is
+not done."""
 
 
 class Running:
@@ -66,20 +68,20 @@ class Running:
         this machine's processes, which ended with it."""
         task, context = self.task, self.context
         host, _, wanted = task.listen.rpartition(":")
-        token, port = self._known(int(wanted))
         own = Path(task.certificate).read_bytes() if task.certificate else None
         credentials = None if own is None else Credentials(certificate=own, key=Path(task.key).read_bytes())
-        events = context.out / "events.jsonl"
-        if task.start == "process":
+        events = context.out / EVENTS
+        if task.start == "process" or not (context.out / KNOWN).exists():  # begun anew, or done before
             events.unlink(missing_ok=True)
         noted = read(events)
+        token, port, name = self._known(int(wanted), going_on=bool(noted))
         with (
             ThreadPoolExecutor(1, thread_name_prefix="export") as elsewhere,
             contextlib.closing(EventLog(events)) as log,
             self._started(token, own) as started,
         ):
             machines = owner.machines(task, self.chain, self.work) if started is not None else []
-            pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve}
+            pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve, "name": name}
             job = Job(chain=self.chain, work=self.work, other=Between(delay_ms=task.delay_ms), **pool)
             self.coordinator = Coordinator(job, self.training(elsewhere), log.note)
             self.made(self.coordinator)
@@ -90,7 +92,7 @@ class Running:
             def ready(port: int) -> None:
                 context.beat(phase=f"waiting for {task.providers} providers at port {port}")
                 context.log.info("the broker listens on %s:%d", host, port)
-                write_atomic(context.out / KNOWN, json.dumps({"port": port, "token": token}), mode=0o600)
+                write_atomic(context.out / KNOWN, json.dumps({"port": port, "token": token, "job": name}), mode=0o600)
                 for each in machines:
                     assert started is not None
                     started.start(each, f"{host}:{port}")
@@ -114,10 +116,14 @@ class Running:
                 self._looking()
                 events.rename(events.with_suffix(".lost"))  # or the next attempt would go on where nothing is left
                 raise
-            self.sent = serving.hub.received
+            finally:
+                given = self.coordinator.accounts.to_json()
+                write_atomic(context.out / contributions.FILE, json.dumps(given, indent=1) + "\n")
+            self.sent = serving.sent
             for name, why in started.wrong().items() if started is not None else ():
                 context.log.warning("provider %s: %s", name, why)
         (context.out / KNOWN).unlink()
+        (context.out / noise.FILE).unlink(missing_ok=True)
 
     def _looking(self) -> None:
         self.context.beat()
@@ -126,15 +132,16 @@ class Running:
             self.context.log.warning("%s", each)
         self.warned = len(verdicts)
 
-    def _known(self, port: int) -> tuple[str, int]:
-        """The token, and the port, which whoever dials again knows already."""
+    def _known(self, port: int, *, going_on: bool) -> tuple[str, int, str]:
+        """The token, the port and, of a job that goes on, its name, which whoever dials again knows already."""
         path = self.context.out / KNOWN
         before = json.loads(path.read_text()) if path.exists() and self.task.start != "process" else {}
         if self.task.token_file:
             token = _token(self.task.token_file)
         else:
             token = str(before.get("token", secrets.token_hex(16)))
-        return token, port or int(before.get("port", 0))
+        name = before.get("job", "") if going_on else secrets.token_hex(8)
+        return token, port or int(before.get("port", 0)), str(name)
 
     @contextlib.contextmanager
     def _started(self, token: str, certificate: bytes | None) -> Iterator[Processes | Nodes | None]:
@@ -151,7 +158,7 @@ class Running:
                 yield nodes
         else:
             path = Path(task.certificate) if task.certificate else None
-            lines: dict[str, Any] = {"emulate": task.emulate, "delay_ms": task.delay_ms}
+            lines: dict[str, Any] = {"emulate": task.emulate, "delay_ms": task.delay_ms, "direct": task.direct}
             with Processes(context.out / "providers", token, context.threads, path, **lines) as processes:
                 yield processes
 
@@ -180,6 +187,8 @@ class Running:
         }
         if own.training.checks:
             summary |= own.checks.counts()
+        if self.task.direct:
+            summary["direct_mib"] = sum(own.directory.carried.values()) / MIB
         if took:
             summary["step_ms_p50"] = statistics.median(took)
         state = own.state
@@ -187,11 +196,13 @@ class Running:
             timing = schedule.Timing.of(state.costs, state.plan.pipelines[0])
             spans = schedule.run(timing, self.work.schedule, self.work.micro_batches)
             summary["predicted_step_ms"] = schedule.ends_s(spans) * 1e3
+            codecs = own.recovery.where.now.codecs
+            summary["compressed"] = sum(each != NONE for each in (*codecs.ahead[:-1], *codecs.back[1:]))
         if recovered:
             summary["recovery_s_p50"] = statistics.median(recovered)
-        for name, count in sorted(own.tasks.items()):
-            summary[f"provider/{name}/tasks"] = count
-            summary[f"provider/{name}/mib"] = self.sent.get(name, 0) / MIB
+        for name, given in own.accounts.to_json().items():
+            for key in ("share", "tflop", "forward", "sent_mib", "copies_mib", "present_s"):
+                summary[f"provider/{name}/{key}"] = given[key]
         samples = {"step_ms": took, "recovery_s": recovered}
         return summary, {key: each for key, each in samples.items() if each}
 

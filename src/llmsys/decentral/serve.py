@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.hub import Hub
 from llmsys.decentral.link import Credentials
+from llmsys.decentral.reach import Reach
 from llmsys.decentral.status import status
 from llmsys.decentral.whereabouts import JobLost
 
@@ -64,18 +66,20 @@ class Serving:
             raise self._error
 
     def status(self) -> dict[str, Any]:
-        """See `llmsys.decentral.status`; bytes are what the lines carried."""
-        found = status(self.coordinator, self.now)
-        for name, each in found["providers"].items():
-            each["sent_mib"] = self.hub.received[name] / 2**20
-        return found
+        """See `llmsys.decentral.status`."""
+        return status(self.coordinator, self.now)
+
+    @property
+    def sent(self) -> collections.Counter[str]:
+        """Bytes, by provider: to the broker, and past it, as their peers say."""
+        return self.hub.received + self.coordinator.directory.carried
 
     @property
     def now(self) -> float:
         return time.monotonic() - self._begun
 
-    def _joined(self, machine: Machine, life: str) -> None:
-        self._guarded(lambda: self.coordinator.join(machine, life, self.now))
+    def _joined(self, machine: Machine, life: str, reach: Reach | None) -> None:
+        self._guarded(lambda: self.coordinator.join(machine, life, self.now, reach))
 
     def _heard(self, name: str, data: bytes) -> None:
         self._guarded(lambda: self.coordinator.hear(name, data, self.now))

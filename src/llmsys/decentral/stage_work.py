@@ -15,20 +15,20 @@ from typing import Any
 from llmsys.decentral.claims import Claims, hashed
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
+from llmsys.decentral.packing import AHEAD, BACK, SHARED, Packing
 from llmsys.decentral.planes import PARAMETER, Executor, Rules
 from llmsys.decentral.schedule import orders
 from llmsys.decentral.wire import Array
 
-AHEAD, BACK, SHARED, VALUE, INPUT = "ahead", "back", "shared", "value", "input"
-"""What travels: results, their gradients, sums of gradients of shared parameters, these parameters' new values, and the
-job's own inputs."""
+VALUE, INPUT = "value", "input"
+"""What travels as well: shared parameters' new values, and the job's own inputs."""
 KINDS = (AHEAD, BACK, SHARED, VALUE, INPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """`arrays` for stage `to`, of a step and a micro-batch (of values: of the step alone). `absent`: gradients that it
-    waits for, and that are none."""
+    """`arrays` for stage `to`, as they are sent (`packing`), of a step and a micro-batch (of values: of the step
+    alone). `absent`: gradients that it waits for, and that are none."""
 
     to: int
     kind: str
@@ -58,12 +58,23 @@ class StageWork:
     comes and goes."""
 
     def __init__(
-        self, graph: Graph, stage: Stage, executor: Executor, rules: Rules, *, count: int, claiming: bool = False
+        self,
+        graph: Graph,
+        stage: Stage,
+        executor: Executor,
+        rules: Rules,
+        packing: Packing,
+        *,
+        count: int,
+        claiming: bool = False,
     ) -> None:
         self.graph, self.stage, self.executor, self.rules, self.count = graph, stage, executor, rules, count
+        self.packing = packing
         self.order = orders(rules.schedule, count, rules.micro_batches)[stage.index]
         if rules.streams:
             self.order = [("F", at) for at in range(rules.micro_batches)]
+        self.flops = 0.0  # of the task that was done last
+        self._forward_flops = sum(graph.by_name[name].flops for name in stage.nodes)
         self.log: list[Sent] = []
         self._claims = Claims() if claiming else None
         self.step = 0  # under way; 0: none
@@ -87,20 +98,27 @@ class StageWork:
 
     def put(self, sent: Sent) -> None:
         """ValueError for what this stage is not sent, or another shape than the graph has."""
-        for name in (*sent.arrays, *sent.absent):
+        arrays = self.packing.unpacked(sent.kind, sent.arrays)
+        for name in (*arrays, *sent.absent):
             if not self.expects(sent.kind, name):
                 raise ValueError(f"{sent.kind} {name}: is not for stage {self.stage.index}")
         if sent.absent and sent.kind not in (BACK, SHARED):
             raise ValueError(f"{sent.kind} {sent.absent[0]}: cannot be absent")
         if not 0 <= sent.micro_batch < self.rules.micro_batches:
             raise ValueError(f"{sent.kind}: micro-batch {sent.micro_batch}: there is none")
-        for name, array in sent.arrays.items():
+        for name, array in arrays.items():
             shared = sent.kind in (SHARED, VALUE)
             value = self.graph.parameters[name] if shared else self.graph.by_name[name].values[0]
             if (array.dtype, array.shape) != (value.dtype, value.shape):
                 raise ValueError(f"{sent.kind} {name}: {array.dtype} {list(array.shape)}: is not as in the graph")
-        for name in (*sent.arrays, *sent.absent):
-            self._here[sent.kind, sent.step, sent.micro_batch, name] = sent.arrays.get(name)
+        own = {AHEAD: self.stage.receives, BACK: self.stage.sends, SHARED: self.stage.hears}.get(sent.kind)
+        if self._claims and own is not None:
+            (stage,) = {own[name] for name in (*arrays, *sent.absent)}  # all of it is from one
+            for name in (*sent.arrays, *sent.absent):
+                what = f"{sent.kind}/{sent.micro_batch}/{name}"
+                self._claims.came(sent.step, stage, what, sent.arrays.get(name))
+        for name in (*arrays, *sent.absent):
+            self._here[sent.kind, sent.step, sent.micro_batch, name] = arrays.get(name)
 
     # --- a step ---
 
@@ -118,6 +136,8 @@ class StageWork:
             self.executor.forget()
             self.log = [each for each in self.log if each.step < self.step]
             self._here = {key: each for key, each in self._here.items() if key[1] < self.step}
+            if self._claims:
+                self._claims.give_up()
         self.step = 0
 
     @property
@@ -136,7 +156,7 @@ class StageWork:
             return None
         given: dict[str, dict[str, Array]] = {kind: {} for kind in KINDS}
         for key in keys:
-            if (array := self._taken(key)) is not None:
+            if (array := self._here.pop(key)) is not None:
                 given[key[0]][key[3]] = array
         if what == "F":
             found = self.executor.forward(self.step, micro_batch, given[INPUT], given[AHEAD])
@@ -149,6 +169,7 @@ class StageWork:
                 *self._grouped(SHARED, micro_batch, on, self.stage.shares, self.stage.shares),
             ]
         self.next += 1
+        self.flops = self._forward_flops * (1 if what == "F" else 2)
         self.log += out
         for each in out if self._claims else ():
             for name in (*each.arrays, *each.absent):
@@ -181,13 +202,6 @@ class StageWork:
         found = {PARAMETER + key: self._here.pop(place) for key, place in keys.items()}
         self.executor.put({name: array for name, array in found.items() if array is not None})
         return True
-
-    def _taken(self, key: tuple[str, int, int, str]) -> Array | None:
-        array, (kind, _, micro_batch, name) = self._here.pop(key), key
-        if self._claims and kind != INPUT:
-            own = {AHEAD: self.stage.receives, BACK: self.stage.sends, SHARED: self.stage.hears}
-            self._claims.came(own[kind][name], f"{kind}/{micro_batch}/{name}", array)
-        return array
 
     # --- what was sent ---
 
@@ -228,6 +242,7 @@ class StageWork:
         found, wanted = [], tuple(wanted)
         for stage in sorted({to[name] for name in (*arrays, *wanted)}):
             own = {name: each for name, each in arrays.items() if to[name] == stage}
+            own = self.packing.packed(kind, self.step, micro_batch, own)
             absent = tuple(name for name in wanted if to[name] == stage and name not in arrays)
             found.append(Sent(to=stage, kind=kind, step=self.step, micro_batch=micro_batch, arrays=own, absent=absent))
         return found

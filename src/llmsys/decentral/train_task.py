@@ -9,8 +9,10 @@ all its label positions, as in `llmsys.train.loop`: each micro-batch's loss is t
     steps, steps_again             that were committed, each once; attempts of one that were given up
     recovery_s_p50                 of faults: from the signal to the next commit
     lost, joined, plans, stages    how often somebody went, came, and a new plan was made; stages of the last one
-    moved_mib, per_step_mib        what went over the broker's lines, of which each step moves
-    provider/<name>/tasks, mib     forward and backward passes of stages that counted; what it sent
+    compressed                     lines of the last plan, each way by itself, that are; not all where `adaptive`
+    moved_mib, per_step_mib        what providers sent, and what each step moves of it
+    direct_mib                     what of that went past the broker, as those say who received it
+    provider/<name>/share, ...     what each has done (`contributions`)
     checked, unchecked             with `task.checks`: steps of stages that were computed again; that could not be
     cheats, undecided              who was sent away for what it said; how often nobody could say who is wrong
 """
@@ -22,9 +24,10 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.decentral import owner
+from llmsys.decentral import contributions, noise, owner
 from llmsys.decentral.chain import chain
 from llmsys.decentral.cost import Workload
+from llmsys.decentral.event_log import EVENTS
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.planes import AdamW, Rules
 from llmsys.decentral.planes.layout import packed, unpacked
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 
 
 def train(config: schema.Config, context: Context) -> dict[str, Any]:
-    """The record's summary and samples; `weights`, `events.jsonl`, and what providers have said in `providers/`."""
+    """The record's summary and samples; `weights`, `events.jsonl`, `contributions.json`, and in `providers/` what
+    providers have said."""
     with trainer(config, context) as ready:
         context.beat(phase="tracing the model")
         job = _Job(config, context, ready)
@@ -54,7 +58,10 @@ class _Job:
         self.traced = owner.traced(self.loop.model, self.batches.of(1)[0])
         self.chain = chain(self.traced.graph)
         work = Workload(
-            micro_batches=own.global_batch // own.micro_batch, most=1, private=owner.pins(self.chain, task.private)
+            micro_batches=own.global_batch // own.micro_batch,
+            most=1,
+            private=owner.pins(self.chain, task.private),
+            compress=task.compress,
         )
         self.rules = Rules(
             micro_batches=work.micro_batches, optimizer=AdamW(weight_decay=own.weight_decay), seed=own.seed
@@ -78,6 +85,7 @@ class _Job:
             copy_every=task.copy_every,
             checks=task.checks,
             on_cheat=task.on_cheat,
+            noise=noise.of(task.noise, self.context.out),
         )
 
     def committed(self, step: int) -> None:
@@ -97,7 +105,7 @@ class _Job:
         updates = running.coordinator.updates
         owner.put(self.loop.model, {key: unpacked(each) for key, each in running.coordinator.trained.items()})
         scores = self.loop.evaluate(config.train.steps)
-        files = {"events": "events.jsonl"}
+        files = {"events": EVENTS, "contributions": contributions.FILE}
         if config.train.save_final:
             meta = {"exp": config.name, "method": config.method.kind, "base": dataclasses.asdict(config.model)}
             kept = self.context.method.state(self.loop.model)

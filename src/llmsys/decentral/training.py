@@ -10,6 +10,7 @@ from typing import Any
 from llmsys.decentral.chain import Chain
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.graph import Graph
+from llmsys.decentral.noise import Noise
 from llmsys.decentral.planes import Arrays, Rules
 from llmsys.decentral.wire import FRAME_BYTES, HEADER_BYTES
 
@@ -23,8 +24,9 @@ class Training:
     each stage's state `copies` are kept by other providers and, with `owner_keeps`, one by the broker, of every
     `copy_every`-th step (0: as the lines allow, see `copies.copies_every`). `exports`: what planes are sent that run
     programs of their own; None: providers with such planes are sent away. `vocabulary`, `rows` of each
-    stream: of what is generated (`rules.streams`). A share of `checks` of what stages compute is computed again
-    (`checking`); where that shows that the model is not what it should be, the job ends, if `on_cheat` is `stop`."""
+    stream: of what is generated (`rules.streams`). `noise` on what private stages send to others. A share of `checks`
+    of what stages compute is computed again (`checking`); where that shows that the model is not what it should be,
+    the job ends, if `on_cheat` is `stop`."""
 
     graph: Graph
     chain: Chain
@@ -42,6 +44,7 @@ class Training:
     on_cheat: str = "stop"
     vocabulary: int = 0
     rows: int = 0
+    noise: Noise | None = None
 
     def __post_init__(self) -> None:
         """ValueError for a tensor that no frame carries."""

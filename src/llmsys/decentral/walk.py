@@ -41,6 +41,7 @@ class Walk:
         self.places: list[int] = places.tolist()
         self.flops: list[float] = costs.flops[places].tolist()
         self.ahead: list[float] = costs.ahead[places].tolist()
+        self.received: list[float] = costs.chain.ahead[places].tolist()
         self.back: list[float] = costs.back[places].tolist()
         self.private: list[float] = costs.private[places].tolist()
         inner = slice(1, -1)
@@ -215,7 +216,7 @@ class Walk:
         if key not in self.memory:
             self.memory[key] = self.costs.memory(in_flight, offload)[self.costs.chain.places].tolist()
         sums = self.memory[key]
-        most = sums[begin] + self.bytes[p] - self.ahead[begin] * in_flight
+        most = sums[begin] + self.bytes[p] - self.received[begin] * in_flight
         end = bisect_right(sums, most, begin) - 1
         for first, second, nbytes in self.ties:
             if begin <= first:

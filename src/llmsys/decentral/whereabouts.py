@@ -72,9 +72,3 @@ def trusted(name: str, state: State) -> bool:
     place = state.place(name)
     assert place is not None
     return state.providers[place].trusted
-
-
-def private(cutting: Cutting, at: int, state: State) -> bool:
-    """Whether a stage has operators that only trusted providers may see."""
-    first, last = state.job.work.private
-    return cutting.cuts[at] < first or cutting.cuts[at + 1] > cutting.chain.count - last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from llmsys.schema.fields import at_least, one_of
@@ -11,6 +12,7 @@ OWNER = "stage"
 STARTED = ("process", "ray", "none")
 ON_CHEAT = ("stop", "go_on")
 RUN_PLANES = ("torch", "torch_compiled", "onnx")
+COMPRESS = ("none", "fp16", "bf16", "int8", "adaptive")
 
 
 @dataclass(kw_only=True)
@@ -23,12 +25,17 @@ class Together(Task):
     much as makes `stages` of them hold the job. `reserve` of them are in the backup pool. `copies` of each stage's
     state are kept by others, and one by the owner, unless `owner_keeps` is false.
 
-    `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says.
+    `delay_ms`: one way, between two of them. `emulate`: processes' lines are made as slow as all that says. `direct`:
+    processes talk to each other, where that is not slower than by the broker.
 
     `private`: layers, at the beginning and at the end, that with the embedding, the head and the loss only trusted
     providers have, or copies of it: the first `trusted` of those that are started, of those who dial in who show what
     is in `trusted_token_file`; empty: nothing is. That is reduced exposure and not privacy: see the task
     `decentral_attack`.
+
+    `compress`: how hidden states and their gradients go from stage to stage: none, fp16, bf16 or int8 everywhere, or
+    as each line needs it (adaptive). `noise`: of so many times a hidden state's standard deviation, is added to what
+    private stages send on to others, in training and generation.
 
     `listen`: host and port; beyond loopback with `certificate` and `key`, files that
     `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
@@ -46,9 +53,12 @@ class Together(Task):
     down_mbit: float = 1000.0
     delay_ms: float = 0.0
     emulate: bool = False
+    direct: bool = False
     private: list[int] = field(default_factory=list)
     trusted: int = 2
     trusted_token_file: str = ""
+    compress: str = "none"
+    noise: float = 0.0
     mem_gib: float = 0.0
     copies: int = 1
     owner_keeps: bool = True
@@ -79,8 +89,15 @@ class Together(Task):
             raise ValueError("task.trusted_token_file: empty; with task.private it has what those show who may see it")
         if self.private and self.start == "ray":
             raise ValueError(f"task.private={self.private}: Ray's nodes are not told apart: task.start=process or none")
+        one_of("task.compress", self.compress, COMPRESS)
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"task.noise={self.noise}: must be 0 or more")
+        if self.noise and not self.private:
+            raise ValueError(f"task.noise={self.noise}: needs task.private, which says whose states it hides: [1,1]")
         if self.emulate and self.start != "process":
             raise ValueError("task.emulate=true: is for providers that are processes: task.start=process")
+        if self.direct and self.start != "process":
+            raise ValueError("task.direct=true: is for task.start=process; who dials in says --direct HOST:PORT")
         if not self.mem_gib >= 0:
             raise ValueError(f"task.mem_gib={self.mem_gib}: must be 0 or more")
         host, _, port = self.listen.rpartition(":")
