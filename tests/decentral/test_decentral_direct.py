@@ -359,19 +359,20 @@ def test_what_providers_say_of_their_lines_is_checked_and_added_up() -> None:
     for life in ((5, 9), (2, 3)):
         own.join("p", None)
         for received in life:
-            own.hear("p", Said(received={"q": received}).to_json())
+            own.hear("p", Said(received={"q": received}).to_json(), {"p", "q", "r"})
     assert own.carried == {"q": 9 + 3}
     good = Said(direct={"q": (1.0, None)}, relayed={"r": "why"}, received={"q": 1})
-    own.hear("p", good.to_json())
+    own.hear("p", good.to_json(), {"p", "q", "r"})
     assert own.said["p"] == good
     many = dict.fromkeys(map(str, range(999)), 1)
     for key, wrong in (("received", {"q": -1}), ("received", {"q": "1"}), ("direct", {"q": [float("inf"), 1]}),
-                       ("direct", {"q": 1}), ("relayed", 7), ("received", many)):  # fmt: skip
+                       ("direct", {"q": 1}), ("relayed", 7), ("received", many), ("received", {"q": 10**400}),
+                       ("received", {"z": 1})):  # fmt: skip
         with pytest.raises((ValueError, TypeError)):
-            own.hear("p", {**good.to_json(), key: wrong})
+            own.hear("p", {**good.to_json(), key: wrong}, {"p", "q", "r"})
     assert own.said["p"] == good
     with pytest.raises(KeyError):
-        own.hear("p", {})
+        own.hear("p", {}, {"p", "q", "r"})
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ import alone
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.exports import Exports
 from llmsys.decentral.fleet import Provider
-from llmsys.decentral.hub import Hub
+from llmsys.decentral.hub import Hub, hello_of
 from llmsys.decentral.processes import Processes
 from llmsys.decentral.serve import Serving
+from llmsys.decentral.wire import Frame, Malformed, encode
 
 STEPS = 8
 TOKEN = "for this test"
@@ -183,6 +184,43 @@ def test_only_who_shows_the_trusted_token_is_trusted(providers: Machines, tmp_pa
 
     asyncio.run(asyncio.wait_for(serve(), 60))
     assert found == {own[0].name: False, own[1].name: True}
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a" * 65, "[/x]\n", "", "ü"])
+def test_a_name_that_cannot_be_shown_is_none(name: str) -> None:
+    body = {"name": name, "tflops": 1.0, "mem_gib": 1.0, "up_mbit": 1.0, "down_mbit": 1.0, "life": "1"}
+    said = Frame(kind="hello", sender=name, to="broker", body=body)
+    with pytest.raises(Malformed):
+        hello_of(encode(said))
+
+
+def test_the_name_of_somebody_trusted_is_nobody_elses(providers: Machines, tmp_path: Path) -> None:
+    """Who only shows the plain token is not sent what that one is."""
+    trusted = tmp_path / "trusted"
+    trusted.write_text("shown to few")
+    own = machines(1.0, 1)[0]
+
+    async def serve() -> tuple[int, str]:
+        there = asyncio.Event()
+        hub = Hub(TOKEN, lambda *given: there.set(), lambda *given: None, lambda name: None,
+                  trusted_token="shown to few")  # fmt: skip
+        await hub.listen("127.0.0.1", 0)
+        providers.start(own, hub.port, token=trusted)
+        await there.wait()
+        there.clear()
+        other = Machines(tmp_path)
+        process = other.start(own, hub.port)
+        try:
+            _, said = await asyncio.to_thread(process.communicate)
+        finally:
+            other.end()
+            await hub.close()
+        assert not there.is_set()
+        return process.returncode, said
+
+    code, said = asyncio.run(asyncio.wait_for(serve(), 60))
+    assert code == 1
+    assert f"the name {own.name} is a trusted provider's" in said
 
 
 def test_beyond_loopback_a_certificate_is_needed() -> None:

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from decentral_harness import FAMILIES
-from decentral_running import Astray, Storm, job, losses, machines, mem_gib, together, trained, training, undisturbed
+from decentral_running import (
+    MICRO_BATCHES,
+    Astray,
+    Storm,
+    job,
+    losses,
+    machines,
+    mem_gib,
+    together,
+    trained,
+    training,
+    undisturbed,
+)
 
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import EventLog, read
@@ -198,11 +210,11 @@ def test_the_brokers_copies_serve_where_they_are_older_than_what_neighbours_kept
         return [] if late else [data]
 
     local.carry = carry
-    while local.coordinator.state.step < 5:
+    while local.coordinator.recovery.copies.safe <= 2:
         local.round()
         local.now += 0.01
+    assert local.coordinator.state.step < STEPS
     owner = local.coordinator.owners[0]
-    assert local.coordinator.recovery.copies.safe > 2
     for name in {owner, *local.coordinator.recovery.copies.keepers[owner]} - {BROKER}:
         local.kill(name)
     local.run()
@@ -233,6 +245,7 @@ HOSTILE = [
     ("copied", {"cutting": 1, "stage": 0}),
     ("copied", {"cutting": 10**400, "stage": 0}),
     ("state", {"keep": [1, 0], "piece": 0, "of": 1}),
+    ("state", {"keep": [1, 0], "piece": 0, "of": 10**9}),
     ("state", {}),
     ("have", {"stages": [[1]], "copies": 3, "constants": []}),
     ("revived", {"cutting": 9, "stage": 9, "since": 0}),
@@ -278,6 +291,73 @@ def test_what_goes_between_stages_is_not_taken_from_anybody_else() -> None:
     local.run()
     assert losses(local) == undisturbed("llama", STEPS)
     assert any("is not from" in each for each in local.coordinator.refusals)
+
+
+def test_only_the_stage_that_computes_them_says_what_came_of_a_step_and_only_of_the_one_under_way() -> None:
+    """An owner in the middle says losses, of this step and of another; nothing of it is committed."""
+    local = together("llama", 3, 3, STEPS)
+
+    def carry(to: str, data: bytes) -> list[bytes]:
+        real = decode(data)
+        if real.kind != "prepared" or real.body["results"]:
+            return [data]
+        lie = dataclasses.replace(real, body={"squares": {}, "results": [0.0] * MICRO_BATCHES})
+        own = local.coordinator.owners[-1]
+        late = dataclasses.replace(real, sender=own, step=real.step - 1, body=lie.body)
+        return [encode(lie), encode(late), data]
+
+    local.carry = carry
+    local.run()
+    assert losses(local) == undisturbed("llama", STEPS)
+    said = " ".join(local.coordinator.refusals)
+    assert "results, which another stage computes" in said
+
+
+def test_what_is_said_while_there_is_no_plan_is_of_none() -> None:
+    """Nobody holds the model: the broker waits, whatever is said to it."""
+    local = together("llama", 2, 2, STEPS)
+    while local.coordinator.state.step < 2:
+        local.round()
+        local.now += 0.01
+    own = local.coordinator
+    name = own.owners[0]
+    local.kill(own.owners[1])
+    local.round()
+    assert own.state.plan is None
+    for kind in ("held", "copied", "prepared", "have", "state"):
+        frame = Frame(kind=kind, epoch=own.state.epoch, step=own.state.step, sender=name, to=BROKER)
+        own.hear(name, encode(frame), local.now)
+    assert own.counters["stale"] >= 5
+
+
+def test_a_copy_is_kept_of_whoever_the_broker_has_named_and_nobody_else() -> None:
+    local = together("llama", 4, 3, STEPS)
+    while local.coordinator.state.step < 2:
+        local.round()
+        local.now += 0.01
+    own = local.coordinator
+    place = (own.recovery.where.now.number, 0)
+    (keeper,) = {*own.recovery.copies.keepers[own.owners[0]]} - {BROKER}
+    there = local.providers[keeper]
+    before = dict(there.here.copies[place])
+    body = {"keep": [*place], "piece": 0, "of": 1}
+    frame = Frame(kind="state", epoch=own.state.epoch, step=own.state.step, sender=own.owners[1], to=keeper, body=body)
+    there.take(frame)
+    assert there.here.copies[place] == before
+    assert "is not p" in there.counters.refusals[-1]
+
+
+def test_who_is_measured_loses_nothing_of_a_job_whose_broker_has_died() -> None:
+    local = together("llama", 2, 2, STEPS)
+    while local.coordinator.state.step < 2:
+        local.round()
+        local.now += 0.01
+    provider = local.providers[local.coordinator.owners[0]]
+    before = (provider.live, provider.epoch, dict(provider.here.stages))
+    provider.job = "of a broker"
+    provider.take(Frame(kind="measure", sender=BROKER, to=provider.name, body={"id": 1, "bytes": 10}))
+    assert [each.kind for each in provider.out] == ["measured"]
+    assert (provider.live, provider.epoch, provider.here.stages) == before
 
 
 def test_what_never_changes_is_not_changed_by_others() -> None:

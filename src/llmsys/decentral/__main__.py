@@ -190,13 +190,16 @@ def _provide(given: argparse.Namespace) -> int:
     plane.warm()
     slow = Slow(up_mbit=given.up_mbit, down_mbit=given.down_mbit, delay_ms=given.delay_ms) if given.capped else None
 
-    limits = Limits(given.limit_gib, needed, lambda why: print(f"{machine.name} {why}", file=sys.stderr, flush=True))
-
     def dial(life: str, busy: Callable[[], bool]) -> Line:
         limits.start()
         return Line(given.join, token, machine, life, own, slow, busy, watch.meter, door)
 
     presence = Presence(dial, given.patience, staying=given.stay)
+
+    def why(text: str) -> None:
+        print(f"{machine.name} {text}", file=sys.stderr, flush=True)
+
+    limits = Limits(given.limit_gib, needed, why, presence.leave, presence.pause, presence.resume)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, presence.interrupt)
     if hasattr(signal, "SIGUSR1"):  # Windows has none

@@ -109,6 +109,7 @@ class Coordinator:
         self.connected[provider.name] = provider
         self.directory.join(provider.name, reach)
         if not back:
+            self.recovery.forgotten(provider.name)
             self.lives[provider.name] = life
             self._event(Joined(at_s=now, provider=provider), life=life)
 
@@ -158,7 +159,7 @@ class Coordinator:
         if frame.kind == BEAT and frame.to == BROKER:
             self.beat(sender, now, busy=frame.body.get("busy") is True)
             if REACH in frame.body:
-                self._guarded(frame, lambda: self.directory.hear(sender, frame.body[REACH]))
+                self._guarded(frame, lambda: self.directory.hear(sender, frame.body[REACH], self.state.places))
             return
         if frame.to != BROKER or not self._of_this_job(head):
             self.counters["foreign"] += 1
@@ -166,7 +167,7 @@ class Coordinator:
         self.moved_s = now
         if frame.kind == "leave":
             self.asked.add(sender)
-        elif frame.epoch != self.state.epoch:
+        elif frame.epoch != self.state.epoch or self.state.plan is None:
             self.counters["stale"] += 1
         else:
             self._guarded(frame, lambda: self._taken(frame, head, len(data), now))
@@ -227,6 +228,8 @@ class Coordinator:
             self.checks.held(frame, self.state)
             self._event(Held(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
         elif frame.kind == "prepared":
+            if (self.state.phase, frame.step) != (broker.COMPUTING, self.state.step + 1):
+                raise ValueError(f"prepared: step {frame.step}: is not the one under way")
             self.recovery.prepared(frame, self.state)
             self.checks.prepared(frame, self.state)
             self._event(Prepared(at_s=now, names=frozenset({name}), epoch=frame.epoch, step=frame.step))
@@ -402,17 +405,17 @@ class Coordinator:
         own, copies = self.recovery, self.recovery.copies
         own.based()
         self.checks.step(self.state, now)
-        copies.drop()
+        safe = copies.begin(self.state)
         for name in sorted(self.leaving):
             self._tell(name, "stop")
         self.leaving.clear()
         own.told.squares.clear()
         order, step = self.owners, self.state.step + 1
         for index, name in enumerate(order):
-            self._tell(name, "begin", step=step, body={"safe": copies.safe})
+            self._tell(name, "begin", step=step, body={"safe": safe})
             own.handing.inputs(name, own.where.now, index, step)
         for name in sorted(self.state.present - set(order)):
-            self._tell(name, "tidy", body={"safe": copies.safe})
+            self._tell(name, "tidy", body={"safe": safe})
 
     def _update(self, step: int) -> Update:
         """By the norm of all gradients, whoever has them."""

@@ -43,21 +43,17 @@ def copies_every(state: State, cutting: Cutting, keepers: Mapping[str, Sequence[
 
 
 class Copies:
-    """Of the stages of `where`; `tell` as of `Recovery`. `keepers` of each owner's; `kept`: the broker's own;
-    `wanted`: the step from which on checks ask for what was sent."""
+    """Of the stages of `where`; `tell` as of `Recovery`. `keepers` of each owner's; `kept`: the broker's own. Nobody
+    asks to compute a lost stage again from what is older than step `safe`;
+    checks do, from step `wanted` on."""
 
     def __init__(self, training: Training, where: Whereabouts, tell: Callable[..., None]) -> None:
         self.training, self.where, self._tell = training, where, tell
         self.keepers: dict[str, list[str]] = {}
         self.kept = Holdings()
         self.wanted: int | None = None
-        self._safe = 0
+        self.safe = 0
         self.every = 1
-
-    @property
-    def safe(self) -> int:
-        """Nobody asks for what is older than this step."""
-        return self._safe if self.wanted is None else min(self._safe, self.wanted)
 
     # --- a plan ---
 
@@ -92,17 +88,29 @@ class Copies:
         if keepers == self.keepers:
             return
         self.keepers, self.where.told.copying = keepers, False
-        for name, names in keepers.items():
-            self._tell(name, "keepers", body={"keepers": names})
+        order = owners(state)
+        for name in sorted(state.present):
+            self._tell(name, "keepers", body={"keepers": keepers.get(name, []), "keeps": self.keeps(name, order)})
+
+    def keeps(self, name: str, order: Sequence[str]) -> dict[str, str]:
+        """Of which stages somebody keeps copies, and who has these."""
+        return {str(at): owner for at, owner in enumerate(order) if name in self.keepers[owner]}
 
     # --- what comes ---
 
     def keep(self, frame: Frame, state: State) -> None:
         """A piece of a copy that the broker keeps: the last that is left, whoever goes. ValueError where it is not from
-        the stage's owner, or of a step that is none."""
+        the stage's owner, is older than one that is here, or is not as the graph says."""
         place = (int(frame.body["keep"][0]), int(frame.body["keep"][1]))
         self._theirs(place, frame, state, [frame.sender])
         piece, of = int(frame.body["piece"]), int(frame.body["of"])
+        names, part = self.where.now.names[place[1]], self.where.now.parts[place[1]]
+        if not 0 <= piece < of <= len(names) or frame.step < max(self.kept.copies.get(place, {}), default=0):
+            raise ValueError(f"a copy of stage {place} after step {frame.step}: piece {piece} of {of}")
+        for name, array in frame.tensors.items():
+            value = value_of(part, name, self.where.now.rules) if name in names else None
+            if value is None or (array.dtype, array.shape) != (value.dtype, value.shape):
+                raise ValueError(f"a copy of stage {place}: {name}: is none of its names, or is another")
         if self.kept.keep(place, frame.step, frame.tensors, piece=piece, of=of):
             self._copied(place, frame.step, BROKER)
 
@@ -120,11 +128,7 @@ class Copies:
             raise ValueError(f"a copy of stage {place} as it is after step {frame.step}: is not theirs")
 
     def _copied(self, place: Place, step: int, who: str) -> None:
-        """Perhaps that makes an older step one that nobody asks for any more."""
-        copies = self.where.told.copies
-        copies.setdefault(place, {}).setdefault(step, set()).add(who)
-        common = set.intersection(*(set(copies.get(each, {})) for each in self.where.places))
-        self._safe = max(self._safe, *(common or {0}))
+        self.where.told.copies.setdefault(place, {}).setdefault(step, set()).add(who)
 
     # --- a step ---
 
@@ -142,13 +146,16 @@ class Copies:
                 self._tell(name, "copy")
         return False
 
-    def drop(self) -> None:
-        """A step begins: what the broker keeps that nobody asks for any more."""
+    def begin(self, state: State) -> int:
+        """A step begins: nobody asks any more for what is older than the step that is returned. It goes here, too."""
+        self.safe = max(self.safe, self._common(state) or 0)
+        safe = self.safe if self.wanted is None else min(self.safe, self.wanted)
         number, told = self.where.now.number, self.where.told
         self.kept.copies = {place: own for place, own in self.kept.copies.items() if place[0] == number}
         if own := self.common_here():
             self.kept.drop(max(own))
-        told.since = {place: max(since, self.safe) for place, since in told.since.items()}
+        told.since = {place: max(since, safe) for place, since in told.since.items()}
+        return safe
 
     def common_here(self) -> set[int]:
         """Steps of which the broker itself has all stages, as the model is cut now."""

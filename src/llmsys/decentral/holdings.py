@@ -12,6 +12,8 @@ from llmsys.decentral.wire import Array
 
 CHUNK_BYTES = 1 << 20
 """State goes in frames of about as much, between which others find their way."""
+PARTIAL = 8
+"""Copies of a stage of which pieces are missing, at most."""
 Place = tuple[int, int]
 """A stage for good: the epoch in which the model was cut like this, and the stage's number."""
 
@@ -59,7 +61,10 @@ class Holdings:
     partial: dict[tuple[Place, int], dict[int, dict[str, Array]]] = field(default_factory=dict)
 
     def keep(self, place: Place, step: int, state: Mapping[str, Array], *, piece: int, of: int) -> bool:
-        """A piece of somebody's copy, one of so many; whether it is whole now. One that is not is none."""
+        """A piece of somebody's copy, one of so many; whether it is whole now. One that is not is none. ValueError for
+        one more of a stage that has `PARTIAL` such."""
+        if (place, step) not in self.partial and sum(each == place for each, _ in self.partial) >= PARTIAL:
+            raise ValueError(f"copies of stage {place}: {PARTIAL} are not whole")
         own = self.partial.setdefault((place, step), {})
         own[piece] = {name: each for name, each in state.items() if not name.startswith(CONSTANT)}
         whole = set(own) == set(range(of))

@@ -20,6 +20,7 @@ from llmsys.decentral.provider import BROKER
 from llmsys.decentral.reach import LOOPBACK, REACH, Reach
 from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
 
+NAME = 64
 GRACE_S = 5.0
 """For what has been said to arrive, when a broker ends."""
 
@@ -41,6 +42,7 @@ class Hub:
         trusted_token: str = "",
     ) -> None:
         self.trusted_token = trusted_token
+        self.trusted: set[str] = set()  # names of those that have shown it
         self.token, self.joined, self.heard, self.closed = token, joined, heard, closed
         self.alive, self.status = alive, status
         self.queues: dict[str, Outbox] = {}
@@ -99,6 +101,10 @@ class Hub:
             return
         if self.trusted_token and not trusted:
             machine = dataclasses.replace(machine, trusted=False)
+            if machine.name in self.trusted:  # or it would be sent what that one is
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the name {machine.name} is a trusted provider's")
+        elif trusted and machine.trusted:
+            self.trusted.add(machine.name)
         name, own = machine.name, Outbox()
         if (before := self.queues.get(name)) is not None:
             before.put_nowait(None)  # of an earlier life, or of a line that is no more
@@ -147,7 +153,9 @@ def hello_of(data: bytes) -> tuple[Machine, str, Reach | None]:
     except (TypeError, ValueError, OverflowError) as error:
         raise Malformed(str(error)) from None
     texts = all(isinstance(each, str) for each in (machine.name, machine.region, machine.plane))
-    if not texts or machine.plane not in PLANES or type(machine.trusted) is not bool:
+    if not texts or not (machine.name.isascii() and machine.name.isprintable() and len(machine.name) <= NAME):
+        raise Malformed(f"a provider's name: must be text of {NAME} characters at most, all in ASCII")
+    if machine.plane not in PLANES or type(machine.trusted) is not bool:
         raise Malformed(f"provider {machine.name}: a plane or a region that is none")
     if machine.name != frame.sender or machine.name == BROKER or not isinstance(life, str):
         raise Malformed(f"provider {machine.name}: is not who it says")

@@ -1,5 +1,5 @@
 """What a provider gives at most: it leaves where it has taken more memory than it may, and pauses while its owner needs
-the machine. Looked at by a thread, which asks the main one by a signal, as a person would.
+the machine. A thread looks.
 
     --limit-gib       resident memory of the process, frameworks and all; more, and it leaves
     --pause-while     a command, run every few seconds: as long as it succeeds, it pauses
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -26,19 +25,23 @@ GPU = ("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader")
 
 
 class Limits:
-    """`limit_gib` 0: none. `needed`: whether somebody else needs the machine; None: not asked. `say(signal)`: None: to
-    the main thread; `why` is told first, once for each. ValueError on a system that has no such signals."""
+    """`limit_gib` 0: none. `needed`: whether somebody else needs the machine; None: not asked. `why` is told what
+    happens before it does. `leave`, `pause`, `resume` are called in a thread of this one's own. ValueError as of
+    `resident_gib`."""
 
     def __init__(
         self,
         limit_gib: float,
         needed: Callable[[], bool] | None,
         why: Callable[[str], None],
-        say: Callable[[int], None] | None = None,
+        leave: Callable[[], None],
+        pause: Callable[[], None],
+        resume: Callable[[], None],
     ) -> None:
-        if (limit_gib or needed is not None) and not hasattr(signal, "SIGUSR1"):
-            raise ValueError("--limit-gib, --pause-while, --yield-gpu: need signals that this system does not have")
-        self.limit_gib, self.needed, self.why, self.say = limit_gib, needed, why, say or _to_main
+        if limit_gib:
+            resident_gib()
+        self.limit_gib, self.needed, self.why = limit_gib, needed, why
+        self.leave, self.pause, self.resume = leave, pause, resume
         self._quiet: int | None = None  # looks since it was last needed; None: it is not paused
         self._left = self._watching = False
 
@@ -59,14 +62,14 @@ class Limits:
         if self.limit_gib and (used := resident_gib()) > self.limit_gib:
             self._left = True
             self.why(f"leaves: it has {used:.2f} GiB, and --limit-gib is {self.limit_gib:g}")
-            self.say(signal.SIGTERM)
+            self.leave()
         elif self.needed is not None:
             self._pause(self.needed())
 
     def _pause(self, needed: bool) -> None:
         if needed and self._quiet is None:
             self.why("pauses: the machine is needed")
-            self.say(signal.SIGUSR1)
+            self.pause()
         if needed:
             self._quiet = 0
         elif self._quiet is not None:
@@ -74,21 +77,18 @@ class Limits:
             if self._quiet == QUIET:
                 self._quiet = None
                 self.why("comes again")
-                self.say(signal.SIGUSR2)
-
-
-def _to_main(number: int) -> None:
-    """Wakes the main thread from whatever it waits for."""
-    signal.pthread_kill(threading.main_thread().ident or 0, number)
+                self.resume()
 
 
 def resident_gib() -> float:
-    """Of this process, as it is now (Linux), or as it was at most."""
+    """Of this process, as it is now (Linux), or as it was at most. ValueError where the system does not say."""
     own = Path("/proc/self/statm")
     if own.exists():
         return int(own.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
-    import resource
-
+    try:
+        import resource
+    except ModuleNotFoundError:
+        raise ValueError("--limit-gib: this system does not say how much memory a process has") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 

@@ -32,7 +32,7 @@ class Presence:
     ) -> None:
         self.dial, self.patience_s, self.staying = dial, patience_s, staying
         self._line: Line | None = None
-        self._ending = self._paused = False
+        self._ending = self._paused = self._interrupted = False
         self._again = threading.Event()
 
     def run(self, made: Callable[[], Provider]) -> None:
@@ -69,14 +69,16 @@ class Presence:
         self._ending = True
         self._say()
 
-    # --- signals, in the main thread ---
+    # --- signals; but for the first in any thread, too ---
 
     def interrupt(self, *signal: Any) -> None:
-        if self._ending:
+        if self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted = True
         self.leave()
 
     def pause(self, *signal: Any) -> None:
+        self._again.clear()
         if not self._paused:
             self._paused = True
             self._say()

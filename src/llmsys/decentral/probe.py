@@ -56,9 +56,11 @@ class Measured:
 class Probe:
     """A broker without a job. `rows`: the few of `Measured`."""
 
-    def __init__(self, token: str, rows: int, said: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, token: str, rows: int, said: Callable[[str], None] = lambda text: None, trusted_token: str = ""
+    ) -> None:
         self.rows, self.said = rows, said
-        self.hub = Hub(token, self._joined, self._heard, self._closed)
+        self.hub = Hub(token, self._joined, self._heard, self._closed, trusted_token=trusted_token)
         self.machines: dict[str, Provider] = {}
         self._came = asyncio.Event()
         self._answers: dict[int, asyncio.Future[Frame]] = {}

@@ -50,6 +50,8 @@ def run(given: argparse.Namespace) -> int:
     models = [schema.build(compose.compose([*words, f"model={name}"])).model for name in names]
     folder: Path = given.credentials
     token = (folder / credentials.TOKEN).read_text(encoding="utf-8").strip()
+    few = folder / credentials.TRUSTED
+    trusted = few.read_text(encoding="utf-8").strip() if few.exists() else ""
     own = None
     if (folder / credentials.CERTIFICATE).exists():
         certificate, key = ((folder / name).read_bytes() for name in (credentials.CERTIFICATE, credentials.KEY))
@@ -59,7 +61,7 @@ def run(given: argparse.Namespace) -> int:
         print(text, file=sys.stderr, flush=True)
 
     async def measured() -> list[Any]:
-        probe = Probe(token, given.rows, said)
+        probe = Probe(token, given.rows, said, trusted)
         return await probe.run(
             host, int(port), given.providers, given.wait, own, lambda p: said(f"listens on {host}:{p}")
         )

@@ -71,6 +71,8 @@ class Provider:
         self.live: Place | None = None
         self.peers: dict[int, str] = {}
         self.keepers: tuple[str, ...] = ()
+        self.keeps: dict[Place, str] = {}  # of which stages it keeps copies, and from whom
+        self.cutting = 0
         self.every = 1
         self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
         self.sent: dict[str, tuple[int, Place, int]] = {}  # the same, and in which epoch
@@ -88,7 +90,10 @@ class Provider:
 
     def take(self, frame: Frame) -> None:
         """A frame that is one. A broker's plan is of its job, whatever this provider did for another that broke off."""
-        told = frame.sender == BROKER and frame.to == self.name and frame.kind in ("plan", "stop", MEASURE)
+        if frame.kind == MEASURE and frame.to == self.name:
+            self._obey(frame)  # of whatever job, or none: nothing of one that broke off is lost by it
+            return
+        told = frame.sender == BROKER and frame.to == self.name and frame.kind in ("plan", "stop")
         if told and frame.job != self.job:
             self._of(frame.job)
         if frame.to != self.name or frame.job != self.job:
@@ -97,6 +102,10 @@ class Provider:
         if frame.epoch < self.epoch or (frame.epoch > self.epoch and frame.kind not in ("plan", "stop")):
             self.counters.stale += 1
             return
+        self._obey(frame)
+        self._settle()
+
+    def _obey(self, frame: Frame) -> None:
         orders: Mapping[str, Callable[[Frame], None]] = {
             "plan": self._plan, "revive": self.revivals.told, "resend": self._resend, "give": self._give,
             "state": self._state, "begin": self._begin, "commit": self._commit, "tidy": self._tidy,
@@ -123,7 +132,6 @@ class Provider:
                 self._unable(why, frame.epoch)
             elif len(self.counters.refusals) < MOST_SAID:
                 self._say("refused", body={"why": why[:500]})
-        self._settle()
 
     def _unable(self, why: str, epoch: int) -> None:
         """It cannot do what is its own to do: others have to."""
@@ -145,8 +153,9 @@ class Provider:
         self.here.partial.clear()
         for held in self.here.stages.values():
             held.work.give_up()
-        self.live, self.said = place, None
+        self.live, self.said, self.cutting = place, None, int(body["cutting"])
         self.peers = {at: str(name) for at, name in enumerate(body["peers"])}
+        self.keeps = {(int(body["cutting"]), int(at)): str(owner) for at, owner in body["keeps"].items()}
         self.keepers, self.every = tuple(str(each) for each in body["keepers"]), int(body["every"])
         self.copied = {name: self.copied[name] for name in self.keepers if name in self.copied}
         if place is not None and made is not None:
@@ -327,6 +336,8 @@ class Provider:
         self.here.note(frame.tensors)
         if "keep" in body:
             place = (int(body["keep"][0]), int(body["keep"][1]))
+            if self.keeps.get(place) != frame.sender:
+                raise ValueError(f"a copy of stage {place}: is not {frame.sender}'s to give, or not for here")
             if self.here.keep(place, frame.step, frame.tensors, piece=int(body["piece"]), of=int(body["of"])):
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
@@ -369,7 +380,8 @@ class Provider:
             self._give_away({**state, **fixed}, name, own.at, {"keep": list(place)})
 
     def _kept_by(self, frame: Frame) -> None:
-        """Others keep its copies from now on."""
+        """Others keep its copies from now on, and it others'."""
+        self.keeps = {(self.cutting, int(at)): str(owner) for at, owner in frame.body["keeps"].items()}
         self.keepers = tuple(str(each) for each in frame.body["keepers"])
 
     def _asked_to_copy(self, frame: Frame) -> None:
@@ -417,6 +429,9 @@ def _checked(frame: Frame, stage: Stage, peers: Mapping[int, str]) -> None:
     from_ = {AHEAD: stage.receives, BACK: stage.sends, SHARED: stage.hears}.get(frame.kind)
     for name in (*frame.tensors, *frame.body.get("absent", ())):
         own = name.removesuffix(SCALES)
-        senders = peers.values() if from_ is None else {peers.get(from_[own])} if own in from_ else ()
+        if from_ is None:  # a value, of whoever owns the parameter: the first to read it
+            senders = {peer for at, peer in peers.items() if at < stage.index}
+        else:
+            senders = {peers[from_[own]]} if own in from_ and from_[own] in peers else set()
         if frame.sender not in senders:
             raise ValueError(f"{frame.kind} {name}: is not from {frame.sender}")

@@ -11,8 +11,7 @@ import collections
 import dataclasses
 import hashlib
 import hmac
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -40,8 +39,8 @@ class Reach:
     certificate: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if not all(isinstance(each, str) for each in (self.address, self.secret, self.certificate)):
-            raise ValueError("an address, a secret and a certificate are texts")
+        if not all(isinstance(each, str) and each.isascii() for each in (self.address, self.secret, self.certificate)):
+            raise ValueError("an address, a secret and a certificate are texts, in ASCII")
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 2**16 or len(self.address) > 256:
             raise ValueError(f"{self.address[:256]}: must be host:port")
@@ -79,6 +78,11 @@ class Said:
         return {"direct": {name: list(each) for name, each in self.direct.items()}, "relayed": dict(self.relayed),
                 "received": dict(self.received)}  # fmt: skip
 
+    @property
+    def all(self) -> set[str]:
+        """Peers that it says something of."""
+        return {*self.direct, *self.relayed, *self.received}
+
     @classmethod
     def of_json(cls, data: Any) -> Self:
         """ValueError, KeyError or TypeError for what nobody says."""
@@ -91,8 +95,8 @@ class Said:
 
 
 def _positive(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError("must be 0 or more")
+    if not isinstance(value, int | float) or not 0 <= value < 2**53:
+        raise ValueError("must be 0 or more, and a number of bytes or of ms")
     return value
 
 
@@ -119,9 +123,11 @@ class Directory:
         there = sorted(each for each in others if each != name and each in self.reaches)
         return {each: dataclasses.asdict(self.reaches[each].of(name)) for each in there}
 
-    def hear(self, name: str, data: Any) -> None:
-        """In a sign of life. ValueError, KeyError or TypeError for what nobody says."""
+    def hear(self, name: str, data: Any, known: Container[str]) -> None:
+        """In a sign of life, of peers that are `known`. ValueError, KeyError or TypeError for what nobody says."""
         said = Said.of_json(data)
+        if strangers := {each for each in said.all if each not in known}:
+            raise ValueError(f"{min(strangers)[:64]}: nobody of that name has come")
         before = self.said.get(name, Said()).received
         for peer, count in said.received.items():
             self.carried[peer] += max(0, count - before.get(peer, 0))

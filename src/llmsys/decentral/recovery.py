@@ -81,13 +81,14 @@ class Recovery:
             programs = {} if index is None else self.handing.programs(name, self.where.now, index, state)
             if programs is not None:
                 del told.due[name]
-                self._tell(name, "plan", body=self._stage(index, order), tensors=programs)
+                self._tell(name, "plan", body=self._stage(name, index, order), tensors=programs)
         if told.waiting:
             told.waiting = False
             self.move(state, leaving)
 
-    def _stage(self, index: int | None, order: Sequence[str]) -> dict[str, Any]:
+    def _stage(self, name: str, index: int | None, order: Sequence[str]) -> dict[str, Any]:
         common = {"cutting": self.where.now.number, "peers": list(order), "every": self.copies.every}
+        common["keeps"] = self.copies.keeps(name, order)
         if index is None:
             return {**common, "stage": None, "keepers": [], "rules": None}
         described = self.handing.described(self.where.now, index)
@@ -112,6 +113,13 @@ class Recovery:
                 if frame.step in steps:
                     holds |= {each for each in cuttings[number].names[index] if not each.startswith(CONSTANT)}
         holds |= set(body["constants"])
+
+    def forgotten(self, name: str) -> None:
+        """Somebody begins anew, by that name: what was there under it is not."""
+        self.told.holds.pop(name, None)
+        for steps in self.told.copies.values():
+            for who in steps.values():
+                who.discard(name)
 
     def revived(self, frame: Frame) -> None:
         """A stage that was lost is there again."""
@@ -170,6 +178,10 @@ class Recovery:
         mine = {key for key in stage.parameters if key not in stage.shares}
         if not set(squares) <= mine or any(value < 0 for value in squares.values()):
             raise ValueError("prepared: squares of gradients that are none of its own")
+        graph = self.training.graph
+        last = graph.loss if graph.loss is not None else graph.outputs[0]
+        if bool(body["results"]) != (last in stage.nodes):
+            raise ValueError("prepared: results, which another stage computes, or none")
         self.told.squares |= squares
         if body["results"]:
             self.told.results = self.training.checked(body["results"])

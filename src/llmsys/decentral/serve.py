@@ -36,6 +36,7 @@ class Serving:
     ) -> None:
         self.coordinator, self.committed, self.looking = coordinator, committed, looking
         self.hub = Hub(token, self._joined, self._heard, self._closed, self._alive, self.status, trusted_token)
+        self.hub.trusted |= {each.name for each in coordinator.state.providers if each.trusted and trusted_token}
         self._begun = time.monotonic() - coordinator.begun_s
         self._looked = self.now
         self._step = coordinator.state.step

@@ -33,6 +33,7 @@ def table(status: Mapping[str, Any] | None) -> Any:
     """A row for each provider, under a line about the job; what waits, where there is a queue."""
     if status is None:
         return NOBODY
+    from rich.markup import escape
     from rich.table import Table
 
     queue = status["queue"]
@@ -50,5 +51,5 @@ def table(status: Mapping[str, Any] | None) -> Any:
         silent = "" if each["silent_s"] is None or each["role"] == "gone" else f"{each['silent_s']:.1f}"
         done = (str(each["forward"] + each["backward"]), f"{100 * each['share']:.1f}", f"{each['sent_mib']:.1f}")
         direct = f"{each['direct_mib']:.1f} to {', '.join(each['direct'])}" if each["direct"] else ""
-        made.add_row(name, does, each["plane"], *done, direct, silent)
+        made.add_row(escape(name), does, each["plane"], *done, direct, silent)
     return made

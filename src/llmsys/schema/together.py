@@ -87,6 +87,8 @@ class Together(Task):
             raise ValueError(f"task.private={self.private}: must be two numbers of layers, e.g. [1,1]; empty: none")
         if self.private and self.start == "none" and not self.trusted_token_file:
             raise ValueError("task.trusted_token_file: empty; with task.private it has what those show who may see it")
+        if self.trusted_token_file and self.start != "none":
+            raise ValueError("task.trusted_token_file: is of providers that dial in: task.start=none")
         if self.private and self.start == "ray":
             raise ValueError(f"task.private={self.private}: Ray's nodes are not told apart: task.start=process or none")
         one_of("task.compress", self.compress, COMPRESS)
