@@ -235,7 +235,7 @@ def test_what_is_compressed_on_its_way_is_compared_as_it_travels(compress: str) 
             local.join(each, Cheats(Zeroes) if each.name == cheat else TorchPlane())
         local.run()
         own = local.coordinator.checks
-        assert own.checked.total() >= STEPS
+        assert own.checked.total() >= (1 if cheat else STEPS)  # who is sent away leaves nobody in the pool
         assert set(own.cheats) == {cheat} - {""}
         assert losses(local) != undisturbed("llama", STEPS)
         cheat = local.coordinator.owners[1]

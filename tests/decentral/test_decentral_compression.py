@@ -203,7 +203,7 @@ def test_fewer_bytes_are_really_sent() -> None:
 LEARNS: dict[str, Any] = {"data": lambda step: training("llama", 1).data(1 + step % 2), "rate": lambda step: 3e-3}
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize("codec", [pytest.param("bf16", marks=pytest.mark.slow), "int8"])
 def test_the_loss_is_within_two_percent_of_the_dense_one(codec: str) -> None:
     """Its embeddings are tied over the cuts, so that sums of gradients go compressed, too."""
     dense, lossy = (together(each, 35, stages=2, count=2, **LEARNS) for each in ("none", codec))
@@ -216,6 +216,7 @@ def test_the_loss_is_within_two_percent_of_the_dense_one(codec: str) -> None:
     assert losses(lossy) != losses(dense)
 
 
+@pytest.mark.slow
 def test_torch_and_onnx_learn_behind_one_codec() -> None:
     """Neither knows of the other's arithmetic, and both round alike."""
     how: dict[str, Any] = {"count": 2, "stages": 2, "exports": Exports(training("llama", 1).rules), **LEARNS}

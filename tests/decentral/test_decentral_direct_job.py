@@ -90,7 +90,8 @@ def test_no_frame_goes_by_the_broker_once_lines_are_up_and_nobody_is_told_a_secr
         assert not any(secret in shown for secret in secrets)
 
 
-@pytest.mark.parametrize("what", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["SIGKILL", "SIGSTOP"])
 def test_an_owner_that_is_hit_in_mid_step_costs_no_step(tmp_path: Path, what: str) -> None:
     """What it had been sent past the broker its neighbours still have."""
     hit = []
@@ -109,6 +110,7 @@ def test_an_owner_that_is_hit_in_mid_step_costs_no_step(tmp_path: Path, what: st
     assert own.coordinator.astray == 0
 
 
+@pytest.mark.slow
 def test_one_that_cannot_be_reached_is_sent_everything_by_the_broker(tmp_path: Path) -> None:
     """Nobody answers where it says that it listens."""
     mute = "p1"

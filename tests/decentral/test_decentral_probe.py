@@ -40,6 +40,7 @@ def model(name: str) -> schema.Model:
     return schema.build(compose.compose(["+exp=decentral_plan", f"model={name}", "train.length=256"])).model
 
 
+@pytest.mark.slow
 def test_lines_are_measured_as_they_are_and_so_is_the_device(tmp_path: Path) -> None:
     """Real processes behind lines that are made slow; the one that is stopped when it is asked is left out."""
     own = [machine("fast"), machine("slow", up_mbit=4.0, down_mbit=16.0), machine("stopped")]
@@ -154,6 +155,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], said: str) -> N
     assert said in done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_command_says_it_as_json(tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     words = ["--providers", "1", "--listen", "127.0.0.1:0", "--models", "llama_6m", "--length", "64", "--json"]

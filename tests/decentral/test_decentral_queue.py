@@ -91,6 +91,7 @@ def until(true: Callable[[], bool], broker: subprocess.Popen[bytes], seconds: fl
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_two_jobs_are_done_once_each_though_their_broker_is_killed_twice_in_the_middle(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,7 +224,7 @@ def test_what_is_submitted_is_read_as_it_was_said(tmp_path: Path) -> None:
         (["submit", "jobs", "+exp=decentral_tran"], "exp=decentral_tran: no such choice"),
         (["submit", "jobs", "+exp=lorafa_minilm"], "task.kind=train: must be one that providers do"),
         (["submit", "jobs", "+exp=decentral_train", "dispatch=inline"], "dispatch=inline: must be process"),
-        (["submit", "jobs", "+exp=decentral_train", "task.private=[1,1]"], "task.trust: empty"),
+        (["submit", "jobs", "+exp=decentral_train", "task.private=[1,1]"], "task.trusted_token_file: empty"),
         (["submit", "--", "jobs", "-m", "+exp=decentral_train"], "-m: a job is one run"),
         (["broker", "--credentials", "."], "broker: takes an experiment, +exp=decentral_train ..., or --queue FOLDER"),
         (["broker", "--credentials", ".", "--queue", "jobs", "--listen", "127.0.0.1:0"], "--listen 127.0.0.1:0: must"),

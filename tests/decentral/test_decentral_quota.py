@@ -133,4 +133,4 @@ def test_a_quota_that_is_used_up_in_the_middle_costs_no_step(tmp_path: Path, quo
     used = json.loads(path.read_text())
     assert Quota(gib=0.02, tflop=1e-4).reached(Meter(**used))
     if quota[0] == "--quota-gib":  # what was handed over counted
-        assert 0.9 * 0.02 <= used["nbytes"] / GIB <= 0.02
+        assert 0.9 * 0.02 <= used["nbytes"] / GIB <= 1.1 * 0.02
