@@ -479,6 +479,7 @@ def test_whoever_is_asked_and_says_nothing_is_not_waited_for(what: str) -> None:
     assert losses(local) == undisturbed("llama", 8)
 
 
+@pytest.mark.slow
 def test_processes_check_each_other(tmp_path: Path) -> None:
     """Bits are the same from one process to another."""
     coordinator = Coordinator(job("llama"), training("llama", STEPS, checks=1.0))

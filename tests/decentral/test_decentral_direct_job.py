@@ -66,6 +66,7 @@ class Watched:
         return "".join(path.read_text() for path in sorted((self.folder / "providers").glob("*.log")))
 
 
+@pytest.mark.slow
 def test_no_frame_goes_by_the_broker_once_lines_are_up_and_nobody_is_told_a_secret(tmp_path: Path) -> None:
     """Neither the log of events, nor the status, nor what providers print has what lets somebody in."""
     told = []

@@ -54,6 +54,7 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_one_that_has_taken_more_memory_than_it_may_leaves(tmp_path: Path) -> None:
     async def then(own: Coordinator) -> None:
         await until(lambda: own.happened["Left"] == 1)
@@ -64,6 +65,7 @@ def test_one_that_has_taken_more_memory_than_it_may_leaves(tmp_path: Path) -> No
     assert "p0 leaves: it has 0." in said
 
 
+@pytest.mark.slow
 def test_one_whose_owner_needs_the_machine_pauses_and_comes_again(tmp_path: Path) -> None:
     playing = tmp_path / "playing"
 

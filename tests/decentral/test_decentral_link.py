@@ -260,7 +260,8 @@ def test_a_mistake_is_one_line(providers: Machines, words: list[str], said: str)
     assert said in line
 
 
-@pytest.mark.parametrize("direct", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("direct", [False, True])
 def test_one_that_is_told_to_go_hands_over_and_one_that_pauses_comes_again(tmp_path: Path, direct: bool) -> None:
     """SIGUSR1, SIGUSR2 and SIGTERM: no step under way is given up for any of them."""
     coordinator = Coordinator(job("llama"), training("llama", 100_000))

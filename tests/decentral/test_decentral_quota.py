@@ -96,9 +96,8 @@ def test_flops_by_its_own_count_are_those_that_it_is_credited_with() -> None:
     assert sum(each.flops for each in own.values()) > 0
 
 
-@pytest.mark.parametrize(
-    "quota", [["--quota-gib", "0.02"], pytest.param(["--quota-tflop", "1e-4"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("quota", [["--quota-gib", "0.02"], ["--quota-tflop", "1e-4"]])
 def test_a_quota_that_is_used_up_in_the_middle_costs_no_step(tmp_path: Path, quota: list[str]) -> None:
     coordinator = Coordinator(job("llama"), training("llama", 100_000))  # cut short once it has gone
     own = machines(mem_gib("llama", 2), 3)

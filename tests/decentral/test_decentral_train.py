@@ -25,6 +25,7 @@ def record(results: Path, exp: str, done: subprocess.CompletedProcess[str], at: 
     return made
 
 
+@pytest.mark.slow
 def test_a_provider_is_killed_and_the_run_is_that_of_one_that_was_alone(llmsys: Run, results: Path) -> None:
     """And all of it is checked, as far as there is somebody to do that."""
     storm = (
