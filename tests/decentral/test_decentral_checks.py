@@ -51,6 +51,11 @@ STEPS = 6
 STAGES, SPARES = 3, 2
 
 
+def slow(value: object) -> Any:
+    """One of many that a nightly run has."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 # --- those who cheat ---
 
 
@@ -132,7 +137,7 @@ def checked(
 # --- nobody cheats ---
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", *(slow(each) for each in FAMILIES if each != "gpt2")])
 def test_whoever_is_honest_is_believed(family: str) -> None:
     """Of every step and stage, but where one check of a stage is not over when the next would begin; a tied embedding,
     whose values and gradients go between stages, is no exception."""
@@ -164,7 +169,7 @@ def test_the_share_that_is_asked_for_is_checked() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 4))])
 def test_a_storm_accuses_nobody(seed: int, every: int) -> None:
     """Kills, silences and departures, of those too who check and of those whose stage is checked; plans change."""
     storm = Storm(seed, 10, STAGES + 1, most=4)
@@ -213,7 +218,7 @@ def test_a_broker_that_is_rebuilt_goes_on_checking() -> None:
     assert losses(local) == undisturbed("llama", 10)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 4))])
 def test_frames_that_go_astray_accuse_nobody(seed: int) -> None:
     local = checked({}, 8)
     local.carry = Astray(seed, 4, 2000)
@@ -244,7 +249,7 @@ def test_what_is_compressed_on_its_way_is_compared_as_it_travels(compress: str) 
 # --- somebody cheats ---
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [1, slow(3)])
 @pytest.mark.parametrize(
     ("how", "stage"), [(Scales, 0), (Scales, 1), (Zeroes, 1), (Zeroes, 2), (Repeats, 2), (Skips, 0), (Skips, 2)]
 )
