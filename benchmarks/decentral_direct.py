@@ -13,34 +13,17 @@ and measured, are left out. Nothing is copied meanwhile.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import decentral_links
+from decentral_links import WORDS, ran
 from llmsys.job import Record
 from llmsys.table import piped
 from script_record import RECORDS, Script
 
 WARM = 6
-
-
-def ran(mbit: float, delay_ms: float, steps: int, direct: bool) -> dict[str, Any]:
-    """The record of a run behind such lines."""
-    words = [f"task.up_mbit={mbit}", f"task.down_mbit={mbit}", f"task.delay_ms={delay_ms}", f"train.steps={steps}"]
-    words = [*decentral_links.WORDS, *words, f"task.direct={str(direct).lower()}"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "llmsys", "+exp=decentral_train", *words]
-        subprocess.run(command, env={**os.environ, "LLMSYS_RESULTS": folder}, check=True, stdout=subprocess.DEVNULL)
-        (path,) = Path(folder).glob("*/*/record.json")
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
 
 
 def show(record: Record) -> str:
@@ -72,9 +55,10 @@ def main(given: Sequence[str]) -> Record:
     for mbit in map(float, asked.mbit.split(",")):
         where = f"{mbit:g}mbit"
         for _ in range(asked.rounds):
-            medians = {}
+            line = (f"task.up_mbit={mbit}", f"task.down_mbit={mbit}", f"task.delay_ms={asked.delay_ms}")
+            medians = dict[str, float]()
             for way in ("relayed", "direct"):
-                record = ran(mbit, asked.delay_ms, asked.steps, way == "direct")
+                record = ran(asked.steps, *line, f"task.direct={str(way == 'direct').lower()}")
                 took = record["samples"]["step_ms"][WARM:]
                 medians[way] = statistics.median(took)
                 samples.setdefault(f"{where}/{way}/step_ms", []).extend(took)
@@ -82,7 +66,7 @@ def main(given: Sequence[str]) -> Record:
             summary[f"{where}/direct_share"] = record["summary"]["direct_mib"] / record["summary"]["moved_mib"]
         summary[f"{where}/ratio"] = statistics.median(samples[f"{where}/ratio"])
     config = {key: getattr(asked, key) for key in ("mbit", "delay_ms", "steps", "rounds")}
-    config["words"] = list(decentral_links.WORDS)
+    config["words"] = list(WORDS)
     left = script.left(asked.out, f"{asked.mbit.replace(',', '-')}x{asked.steps}", config=config, summary=summary,
                        samples=samples)  # fmt: skip
     print(show(left))

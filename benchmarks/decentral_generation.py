@@ -48,9 +48,8 @@ from llmsys.decentral import running
 from llmsys.decentral.event_log import read
 from llmsys.decentral.events import Planned
 from llmsys.decentral.pieces import Direction, Slow
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.serve import Serving
-from llmsys.decentral.wire import header
+from llmsys.decentral.wire import BROKER, header
 from llmsys.job import Record
 from llmsys.table import piped
 from script_record import RECORDS, Script

@@ -34,11 +34,10 @@ WORDS = (
 )
 
 
-def ran(mbit: float, steps: int, compress: str) -> dict[str, Any]:
-    """The record of a run behind such lines."""
+def ran(steps: int, *words: str) -> dict[str, Any]:
+    """The record of a run of `WORDS` and these."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [*WORDS, f"task.up_mbit={mbit}", f"task.compress={compress}", f"train.steps={steps}"]
-        command = [sys.executable, "-m", "llmsys", "+exp=decentral_train", *words]
+        command = [sys.executable, "-m", "llmsys", "+exp=decentral_train", *WORDS, f"train.steps={steps}", *words]
         subprocess.run(command, env={**os.environ, "LLMSYS_RESULTS": folder}, check=True, stdout=subprocess.DEVNULL)
         (path,) = Path(folder).glob("*/*/record.json")
         found: dict[str, Any] = json.loads(path.read_text())
@@ -73,7 +72,8 @@ def main(given: Sequence[str]) -> Record:
     summary, samples = dict[str, float](), dict[str, list[float]]()
     codecs = asked.compress.split(",")
     for _, mbit, codec in itertools.product(range(asked.rounds), map(float, asked.mbit.split(",")), codecs):
-        record, where = ran(mbit, asked.steps, codec), f"{mbit:g}mbit" + ("" if codec == "none" else f"/{codec}")
+        record = ran(asked.steps, f"task.up_mbit={mbit}", f"task.compress={codec}")
+        where = f"{mbit:g}mbit" + ("" if codec == "none" else f"/{codec}")
         samples.setdefault(f"{where}/step_ms", []).extend(record["samples"]["step_ms"])
         summary[f"{where}/step_ms"] = statistics.median(samples[f"{where}/step_ms"])
         for key in ("predicted_step_ms", "per_step_mib", "compressed"):

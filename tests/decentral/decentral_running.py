@@ -164,6 +164,13 @@ def together(
     return local
 
 
+def advance(local: Local, step: int) -> None:
+    """Until it is committed."""
+    while local.coordinator.state.step < step:
+        local.round()
+        local.now += 0.01
+
+
 def losses_of(coordinator: Coordinator) -> list[tuple[float, ...]]:
     return [coordinator.updates[step].losses for step in sorted(coordinator.updates)]
 

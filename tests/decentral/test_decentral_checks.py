@@ -41,11 +41,10 @@ from llmsys.decentral.planes import Arrays, Rules
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch_stage import TorchPlane, TorchStage
 from llmsys.decentral.processes import Processes
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.serve import Serving
 from llmsys.decentral.stage_work import AHEAD, VALUE
 from llmsys.decentral.status import status
-from llmsys.decentral.wire import Array, Frame, decode, encode
+from llmsys.decentral.wire import BROKER, Array, Frame, decode, encode
 
 STEPS = 6
 STAGES, SPARES = 3, 2
@@ -454,7 +453,7 @@ def test_nobody_without_room_for_it_is_asked() -> None:
     def watch(own: Local, name: str, what: str, step: int) -> None:
         if step == 1 and what == "work":  # after the plan, which would else be of fewer stages
             more = tuple(dataclasses.replace(each, mem_gib=2.5 * each.mem_gib) for each in machines(mem, STAGES))
-            own.coordinator.state = dataclasses.replace(own.coordinator.state, providers=more)
+            own.coordinator.journal.state = dataclasses.replace(own.coordinator.state, providers=more)
 
     mem, roomy.watch = mem_gib("llama", STAGES), watch
     for local in (tight, roomy):
@@ -494,7 +493,9 @@ def test_processes_check_each_other(tmp_path: Path) -> None:
             for each in machines(mem_gib("llama", 2), 4):
                 processes.start(each, f"127.0.0.1:{port}")
 
-        coordinator.state = dataclasses.replace(coordinator.state, job=dataclasses.replace(job("llama"), least=4))
+        coordinator.journal.state = dataclasses.replace(
+            coordinator.state, job=dataclasses.replace(job("llama"), least=4)
+        )
         asyncio.run(asyncio.wait_for(Serving(coordinator, "for this test").run(ready=ready), 90))
     own = coordinator.checks
     assert own.checked.total() >= STEPS

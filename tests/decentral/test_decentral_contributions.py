@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from decentral_harness import traced
-from decentral_running import MICRO_BATCHES, Storm, job, losses, machines, together, training, undisturbed
+from decentral_running import MICRO_BATCHES, Storm, advance, job, losses, machines, together, training, undisturbed
 
 from llmsys.decentral.__main__ import main
 from llmsys.decentral.chain import Chain, chain
@@ -175,16 +175,14 @@ def test_a_broker_that_is_rebuilt_counts_on(tmp_path: Path, at: int) -> None:
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
     local = together("llama", 3, 2, STEPS, note=log.note)
-    while local.coordinator.state.step < at:
-        local.round()
-        local.now += 0.01
+    advance(local, at)
     log.close()
     before = local.coordinator.accounts
     again = Coordinator(job("llama"), training("llama", STEPS))
     again.rebuild(read(path), local.now)
     assert again.accounts.by_name == before.by_name
     log = EventLog(path)
-    again.note = log.note
+    again.journal.note = log.note
     local.rebuilt(again)
     local.run()
     log.close()
@@ -204,9 +202,7 @@ def test_who_comes_from_a_job_that_broke_off_brings_nothing_of_it_into_the_next(
     local: Local = together("llama", 3, 2, STEPS)
     first = named("first", STEPS)
     local.rebuilt(first)
-    while first.state.step < after:
-        local.round()
-        local.now += 0.01
+    advance(local, after)
     second = named("second", STEPS)
     local.rebuilt(second)
     local.run()

@@ -24,10 +24,9 @@ from llmsys.decentral.fleet import Provider
 from llmsys.decentral.hub import hello_of
 from llmsys.decentral.link import WELCOME, Credentials, channel_to
 from llmsys.decentral.pieces import Direction, Joined, pieces, slowed
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.reach import PROBE, REACH, Directory, Reach, Said, shown
 from llmsys.decentral.stage_work import AHEAD
-from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
+from llmsys.decentral.wire import BROKER, Frame, Malformed, decode, encode, header
 
 LOCAL = Door(host="127.0.0.1", port=0)
 

@@ -45,7 +45,7 @@ class Watched:
                 self.processes.start(each, f"127.0.0.1:{port}", more=self.more.get(each.name, ()))
 
         with self.processes, contextlib.closing(EventLog(self.folder / "events.jsonl")) as log:
-            self.coordinator.note = log.note
+            self.coordinator.journal.note = log.note
             asyncio.run(asyncio.wait_for(self.serving.run(ready=ready), 120))
         found = losses_of(self.coordinator)
         assert found == undisturbed("llama", len(found))

@@ -133,7 +133,7 @@ def test_hidden_states_go_compressed_or_with_noise_and_a_kill_changes_nothing(
     first = together(("torch",) * 4, 3, quiet, compress=compress, noise=noise)
     second = together(("torch",) * 4, 3, hit, watch, compress=compress, noise=noise)
     for local in (first, second):
-        local.coordinator.state = local.coordinator.state.with_(
+        local.coordinator.journal.state = local.coordinator.state.with_(
             job=dataclasses.replace(local.coordinator.state.job, reserve=1)
         )
 

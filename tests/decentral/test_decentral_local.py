@@ -14,6 +14,7 @@ from decentral_running import (
     MICRO_BATCHES,
     Astray,
     Storm,
+    advance,
     job,
     losses,
     machines,
@@ -31,9 +32,8 @@ from llmsys.decentral.holdings import Holdings
 from llmsys.decentral.local import Local, Stalled
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch_stage import TorchPlane
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.whereabouts import JobLost, Stuck
-from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
+from llmsys.decentral.wire import BROKER, Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
 from rank_pool import briefly
 
@@ -167,9 +167,7 @@ def test_when_too_few_are_left_it_waits_for_somebody_and_goes_on() -> None:
 def test_what_nobody_can_compute_again_is_said() -> None:
     """Both who kept a copy of a stage go with its owner, at once."""
     local = together("llama", 4, 2, STEPS, copies=1, owner_keeps=False)
-    while local.coordinator.state.step < 3:
-        local.round()
-        local.now += 0.01
+    advance(local, 3)
     owner = local.coordinator.owners[0]
     for name in {owner, *local.coordinator.recovery.copies.keepers[owner]}:
         local.kill(name)
@@ -184,9 +182,7 @@ def test_what_nobody_can_compute_again_is_said() -> None:
 def test_all_go_at_once_and_others_go_on_from_what_the_broker_keeps(every: int, alone: bool) -> None:
     """Every stage is computed again, by those who come, from the job's own inputs; committed steps are not lost."""
     local = together("llama", 1 if alone else 3, 1 if alone else 2, STEPS, copy_every=every)
-    while local.coordinator.state.step < 5:
-        local.round()
-        local.now += 0.01
+    advance(local, 5)
     for name in [*local.providers]:
         local.kill(name)
     for late in machines(mem_gib("llama", 1 if alone else 2), 8)[5:]:
@@ -258,10 +254,8 @@ def test_nothing_that_a_provider_says_ends_the_job_or_changes_the_model(
     kind: str, body: dict[str, object], who: str
 ) -> None:
     local = together("llama", 4, 2, STEPS)
-    local.coordinator.state = local.coordinator.state.with_(job=dataclasses.replace(job("llama"), reserve=1))
-    while local.coordinator.state.step < 2:
-        local.round()
-        local.now += 0.01
+    local.coordinator.journal.state = local.coordinator.state.with_(job=dataclasses.replace(job("llama"), reserve=1))
+    advance(local, 2)
     own = local.coordinator
     name = own.owners[0] if who == "owner" else next(iter(own.state.present - set(own.owners)))
     step = 2**50 if kind == "copied" or "keep" in body else own.state.step
@@ -316,9 +310,7 @@ def test_only_the_stage_that_computes_them_says_what_came_of_a_step_and_only_of_
 def test_what_is_said_while_there_is_no_plan_is_of_none() -> None:
     """Nobody holds the model: the broker waits, whatever is said to it."""
     local = together("llama", 2, 2, STEPS)
-    while local.coordinator.state.step < 2:
-        local.round()
-        local.now += 0.01
+    advance(local, 2)
     own = local.coordinator
     name = own.owners[0]
     local.kill(own.owners[1])
@@ -332,9 +324,7 @@ def test_what_is_said_while_there_is_no_plan_is_of_none() -> None:
 
 def test_a_copy_is_kept_of_whoever_the_broker_has_named_and_nobody_else() -> None:
     local = together("llama", 4, 3, STEPS)
-    while local.coordinator.state.step < 2:
-        local.round()
-        local.now += 0.01
+    advance(local, 2)
     own = local.coordinator
     place = (own.recovery.where.now.number, 0)
     (keeper,) = {*own.recovery.copies.keepers[own.owners[0]]} - {BROKER}
@@ -349,9 +339,7 @@ def test_a_copy_is_kept_of_whoever_the_broker_has_named_and_nobody_else() -> Non
 
 def test_who_is_measured_loses_nothing_of_a_job_whose_broker_has_died() -> None:
     local = together("llama", 2, 2, STEPS)
-    while local.coordinator.state.step < 2:
-        local.round()
-        local.now += 0.01
+    advance(local, 2)
     provider = local.providers[local.coordinator.owners[0]]
     before = (provider.live, provider.epoch, dict(provider.here.stages))
     provider.job = "of a broker"
@@ -455,7 +443,7 @@ def test_a_broker_that_dies_is_rebuilt_and_nothing_is_lost(tmp_path: Path, at: i
     again.rebuild(read(path), local.now)
     assert again.state.step == committed
     with contextlib.closing(EventLog(path)) as log:
-        again.note = log.note
+        again.journal.note = log.note
         local.rebuilt(again)
         local.run()
     assert losses(local) == undisturbed("llama", STEPS)

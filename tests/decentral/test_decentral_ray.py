@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,31 +59,44 @@ def record(results: Path) -> dict[str, Any]:
     return made
 
 
+@contextlib.contextmanager
 def started(
-    cluster: Emulated, results: Path, *words: str, command: tuple[str, ...] = COMMAND
-) -> subprocess.Popen[bytes]:
+    cluster: Emulated, results: Path, *words: str, command: tuple[str, ...] = COMMAND, after: int = 0
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, from when so many steps are committed; no process of it is left."""
     env = {**os.environ, "LLMSYS_RESULTS": str(results), "RAY_ADDRESS": cluster.cluster.address}
-    return subprocess.Popen([*command, "task.start=ray", *words], env=env, start_new_session=True)
+    process = subprocess.Popen([*command, "task.start=ray", *words], env=env, start_new_session=True)
+    try:
+        while after and not any(last_step(read(path)) >= after for path in results.glob("*/*/events.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def until(results: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Is committed."""
-    while not any(last_step(read(path)) >= step for path in results.glob("*/*/events.jsonl")):
-        assert process.poll() is None
-        time.sleep(0.02)
+def kill_provider(cluster: Emulated, results: Path) -> None:
+    """One that has a stage, by a signal to its actor's process."""
+    import ray
+
+    (folder,) = results.glob("*/*")
+    ray.init(cluster.cluster.address, namespace=ray_runtime.NAMESPACE, log_to_driver=False)
+    try:
+        os.kill(ray.get(ray.get_actor(f"{folder.name}-p1").pid.remote()), signal.SIGKILL)
+    finally:
+        ray.shutdown()
 
 
 def test_a_broker_that_is_killed_goes_on_by_the_same_command(
     cluster: Emulated, results: Path, quiet: list[float]
 ) -> None:
     """Its providers, which Ray keeps, dial the same port again."""
-    process = started(cluster, results)
-    try:
-        until(results, 8, process)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert started(cluster, results).wait(120) == 0
+    with started(cluster, results, after=8):
+        pass
+    with started(cluster, results) as process:
+        assert process.wait(120) == 0
     made = record(results)
     assert made["samples"]["loss"] == quiet
     assert made["summary"]["steps"] == 30
@@ -93,22 +107,9 @@ def test_a_broker_that_is_killed_goes_on_by_the_same_command(
 
 def test_a_provider_that_is_killed_is_started_again(cluster: Emulated, results: Path, quiet: list[float]) -> None:
     """By Ray, in another process, which joins as anybody does."""
-    import ray
-
-    process = started(cluster, results)
-    try:
-        until(results, 5, process)
-        (folder,) = results.glob("*/*")
-        ray.init(cluster.cluster.address, namespace=ray_runtime.NAMESPACE, log_to_driver=False)
-        try:
-            actor = ray.get_actor(f"{folder.name}-p1")
-            os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
-        finally:
-            ray.shutdown()
+    with started(cluster, results, after=5) as process:
+        kill_provider(cluster, results)
         assert process.wait(120) == 0
-    finally:
-        process.kill()
-        process.wait()
     made = record(results)
     assert made["samples"]["loss"] == quiet
     assert made["summary"]["lost"] >= 1
@@ -116,14 +117,9 @@ def test_a_provider_that_is_killed_is_started_again(cluster: Emulated, results: 
 
 def test_a_broker_that_ray_runs_is_begun_again_by_ray(cluster: Emulated, results: Path, quiet: list[float]) -> None:
     """Ray's worker, whose child it is, is killed; nobody gives the command again."""
-    process = started(cluster, results, *cluster.words, "dispatch.retries=1")
-    try:
-        until(results, 8, process)
+    with started(cluster, results, *cluster.words, "dispatch.retries=1", after=8) as process:
         os.kill(worker(results), signal.SIGKILL)
         assert process.wait(180) == 0
-    finally:
-        process.kill()
-        process.wait()
     made = record(results)
     assert made["samples"]["loss"] == quiet
     (log,) = results.glob("*/*/log.txt")
@@ -147,24 +143,12 @@ def test_fine_tuning_and_generation_on_nodes_are_those_of_processes(
     cluster: Emulated, results: Path, tmp_path: Path, exp: str
 ) -> None:
     """Also where a provider is killed in between."""
-    import ray
-
     command = (sys.executable, "-m", "llmsys", f"+exp={exp}", *OTHERS[exp])
     alone = {**os.environ, "LLMSYS_RESULTS": str(tmp_path / "alone")}
     subprocess.run([*command, "task.providers=2", "task.reserve=0"], env=alone, check=True, timeout=120)
-    process = started(cluster, results, command=command)
-    try:
-        until(results, 5, process)
-        (folder,) = results.glob("*/*")
-        ray.init(cluster.cluster.address, namespace=ray_runtime.NAMESPACE, log_to_driver=False)
-        try:
-            os.kill(ray.get(ray.get_actor(f"{folder.name}-p1").pid.remote()), signal.SIGKILL)
-        finally:
-            ray.shutdown()
+    with started(cluster, results, command=command, after=5) as process:
+        kill_provider(cluster, results)
         assert process.wait(120) == 0
-    finally:
-        process.kill()
-        process.wait()
     expected, made = record(tmp_path / "alone"), record(results)
     assert made["summary"]["lost"] >= 1
     if exp == "decentral_generate":
@@ -185,14 +169,9 @@ def test_too_few_nodes_are_said_at_once(cluster: Emulated, results: Path) -> Non
 def test_a_node_that_is_removed_takes_its_provider_with_it_and_nothing_else(
     cluster: Emulated, results: Path, quiet: list[float]
 ) -> None:
-    process = started(cluster, results)
-    try:
-        until(results, 5, process)
+    with started(cluster, results, after=5) as process:
         cluster.kill("home1")
         assert process.wait(120) == 0
-    finally:
-        process.kill()
-        process.wait()
     made = record(results)
     assert made["samples"]["loss"] == quiet
     assert made["summary"]["lost"] == 1

@@ -14,10 +14,9 @@ from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting
 from llmsys.decentral.holdings import Holdings, Place
 from llmsys.decentral.planes import CONSTANT, value_of
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.training import Training
 from llmsys.decentral.whereabouts import Whereabouts, owners, trusted
-from llmsys.decentral.wire import Frame
+from llmsys.decentral.wire import BROKER, Frame
 
 COPYING = 0.5
 MOST_BETWEEN = 64

@@ -27,10 +27,9 @@ import grpc
 from llmsys.decentral.door import METHOD, Door, Listening
 from llmsys.decentral.link import BEAT_S, WELCOME, Credentials, channel_to
 from llmsys.decentral.pieces import Direction, pieces, slowed
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.quota import Meter
 from llmsys.decentral.reach import PROBE, PROBED, REACH, Reach, Said
-from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode, header
+from llmsys.decentral.wire import BROKER, Array, Frame, Malformed, decode, encode, header
 
 DIAL_S = 2.0
 AGAIN_S, MOST_S = 30.0, 960.0

@@ -16,9 +16,8 @@ from llmsys.decentral.link import HELLO_S, METHOD, OPTIONS, STATUS, WELCOME, Cre
 from llmsys.decentral.outbox import Outbox
 from llmsys.decentral.pieces import Joined, pieces
 from llmsys.decentral.planes import PLANES
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.reach import LOOPBACK, REACH, Reach
-from llmsys.decentral.wire import Frame, Malformed, decode, encode, header
+from llmsys.decentral.wire import BROKER, Frame, Malformed, decode, encode, header
 
 NAME = 64
 GRACE_S = 5.0

@@ -25,10 +25,10 @@ import grpc
 from llmsys.decentral.fleet import Provider as Machine
 from llmsys.decentral.outbox import Outbox
 from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, arrived, pieces, slowed
-from llmsys.decentral.provider import BEAT, BROKER, Provider
+from llmsys.decentral.provider import Provider
 from llmsys.decentral.quota import Meter
 from llmsys.decentral.reach import BETWEEN, REACH, Reach
-from llmsys.decentral.wire import Frame, decode, encode
+from llmsys.decentral.wire import BEAT, BROKER, Frame, decode, encode
 
 if TYPE_CHECKING:
     from llmsys.decentral.direct import Direct

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from llmsys.decentral import fleet
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.planes import Plane
-from llmsys.decentral.provider import BROKER, Provider
-from llmsys.decentral.wire import encode
+from llmsys.decentral.provider import Provider
+from llmsys.decentral.wire import BROKER, encode
 
 BEAT_S = 0.5
 IDLE_S = 60.0

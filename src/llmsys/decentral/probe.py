@@ -14,9 +14,8 @@ from llmsys.decentral.hub import Hub
 from llmsys.decentral.link import Credentials
 from llmsys.decentral.measure import MEASURE, MEASURED, MOST_BYTES
 from llmsys.decentral.planes import Arrays
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.reach import Reach
-from llmsys.decentral.wire import Array, Frame, Malformed, decode, encode
+from llmsys.decentral.wire import BROKER, Array, Frame, Malformed, decode, encode
 
 ROUNDS = 5
 LEAST_BYTES = 64 << 10

@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmsys.decentral import measure
-from llmsys.decentral.codecs import SCALES
+from llmsys.decentral import arrivals, measure
 from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
+from llmsys.decentral.keeping import Keeping
 from llmsys.decentral.measure import MEASURE, MEASURED
 from llmsys.decentral.noise import Noise
 from llmsys.decentral.opinion import Opinions
 from llmsys.decentral.packing import Packing
-from llmsys.decentral.planes import CONSTANT, Plane, Rules, names_of
+from llmsys.decentral.planes import Plane, Rules
 from llmsys.decentral.revival import Revivals
-from llmsys.decentral.stage_work import AHEAD, BACK, INPUT, KINDS, SHARED, Sent, StageWork
-from llmsys.decentral.wire import Array, Frame, Malformed, decode
+from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
+from llmsys.decentral.wire import BROKER, Array, Frame, Malformed, decode
 
-BROKER, BEAT = "broker", "beat"
 MOST_SAID = 100
 """Refusals that the broker is told of."""
 
@@ -70,12 +69,7 @@ class Provider:
         self.opinions = Opinions(self.here, self._made, lambda body: self._say("opinion", body=body))
         self.live: Place | None = None
         self.peers: dict[int, str] = {}
-        self.keepers: tuple[str, ...] = ()
-        self.keeps: dict[Place, str] = {}  # of which stages it keeps copies, and from whom
-        self.cutting = 0
-        self.every = 1
-        self.copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
-        self.sent: dict[str, tuple[int, Place, int]] = {}  # the same, and in which epoch
+        self.keeping = Keeping(self.here, self._give_away)
         self.said: tuple[str, int, int] | None = None
 
     # --- what comes ---
@@ -110,7 +104,7 @@ class Provider:
             "plan": self._plan, "revive": self.revivals.told, "resend": self._resend, "give": self._give,
             "state": self._state, "begin": self._begin, "commit": self._commit, "tidy": self._tidy,
             "stop": self._stop, "copy": self._asked_to_copy, "check": self.opinions.told,
-            "keepers": self._kept_by, MEASURE: self._measure,
+            "keepers": lambda each: self.keeping.told(each.body), MEASURE: self._measure,
         }  # fmt: skip
         from_broker = frame.kind not in (*KINDS, "state")
         try:
@@ -153,11 +147,9 @@ class Provider:
         self.here.partial.clear()
         for held in self.here.stages.values():
             held.work.give_up()
-        self.live, self.said, self.cutting = place, None, int(body["cutting"])
+        self.live, self.said = place, None
         self.peers = {at: str(name) for at, name in enumerate(body["peers"])}
-        self.keeps = {(int(body["cutting"]), int(at)): str(owner) for at, owner in body["keeps"].items()}
-        self.keepers, self.every = tuple(str(each) for each in body["keepers"]), int(body["every"])
-        self.copied = {name: self.copied[name] for name in self.keepers if name in self.copied}
+        self.keeping.plan(body)
         if place is not None and made is not None:
             self.here.stages[place] = Held(work=made, at=frame.step, since=frame.step)
         self._fill()
@@ -215,28 +207,20 @@ class Provider:
     # --- data ---
 
     def _data(self, frame: Frame) -> None:
-        place = (int(frame.body["cutting"]), int(frame.body["stage"]))
-        sent = Sent(
-            to=place[1],
-            kind=frame.kind,
-            step=frame.step,
-            micro_batch=frame.micro_batch,
-            arrays=frame.tensors,
-            absent=tuple(frame.body.get("absent", ())),
-        )
+        place, sent = arrivals.sent(frame)
         if place in self.revivals.open:
             revival = self.revivals.open[place]
-            _checked(frame, revival.held.work.stage, {**revival.near, **revival.peers})
+            arrivals.checked(frame, revival.held.work.stage, {**revival.near, **revival.peers})
             revival.held.work.put(sent)
         elif place in self.opinions.open:
             opinion = self.opinions.open[place]
-            _checked(frame, opinion.held.work.stage, opinion.near)
+            arrivals.checked(frame, opinion.held.work.stage, opinion.near)
             opinion.held.work.put(sent)
         elif place == self.live:
             own = self.here.stages[place]
             if not own.at <= frame.step <= own.at + 2:
                 raise ValueError(f"{frame.kind}: step {frame.step}: it is at {own.at}")
-            _checked(frame, own.work.stage, self.peers)
+            arrivals.checked(frame, own.work.stage, self.peers)
             own.work.put(sent)
         else:
             raise ValueError(f"{frame.kind}: stage {place} is not here")
@@ -335,10 +319,7 @@ class Provider:
         body = frame.body
         self.here.note(frame.tensors)
         if "keep" in body:
-            place = (int(body["keep"][0]), int(body["keep"][1]))
-            if self.keeps.get(place) != frame.sender:
-                raise ValueError(f"a copy of stage {place}: is not {frame.sender}'s to give, or not for here")
-            if self.here.keep(place, frame.step, frame.tensors, piece=int(body["piece"]), of=int(body["of"])):
+            if (place := self.keeping.keep(frame)) is not None:
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
@@ -361,35 +342,12 @@ class Provider:
         if self.said != mark:
             self.said = mark
             self._say("held", step=own.at, body={"since": own.since, "claim": own.work.claim(own.at)})
-        due = [name for name in self.keepers if self.copied.get(name, (None,))[0] != self.live]
-        if own.at % self.every == 0:
-            due = [name for name in self.keepers if self.copied.get(name) != (self.live, own.at)]
-        if due:
-            self._copy(self.live, own, due)
-
-    def _copy(self, place: Place, own: Held, keepers: Sequence[str]) -> None:
-        names = names_of(own.work.stage, own.work.rules)
-        state = own.work.executor.state(each for each in names if not each.startswith(CONSTANT))
-        for name in keepers:
-            fixed = {}
-            if (
-                name != BROKER and self.copied.get(name, (None,))[0] != place
-            ):  # so that it is warm if it has to take over
-                fixed = {each: self.here.constants[each] for each in names if each.startswith(CONSTANT)}
-            self.copied[name], self.sent[name] = (place, own.at), (self.epoch, place, own.at)
-            self._give_away({**state, **fixed}, name, own.at, {"keep": list(place)})
-
-    def _kept_by(self, frame: Frame) -> None:
-        """Others keep its copies from now on, and it others'."""
-        self.keeps = {(self.cutting, int(at)): str(owner) for at, owner in frame.body["keeps"].items()}
-        self.keepers = tuple(str(each) for each in frame.body["keepers"])
+        self.keeping.send_due(self.live, own, self.epoch)
 
     def _asked_to_copy(self, frame: Frame) -> None:
         if self.live is None or self.here.stages[self.live].lacks:
             raise ValueError("copy: it has nothing to copy")
-        own = self.here.stages[self.live]
-        due = [name for name in self.keepers if self.sent.get(name) != (self.epoch, self.live, own.at)]
-        self._copy(self.live, own, due)
+        self.keeping.send(self.live, self.here.stages[self.live], self.epoch)
 
     # --- what goes ---
 
@@ -420,18 +378,3 @@ class Provider:
             body=body,
             tensors=tensors,
         )
-
-
-def _checked(frame: Frame, stage: Stage, peers: Mapping[int, str]) -> None:
-    """ValueError where what goes between stages is not from whoever has the one that it comes from."""
-    if frame.kind == INPUT:
-        return  # it is the broker's, which has been looked at
-    from_ = {AHEAD: stage.receives, BACK: stage.sends, SHARED: stage.hears}.get(frame.kind)
-    for name in (*frame.tensors, *frame.body.get("absent", ())):
-        own = name.removesuffix(SCALES)
-        if from_ is None:  # a value, of whoever owns the parameter: the first to read it
-            senders = {peer for at, peer in peers.items() if at < stage.index}
-        else:
-            senders = {peers[from_[own]]} if own in from_ and from_[own] in peers else set()
-        if frame.sender not in senders:
-            raise ValueError(f"{frame.kind} {name}: is not from {frame.sender}")

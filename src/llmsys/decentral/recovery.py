@@ -16,11 +16,10 @@ from llmsys.decentral.copies import Copies
 from llmsys.decentral.cutting import Cutting, sources
 from llmsys.decentral.handing import Handing
 from llmsys.decentral.planes import CONSTANT, PARAMETER, VARIABLE, value_of
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.reviving import Reviving
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.whereabouts import Told, Whereabouts, owners
-from llmsys.decentral.wire import Array, Frame
+from llmsys.decentral.wire import BROKER, Array, Frame
 
 
 class Recovery:

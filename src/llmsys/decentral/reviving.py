@@ -13,9 +13,9 @@ from llmsys.decentral.copies import Copies
 from llmsys.decentral.cutting import Cutting, lost, neighbours
 from llmsys.decentral.handing import Handing
 from llmsys.decentral.planes import CONSTANT
-from llmsys.decentral.provider import BROKER
 from llmsys.decentral.training import Update
 from llmsys.decentral.whereabouts import JobLost, Whereabouts, owners, trusted
+from llmsys.decentral.wire import BROKER
 
 
 class Reviving:

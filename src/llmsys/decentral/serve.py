@@ -109,7 +109,7 @@ class Serving:
             self.coordinator.paused(self.now)
         self._looked = self.now
         if any(not each.empty() for each in self.hub.queues.values()):
-            self.coordinator.moved_s = self.now  # a line is slow, and nothing astray
+            self.coordinator.moved(self.now)  # a line is slow, and nothing astray
         self.coordinator.tick(self.now)
         self._send()
         for step in range(self._step + 1, self.coordinator.state.step + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from llmsys.decentral.graph import Graph
 from llmsys.decentral.noise import Noise
 from llmsys.decentral.planes import Arrays, Rules
 from llmsys.decentral.wire import FRAME_BYTES, HEADER_BYTES
+from llmsys.errors import NotANumber
 
 TENSOR_BYTES = FRAME_BYTES - HEADER_BYTES
 
@@ -65,6 +66,17 @@ class Training:
             ):
                 raise ValueError("results: tokens that are none of the model's")
         return tuple(tuple(each) for each in results)
+
+    def update(self, step: int, squares: Mapping[str, float], results: tuple[Any, ...]) -> Update:
+        """What all apply after `step`, by the norm of all gradients, of which there are `squares` by parameter;
+        `results` as `checked`. NotANumber where a loss or a gradient is none."""
+        norm = math.sqrt(sum(squares[key] for key in sorted(squares)))
+        losses = () if self.rules.streams else results
+        if not all(map(math.isfinite, (norm, *losses))):
+            raise NotANumber(f"step {step}: a loss or a gradient is NaN or infinite")
+        scale = self.clip / norm if self.clip and norm > self.clip else 1.0
+        made = {"tokens" if self.rules.streams else "losses": results}
+        return Update(rate=self.rate(step), scale=scale, **made)
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,8 @@ HEADER_BYTES = 4 << 20
 FRAME_BYTES = 512 << 20
 """Nor has a frame: what is larger is sent in several."""
 DIMENSIONS = 16
+BROKER, BEAT = "broker", "beat"
+"""Who sends what no provider does, by the name that none of them has; and the kind of a sign of life."""
 
 
 class Malformed(ValueError):
