@@ -218,6 +218,8 @@ def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str])
     identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
     if identity.get("compress", {}).get("kind") == "none":
         del identity["compress"]  # as it was before there was the group: records without it are of the same runs
+    if config["task"]["kind"] != "bench_serve":
+        identity.pop("server", None)  # nobody else looks at it
     if "compress" in identity:
         identity["compress"] = as_before(identity["compress"])
     if not identity.get("repeat"):

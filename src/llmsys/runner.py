@@ -110,7 +110,7 @@ def run(
             with _group(config, context):
                 result = tasks.find(config.task.kind)(config, context)
             _check(result)
-            record = dataclasses.replace(record, status="ok", reason="", error="", **result)
+            record = dataclasses.replace(record, **{"status": "ok", "reason": "", "error": "", **result})
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place that catches all, to classify
             record.status, record.reason = classify(error)
             record.error = _first_line(error, context.kept if context else "")
@@ -138,11 +138,13 @@ def _note(record: Record, out: Path, log: logging.Logger) -> None:
 
 
 _RESULTS = {"summary", "samples", "notes", "files", "kernel", "data_hash", "resumed_from_step"}
-"""What a task may say of its run; the rest of a record is the runner's."""
+_ENDED = {"status", "reason", "error"}
+"""What a task may say of its run; the rest of a record is the runner's. How it ended only a task says that has figures,
+though not all of it went well."""
 
 
 def _check(result: dict[str, Any]) -> None:
-    assert result.keys() <= _RESULTS, f"a task returned {sorted(result.keys() - _RESULTS)}"
+    assert result.keys() <= _RESULTS | _ENDED, f"a task returned {sorted(result.keys() - _RESULTS - _ENDED)}"
     for key, value in result.get("summary", {}).items():
         if not math.isfinite(value):
             raise NotANumber(f"summary.{key} is {value}")

@@ -26,6 +26,7 @@ from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
 from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.search import Search
+from llmsys.schema.serve import HttpServer, InProcessServer, Serve, Server, StubServer
 from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.together import DecentralAttack, DecentralGenerate, DecentralTrain, Together
@@ -65,6 +66,8 @@ __all__ = [
     "Dispatch",
     "Engine",
     "Hardware",
+    "HttpServer",
+    "InProcessServer",
     "Iteration",
     "Ledger",
     "LoRA",
@@ -82,7 +85,10 @@ __all__ = [
     "Profile",
     "Replay",
     "Search",
+    "Serve",
+    "Server",
     "Simulate",
+    "StubServer",
     "Sweep",
     "Task",
     "Together",
@@ -123,6 +129,7 @@ class Config:
     method: Method
     engine: Engine
     compress: Compress = field(default_factory=Compress)
+    server: Server = field(default_factory=InProcessServer)
     hardware: Hardware
     network: Network
     dispatch: Dispatch
@@ -152,6 +159,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "bench_opportunities": Opportunities,
         "bench_modules": Modules,
         "bench_ops": Ops,
+        "bench_serve": Serve,
         "decentral_plan": DecentralPlan,
         "decentral_perf": DecentralPerf,
         "decentral_profile": DecentralProfile,
@@ -177,6 +185,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "engine": {"local": Engine, "ddp": DDP, "deepspeed": DeepSpeed, "fsdp2": FSDP2, "tp": Engine},
     "compress": {"*": Compress},
+    "server": {"transformers": InProcessServer, "openai": HttpServer, "tgi": HttpServer, "stub": StubServer},
     "hardware": {"*": Hardware},
     "network": {"*": Network},
     "dispatch": {"inline": Dispatch, "process": Dispatch, "ray": OnRay, "torchrun": Dispatch},
@@ -186,7 +195,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "search": {"*": Search},
 }
 """Group -> kind -> the class of its settings; `*` where every choice in the group shares one class."""
-LATER = ("compress", "sweep", "search")
+LATER = ("compress", "server", "sweep", "search")
 """Groups that configs written by earlier versions of this package do not have; without one its defaults hold."""
 
 

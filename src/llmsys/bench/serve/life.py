@@ -1,0 +1,125 @@
+"""A server that we start: a process, healthy or said not to be, and gone with whoever started it.
+
+Between us and it stands a keeper (this file, run as a program): it starts the command in a session of its own, and ends
+it with all that it has started when its standard input ends, which happens however its parent goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import aiohttp
+
+from llmsys.dispatch.child import kill_tree
+
+SHOWN = 20
+"""Last lines of a server's log that are told where it does not come up."""
+END_S = 10.0
+LOOK_S = 0.1
+
+
+class NotUp(RuntimeError):
+    """A server that did not become healthy, with the end of its log."""
+
+
+class Life:
+    """Of `command`, which says what it has to say into `log`."""
+
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.command, self.log, self.env = list(command), log, dict(env or {})
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """NotUp where there is no such command."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llmsys.bench.serve.life", *self.command],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                env={**os.environ, **self.env},
+                start_new_session=True,
+            )
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit code, once it has ended."""
+        assert self.process is not None
+        return self.process.poll()
+
+    async def healthy(self, url: str, within_s: float, looking: Callable[[], None] = lambda: None) -> float:
+        """Waits until `url` answers 200, and says how many seconds that took; `looking()` all the time. NotUp where it
+        ends or does not."""
+        begun = time.perf_counter()
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            while time.perf_counter() < begun + within_s:
+                looking()
+                if self.ended is not None:
+                    raise NotUp(f"the server ended with code {self.ended}: {self.said()}")
+                with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                    async with session.get(url) as answer:
+                        if answer.status == 200:
+                            return time.perf_counter() - begun
+                await asyncio.sleep(LOOK_S)
+        raise NotUp(f"the server was not healthy in {within_s:g} s: {self.said()}")
+
+    def said(self) -> str:
+        """The last lines of its log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return " | ".join(lines[-SHOWN:]) or "it said nothing"
+
+    def stop(self) -> None:
+        """It, and all that it has started."""
+        if self.process is None:
+            return
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(END_S + 5)
+        except subprocess.TimeoutExpired:
+            kill_tree(self.process)
+
+
+def free_port() -> int:
+    """Of loopback, where nobody listens now."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return int(made.getsockname()[1])
+
+
+def keep(command: Sequence[str]) -> int:
+    """Runs it until it ends, or standard input does; its exit code, 127 where there is no such command."""
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+
+    def end() -> None:
+        sys.stdin.buffer.read()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(END_S)
+        kill_tree(child)
+
+    threading.Thread(target=end, daemon=True).start()
+    code = child.wait()
+    kill_tree(child)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(keep(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""What is asked, and when: drawn from a seed, so that the same seed is the same load for every server."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmsys import schema
+
+FIRST = 4
+"""Tokens below it may be special: none is drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """`due_s` after the load has begun; math.nan: when another has ended. `prompt`: token ids; `new` tokens are to
+    come, and the end-of-text token ends nothing."""
+
+    index: int
+    due_s: float
+    prompt: tuple[int, ...]
+    new: int
+
+
+def draw(task: schema.Serve, vocabulary: int, repeat: int = 0, rate: float = 0.0) -> list[Request]:
+    """The load of a repeat (-1: of warming up); `rate`: another one than the task's. ValueError, naming the file and
+    its line, for a trace that is none."""
+    random = np.random.default_rng([task.seed, repeat + 1])
+    if task.arrivals == "trace":
+        rows = read_trace(Path(task.trace))[: task.requests]
+        due: Sequence[float] = [row[0] for row in rows]
+        ins, outs = [row[1] for row in rows], [row[2] for row in rows]
+    else:
+        due = _due(task, random, rate or task.rate)
+        ins = _lengths(task, task.prompt_tokens, random)
+        outs = _lengths(task, task.output_tokens, random)
+    prefix = np.random.default_rng([task.seed]).integers(FIRST, vocabulary, task.shared_prefix)
+    found = []
+    for index, (due_s, count, new) in enumerate(zip(due, ins, outs, strict=True)):
+        shared = prefix[: int(count) - 1]
+        prompt = tuple(int(each) for each in (*shared, *random.integers(FIRST, vocabulary, int(count) - len(shared))))
+        found.append(Request(index=index, due_s=float(due_s), prompt=prompt, new=int(new)))
+    return found
+
+
+def _due(task: schema.Serve, random: np.random.Generator, rate: float) -> Sequence[float]:
+    if task.arrivals == "burst":
+        return [0.0] * task.requests
+    if task.arrivals == "concurrency":
+        return [math.nan] * task.requests
+    if task.arrivals == "constant":
+        return [at / rate for at in range(task.requests)]
+    gaps = random.gamma(task.burstiness, 1 / (rate * task.burstiness), task.requests)
+    return [float(each) for each in np.cumsum(gaps)]
+
+
+def _lengths(task: schema.Serve, middle: int, random: np.random.Generator) -> list[int]:
+    if task.lengths == "fixed" or not task.spread:
+        return [middle] * task.requests
+    if task.lengths == "uniform":
+        found = random.uniform(middle * (1 - task.spread), middle * (1 + task.spread), task.requests)
+    else:
+        found = middle * np.exp(random.normal(0.0, task.spread, task.requests))
+    return [max(1, round(float(each))) for each in found]
+
+
+TRACE = ("arrival_s", "input_tokens", "output_tokens")
+
+
+def read_trace(path: Path) -> list[tuple[float, int, int]]:
+    """Rows of a CSV file with these columns, by arrival. ValueError naming file and line for what is none."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            if lacking := set(TRACE) - set(rows.fieldnames or ()):
+                raise ValueError(f"task.trace={path}: lacks the columns {', '.join(sorted(lacking))}")
+            found = []
+            for line, row in enumerate(rows, 2):
+                try:
+                    each = (float(row[TRACE[0]]), int(row[TRACE[1]]), int(row[TRACE[2]]))
+                except (TypeError, ValueError):
+                    each = (math.nan, 0, 0)
+                if not (0 <= each[0] < math.inf and each[1] > 0 and each[2] > 0):
+                    raise ValueError(f"task.trace={path}: line {line}: must be seconds and two numbers of tokens")
+                found.append(each)
+    except OSError as error:
+        raise ValueError(f"task.trace={path}: {error.strerror}") from None
+    if not found:
+        raise ValueError(f"task.trace={path}: has no rows")
+    return sorted(found)

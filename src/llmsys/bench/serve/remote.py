@@ -1,0 +1,123 @@
+"""Servers that are spoken to by HTTP: OpenAI's completions, as most engines offer them, and TGI's own.
+
+Requests ask for greedy tokens, and that the end-of-text token ends nothing, so that every server does the same work.
+Tokens are counted by their ids where a server shows them (vLLM and SGLang do when asked), else by pieces of text that
+came, and beside them stands what the server says its count is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from llmsys.bench.serve.load import Request
+from llmsys.bench.serve.outcome import Failed, Outcome
+from llmsys.bench.serve.sse import Events
+
+DONE = b"[DONE]"
+SHOWN = 300
+"""Characters of an error that are kept."""
+
+
+class Remote:
+    """At `url`. `text(ids)`: the prompt as text, for servers that take no ids (None: they do). `body`: more of each
+    request. Use it as an async context; its connections are kept open from one request to the next."""
+
+    path = "/v1/completions"
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        text: Callable[[Sequence[int]], str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.url, self.model, self.text, self.more = url.rstrip("/"), model, text, dict(body or {})
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Remote:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """Of a request."""
+        prompt = list(request.prompt) if self.text is None else self.text(request.prompt)
+        own = {"model": self.model, "prompt": prompt, "max_tokens": request.new, "temperature": 0, "stream": True}
+        told = {"stream_options": {"include_usage": True}, "ignore_eos": True, "return_token_ids": True}
+        return {**own, **told, **self.more}
+
+    def count(self, event: Mapping[str, Any], outcome: Outcome) -> int:
+        """Tokens that an event brings. `Failed` for one that says an error, KeyError and the like for one that is none
+        of the protocol's."""
+        if "error" in event:
+            raise Failed("error", str(event["error"])[:SHOWN])
+        if usage := event.get("usage"):
+            outcome.told = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+        if times := event.get("times"):
+            outcome.server |= {key: float(each) for key, each in times.items()}
+        if not event["choices"]:
+            return 0
+        (choice,) = event["choices"]
+        if choice.get("token_ids") is not None:
+            return len(choice["token_ids"])
+        outcome.counted = "pieces"
+        return int(bool(choice["text"]))
+
+    async def stream(self, request: Request, outcome: Outcome) -> AsyncIterator[int]:
+        """See `client.Server`."""
+        assert self._session is not None
+        data, events, over = json.dumps(self.body(request)).encode(), Events(), False
+        try:
+            headers = {"Content-Type": "application/json"}
+            async with self._session.post(self.url + self.path, data=data, headers=headers) as answer:
+                if answer.status != 200:
+                    said = (await answer.content.read(SHOWN)).decode(errors="replace")
+                    raise Failed("error", f"HTTP {answer.status}: {said}")
+                async for piece in answer.content.iter_any():
+                    for event in events.feed(piece):
+                        if event == DONE:
+                            over = True
+                            continue
+                        try:
+                            count = self.count(json.loads(event), outcome)
+                        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                            said = event[:SHOWN].decode(errors="replace")
+                            raise Failed("malformed", f"{type(error).__name__}: {error}: {said}") from None
+                        if count:
+                            yield count
+        except aiohttp.ClientPayloadError as error:
+            raise Failed("closed", f"the stream broke off: {error}") from None
+        except (aiohttp.ClientError, OSError) as error:
+            status = "closed" if outcome.token_s else "refused"
+            raise Failed(status, f"{type(error).__name__}: {error}") from None
+        except ValueError as error:
+            raise Failed("malformed", str(error)) from None
+        if not over and self.path == Remote.path:
+            raise Failed("closed", "the stream ended before it said that it was done")
+
+
+class TGI(Remote):
+    """Text Generation Inference, whose stream has a token an event."""
+
+    path = "/generate_stream"
+
+    def body(self, request: Request) -> dict[str, Any]:
+        assert self.text is not None
+        wanted = {"max_new_tokens": request.new, "do_sample": False, "details": True, "ignore_eos_token": True}
+        return {"inputs": self.text(request.prompt), "parameters": {**wanted, **self.more}}
+
+    def count(self, event: Mapping[str, Any], outcome: Outcome) -> int:
+        if "error" in event:
+            raise Failed("error", str(event["error"])[:SHOWN])
+        if details := event.get("details"):
+            outcome.told = int(details.get("input_length", -1)), int(details["generated_tokens"])
+        int(event["token"]["id"])
+        return 1

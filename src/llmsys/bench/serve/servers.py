@@ -1,0 +1,146 @@
+"""From a config to somebody who answers: a model in this process, or a server that is started and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmsys import schema
+from llmsys.bench.serve import words
+from llmsys.bench.serve.client import Server
+from llmsys.bench.serve.life import Life, free_port
+from llmsys.bench.serve.remote import TGI, Remote
+
+if TYPE_CHECKING:
+    from llmsys.context import Context
+
+HOST = "127.0.0.1"
+LOG = "server.log"
+
+
+@dataclass(kw_only=True)
+class Running:
+    """Somebody who answers. `pid()`: of the process that takes the memory, 0 where it is not known; `metrics`: where it
+    tells of itself; `ended()`: how it has ended, empty as long as it has not."""
+
+    server: Server
+    pid: Callable[[], int]
+    metrics: str = ""
+    ended: Callable[[], str] = lambda: ""
+    summary: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@contextlib.asynccontextmanager
+async def started(config: schema.Config, context: Context, longest: int) -> AsyncIterator[Running]:
+    """Of `config.server`, for requests of at most `longest` tokens, in and out; gone with the block, however that is
+    left. Raises ValueError for what cannot be served so, `life.NotUp` where a server does not come up."""
+    own = config.server
+    if isinstance(own, schema.InProcessServer):
+        async with _in_process(config, own, context, longest) as running:
+            yield running
+    elif isinstance(own, schema.StubServer):
+        port = free_port()
+        command = [sys.executable, "-m", "llmsys.bench.serve.stub", f"--port={port}"]
+        command += [f"--ttft-ms={own.ttft_ms}", f"--tpot-ms={own.tpot_ms}"]
+        command += [f"--fault={each}" for each in own.faults]
+        life, url = Life(command, context.out / LOG), f"http://{HOST}:{port}"
+        async with _lives(life, context, f"{url}/health", 30.0) as ready_s, Remote(url, "stub") as remote:
+            yield _of(life, remote, {"server_start_s": ready_s})
+    else:
+        assert isinstance(own, schema.HttpServer)
+        async with _remote(config, own, context) as running:
+            yield running
+
+
+@contextlib.asynccontextmanager
+async def _in_process(
+    config: schema.Config, own: schema.InProcessServer, context: Context, longest: int
+) -> AsyncIterator[Running]:
+    from llmsys.bench.serve.in_process import Continuous, Static
+
+    begun = time.perf_counter()
+    model = load(config, context).eval()
+    static = own.batching == "static"
+    with Static(model, own.max_batch) if static else Continuous(model, own.max_batch, own.page, longest) as server:
+        took = time.perf_counter() - begun
+        yield Running(server=server, pid=os.getpid, summary={"server_start_s": took})
+
+
+@contextlib.asynccontextmanager
+async def _remote(config: schema.Config, own: schema.HttpServer, context: Context) -> AsyncIterator[Running]:
+    kind = TGI if own.kind == "tgi" else Remote
+    said = words.text if own.prompts == "text" or kind is TGI else None
+    if own.url:
+        async with kind(own.url, own.model or config.model.name, said, own.body) as remote:
+            yield Running(server=remote, pid=lambda: 0, metrics=f"{own.url.rstrip('/')}/metrics")
+        return
+    folder, port = context.out / "served", free_port()
+    store(config, context, folder)
+    known = {"python": own.python or sys.executable, "model": str(folder), "host": HOST, "port": str(port)}
+    command = [_filled(word, known) for word in own.command]
+    context.log.info("server: %s", shlex.join(command))
+    life, url = Life(command, context.out / LOG, own.env), f"http://{HOST}:{port}"
+    async with (
+        _lives(life, context, url + own.health, own.start_s) as ready_s,
+        kind(url, own.model or str(folder), said, own.body) as remote,
+    ):
+        running = _of(life, remote, {"server_start_s": ready_s})
+        running.metrics = f"{url}/metrics"
+        running.notes["command"] = shlex.join(own.command)
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def _lives(life: Life, context: Context, health: str, within_s: float) -> AsyncIterator[float]:
+    context.beat(phase="starting the server")
+    life.start()
+    try:
+        yield await life.healthy(health, within_s, context.beat)
+    finally:
+        life.stop()
+
+
+def _of(life: Life, server: Server, summary: dict[str, float]) -> Running:
+    assert life.process is not None
+
+    def ended() -> str:
+        return "" if life.ended is None else f"the server ended with code {life.ended}: {life.said()}"
+
+    process = life.process
+    return Running(server=server, pid=lambda: process.pid, ended=ended, summary=summary)
+
+
+def _filled(word: str, known: dict[str, str]) -> str:
+    for key, value in known.items():
+        word = word.replace("{" + key + "}", value)
+    return word
+
+
+def load(config: schema.Config, context: Context) -> Any:
+    """The model, on the run's device. ValueError for one that generates no text."""
+    from llmsys import models
+    from llmsys.models import weights
+
+    folder = weights.find(config.model, config.results, context.run_folder)
+    how: dict[str, Any] = {"objective": "causal_lm", "num_labels": 0, "device": context.device}
+    return models.load(config.model, **how, seed=config.train.seed, folder=folder)
+
+
+def store(config: schema.Config, context: Context, folder: Path) -> None:
+    """The model as a folder of Hugging Face's, with the tokenizer of words."""
+    if isinstance(config.model, schema.Transformer) and config.model.quant != "none":
+        raise ValueError(
+            f"model.quant={config.model.quant}: is for server=transformers; other servers are told their own"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    load(config, context).save_pretrained(folder)
+    assert isinstance(config.model, schema.Transformer)
+    words.write(folder, config.model.vocab_size)
