@@ -79,6 +79,7 @@ def test_a_fit_finds_latency_and_bandwidth() -> None:
     assert 8e-6 / beta == pytest.approx(100, rel=0.01)
 
 
+@pytest.mark.slow
 def test_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No link carries more than its rate; that it carries nearly as much is for the records, on a quiet machine."""
     import links

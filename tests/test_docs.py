@@ -141,7 +141,7 @@ def test_there_is_a_tutorial_for_each_paper_and_a_page_for_what_can_be_added() -
         assert [block for block in blocks(page) if block.language in RUN and block.mark != "slow"], page
 
 
-BRIEF = ("lorafa", "compress", "add-an-experiment")
+BRIEF = ("lorafa", "add-an-experiment")
 """Pages that are gone through whenever tests run; the others with those that take minutes."""
 
 

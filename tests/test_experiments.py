@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ REPEATS = (
     *("compress_ablation", "compress_resnet18_cifar10", "compress_vgg16_cifar10"),
 )
 """Which differ from another experiment in numbers alone."""
+LONG = ("compress_iteration", "decentral_finetune", "decentral_generate", "decentral_simulate_churn")
+"""Which take long, while another of the same list does not."""
 MEASURED = ("compress_iteration", "compress_ablation", "compress_replay")
 LOOKED_INTO = {
     "bench_modules": ("modules/qkv/forward_ms", "| qkv |"),
@@ -36,7 +39,7 @@ LOOKED_INTO = {
 }
 TOGETHER = ("decentral_train", "decentral_finetune", "decentral_generate")
 TRAINED = [
-    pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else [])
+    exp
     for exp in EXPERIMENTS
     if exp not in ("lorafa_ledger", "compress_simulate", "bench_advise", *MEASURED, *LOOKED_INTO, *TOGETHER)
 ]
@@ -49,6 +52,11 @@ BY_OBJECTIVE = {
     "seq2seq": ("perplexity", "tokens_per_s"),
 }
 MAY_BE_ZERO = ("bleu", "rouge1", "rouge2", "rougeL", "comm_bytes", "linear_weights_trained", "accuracy", "accuracy_se")
+
+
+def brief(experiments: Iterable[str]) -> list[Any]:
+    """`experiments` for `parametrize`; the short suite has neither repetitions nor what takes long."""
+    return [pytest.param(exp, marks=[pytest.mark.slow] if exp in (*REPEATS, *LONG) else []) for exp in experiments]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.parametrize("exp", TRAINED)
+@pytest.mark.parametrize("exp", brief(TRAINED))
 def test_its_smoke_run_is_ok(exp: str, smoke_run: Run) -> None:
     made, record = smoke_run(exp)
     assert record.status == "ok", record.error
@@ -80,9 +88,7 @@ def test_its_smoke_run_is_ok(exp: str, smoke_run: Run) -> None:
     assert sum(parts.values()) == pytest.approx(record.summary["accounted_bytes"], rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "exp", [pytest.param(exp, marks=[pytest.mark.slow] if exp in REPEATS else []) for exp in MEASURED]
-)
+@pytest.mark.parametrize("exp", brief(MEASURED))
 def test_measured_iterations_leave_their_tables(exp: str, results: Path) -> None:
     smoke = compose.compose([f"+exp={exp}"])["smoke"]
     made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
@@ -93,7 +99,7 @@ def test_measured_iterations_leave_their_tables(exp: str, results: Path) -> None
     assert "| acpsgd |" in text
 
 
-@pytest.mark.parametrize("exp", LOOKED_INTO)
+@pytest.mark.parametrize("exp", brief(LOOKED_INTO))
 def test_modules_and_operators_leave_their_tables(exp: str, results: Path) -> None:
     smoke = compose.compose([f"+exp={exp}"])["smoke"]
     made = job.make(compose.compose([f"+exp={exp}", *smoke, f"results={results}"]))
@@ -105,7 +111,7 @@ def test_modules_and_operators_leave_their_tables(exp: str, results: Path) -> No
         assert line in (Path(made.out) / record.files["tables"]).read_text()
 
 
-@pytest.mark.parametrize("exp", TOGETHER)
+@pytest.mark.parametrize("exp", brief(TOGETHER))
 def test_jobs_over_processes_leave_what_they_made(exp: str, smoke_run: Run) -> None:
     made, record = smoke_run(exp)
     assert record.status == "ok", record.error

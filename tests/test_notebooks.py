@@ -17,6 +17,8 @@ from llmsys.figures import PAPERS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LONG = ("compress", "lorafa")
+"""Whose cells take the longest: the short suite runs none of them."""
 COUNT = """
 import json
 from matplotlib.figure import Figure
@@ -78,7 +80,11 @@ def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else []) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_draws_the_records(path: Path) -> None:
     """All of it, from its own folder, as Jupyter starts it."""
     import nbformat

@@ -12,7 +12,7 @@ from llmsys import results
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
-@pytest.mark.parametrize("of", ["train", "all"])
+@pytest.mark.parametrize("of", [pytest.param("train", marks=pytest.mark.slow), "all"])
 def test_results_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], of: str) -> None:
     import results_load
 

@@ -140,11 +140,12 @@ def test_both_mirrors_have_all_of_a_run_without_key_or_network(results: Path) ->
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "limits", "said"),
     [
         (signal.SIGKILL, (), "told no more: "),
-        pytest.param(signal.SIGSTOP, ("tracker.finish_s=1",), "tracker.finish_s", marks=pytest.mark.slow),
+        (signal.SIGSTOP, ("tracker.finish_s=1",), "tracker.finish_s"),
     ],
 )
 def test_a_service_of_wandb_that_is_killed_or_stopped_harms_no_run(

@@ -241,6 +241,7 @@ def test_the_papers_bytes_and_one_collective_a_bucket(pool: Pool, tmp_path: Path
     assert whole / acp["wire_bytes"] == pytest.approx(2 / (1 / 155.5 + 1 / 93.3), abs=0.1)
 
 
+@pytest.mark.slow
 def test_all_that_can_be_measured_is(pool: Pool, tmp_path: Path) -> None:
     """Every method."""
     overrides = ["+exp=compress_iteration", "network=none", "task.width=64", "task.layers=3", "task.rounds=1"]
@@ -256,6 +257,7 @@ def test_all_that_can_be_measured_is(pool: Pool, tmp_path: Path) -> None:
             assert row["collectives"] == row["buckets"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_ours_is_predicted_from_a_fit(pool: Pool, tmp_path: Path) -> None:
     overrides = ["+exp=compress_iteration", "network=none", "task.width=64", "task.layers=3", "task.rounds=1"]
     overrides += ["task.steps=2", "task.overlap=[true,false]", "task.methods=[none,acpsgd,torch_powersgd]"]

@@ -231,6 +231,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pool: Pool, engine: str, tmp_p
         assert torch.equal(tensor, weights(again)[name]), name
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_the_average(pool: Pool, alone: Pool, tmp_path: Path) -> None:
     """Two ranks go on as one, of the same global batch, and back: what all of them send together is what it would have
     been, as it depends on the mean of their errors alone."""

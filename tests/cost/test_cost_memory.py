@@ -28,6 +28,8 @@ CONVNETS = {
     "vgg": {"family": "vgg", "image_size": 33},
 }
 DTYPES = [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")]
+QUICK = (("fp32", "fp32", "sdpa"), ("bf16", "bf16", "eager"))
+"""What the short suite tries of T5, whose two stacks take the longest."""
 
 
 def _differs(model: schema.Model, train: schema.Train, how: schema.Method, padded: bool) -> str | None:
@@ -41,9 +43,14 @@ def _differs(model: schema.Model, train: schema.Train, how: schema.Method, padde
     return f"{model} {train} {how} padded={padded}: measured {measured}, predicted {predicted}"
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("dtype", "precision"), DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "attention", "name"),
+    [
+        pytest.param(*how, name, marks=pytest.mark.slow if name == "t5" and how not in QUICK else [])
+        for how in ((*dtypes, attention) for dtypes in DTYPES for attention in ("sdpa", "eager"))
+        for name in TRANSFORMERS
+    ],
+)
 def test_saved_tensors_are_as_predicted(name: str, attention: str, dtype: str, precision: str) -> None:
     model = shape(**TRANSFORMERS[name], num_layers=2, attention=attention, dtype=dtype)
     for kind, padded in itertools.product(METHODS, (False, True)):

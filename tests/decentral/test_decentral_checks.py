@@ -50,9 +50,9 @@ STEPS = 6
 STAGES, SPARES = 3, 2
 
 
-def slow(value: object) -> Any:
+def slow(*values: object) -> Any:
     """One of many that a nightly run has."""
-    return pytest.param(value, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 # --- those who cheat ---
@@ -159,6 +159,7 @@ def test_steps_between_copies_are_checked_together(every: int) -> None:
     assert own.verdicts == []
 
 
+@pytest.mark.slow
 def test_the_share_that_is_asked_for_is_checked() -> None:
     local = checked({}, 60, checks=0.2)
     local.run()
@@ -228,7 +229,7 @@ def test_frames_that_go_astray_accuse_nobody(seed: int) -> None:
     assert losses(local) == undisturbed("llama", 8)
 
 
-@pytest.mark.parametrize("compress", ["int8", "adaptive"])
+@pytest.mark.parametrize("compress", [slow("int8"), "adaptive"])
 def test_what_is_compressed_on_its_way_is_compared_as_it_travels(compress: str) -> None:
     """Nobody who is honest is accused, and who cheats is found."""
     work, cheat = Workload(micro_batches=MICRO_BATCHES, most=1, compress=compress), ""
@@ -250,7 +251,8 @@ def test_what_is_compressed_on_its_way_is_compared_as_it_travels(compress: str) 
 
 @pytest.mark.parametrize("every", [1, slow(3)])
 @pytest.mark.parametrize(
-    ("how", "stage"), [(Scales, 0), (Scales, 1), (Zeroes, 1), (Zeroes, 2), (Repeats, 2), (Skips, 0), (Skips, 2)]
+    ("how", "stage"),
+    [slow(Scales, 0), (Scales, 1), slow(Zeroes, 1), slow(Zeroes, 2), slow(Repeats, 2), (Skips, 0), slow(Skips, 2)],
 )
 def test_whoever_cheats_is_found_named_and_sent_away(how: type[TorchStage], stage: int, every: int) -> None:
     """By the first or second check; the model is doubtful from the copy on with which that began."""

@@ -203,7 +203,8 @@ def test_fewer_bytes_are_really_sent() -> None:
 LEARNS: dict[str, Any] = {"data": lambda step: training("llama", 1).data(1 + step % 2), "rate": lambda step: 3e-3}
 
 
-@pytest.mark.parametrize("codec", [pytest.param("bf16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_the_loss_is_within_two_percent_of_the_dense_one(codec: str) -> None:
     """Its embeddings are tied over the cuts, so that sums of gradients go compressed, too."""
     dense, lossy = (together(each, 35, stages=2, count=2, **LEARNS) for each in ("none", codec))

@@ -16,8 +16,10 @@ from llmsys.decentral.planes.torch import Run
 LENGTH, NEW = 24, 12
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("count", "family"),
+    [(1, "llama"), (3, "gpt2"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, "gpt2"), (3, "llama")))],
+)
 def test_a_cut_model_generates_the_models_tokens(family: str, count: int) -> None:
     own = model(family).eval()
     prompt = torch.randint(2, 64, (2, 5), generator=torch.Generator().manual_seed(3))

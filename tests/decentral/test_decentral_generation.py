@@ -100,7 +100,7 @@ def test_between_two_steps_there_is_one_way_to_providers_and_one_back() -> None:
     assert said["prepared"] == 2 * local.coordinator.training.steps
 
 
-@pytest.mark.parametrize("planes", [("torch",) * 4, ("onnx", "torch", "onnx")])
+@pytest.mark.parametrize("planes", [("torch",) * 4, pytest.param(("onnx", "torch", "onnx"), marks=pytest.mark.slow)])
 def test_one_is_killed_in_mid_stream_and_the_text_is_the_same(planes: tuple[str, ...]) -> None:
     """Its stage's keys and values are computed again from the prefix, by one provider alone."""
     own, killed = generation(), list[str]()
@@ -118,7 +118,10 @@ def test_one_is_killed_in_mid_stream_and_the_text_is_the_same(planes: tuple[str,
     assert local.coordinator.again <= 1
 
 
-@pytest.mark.parametrize(("compress", "noise"), [("int8", None), ("fp16", Noise(share=2.0, key=3))])
+@pytest.mark.parametrize(
+    ("compress", "noise"),
+    [("int8", None), pytest.param("fp16", Noise(share=2.0, key=3), marks=pytest.mark.slow)],
+)
 def test_hidden_states_go_compressed_or_with_noise_and_a_kill_changes_nothing(
     compress: str, noise: Noise | None
 ) -> None:
@@ -154,7 +157,7 @@ def test_hidden_states_go_compressed_or_with_noise_and_a_kill_changes_nothing(
     assert (quiet.texts() != alone()) == (noise is not None)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in range(1, 4))])
 def test_storms_change_no_token_that_is_drawn(seed: int) -> None:
     """Noise is keyed by step and stream: what is done again draws the same."""
     quiet, hit = generation(0.9), generation(0.9)

@@ -40,7 +40,10 @@ def members(count: int, **more: object) -> tuple[Provider, ...]:
 # --- the lower bound ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("train", "schedule"), [(True, "1f1b"), (True, "gpipe"), (False, "1f1b")])
+@pytest.mark.parametrize(
+    ("train", "schedule"),
+    [(True, "1f1b"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((True, "gpipe"), (False, "1f1b")))],
+)
 def test_no_plan_is_better_than_the_bound(train: bool, schedule: str) -> None:
     """Four providers, of which every plan is looked at, with unlike operators, thin lines, tied and saved tensors."""
     compared = 0

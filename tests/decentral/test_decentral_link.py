@@ -139,6 +139,7 @@ def test_a_broker_that_is_killed_and_started_again_loses_nothing(providers: Mach
         assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("another")
@@ -194,6 +195,7 @@ def test_a_name_that_cannot_be_shown_is_none(name: str) -> None:
         hello_of(encode(said))
 
 
+@pytest.mark.slow
 def test_the_name_of_somebody_trusted_is_nobody_elses(providers: Machines, tmp_path: Path) -> None:
     """Who only shows the plain token is not sent what that one is."""
     trusted = tmp_path / "trusted"

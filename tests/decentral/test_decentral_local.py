@@ -382,7 +382,9 @@ def test_a_frame_with_numbers_that_json_does_not_have_is_none() -> None:
         header(data)
 
 
-@pytest.mark.parametrize(("family", "stages", "every"), [("llama", 2, 2), ("gpt2", 4, 3)])
+@pytest.mark.parametrize(
+    ("family", "stages", "every"), [("llama", 2, 2), pytest.param("gpt2", 4, 3, marks=pytest.mark.slow)]
+)
 def test_storms(family: str, stages: int, every: int) -> None:
     for seed in range(5):
         stormy(family, stages, every, seed)

@@ -72,6 +72,7 @@ def test_lines_are_measured_as_they_are_and_so_is_the_device(tmp_path: Path) -> 
     assert found["slow"].few_tflops < found["slow"].tflops < 10
 
 
+@pytest.mark.slow
 def test_what_no_machine_holds_some_hold_together() -> None:
     own = [measured("a", 0.3, 1000.0), measured("b", 0.3, 1000.0)]
     (training, generation) = probe_report.predictions(own, model("llama_85m"), 1, 256)
@@ -141,9 +142,14 @@ def test_who_refuses_is_left_out_and_where_nobody_is_left_that_is_said() -> None
     ("words", "said"),
     [
         (["--models", "llama_6"], "--models llama_6: must be of "),
-        (["--listen", "7077"], "--listen 7077: must be HOST:PORT"),
-        (["--providers", "0"], "must be 1 or more"),
-        (["--wait", "0.2", "--listen", "127.0.0.1:0"], "no provider came in 0.2 s"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                (["--listen", "7077"], "--listen 7077: must be HOST:PORT"),
+                (["--providers", "0"], "must be 1 or more"),
+                (["--wait", "0.2", "--listen", "127.0.0.1:0"], "no provider came in 0.2 s"),
+            )
+        ),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], said: str) -> None:

@@ -23,7 +23,7 @@ def test_times_that_are_as_far_off_above_as_below_are_in_the_middle() -> None:
     assert profile_task.fitted([0.5, 0.5], seconds, 1.0) == pytest.approx(0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("train", ["true", "false"])
+@pytest.mark.parametrize("train", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_the_entry_is_a_fleet_of_this_machine(tmp_path: Path, train: str) -> None:
     lines = ("network.name=home", "network.up_mbit=20", "network.down_mbit=100", "task.provider=anna")
     made = job.make(compose.compose([*SMALL, *lines, f"task.train={train}", f"results={tmp_path}"]))

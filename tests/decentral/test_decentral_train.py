@@ -68,11 +68,16 @@ def test_it_learns_what_the_one_trainer_does(llmsys: Run, results: Path) -> None
         (["model.dtype=bf16", "train.precision=bf16"], "model.dtype=bf16: decentral_train is for model.dtype=fp32"),
         (["task.start=none"], "task.start=none: whoever dials in has to know task.listen's port and task.token_file"),
         (["task.start=ray", "task.direct=true", "task.faults=[]"], "task.direct=true: is for task.start=process"),
-        (["task.stages=9"], "task.stages=9: task.providers=4 are fewer"),
-        (["task.checks=5"], "task.checks=5.0: must be a share, of 0 to 1"),
-        (["task.checks=0.1", "task.owner_keeps=false"], "task.checks=0.1: begin with the owner's copies"),
-        (["task.noise=0.5"], "task.noise=0.5: needs task.private, which says whose states it hides: [1,1]"),
-        (["task.planes=[cobol]"], "task.planes=cobol: must be one of torch, torch_compiled, onnx"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                (["task.stages=9"], "task.stages=9: task.providers=4 are fewer"),
+                (["task.checks=5"], "task.checks=5.0: must be a share, of 0 to 1"),
+                (["task.checks=0.1", "task.owner_keeps=false"], "task.checks=0.1: begin with the owner's copies"),
+                (["task.noise=0.5"], "task.noise=0.5: needs task.private, which says whose states it hides: [1,1]"),
+                (["task.planes=[cobol]"], "task.planes=cobol: must be one of torch, torch_compiled, onnx"),
+            )
+        ),
     ],
 )
 def test_a_mistake_is_one_line(llmsys: Run, words: list[str], said: str) -> None:

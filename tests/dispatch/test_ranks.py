@@ -134,6 +134,7 @@ def test_sigterm_leaves_a_checkpoint_of_all_ranks_and_the_run_goes_on(results: P
     assert again.attempts == 2
 
 
+@pytest.mark.slow
 def test_ranks_listen_on_loopback_only_and_leave_a_log_each(results: Path) -> None:
     found: list[str] = []
 

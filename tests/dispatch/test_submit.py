@@ -67,6 +67,7 @@ def test_out_of_memory_is_exit_code_0(llmsys: Run, results: Path) -> None:
     assert [r.status for r in records(results)] == ["oom"]
 
 
+@pytest.mark.slow
 def test_a_refusal_says_what_is_needed_and_what_would_run_and_is_tried_again(llmsys: Run, results: Path) -> None:
     """What would run is what was typed, with one change."""
     arguments = ("+exp=lorafa_llama7b", "hardware.mem_gib=8", "method.r=64", "train.recompute='mlp:2,none:30'")

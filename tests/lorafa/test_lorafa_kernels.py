@@ -52,7 +52,7 @@ def fresh() -> Iterator[None]:
 
 
 @needs_triton
-@pytest.mark.parametrize("what", ["norms", "gates", "blocks"])
+@pytest.mark.parametrize("what", [pytest.param("norms", marks=pytest.mark.slow), "gates", "blocks"])
 def test_outputs_and_gradients_are_those_of_plain_torch(interpreted: Any, what: str) -> None:
     """fp32 to the order of sums and the last bit of exp. Narrower types round where torch rounds, so hardly a bit
     differs: none of norms and of a SwiGLU block, at most 2 % of elements (by their last bit) behind erf and tanh."""

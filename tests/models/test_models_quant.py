@@ -12,6 +12,7 @@ from llmsys import schema, wiring
 from llmsys.models import linear_names, load
 from llmsys.models.quant import linear_weights_trained, parameter_count
 from llmsys.profile import memory
+from rank_pool import briefly
 
 CPU = torch.device("cpu")
 FORMATS = ["nf4", "int8"]
@@ -184,7 +185,7 @@ def test_adapters_have_the_models_dtype_where_that_is_asked(quant: str) -> None:
         assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {wanted}
 
 
-@pytest.mark.parametrize("quant", ["none", *FORMATS])
+@pytest.mark.parametrize("quant", briefly(["none", *FORMATS], "nf4"))
 def test_lorafa_does_not_keep_an_adapted_layers_input(quant: str) -> None:
     """LoRA stores every input x [B, L, N] for the gradient of A; LoRA-FA only x A^T, and a quantised base nothing."""
     import gc

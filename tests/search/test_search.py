@@ -64,9 +64,20 @@ def test_a_search_s_file_says_how_it_is_started_and_composes(search: str) -> Non
             ('search.space=["train.nothing=choice(1,2)"]',),
             "train.nothing: no such setting; there are ",
         ),
-        (('search.space=["train.lr_scal=choice(1,2)"]',), "train.lr_scal: no such setting; did you mean lr_scale"),
-        (("search.pruner=none", "search.sampler=best"), "search.sampler=best: must be one of tpe, random, qmc, cmaes"),
-        (("-m", "train.seed=0,1"), "search: is of one run's settings"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                (
+                    ('search.space=["train.lr_scal=choice(1,2)"]',),
+                    "train.lr_scal: no such setting; did you mean lr_scale",
+                ),
+                (
+                    ("search.pruner=none", "search.sampler=best"),
+                    "search.sampler=best: must be one of tpe, random, qmc, cmaes",
+                ),
+                (("-m", "train.seed=0,1"), "search: is of one run's settings"),
+            )
+        ),
     ],
 )
 def test_a_mistake_is_said_before_anything_runs(

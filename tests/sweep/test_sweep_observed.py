@@ -20,6 +20,7 @@ TOO_MUCH = ("hardware.mem_gib=0.001", "train.steps=3")
 """1 MiB, into which no run is predicted to fit."""
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_predicted_not_to_fit_is_run_and_seen_to(
     llmsys: Callable[..., CompletedProcess[str]], results: Path
 ) -> None:

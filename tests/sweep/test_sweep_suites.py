@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from llmsys import compose, schema
+from rank_pool import briefly
 
 NAMES = [name for name in compose.choices("sweep") if name != "none"]
 SUITES = [name for name in NAMES if name.startswith("bench_")]
@@ -82,13 +83,7 @@ def test_the_command_line_beats_the_suite() -> None:
     assert (config["train"]["steps"], config["train"]["global_batch"]) == (7, 1)
 
 
-@pytest.mark.parametrize(
-    "suite",
-    [
-        pytest.param(suite, marks=[pytest.mark.slow] if suite.endswith("_grid") or suite in FIGURES else [])
-        for suite in NAMES
-    ],
-)
+@pytest.mark.parametrize("suite", briefly(NAMES, "bench_ops"))
 def test_every_cell_of_a_suite_can_be(suite: str) -> None:
     """Of the real launcher: as many cells as are promised, of which each is another run."""
     made = "len(configs)" if suite in ELSEWHERE else "len(main.make_jobs(configs))"

@@ -32,7 +32,6 @@ SMALL = ["train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.
 SMALL += ["train.generate_max=2", "profile.warmup=1", "train.save_final=false"]
 QUICK = {
     ("llama", "lorafa_peft", "ddp"),
-    ("t5", "full", "fsdp2"),
     ("bert", "lorafa_peft", "ddp"),
     ("gpt2", "lorafa_peft", "ddp"),
     ("roberta", "full", "ddp"),

@@ -10,8 +10,15 @@ import train_harness as harness
 FORMATS = ["nf4", "int8"]
 
 
-@pytest.mark.parametrize("kind", ["lora_peft", "lorafa_peft"])
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize(
+    ("quant", "kind"),
+    [
+        ("nf4", "lora_peft"),
+        ("nf4", "lorafa_peft"),
+        ("int8", "lora_peft"),
+        pytest.param("int8", "lorafa_peft", marks=pytest.mark.slow),
+    ],
+)
 def test_loss_falls(tmp_path: Path, quant: str, kind: str) -> None:
     """Towards what 16 remembered sequences allow, and as far as over the full base."""
     losses = {}

@@ -76,16 +76,8 @@ def quantised(alone: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return of(alone, tmp_path_factory.mktemp("quantised"), "model.quant=nf4")
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "zero3",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("ddp", "zero1", "zero2", "fsdp2", "zero2-offload", "zero3-offload")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "ddp", "zero1", "zero2", "fsdp2", "zero2-offload", "zero3-offload"])
 def test_a_quantised_base_is_cut_and_gathered_whole(
     pool: Pool, quantised: dict[str, Any], engine: str, tmp_path: Path
 ) -> None:
@@ -295,7 +287,8 @@ def eight(place: Place, results: str, overrides: list[str]) -> dict[str, Any]:
         checks.formats = allowed
 
 
-@pytest.mark.parametrize("engine", ["zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ddp", "fsdp2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "ddp", "fsdp2"])
 def test_8_bit_layers_train_and_every_engine_cuts_their_weights(
     alone: Pool, pool: Pool, engine: str, tmp_path: Path
 ) -> None:
