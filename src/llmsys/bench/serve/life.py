@@ -108,7 +108,8 @@ def keep(command: Sequence[str]) -> int:
         return 127
 
     def end() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1 << 16):  # unbuffered: Python may end while this thread is still here
+            pass
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -85,7 +85,8 @@ def main(given: Sequence[str]) -> None:
     asked = parser.parse_args(given)
     faults = [(what, int(every)) for what, _, every in (each.partition(":") for each in asked.fault)]
     stub = Stub(asked.ttft_ms / 1e3, asked.tpot_ms / 1e3, faults)
-    web.run_app(stub.app(), host="127.0.0.1", port=asked.port, print=None, access_log=None, backlog=1024)
+    where = {"host": "127.0.0.1", "port": asked.port, "backlog": 1024}
+    web.run_app(stub.app(), **where, print=None, access_log=None, handle_signals=False)
 
 
 if __name__ == "__main__":

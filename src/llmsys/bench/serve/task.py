@@ -20,6 +20,7 @@ import asyncio
 import collections
 import contextlib
 import json
+import time
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from llmsys.context import Context
 
 REQUESTS = "requests.jsonl"
+SETTLED_S = 2.0
 WARMING, SEARCHING = -1, 10_000
 """In place of a repeat's number: loads that are none of them, and are drawn anew."""
 
@@ -77,6 +79,7 @@ class _Serving:
                         break
                     context.beat(phase=f"repeat {repeat + 1} of {len(loads)}")
                     found.append(await self._load(running, load, repeat))
+                    await self._settled(running, found[-1])
                     one = figures.of(found[-1], task)
                     context.track({"step": repeat, **one})
                     context.log.info("repeat %d: %s", repeat, tables.line(one))
@@ -87,6 +90,14 @@ class _Serving:
                 with contextlib.suppress(asyncio.CancelledError):
                     await looking
         return self._record(found, running, watch, most, gone)
+
+    async def _settled(self, running: servers.Running, outcomes: Sequence[Outcome]) -> None:
+        """A server whose lines broke may be about to end: its process is given a moment to say so."""
+        deadline = time.monotonic() + SETTLED_S
+        while any(each.status in ("refused", "closed") for each in outcomes) and not running.ended():
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.05)
 
     async def _load(self, running: servers.Running, load: Sequence[Request], repeat: int) -> list[Outcome]:
         task = self.task

@@ -1,0 +1,76 @@
+"""Claims about the task: every server gives what was asked for, and the record says how it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+Run = Callable[..., "CompletedProcess[str]"]
+
+
+def record(results: Path) -> dict[str, Any]:
+    (path,) = results.glob("*/*/record.json")
+    made: dict[str, Any] = json.loads(path.read_text())
+    return made
+
+
+def lines(results: Path) -> list[dict[str, Any]]:
+    (path,) = results.glob("*/*/requests.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("server", ["transformers", "static"])
+def test_an_engine_in_process_gives_every_token(llmsys: Run, results: Path, server: str) -> None:
+    """More requests than it takes at a time, of unequal lengths."""
+    words = ["task.requests=5", "server.max_batch=2", "task.lengths=uniform", "task.spread=0.5"]
+    done = llmsys("+exp=bench_serve_burst", "smoke=true", f"server={server}", *words)
+    assert done.returncode == 0, done.stderr
+    found = lines(results)
+    assert len(found) == 10
+    assert all(each["status"] == "ok" and len(each["token_s"]) == each["wanted"] for each in found)
+    assert len({each["wanted"] for each in found}) > 1
+    summary = record(results)["summary"]
+    assert summary["ok"] == 10
+    assert summary["output_tokens_per_s"] > 0
+
+
+def test_a_run_of_which_requests_fail_keeps_its_figures_and_says_so(llmsys: Run, results: Path) -> None:
+    done = llmsys("+exp=bench_serve_stub", "smoke=true", "server.faults=['500:4']")
+    assert done.returncode == 1
+    made = record(results)
+    assert (made["status"], made["reason"]) == ("failed", "requests")
+    assert made["error"].startswith("2 of 8 requests did not end well: 2 error; the first: HTTP 500")
+    assert (made["summary"]["ok"], made["summary"]["error"]) == (6, 2)
+    assert sorted(each["status"] for each in lines(results)) == ["error"] * 2 + ["ok"] * 6
+
+
+def test_a_server_that_dies_ends_the_run_with_what_it_has(llmsys: Run, results: Path) -> None:
+    done = llmsys("+exp=bench_serve_stub", "smoke=true", "server.faults=['die:5']", "task.repeats=3")
+    assert done.returncode == 1
+    made = record(results)
+    assert (made["status"], made["reason"]) == ("failed", "server")
+    assert "1 of 3 repeats were begun" in made["error"]
+    assert "the server ended with code" in made["error"]
+    assert made["summary"]["ok"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["model=bert_tiny", "data=code_packages"], "model=bert_tiny: generates no text"),
+        (["task.output_tokens=5000"], "a request has 5008 tokens, and model=llama_6m at most"),
+        (["server=openai"], "needs either server.url"),
+        (["server=openai", "server.command=[run]"], "says nowhere {port}"),
+        (["server.faults=['rain:2']", "server=stub"], "server.faults=rain:2: fault=rain: must be one of"),
+    ],
+)
+def test_a_mistake_is_one_line(llmsys: Run, words: list[str], why: str) -> None:
+    done = llmsys("+exp=bench_serve_burst", "smoke=true", *words)
+    assert done.returncode == 1
+    assert why in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

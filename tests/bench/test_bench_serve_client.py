@@ -1,0 +1,146 @@
+"""Claims about the client: it keeps what came when; whatever a server does, each request ends in a status that says it;
+and no server is left behind. Real servers on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from serve_harness import stub, task
+
+from llmsys.bench.serve.client import Client
+from llmsys.bench.serve.life import Life, NotUp, free_port
+from llmsys.bench.serve.load import draw
+from llmsys.bench.serve.outcome import Outcome
+from llmsys.bench.serve.remote import Remote
+
+SMALL = task(requests=6, prompt_tokens=4, output_tokens=6)
+
+
+def loaded(folder: Path, *words: str, request_s: float = 20.0, all_s: float = 60.0, most: int = 0) -> list[Outcome]:
+    async def run() -> list[Outcome]:
+        async with stub(folder, "--ttft-ms=5", "--tpot-ms=2", *words) as (remote, _):
+            client = Client(remote, request_s=request_s, all_s=all_s, most=most)
+            return await client.run(draw(SMALL, 64))
+
+    return asyncio.run(run())
+
+
+def test_each_token_has_its_time_and_the_server_says_the_same_count(tmp_path: Path) -> None:
+    for each in loaded(tmp_path):
+        assert (each.status, len(each.token_s), each.told, each.counted) == ("ok", 6, (4, 6), "ids")
+        assert each.token_s == sorted(each.token_s)
+        assert each.sent_s + 0.005 <= each.token_s[0]
+        assert each.token_s[-1] - each.token_s[0] >= 0.008  # five gaps of 2 ms; a burst of bytes may hide one
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "why"),
+    [
+        (["--fault=500:2"], "error", "HTTP 500: said to be out of order"),
+        (["--fault=close:2"], "closed", "broke off"),
+        (["--fault=malformed:2"], "malformed", "no JSON"),
+        (["--fault=stall:2"], "timeout", "not done in 1 s"),
+    ],
+)
+def test_whatever_a_server_does_the_request_says_it_and_the_others_end_well(
+    tmp_path: Path, words: list[str], status: str, why: str
+) -> None:
+    found = loaded(tmp_path, *words, request_s=1.0)
+    wrong = [each for each in found if each.status != "ok"]
+    assert len(wrong) == 3
+    assert all(each.status == status and why in each.why for each in wrong)
+
+
+def test_a_server_that_dies_ends_what_was_under_way_and_refuses_the_rest(tmp_path: Path) -> None:
+    found = loaded(tmp_path, "--fault=die:3", most=2)
+    assert [each.status for each in found[:1]] == ["ok"]
+    assert {each.status for each in found} == {"ok", "closed", "refused"}
+
+
+def test_a_load_that_takes_too_long_is_cut(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    found = loaded(tmp_path, "--fault=stall:1", all_s=0.5)
+    assert {each.status for each in found} == {"cut"}
+    assert all(len(each.token_s) == 3 for each in found)  # what came before it is kept
+    assert time.monotonic() - begun < 15
+
+
+def test_no_more_are_under_way_than_were_asked_for(tmp_path: Path) -> None:
+    marks = sorted(mark for e in loaded(tmp_path, most=2) for mark in ((e.sent_s, 1), (e.end_s, -1)))
+    count = most = 0
+    for _, step in sorted(marks, key=lambda mark: (mark[0], mark[1])):
+        count += step
+        most = max(most, count)
+    assert most == 2
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    async def run() -> list[Outcome]:
+        async with Remote(f"http://127.0.0.1:{free_port()}", "none") as remote:
+            return await Client(remote).run(draw(SMALL, 64))
+
+    assert {each.status for each in asyncio.run(run())} == {"refused"}
+
+
+SLEEPS = "import time; print('loading', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("command", "within_s", "why"),
+    [
+        ([sys.executable, "-c", "raise SystemExit('no such model')"], 30, "ended with code 1: no such model"),
+        (["no-such-command"], 30, "ended with code 127: no-such-command: No such file"),
+        ([sys.executable, "-c", SLEEPS], 3, "not healthy in 3 s: loading"),
+    ],
+)
+def test_a_server_that_does_not_come_up_is_said_with_its_log(
+    tmp_path: Path, command: list[str], within_s: float, why: str
+) -> None:
+    life = Life(command, tmp_path / "log")
+    life.start()
+    try:
+        with pytest.raises(NotUp, match=why):
+            asyncio.run(life.healthy(f"http://127.0.0.1:{free_port()}/health", within_s))
+    finally:
+        life.stop()
+
+
+STARTER = """
+import subprocess, sys, time
+from pathlib import Path
+from llmsys.bench.serve.life import Life
+life = Life([sys.executable, "-c", {child!r}], Path({log!r}))
+life.start()
+time.sleep(60)
+"""
+CHILD = """
+import os, subprocess, time
+below = subprocess.Popen(["sleep", "60"])
+print(os.getpid(), below.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_and_what_it_has_started_go_with_whoever_started_it(tmp_path: Path, how: signal.Signals) -> None:
+    log = tmp_path / "log"
+    starter = subprocess.Popen([sys.executable, "-c", STARTER.format(child=CHILD, log=str(log))])
+    try:
+        deadline = time.monotonic() + 30
+        while not (log.exists() and log.read_text().count("\n")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        pids = [int(each) for each in log.read_text().split()]
+    finally:
+        os.kill(starter.pid, how)
+        starter.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
