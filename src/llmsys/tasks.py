@@ -20,6 +20,7 @@ TASKS = {
     "bench_modules": "llmsys.bench.modules.task:modules",
     "bench_ops": "llmsys.bench.ops.task:ops",
     "bench_serve": "llmsys.bench.serve.task:serve",
+    "bench_serve_modules": "llmsys.bench.serve.phases_task:modules",
     "bench_predict": "llmsys.bench.predict.task:predict",
     "bench_calibrate": "llmsys.bench.predict.calibrate:calibrate",
     "decentral_plan": "llmsys.decentral.plan_task:plan",

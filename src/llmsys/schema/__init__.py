@@ -26,7 +26,7 @@ from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
 from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.search import Search
-from llmsys.schema.serve import HttpServer, InProcessServer, Serve, Server, StubServer
+from llmsys.schema.serve import HttpServer, InProcessServer, Serve, ServeModules, Server, StubServer
 from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.together import DecentralAttack, DecentralGenerate, DecentralTrain, Together
@@ -86,6 +86,7 @@ __all__ = [
     "Replay",
     "Search",
     "Serve",
+    "ServeModules",
     "Server",
     "Simulate",
     "StubServer",
@@ -160,6 +161,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "bench_modules": Modules,
         "bench_ops": Ops,
         "bench_serve": Serve,
+        "bench_serve_modules": ServeModules,
         "decentral_plan": DecentralPlan,
         "decentral_perf": DecentralPerf,
         "decentral_profile": DecentralProfile,

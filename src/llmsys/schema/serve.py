@@ -165,3 +165,26 @@ class Serve(Task):
             raise ValueError(f"task.attained={self.attained}: must lie in (0, 1]")
         if self.max_rate and not (self.slo_ttft_ms or self.slo_tpot_ms or self.slo_e2e_ms):
             raise ValueError("task.max_rate=true: needs what a request has to keep, e.g. task.slo_ttft_ms=500")
+
+
+@dataclass(kw_only=True)
+class ServeModules(Task):
+    """Prefills of `contexts` tokens, and decoding steps behind so many, of `batches` sequences each, `rounds` times,
+    half of them with clocks of modules; the first `warmup` rounds do not count. What passes take is fitted to every
+    second cell of the grid, and predicted for the others."""
+
+    kind: str = "bench_serve_modules"
+    batches: list[int] = field(default_factory=lambda: [1, 4, 16])
+    contexts: list[int] = field(default_factory=lambda: [32, 128, 480])
+    warmup: int = 2
+    rounds: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("batches", "contexts"):
+            values = getattr(self, key)
+            if not values or min(values) < 1:
+                raise ValueError(f"task.{key}={values}: needs positive numbers, e.g. task.{key}=[1,16]")
+        if len(self.batches) * len(self.contexts) < 4:
+            raise ValueError("task.batches and task.contexts: need four cells or more: half of them are predicted")
+        at_least("task.warmup", self.warmup, 0)
+        at_least("task.rounds", self.rounds, 2)

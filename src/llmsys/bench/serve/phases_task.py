@@ -1,0 +1,147 @@
+"""The task `bench_serve_modules`: prefill and decoding by module, against their rooflines, and predicted. Keys, for
+each `<phase>/<batch>x<context>`:
+
+    ms, tokens_per_s                 a pass without clocks; new tokens
+    least_ms, roofline_percent       on its roofline (`work`); that over what it took
+    predicted_ms                     by `fit`, from cells that are not this one: only of those that were left out of it
+    overhead_percent                 what clocks of modules add
+    <row>/ms, share_percent, compute_percent, bandwidth_percent      of passes with clocks: of the pass; of the peaks
+
+    <phase>_error_percent            mean over the cells that were predicted; `_worst` the largest
+    <phase>_start_ms, <phase>_slow   the fit
+    peak_tflops, peak_gbps           of the device; `notes` says where they are from
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmsys import schema
+from llmsys.bench.serve import fit, servers, work
+from llmsys.bench.serve.phases import DECODE, PREFILL, Cell, Passes, measure
+from llmsys.table import piped
+from llmsys.train import peaks
+from llmsys.train.peaks import Peak
+from llmsys.train.reproducible import reproducible
+
+if TYPE_CHECKING:
+    from llmsys.context import Context
+
+COPIED_BYTES = 256 << 20
+
+
+def modules(config: schema.Config, context: Context) -> dict[str, Any]:
+    """The record. ValueError for a model that generates no text, or has not so many positions."""
+    task, model = config.task, config.model
+    assert isinstance(task, schema.ServeModules)
+    if not isinstance(model, schema.Transformer):
+        raise ValueError(f"model={model.name}: generates no text; e.g. model=llama_6m")
+    work.by_row(model, 1, 1)
+    if max(task.contexts) + 1 > model.max_length:
+        raise ValueError(f"task.contexts: {max(task.contexts)} and one more token are more than model={model.name} "
+                         f"has positions for: model.max_length={model.max_length}")  # fmt: skip
+    cells = [Cell(phase, b, c) for phase in (PREFILL, DECODE) for b in task.batches for c in task.contexts]
+    with reproducible(config.train.seed, context.threads, config.train.deterministic):
+        made = servers.load(config, context).eval()
+        arithmetic, memory = peaks.peak_flops(config, context.device), _memory(config, context.device)
+        found: dict[Cell, Passes] = {}
+        for cell in cells:
+            how = (model.vocab_size, context.device, task.rounds, task.warmup, context.beat)
+            found[cell] = measure(made, cell, *how)
+            context.log.info("%s: %.3f ms", cell.key, found[cell].ms)
+    summary, samples = _figures(model, found, arithmetic.per_s, memory.per_s)
+    (context.out / "serve_modules.md").write_text(_markdown(model.name, found, summary), encoding="utf-8")
+    return {"summary": summary, "samples": samples, "files": {"tables": "serve_modules.md"},
+            "notes": {"peak_tflops": arithmetic.source, "peak_gbps": memory.source}}  # fmt: skip
+
+
+def _memory(config: schema.Config, device: torch.device) -> Peak:
+    """The datasheet's, or a large copy here, each byte read and written."""
+    known = peaks.memory(config, device)
+    if known is not None:
+        return known
+    source = torch.ones(COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    took = min(_copied_s(source, target, device) for _ in range(6))  # the others were disturbed
+    return Peak(2 * COPIED_BYTES / took, f"measured: a copy of {COPIED_BYTES >> 20} MiB here")
+
+
+def _copied_s(source: torch.Tensor, target: torch.Tensor, device: torch.device) -> float:
+    peaks.wait(device)
+    begun = time.perf_counter()
+    target.copy_(source)
+    peaks.wait(device)
+    return time.perf_counter() - begun
+
+
+def _figures(
+    model: schema.Transformer, found: dict[Cell, Passes], flops_per_s: float, bytes_per_s: float
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    summary: dict[str, float] = {"peak_tflops": flops_per_s / 1e12, "peak_gbps": bytes_per_s / 1e9}
+    samples: dict[str, list[float]] = {}
+    least: dict[Cell, float] = {}
+    for cell, own in found.items():
+        new, before = (1, cell.context) if cell.phase == DECODE else (cell.context, 0)
+        rows = work.by_row(model, cell.batch, new, before)
+        least[cell] = sum(each.least_s(flops_per_s, bytes_per_s) for each in rows.values())
+        summary |= {
+            f"{cell.key}/ms": own.ms,
+            f"{cell.key}/tokens_per_s": cell.batch * new / own.ms * 1e3,
+            f"{cell.key}/least_ms": least[cell] * 1e3,
+            f"{cell.key}/roofline_percent": 100 * least[cell] * 1e3 / own.ms,
+            f"{cell.key}/overhead_percent": own.overhead_percent,
+        }
+        samples[f"{cell.key}/ms"] = own.bare_ms
+        for row, ms in own.rows.items():
+            middle, name = statistics.median(ms), f"{cell.key}/{row}"
+            summary[f"{name}/ms"] = middle
+            summary[f"{name}/share_percent"] = 100 * middle / statistics.median(own.clocked_ms)
+            if row in rows and middle > 0:
+                summary[f"{name}/compute_percent"] = 100 * rows[row].flops / flops_per_s / middle * 1e3
+                summary[f"{name}/bandwidth_percent"] = 100 * rows[row].nbytes / bytes_per_s / middle * 1e3
+    for phase in (PREFILL, DECODE):
+        cells = [cell for cell in found if cell.phase == phase]
+        known, asked = cells[::2], cells[1::2]
+        own_fit = fit.fit([(least[cell], found[cell].ms / 1e3) for cell in known])
+        errors = []
+        for cell in asked:
+            predicted = own_fit.seconds(least[cell]) * 1e3
+            summary[f"{cell.key}/predicted_ms"] = predicted
+            errors.append(100 * abs(predicted / found[cell].ms - 1))
+        summary |= {f"{phase}_start_ms": own_fit.start_s * 1e3, f"{phase}_slow": own_fit.slow}
+        summary |= {f"{phase}_error_percent": statistics.fmean(errors), f"{phase}_error_percent_worst": max(errors)}
+    return summary, samples
+
+
+def _markdown(name: str, found: dict[Cell, Passes], summary: dict[str, float]) -> str:
+    parts = [f"# Prefill and decoding by module: {name}"]
+    for phase in (PREFILL, DECODE):
+        cells = [cell for cell in found if cell.phase == phase]
+        rows = list(dict.fromkeys(row for cell in cells for row in found[cell].rows))
+        head = ("batch x context", "ms", "tokens/s", "% of roofline", "predicted, ms", "clocks add, %")
+        lines = []
+        for cell in cells:
+            own = {key: summary.get(f"{cell.key}/{key}") for key in ("ms", "tokens_per_s", "roofline_percent")}
+            predicted = summary.get(f"{cell.key}/predicted_ms")
+            lines.append([f"{cell.batch}x{cell.context}", *(f"{value:.4g}" for value in own.values()),
+                          "" if predicted is None else f"{predicted:.4g}",
+                          f"{summary[f'{cell.key}/overhead_percent']:.1f}"])  # fmt: skip
+        off = f"predictions of cells that were not fitted are off by {summary[f'{phase}_error_percent']:.1f} % (mean)"
+        parts.append(f"## {phase}: {off}\n\n" + "\n".join(piped(head, lines)))
+        table = []
+        for row in rows:
+            values = [row]
+            for cell in cells:
+                key = f"{cell.key}/{row}"
+                share = f"{summary[f'{key}/share_percent']:.0f}" if f"{key}/ms" in summary else ""
+                if f"{key}/bandwidth_percent" in summary:
+                    share += f" ({summary[f'{key}/compute_percent']:.0f}, {summary[f'{key}/bandwidth_percent']:.0f})"
+                values.append(share)
+            table.append(values)
+        shares = "\n".join(piped(("", *(f"{cell.batch}x{cell.context}" for cell in cells)), table))
+        parts.append(f"% of the pass (% of the peak of arithmetic, of memory)\n\n{shares}")
+    return "\n\n".join(parts) + "\n"
