@@ -59,6 +59,8 @@ def row(record: Record) -> Row:
             given = {key: value for key, value in given.items() if key != "compress"}
         else:
             given = {**given, "compress": as_before(group)}
+    if record.task != "bench_serve":  # nobody else looks at it, and older records have none
+        given = {key: value for key, value in given.items() if key != "server"}
     config: Row = flat(given)
     compressed = compress(config)
     method = "" if record.task in tasks.TABLES else config.get("method.kind")

@@ -107,6 +107,13 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         _number("step ms", "step_ms_p50", "{:,.1f}"),
         _number("samples/s", "samples_per_s", "{:,.1f}"),
         _number("tokens/s", "tokens_per_s", "{:,.0f}"),
+        _number("requests/s", "requests_per_s", "{:,.2f}"),
+        _number("tokens out/s", "output_tokens_per_s", "{:,.1f}"),
+        _number("± %", "output_tokens_per_s_half_percent", "{:,.1f}"),
+        _number("first token p50 ms", "ttft_ms_p50", "{:,.1f}"),
+        _number("p99 ms", "ttft_ms_p99", "{:,.1f}"),
+        _number("per token p50 ms", "tpot_ms_p50", "{:,.2f}"),
+        _number("% of memory's bandwidth", "bandwidth_percent", "{:.1f}"),
         *_spread(rows),
     ]
     if any("accuracy" in each for each in rows):

@@ -83,8 +83,9 @@ def check_question(config: schema.Config, inputs: Mapping[str, str]) -> None:
     if isinstance(config.task, schema.Planning):
         importlib.import_module("llmsys.decentral.asked").check(config, inputs)
         return
-    machines = importlib.import_module("llmsys.bench.predict.machine")
-    machines.of(config)
+    serving = isinstance(config.task, schema.Advise) and config.task.goal == "serve"
+    if not serving or config.hardware.name != "auto":  # then it is about every card that is known
+        importlib.import_module("llmsys.bench.predict.machine").of(config)
     if isinstance(config.task, schema.Advise):
         importlib.import_module("llmsys.bench.advise.space").check(config)
         if config.task.emit:

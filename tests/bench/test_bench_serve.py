@@ -66,6 +66,8 @@ def test_a_server_that_dies_ends_the_run_with_what_it_has(llmsys: Run, results: 
         (["task.output_tokens=5000"], "a request has 5008 tokens, and model=llama_6m at most"),
         (["server=openai"], "needs either server.url"),
         (["server=openai", "server.command=[run]"], "says nowhere {port}"),
+        (["server.merge=true"], "server.merge=true: needs server.adapter"),
+        (["server.adapter=random:x"], "server.adapter=random:x: must be a folder, or a rank"),
         (["server.faults=['rain:2']", "server=stub"], "server.faults=rain:2: fault=rain: must be one of"),
     ],
 )
@@ -74,3 +76,11 @@ def test_a_mistake_is_one_line(llmsys: Run, words: list[str], why: str) -> None:
     assert done.returncode == 1
     assert why in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("more", [["server.adapter=random:4"], ["server.adapter=random:4", "server.merge=true"],
+                                  ["model.quant=nf4"], ["model.attention=eager"]])  # fmt: skip
+def test_techniques_are_served(llmsys: Run, results: Path, more: list[str]) -> None:
+    done = llmsys("+exp=bench_serve_burst", "smoke=true", "task.repeats=1", *more)
+    assert done.returncode == 0, done.stderr
+    assert record(results)["summary"]["ok"] == 4

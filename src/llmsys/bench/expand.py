@@ -4,7 +4,8 @@ Among words, not among settings, because only there can a group be chosen and it
 `techniques=QL method.r=64` sets `r` of the method that QL has chosen. A word of ours is left out where its key was
 given too (`techniques=Z3 engine=fsdp2`); what is composed in the end must still be the combination that was asked for.
 
-`goal=` and `emit=` are `task.goal=` and `task.emit=`: what a person asks comes without the name of a group.
+`goal=`, `emit=`, `slo_ttft_ms=` and `slo_tpot_ms=` are `task.goal=` and so on: what a person asks comes without the
+name of a group.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from llmsys.bench.techniques import METHODS, Techniques
 from llmsys.words import key_of
 
 KEY = "techniques"
-SHORT = {"goal": "task.goal", "emit": "task.emit"}
+SHORT = {key: f"task.{key}" for key in ("goal", "emit", "slo_ttft_ms", "slo_tpot_ms")}
 """Settings of `bench_advise` that are typed without their group."""
 SWEEPING = (",", "(", "[")
 """Marks of Hydra's sweeps: each job's own value comes later, by the launcher."""

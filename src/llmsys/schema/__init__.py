@@ -26,7 +26,7 @@ from llmsys.schema.measured import Iteration, Measured, Replay
 from llmsys.schema.model import ConvNet, Model, Transformer
 from llmsys.schema.modules import Modules, Ops
 from llmsys.schema.search import Search
-from llmsys.schema.serve import HttpServer, InProcessServer, Serve, ServeModules, Server, StubServer
+from llmsys.schema.serve import HttpServer, InProcessServer, ModelServer, Serve, ServeModules, Server, StubServer
 from llmsys.schema.sweep import Sweep
 from llmsys.schema.task import Ledger, Simulate, Task
 from llmsys.schema.together import DecentralAttack, DecentralGenerate, DecentralTrain, Together
@@ -74,6 +74,7 @@ __all__ = [
     "Measured",
     "Method",
     "Model",
+    "ModelServer",
     "Modules",
     "Network",
     "OnRay",

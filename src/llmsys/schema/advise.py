@@ -8,7 +8,7 @@ from llmsys.schema.bench import Predicting
 from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.modules import Modules
 
-GOALS = ("throughput", "fit", "batch", "cost")
+GOALS = ("throughput", "fit", "batch", "cost", "serve")
 STAGES = ("pretrain", "finetune")
 
 
@@ -27,6 +27,9 @@ class Advise(Predicting):
     `micro_batches`: those to choose among; empty: searched, up to `most_micro_batch`, and the answer says where that
     has ended the search. `global_batch`: examples of a step, for which micro-batches are accumulated; 0: as many as
     micro-batch and ranks make. Typed as `train.micro_batch` and `train.global_batch` they are taken from there.
+    With `serve` the question is which hardware, tensor parallelism and weights serve the model at the most tokens a
+    second: requests of `prompt_tokens` and `output_tokens`, whose first token has to come in `slo_ttft_ms`, and each
+    further one in `slo_tpot_ms`; 0: whenever. With `hardware=auto` all cards that are known are asked about.
     `records`: a folder with runs of the task `train`, of which those that are this model on this machine take the place
     of predictions; null: the folder `results`. `emit`: a folder for what to run, written anew each time.
     """
@@ -39,6 +42,10 @@ class Advise(Predicting):
     micro_batches: list[int] = field(default_factory=list)
     most_micro_batch: int = 512
     global_batch: int = 0
+    prompt_tokens: int = 512
+    output_tokens: int = 256
+    slo_ttft_ms: float = 0.0
+    slo_tpot_ms: float = 0.0
     records: str | None = None
     emit: str | None = None
 
@@ -46,6 +53,10 @@ class Advise(Predicting):
         super().__post_init__()
         one_of("task.goal", self.goal, GOALS)
         one_of("task.stage", self.stage, STAGES)
+        for key in ("prompt_tokens", "output_tokens"):
+            at_least(f"task.{key}", getattr(self, key), 1)
+        for key in ("slo_ttft_ms", "slo_tpot_ms"):
+            at_least(f"task.{key}", getattr(self, key), 0)
         at_least("task.most_micro_batch", self.most_micro_batch, 1)
         at_least("task.global_batch", self.global_batch, 0)
         for size in self.micro_batches:

@@ -24,7 +24,23 @@ class Server:
 
 
 @dataclass(kw_only=True)
-class InProcessServer(Server):
+class ModelServer(Server):
+    """Of the run's model. `adapter`: a folder of LoRA-FA's adapters, as `llmsys.lorafa.save_adapter` leaves it, or
+    `random:16`, new ones of that rank, for what they cost; with `merge` they are added to the weights before."""
+
+    adapter: str = ""
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        kind, _, rank = self.adapter.partition(":")
+        if kind == "random" and not (rank.isdigit() and int(rank)):
+            raise ValueError(f"server.adapter={self.adapter}: must be a folder, or a rank: random:16")
+        if self.merge and not self.adapter:
+            raise ValueError("server.merge=true: needs server.adapter, which says what to merge")
+
+
+@dataclass(kw_only=True)
+class InProcessServer(ModelServer):
     """transformers, in the process of the run. `batching`: continuous (requests come and go while others are under
     way), or static (a batch of those that wait is done to its end before the next one begins). `max_batch`: so many
     requests at a time, at most. `page`: tokens of one layer that lie together in the paged cache."""
@@ -34,21 +50,24 @@ class InProcessServer(Server):
     page: int = 32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("server.batching", self.batching, BATCHING)
         at_least("server.max_batch", self.max_batch, 1)
         at_least("server.page", self.page, 4)
 
 
 @dataclass(kw_only=True)
-class HttpServer(Server):
+class HttpServer(ModelServer):
     """A server that is spoken to by HTTP. `url`: of one that runs already, http://host:port; empty: `command` is
     started, in which {python} is `python` (empty: this one's), {model} the folder with the weights, its tokenizer and
-    config, {host} and {port} where it is to listen; it has `start_s` seconds until `health` answers 200. `env`: for the
-    command. `model`: its name to the server; empty: what {model} is. `prompts`: as token ids, or, to servers that take
-    none, as text. `body`: more of each request."""
+    config, {dtype} that of the weights (float32), {host} and {port} where it is to listen; `arguments` go behind it. It
+    has `start_s` seconds until `health` answers 200. `env`: for the command. `model`: its name to the server; empty:
+    what {model} is. `prompts`: as token ids, or, to servers that take none, as text. `body`: more of each request; null
+    takes away what is there."""
 
     url: str = ""
     command: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
     python: str = ""
     health: str = "/health"
     start_s: float = 600.0
@@ -58,6 +77,7 @@ class HttpServer(Server):
     body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("server.prompts", self.prompts, PROMPTS)
         if bool(self.url) == bool(self.command):
             raise ValueError("server: needs either server.url, of one that runs, or server.command, which starts one")
@@ -65,6 +85,9 @@ class HttpServer(Server):
             raise ValueError(f"server.url={self.url}: must begin with http:// or https://")
         if self.command and not any("{port}" in word for word in self.command):
             raise ValueError(f"server.command={self.command}: says nowhere {{port}}, where it is to listen")
+        if self.adapter and (self.url or not self.merge):
+            raise ValueError("server.adapter: a server that we start is given the weights with adapters merged into "
+                             "them: server.merge=true; one that runs has its own")  # fmt: skip
         if not self.start_s > 0:
             raise ValueError(f"server.start_s={self.start_s}: must be positive")
 

@@ -19,6 +19,7 @@ from llmsys.cost import cards, links
 from llmsys.cost.hardware import DEVICES, Device
 
 GIB = 2**30
+COPIED_BYTES = 256 << 20
 
 
 class Peak(NamedTuple):
@@ -64,6 +65,26 @@ def memory(config: schema.Config, device: torch.device) -> Peak | None:
         return Peak(given * 1e9, f"hardware.mem_gbps={given:g}")
     known = card(device)
     return Peak(known.gb_per_s * 1e9, f"{known.title}, {known.gb_per_s:g} GB/s: {known.source}") if known else None
+
+
+def measured_memory(config: schema.Config, device: torch.device) -> Peak:
+    """`memory`; where it is not known the speed of a large copy here, each byte read and written."""
+    known = memory(config, device)
+    return known or Peak(_copied(device), f"measured: a copy of {COPIED_BYTES >> 20} MiB here")
+
+
+@functools.cache
+def _copied(device: torch.device) -> float:
+    source = torch.ones(COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    took = []
+    for _ in range(6):  # the fastest: the others were disturbed
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        took.append(time.perf_counter() - start)
+    return 2 * COPIED_BYTES / min(took)
 
 
 def host_link(config: schema.Config, device: torch.device) -> Peak | None:

@@ -4,6 +4,7 @@
     torchrun.sh      the line that starts a script of Hugging Face's Trainer, `bash torchrun.sh train.py ...`
     ds_config.json   DeepSpeed's settings for it, where the choice is one of ZeRO's: the same that our engine hands over
     fsdp.json        FSDP2's, where that cuts the weights
+    vllm_serve.sh    with `goal=serve` alone: the line of vLLM
 
 What is written does what was predicted, or is not written, and there is a reason. LoRA-FA, 8-bit floats and our tensor
 parallelism Trainer does not have; a shape that is predicted and not built here has no `run.sh`.
@@ -25,7 +26,7 @@ from llmsys.cost.case import Case, facts
 from llmsys.files import write_atomic
 from llmsys.train import zero_settings
 
-NAMES = ("run.sh", "torchrun.sh", "ds_config.json", "fsdp.json")
+NAMES = ("run.sh", "torchrun.sh", "ds_config.json", "fsdp.json", "vllm_serve.sh")
 WRITTEN = ".written.json"
 """Hashes of what was written, by which it is known again."""
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 def advise(config: schema.Config, context: LightContext) -> dict[str, Any]:
     """The record of the answer, with `advice.md`, `advice.json` (every cell that was looked at) and, in `task.emit`,
     what to run. ValueError where nothing can be chosen among or predicted."""
+    if space.advise(config).goal == "serve":
+        from llmsys.bench.serve import advised as serving
+
+        return serving.advised(config, context)
     from llmsys.bench.predict import machine as machines
     from llmsys.bench.predict import predict
 

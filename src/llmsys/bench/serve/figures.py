@@ -20,13 +20,16 @@ UNSTEADY = 0.05
 
 def latencies(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
     """Milliseconds by what they are of, in the order of the requests: `ttft`, `tpot`, `e2e` of those that ended well,
-    `itl` of each of their tokens but the first, `lag` of all that were sent."""
+    `itl` of each of their tokens but the first, `added` of those whose server says when it sent the first token, `lag`
+    of all that were sent."""
     good = [each for each in outcomes if each.status == OK and each.token_s]
+    told = [each for each in good if "ttft_s" in each.server]
     return {
         "ttft_ms": [each.ttft_s * 1e3 for each in good],
         "tpot_ms": [each.tpot_s * 1e3 for each in good if len(each.token_s) > 1],
         "itl_ms": [gap * 1e3 for each in good for gap in each.itl_s],
         "e2e_ms": [each.e2e_s * 1e3 for each in good],
+        "added_ms": [(each.ttft_s - each.server["ttft_s"]) * 1e3 for each in told],
         "lag_ms": [each.lag_s * 1e3 for each in outcomes if each.sent_s >= 0],
     }
 

@@ -22,7 +22,7 @@ import aiohttp
 
 from llmsys.dispatch.child import kill_tree
 
-SHOWN = 20
+SHOWN = 5
 """Last lines of a server's log that are told where it does not come up."""
 END_S = 10.0
 LOOK_S = 0.1

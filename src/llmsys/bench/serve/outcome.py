@@ -45,6 +45,8 @@ class Outcome:
     why: str = ""
     told: tuple[int, int] = (-1, -1)
     counted: str = "ids"
+    finished: bool = False
+    """The server has said that this was all."""
     server: dict[str, float] = field(default_factory=dict)
     """What the server says of its own times, where it does (the stub)."""
 

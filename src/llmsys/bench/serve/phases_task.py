@@ -15,23 +15,17 @@ each `<phase>/<batch>x<context>`:
 from __future__ import annotations
 
 import statistics
-import time
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from llmsys import schema
 from llmsys.bench.serve import fit, servers, work
 from llmsys.bench.serve.phases import DECODE, PREFILL, Cell, Passes, measure
 from llmsys.table import piped
 from llmsys.train import peaks
-from llmsys.train.peaks import Peak
 from llmsys.train.reproducible import reproducible
 
 if TYPE_CHECKING:
     from llmsys.context import Context
-
-COPIED_BYTES = 256 << 20
 
 
 def modules(config: schema.Config, context: Context) -> dict[str, Any]:
@@ -46,8 +40,8 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
                          f"has positions for: model.max_length={model.max_length}")  # fmt: skip
     cells = [Cell(phase, b, c) for phase in (PREFILL, DECODE) for b in task.batches for c in task.contexts]
     with reproducible(config.train.seed, context.threads, config.train.deterministic):
-        made = servers.load(config, context).eval()
-        arithmetic, memory = peaks.peak_flops(config, context.device), _memory(config, context.device)
+        made = servers.load(config, context)
+        arithmetic, memory = peaks.peak_flops(config, context.device), peaks.measured_memory(config, context.device)
         found: dict[Cell, Passes] = {}
         for cell in cells:
             how = (model.vocab_size, context.device, task.rounds, task.warmup, context.beat)
@@ -57,25 +51,6 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
     (context.out / "serve_modules.md").write_text(_markdown(model.name, found, summary), encoding="utf-8")
     return {"summary": summary, "samples": samples, "files": {"tables": "serve_modules.md"},
             "notes": {"peak_tflops": arithmetic.source, "peak_gbps": memory.source}}  # fmt: skip
-
-
-def _memory(config: schema.Config, device: torch.device) -> Peak:
-    """The datasheet's, or a large copy here, each byte read and written."""
-    known = peaks.memory(config, device)
-    if known is not None:
-        return known
-    source = torch.ones(COPIED_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    took = min(_copied_s(source, target, device) for _ in range(6))  # the others were disturbed
-    return Peak(2 * COPIED_BYTES / took, f"measured: a copy of {COPIED_BYTES >> 20} MiB here")
-
-
-def _copied_s(source: torch.Tensor, target: torch.Tensor, device: torch.device) -> float:
-    peaks.wait(device)
-    begun = time.perf_counter()
-    target.copy_(source)
-    peaks.wait(device)
-    return time.perf_counter() - begun
 
 
 def _figures(

@@ -52,7 +52,7 @@ class Remote:
         prompt = list(request.prompt) if self.text is None else self.text(request.prompt)
         own = {"model": self.model, "prompt": prompt, "max_tokens": request.new, "temperature": 0, "stream": True}
         told = {"stream_options": {"include_usage": True}, "ignore_eos": True, "return_token_ids": True}
-        return {**own, **told, **self.more}
+        return {key: each for key, each in {**own, **told, **self.more}.items() if each is not None}
 
     def count(self, event: Mapping[str, Any], outcome: Outcome) -> int:
         """Tokens that an event brings. `Failed` for one that says an error, KeyError and the like for one that is none
@@ -66,6 +66,7 @@ class Remote:
         if not event["choices"]:
             return 0
         (choice,) = event["choices"]
+        outcome.finished |= choice.get("finish_reason") is not None
         if choice.get("token_ids") is not None:
             return len(choice["token_ids"])
         outcome.counted = "pieces"
@@ -74,7 +75,7 @@ class Remote:
     async def stream(self, request: Request, outcome: Outcome) -> AsyncIterator[int]:
         """See `client.Server`."""
         assert self._session is not None
-        data, events, over = json.dumps(self.body(request)).encode(), Events(), False
+        data, events = json.dumps(self.body(request)).encode(), Events()
         try:
             headers = {"Content-Type": "application/json"}
             async with self._session.post(self.url + self.path, data=data, headers=headers) as answer:
@@ -84,7 +85,7 @@ class Remote:
                 async for piece in answer.content.iter_any():
                     for event in events.feed(piece):
                         if event == DONE:
-                            over = True
+                            outcome.finished = True
                             continue
                         try:
                             count = self.count(json.loads(event), outcome)
@@ -100,7 +101,7 @@ class Remote:
             raise Failed(status, f"{type(error).__name__}: {error}") from None
         except ValueError as error:
             raise Failed("malformed", str(error)) from None
-        if not over and self.path == Remote.path:
+        if not outcome.finished:
             raise Failed("closed", "the stream ended before it said that it was done")
 
 
@@ -119,5 +120,6 @@ class TGI(Remote):
             raise Failed("error", str(event["error"])[:SHOWN])
         if details := event.get("details"):
             outcome.told = int(details.get("input_length", -1)), int(details["generated_tokens"])
+            outcome.finished = True
         int(event["token"]["id"])
         return 1

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 LOG = "server.log"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(kw_only=True)
@@ -67,7 +68,7 @@ async def _in_process(
     from llmsys.bench.serve.in_process import Continuous, Static
 
     begun = time.perf_counter()
-    model = load(config, context).eval()
+    model = load(config, context)
     static = own.batching == "static"
     with Static(model, own.max_batch) if static else Continuous(model, own.max_batch, own.page, longest) as server:
         took = time.perf_counter() - begun
@@ -85,7 +86,8 @@ async def _remote(config: schema.Config, own: schema.HttpServer, context: Contex
     folder, port = context.out / "served", free_port()
     store(config, context, folder)
     known = {"python": own.python or sys.executable, "model": str(folder), "host": HOST, "port": str(port)}
-    command = [_filled(word, known) for word in own.command]
+    known["dtype"] = DTYPES[config.model.dtype]
+    command = [_filled(word, known) for word in (*own.command, *own.arguments)]
     context.log.info("server: %s", shlex.join(command))
     life, url = Life(command, context.out / LOG, own.env), f"http://{HOST}:{port}"
     async with (
@@ -94,7 +96,7 @@ async def _remote(config: schema.Config, own: schema.HttpServer, context: Contex
     ):
         running = _of(life, remote, {"server_start_s": ready_s})
         running.metrics = f"{url}/metrics"
-        running.notes["command"] = shlex.join(own.command)
+        running.notes["command"] = shlex.join([*own.command, *own.arguments])
         yield running
 
 
@@ -131,7 +133,21 @@ def load(config: schema.Config, context: Context) -> Any:
 
     folder = weights.find(config.model, config.results, context.run_folder)
     how: dict[str, Any] = {"objective": "causal_lm", "num_labels": 0, "device": context.device}
-    return models.load(config.model, **how, seed=config.train.seed, folder=folder)
+    model: Any = models.load(config.model, **how, seed=config.train.seed, folder=folder).eval()
+    own = config.server
+    return adapted(model, own, config.train.seed) if isinstance(own, schema.ModelServer) and own.adapter else model
+
+
+def adapted(model: Any, own: schema.ModelServer, seed: int) -> Any:
+    """With `own.adapter`, merged or beside the weights. What `load_adapter` and `merge` raise."""
+    from llmsys import lorafa
+
+    kind, _, rank = own.adapter.partition(":")
+    if kind == "random":
+        lorafa.inject(model, lorafa.LoRAFAConfig(r=int(rank), seed=seed))
+    else:
+        lorafa.load_adapter(model, own.adapter)
+    return lorafa.merge(model, keep=False) if own.merge else model
 
 
 def store(config: schema.Config, context: Context, folder: Path) -> None:
@@ -141,6 +157,8 @@ def store(config: schema.Config, context: Context, folder: Path) -> None:
             f"model.quant={config.model.quant}: is for server=transformers; other servers are told their own"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    load(config, context).save_pretrained(folder)
+    model = load(config, context)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None  # no text ends before its length
+    model.save_pretrained(folder)
     assert isinstance(config.model, schema.Transformer)
     words.write(folder, config.model.vocab_size)

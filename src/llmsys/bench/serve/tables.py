@@ -15,6 +15,7 @@ LATENCIES = (
     ("between tokens", "itl_ms"),
     ("whole request", "e2e_ms"),
     ("sent late by", "lag_ms"),
+    ("added by client and line", "added_ms"),
 )
 
 

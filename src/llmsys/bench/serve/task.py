@@ -8,6 +8,9 @@
     goodput_per_s, good_share                                    of requests that kept what they had to
     ok, refused, error, malformed, closed, timeout, cut          how requests ended
     waiting_max, under_way_max                                   without a token yet; in all
+    added_ms_p50, ...                                            of the stub: a first token came so much later than the
+                                                                 server says that it sent it
+    bandwidth_percent                                            see `share`; `peak_gbps` of the device
     server_start_s, host_peak_gib, device_peak_gib, cache_used_max
     max_rate_per_s                                               where it was searched
 
@@ -20,6 +23,7 @@ import asyncio
 import collections
 import contextlib
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -29,7 +33,9 @@ from llmsys.bench.serve import figures, rate, servers, tables
 from llmsys.bench.serve.client import Client
 from llmsys.bench.serve.load import Request, draw
 from llmsys.bench.serve.outcome import OK, Outcome
+from llmsys.bench.serve.share import share
 from llmsys.bench.serve.watch import Watch
+from llmsys.train import peaks
 
 if TYPE_CHECKING:
     from llmsys.context import Context
@@ -146,7 +152,7 @@ class _Serving:
 
         task, context = self.task, self.context
         repeats = [figures.of(each, task) for each in found]
-        summary = {**figures.together(repeats), **running.summary, "repeats": len(repeats)}
+        summary = {**figures.together(repeats), **running.summary, "loads": len(repeats)}
         if watch.peak_bytes:
             summary["host_peak_gib"] = watch.peak_bytes / 2**30
         if context.device.type == "cuda" and isinstance(self.config.server, schema.InProcessServer):
@@ -156,9 +162,18 @@ class _Serving:
         if most is not None:
             summary["max_rate_per_s"] = most
         every = [each for one in found for each in one]
+        if not isinstance(self.config.server, schema.StubServer) and not getattr(self.config.server, "url", ""):
+            memory = peaks.measured_memory(self.config, context.device)
+            assert isinstance(self.config.model, schema.Transformer)
+            shares = [share(one, self.config.model) / memory.per_s for one in found]
+            summary |= (
+                {"bandwidth_percent": 100 * statistics.fmean(shares), "peak_gbps": memory.per_s / 1e9} if shares else {}
+            )
         samples = figures.latencies(every)
         samples["output_tokens_per_s"] = [each.get("output_tokens_per_s", 0.0) for each in repeats]
         notes = dict(running.notes)
+        if "peak_gbps" in summary:
+            notes["peak_gbps"] = memory.source
         counted = {each.counted for each in every if each.token_s}
         if counted - {"ids"}:
             notes["tokens"] = "the server shows no ids: pieces of text are counted, which may have several tokens each"

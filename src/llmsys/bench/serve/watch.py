@@ -49,6 +49,7 @@ class Watch:
                     try:
                         async with session.get(self.metrics) as answer:
                             found = CACHE.search(await answer.read())
+                            self.metrics = self.metrics if answer.status == 200 else ""
                     except (aiohttp.ClientError, OSError, TimeoutError):
                         found = None  # of a server that tells nothing, or has died
                     if found:

@@ -7,21 +7,28 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", "pad_token": "t0", "eos_token": "t1",
+from llmsys.bench.serve.load import FIRST
+
+CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<0>", "pad_token": "<0>", "eos_token": "<1>",
           "clean_up_tokenization_spaces": False, "model_max_length": 10**9}  # fmt: skip
 """A model with random weights says nothing, so that its words may be any."""
 
 
+def word(token: int) -> str:
+    """Of a token. Special ones look like no part of another: they are found wherever they stand."""
+    return f"<{token}>" if token < FIRST else f"t{token}"
+
+
 def text(ids: Sequence[int]) -> str:
     """Of these tokens."""
-    return " ".join(f"t{each}" for each in ids)
+    return " ".join(map(word, ids))
 
 
 def write(folder: Path, vocabulary: int) -> None:
     """`tokenizer.json` and `tokenizer_config.json`, as transformers, vLLM and others read them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    made = Tokenizer(models.WordLevel({f"t{at}": at for at in range(vocabulary)}, unk_token="t0"))
+    made = Tokenizer(models.WordLevel({word(at): at for at in range(vocabulary)}, unk_token=word(0)))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.decoder = decoders.Fuse()
     made.save(str(folder / "tokenizer.json"))

@@ -87,3 +87,14 @@ def cache_bytes(model: schema.Transformer, tokens: int) -> float:
     """Of keys and values of so many tokens."""
     width = model.head_dim or model.hidden_size // model.num_heads
     return 2.0 * model.num_layers * model.num_kv_heads * width * tokens * BYTES[model.dtype]
+
+
+def weight_bytes(model: schema.Transformer) -> float:
+    """Of all linear layers, the table of tokens and the head, which may be one."""
+    w = BYTES[model.dtype]
+    p = NF4 if model.quant == "nf4" else w
+    d, width = model.hidden_size, model.head_dim or model.hidden_size // model.num_heads
+    attention = d * (2 * model.num_heads + 2 * model.num_kv_heads) * width
+    mlp = (3 if model.family == "llama" else 2) * d * model.intermediate_size
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * d
+    return model.num_layers * (attention + mlp) * p + tables * w

@@ -1,0 +1,191 @@
+"""Which hardware, how many cards of it, and which weights serve a model at the most tokens a second, under what a
+request has to keep. Predicted from rooflines (`work`), without torch.
+
+A pass takes on each of N cards with tensor parallelism
+
+    t = sum over rows of max(flops / N / (peak c), bytes / N / (bandwidth m)) + 2 all-reduces of T D activations a block
+
+c: the share of its peak that a card's large products reach (`cost.hardware`); m: SHARE of its memory's bandwidth. The
+all-reduces (Megatron-LM, arXiv 1909.08053) go over the card's links: 2 (N - 1) / N of the bytes, and LINE_S to start.
+
+A server of B sequences reads a new prompt while the others wait, so that in the time of B requests it does B prefills
+of one prompt each and as many decoding steps as a request has tokens: B O / (B prefill + O decode) tokens a second.
+Between two tokens of a request there is a decoding step and its share of the prefills: its time per token is
+decode + prefill (B - 1) / O. The first token comes after its own prefill, and the step that was under way.
+Memory holds the weights, cut over the cards, and the cache of B whole requests; SPARE of it is left to kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from llmsys import schema
+from llmsys.bench.serve import work
+from llmsys.cost.hardware import DEVICES, Device
+
+SHARE = 0.8
+"""Of a memory's bandwidth that kernels of decoding reach; an assumption, as `notes` of the answer says."""
+SPARE = 0.1
+LINE_S = 10e-6
+GIB = 2**30
+TENSOR_PARALLEL = (1, 2, 4, 8)
+MOST = 1024
+"""Sequences of one server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """`cards` of one kind with tensor parallelism; `quant` of the weights; `batch` sequences at a time. `binds`: what
+    allows no more sequences: memory, ttft, tpot, or most (`MOST`)."""
+
+    card: str
+    title: str
+    cards: int
+    quant: str
+    batch: int
+    ttft_ms: float
+    tpot_ms: float
+    tokens_per_s: float
+    memory_gib: float
+    binds: str
+    usd_per_million: float | None
+
+    @property
+    def techniques(self) -> str:
+        parts = (["Q"] if self.quant == "nf4" else []) + ([f"TP{self.cards}"] if self.cards > 1 else [])
+        return "+".join(["F", *parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The most tokens a second for a card first; and what was left out, with the reason."""
+
+    ranking: tuple[Choice, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def answer(config: schema.Config) -> Answer:
+    """ValueError where the model generates no text, or no hardware is known by the name that was given."""
+    task, model = config.task, config.model
+    assert isinstance(task, schema.Advise)
+    if not isinstance(model, schema.Transformer):
+        raise ValueError(f"model={model.name}: generates no text; e.g. model=llama2_7b")
+    work.by_row(model, 1, 1)
+    name = config.hardware.name
+    most = config.hardware.devices if name != "auto" else max(TENSOR_PARALLEL)
+    found, left = list[Choice](), list[tuple[str, str]]()
+    for card, device in DEVICES.items() if name == "auto" else [(name, DEVICES[name])]:
+        for cards in (each for each in TENSOR_PARALLEL if each <= most):
+            for quant in ("none", "nf4"):
+                made = best(config, card, device, cards, quant)
+                if isinstance(made, Choice):
+                    found.append(made)
+                else:
+                    left.append((f"{cards} x {card}" + ("" if quant == "none" else f", {quant}"), made))
+    found.sort(key=lambda each: -each.tokens_per_s / each.cards)
+    return Answer(ranking=tuple(found), left_out=tuple(left))
+
+
+def best(config: schema.Config, card: str, device: Device, cards: int, quant: str) -> Choice | str:
+    """With as many sequences as memory and the limits allow; why not, where that is none."""
+    task = config.task
+    assert isinstance(task, schema.Advise)
+    assert isinstance(config.model, schema.Transformer)
+    model = dataclasses.replace(config.model, quant=quant)
+    if model.num_kv_heads % cards:
+        return f"{model.num_kv_heads} heads of keys are not cut over {cards} cards"
+    if model.dtype not in device.tflops:
+        return f"no {model.dtype}"
+    own = _Timed(model, device, cards, task.prompt_tokens, task.output_tokens)
+    room = device.mem_gib * GIB * (1 - SPARE)
+    binds, batch = "memory", 0
+    for wanted in _sizes():
+        if own.memory_bytes(wanted) > room:
+            break
+        if task.slo_ttft_ms and own.ttft_s(wanted) * 1e3 > task.slo_ttft_ms:
+            binds = "ttft"
+            break
+        if task.slo_tpot_ms and own.tpot_s(wanted) * 1e3 > task.slo_tpot_ms:
+            binds = "tpot"
+            break
+        batch, binds = wanted, "most" if wanted == MOST else binds
+    if not batch:
+        needs = own.memory_bytes(1) / GIB
+        why = {"ttft": f"a first token alone takes {own.ttft_s(1) * 1e3:.0f} ms",
+               "tpot": f"a token alone takes {own.tpot_s(1) * 1e3:.1f} ms"}  # fmt: skip
+        return why.get(binds, f"one request needs {needs:.1f} GiB of a card that has {device.mem_gib:g}")
+    speed = own.tokens_per_s(batch)
+    hour = None if device.usd_per_hour is None else device.usd_per_hour * cards
+    return Choice(
+        card=card,
+        title=device.title,
+        cards=cards,
+        quant=quant,
+        batch=batch,
+        ttft_ms=own.ttft_s(batch) * 1e3,
+        tpot_ms=own.tpot_s(batch) * 1e3,
+        tokens_per_s=speed,
+        memory_gib=own.memory_bytes(batch) / GIB,
+        binds=binds,
+        usd_per_million=None if hour is None else hour / speed / 3600 * 1e6,
+    )
+
+
+def _sizes() -> list[int]:
+    """Numbers of sequences that are tried: all small ones, then by steps of an eighth."""
+    found = [1]
+    while found[-1] < MOST:
+        found.append(min(MOST, found[-1] + max(1, found[-1] // 8)))
+    return found
+
+
+class _Timed:
+    """Seconds and bytes, of one card among `cards`."""
+
+    def __init__(self, model: schema.Transformer, device: Device, cards: int, prompt: int, new: int) -> None:
+        self.model, self.device, self.cards, self.prompt, self.new = model, device, cards, prompt, new
+        self.flops = device.peak(model.dtype) * device.reached(model.dtype)
+        self.bytes_per_s = device.gb_per_s * 1e9 * SHARE
+
+    def pass_s(self, batch: int, new: int, before: int) -> float:
+        rows = work.by_row(self.model, batch, new, before)
+        own = sum(each.least_s(self.flops, self.bytes_per_s) for each in rows.values()) / self.cards
+        if self.cards == 1:
+            return own
+        nbytes = batch * new * self.model.hidden_size * work.BYTES[self.model.dtype]
+        share = 2 * (self.cards - 1) / self.cards
+        line = LINE_S + share * nbytes / (self.device.gbps(self.cards) * 1e9)
+        return own + 2 * self.model.num_layers * line
+
+    def decode_s(self, batch: int) -> float:
+        """A step, when requests are half done on average."""
+        return self.pass_s(batch, 1, self.prompt + self.new // 2)
+
+    def ttft_s(self, batch: int) -> float:
+        return self.pass_s(1, self.prompt, 0) + (self.decode_s(batch) if batch > 1 else 0.0)
+
+    def tpot_s(self, batch: int) -> float:
+        return self.decode_s(batch) + self.pass_s(1, self.prompt, 0) * (batch - 1) / self.new
+
+    def tokens_per_s(self, batch: int) -> float:
+        return batch * self.new / (batch * self.pass_s(1, self.prompt, 0) + self.new * self.decode_s(batch))
+
+    def memory_bytes(self, batch: int) -> float:
+        """Of one card: its share of the weights and of the cache of whole requests."""
+        cache = work.cache_bytes(self.model, batch * (self.prompt + self.new))
+        return (work.weight_bytes(self.model) + cache) / self.cards
+
+
+def vllm(choice: Choice, config: schema.Config) -> str:
+    """The command that means this choice; its first words say where the weights are to be put."""
+    task, model = config.task, config.model
+    assert isinstance(task, schema.Advise)
+    assert isinstance(model, schema.Transformer)
+    words = ["vllm", "serve", '"${MODEL:?the folder or hub id of the weights}"']
+    words += ["--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[model.dtype]]
+    words += ["--max-num-seqs", str(choice.batch), "--max-model-len", str(task.prompt_tokens + task.output_tokens)]
+    words += ["--tensor-parallel-size", str(choice.cards)] if choice.cards > 1 else []
+    words += ["--quantization", "bitsandbytes"] if choice.quant == "nf4" else []
+    words += ["--gpu-memory-utilization", f"{1 - SPARE:g}"]
+    return "#!/usr/bin/env bash\nset -euo pipefail\n" + " ".join(words) + ' "$@"\n'

@@ -1,0 +1,92 @@
+"""Claims about the work of serving: arithmetic is what torch counts, bytes are at least the weights and the cache; and
+from passes that are as a fit supposes, the fit is found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from serve_harness import outcome
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmsys import compose, models, schema
+from llmsys.bench.serve import words, work
+from llmsys.bench.serve.fit import error_percent, fit
+from llmsys.bench.serve.share import share
+
+
+def shape(*overrides: str) -> schema.Transformer:
+    model = schema.build(compose.compose(["model=llama_tiny", "model.num_kv_heads=2", *overrides])).model
+    assert isinstance(model, schema.Transformer)
+    return model
+
+
+@pytest.mark.parametrize(("batch", "new", "before"), [(1, 7, 0), (3, 16, 0), (1, 1, 5), (4, 1, 31)])
+def test_arithmetic_is_what_torch_counts(batch: int, new: int, before: int) -> None:
+    """But for attention, which torch counts without a mask: in a prefill all n pairs of each token."""
+    cfg = shape("model.attention=eager")
+    made = models.load(cfg, objective="causal_lm", num_labels=0, device=torch.device("cpu"), seed=0, folder=None).eval()
+    ids = torch.randint(4, cfg.vocab_size, (batch, before + new))
+    with torch.inference_mode():
+        cache = made(input_ids=ids[:, :before], use_cache=True).past_key_values if before else None
+        with FlopCounterMode(display=False) as counter:
+            made(input_ids=ids[:, before:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    rows = work.by_row(cfg, batch, new, before)
+    masked = 4.0 * cfg.head_width * cfg.num_heads * batch * new * (new - 1) / 2 * cfg.num_layers
+    assert counter.get_total_flops() == pytest.approx(work.whole(rows).flops + masked, rel=1e-6)
+
+
+def test_a_decoding_step_reads_the_weights_once_and_the_cache_of_each_sequence() -> None:
+    cfg = shape()
+    made = models.load(cfg, objective="causal_lm", num_labels=0, device=torch.device("cpu"), seed=0, folder=None)
+    weights = sum(p.numel() * 4 for name, p in made.named_parameters() if p.dim() == 2 and "embed" not in name)
+    one, far = (work.whole(work.by_row(cfg, 8, 1, before)).nbytes for before in (0, 100))
+    assert far - one == pytest.approx(work.cache_bytes(cfg, 8 * 100))
+    assert weights < one < 1.6 * weights
+
+
+def test_weights_in_four_bits_are_read_in_an_eighth_of_the_bytes_and_their_scales() -> None:
+    wide, packed = (work.by_row(shape(*more), 1, 1)["down"].nbytes for more in ([], ["model.quant=nf4"]))
+    assert 0.13 < packed / wide < 0.2
+
+
+def test_a_model_that_generates_nothing_is_refused() -> None:
+    cfg = schema.build(compose.compose(["model=bert_tiny", "data=code_packages"])).model
+    assert isinstance(cfg, schema.Transformer)
+    with pytest.raises(ValueError, match="model=bert_tiny: generates no text"):
+        work.by_row(cfg, 1, 1)
+
+
+@pytest.mark.parametrize(("start", "slow"), [(0.002, 3.0), (0.0, 1.5), (0.01, 0.0)])
+def test_a_fit_is_found_again(start: float, slow: float) -> None:
+    points = [(least, start + slow * least) for least in (1e-4, 1e-3, 5e-3, 2e-2)]
+    own = fit(points)
+    assert (own.start_s, own.slow) == (pytest.approx(start, abs=1e-9), pytest.approx(slow, abs=1e-6))
+    assert error_percent(own, points) < 1e-6
+
+
+def test_neither_part_of_a_fit_is_negative() -> None:
+    assert fit([(1.0, 0.5), (2.0, 2.0)]).start_s == 0.0
+    assert fit([(1.0, 2.0), (2.0, 1.0)]).slow == 0.0
+    with pytest.raises(ValueError, match="two passes"):
+        fit([(1.0, 1.0)])
+
+
+def test_the_share_of_one_request_alone_is_its_passes_over_its_time() -> None:
+    cfg = shape()
+    alone = outcome(tokens=(0.5, 1.0, 1.5), sent=0.25, input=10)
+    passes = work.whole(work.by_row(cfg, 1, 10)).nbytes + 2 * work.whole(work.by_row(cfg, 1, 1, 12)).nbytes
+    assert share([alone], cfg) == pytest.approx(passes / 1.25)
+    two = [alone, outcome(1, tokens=(0.5, 1.0, 1.5), sent=0.25, input=10)]
+    assert share([alone], cfg) < share(two, cfg) < 2 * share([alone], cfg)  # together they read the weights once
+
+
+def test_a_text_of_words_has_as_many_tokens_as_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    words.write(tmp_path, 300)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [4, 299, 17, 17, 5]
+    assert read(words.text(ids))["input_ids"] == ids
+    assert len(read.decode(ids).split("t")) == 6
