@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmsys import compose, models, schema
 from llmsys.bench.serve import words, work
-from llmsys.bench.serve.fit import error_percent, fit
+from llmsys.bench.serve.fit import Point, fit
 from llmsys.bench.serve.share import share
 
 
@@ -58,19 +58,24 @@ def test_a_model_that_generates_nothing_is_refused() -> None:
         work.by_row(cfg, 1, 1)
 
 
-@pytest.mark.parametrize(("start", "slow"), [(0.002, 3.0), (0.0, 1.5), (0.01, 0.0)])
-def test_a_fit_is_found_again(start: float, slow: float) -> None:
-    points = [(least, start + slow * least) for least in (1e-4, 1e-3, 5e-3, 2e-2)]
+@pytest.mark.parametrize("slow", [3.0, 0.0])
+def test_a_fit_is_found_again_and_holds_between_batches(slow: float) -> None:
+    """Of passes that are as it supposes."""
+
+    def took(batch: int, least: float) -> float:
+        return 0.002 * batch + slow * (least - 1e-4 * batch)
+
+    points = [Point(b, 1e-4 * b, took(b, 1e-4 * b)) for b in (1, 4, 16)] + [Point(4, 5e-3, took(4, 5e-3))]
     own = fit(points)
-    assert (own.start_s, own.slow) == (pytest.approx(start, abs=1e-9), pytest.approx(slow, abs=1e-6))
-    assert error_percent(own, points) < 1e-6
+    assert own.slow == pytest.approx(slow)
+    for batch, least in ((1, 2e-3), (16, 3e-2), (8, 4e-3)):
+        assert own.seconds(batch, least) == pytest.approx(took(batch, least))
 
 
-def test_neither_part_of_a_fit_is_negative() -> None:
-    assert fit([(1.0, 0.5), (2.0, 2.0)]).start_s == 0.0
-    assert fit([(1.0, 2.0), (2.0, 1.0)]).slow == 0.0
-    with pytest.raises(ValueError, match="two passes"):
-        fit([(1.0, 1.0)])
+def test_longer_contexts_are_never_predicted_to_be_quicker() -> None:
+    assert fit([Point(1, 1e-3, 0.02), Point(1, 2e-3, 0.01)]).slow == 0.0
+    with pytest.raises(ValueError, match="two passes of one batch"):
+        fit([Point(1, 1e-3, 0.02), Point(2, 2e-3, 0.01)])
 
 
 def test_the_share_of_one_request_alone_is_its_passes_over_its_time() -> None:

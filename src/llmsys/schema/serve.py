@@ -26,10 +26,12 @@ class Server:
 @dataclass(kw_only=True)
 class ModelServer(Server):
     """Of the run's model. `adapter`: a folder of LoRA-FA's adapters, as `llmsys.lorafa.save_adapter` leaves it, or
-    `random:16`, new ones of that rank, for what they cost; with `merge` they are added to the weights before."""
+    `random:16`, new ones of that rank, for what they cost; with `merge` they are added to the weights before. `python`:
+    the interpreter of a command that is started, so that one sweep has all servers; in process there is no choice."""
 
     adapter: str = ""
     merge: bool = False
+    python: str = ""
 
     def __post_init__(self) -> None:
         kind, _, rank = self.adapter.partition(":")
@@ -68,7 +70,6 @@ class HttpServer(ModelServer):
     url: str = ""
     command: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
-    python: str = ""
     health: str = "/health"
     start_s: float = 600.0
     env: dict[str, str] = field(default_factory=dict)
@@ -193,8 +194,8 @@ class Serve(Task):
 @dataclass(kw_only=True)
 class ServeModules(Task):
     """Prefills of `contexts` tokens, and decoding steps behind so many, of `batches` sequences each, `rounds` times,
-    half of them with clocks of modules; the first `warmup` rounds do not count. What passes take is fitted to every
-    second cell of the grid, and predicted for the others."""
+    half of them with clocks of modules; the first `warmup` rounds do not count. What passes take is fitted to those of
+    the first context and the very last cell, and predicted for the others."""
 
     kind: str = "bench_serve_modules"
     batches: list[int] = field(default_factory=lambda: [1, 4, 16])
@@ -207,7 +208,11 @@ class ServeModules(Task):
             values = getattr(self, key)
             if not values or min(values) < 1:
                 raise ValueError(f"task.{key}={values}: needs positive numbers, e.g. task.{key}=[1,16]")
-        if len(self.batches) * len(self.contexts) < 4:
-            raise ValueError("task.batches and task.contexts: need four cells or more: half of them are predicted")
+            if values != sorted(set(values)):
+                raise ValueError(f"task.{key}={values}: must rise, each number once")
+        if len(self.contexts) < 2 or len(self.batches) * (len(self.contexts) - 1) < 2:
+            raise ValueError(
+                "task.contexts: needs two or more, and another batch or a third: longer ones are predicted"
+            )
         at_least("task.warmup", self.warmup, 0)
         at_least("task.rounds", self.rounds, 2)

@@ -3,12 +3,12 @@ each `<phase>/<batch>x<context>`:
 
     ms, tokens_per_s                 a pass without clocks; new tokens
     least_ms, roofline_percent       on its roofline (`work`); that over what it took
-    predicted_ms                     by `fit`, from cells that are not this one: only of those that were left out of it
+    predicted_ms                     by `fit`: of cells that are not among those it is made of
     overhead_percent                 what clocks of modules add
     <row>/ms, share_percent, compute_percent, bandwidth_percent      of passes with clocks: of the pass; of the peaks
 
     <phase>_error_percent            mean over the cells that were predicted; `_worst` the largest
-    <phase>_start_ms, <phase>_slow   the fit
+    <phase>_slow                     the fit
     peak_tflops, peak_gbps           of the device; `notes` says where they are from
 """
 
@@ -80,14 +80,15 @@ def _figures(
                 summary[f"{name}/bandwidth_percent"] = 100 * rows[row].nbytes / bytes_per_s / middle * 1e3
     for phase in (PREFILL, DECODE):
         cells = [cell for cell in found if cell.phase == phase]
-        known, asked = cells[::2], cells[1::2]
-        own_fit = fit.fit([(least[cell], found[cell].ms / 1e3) for cell in known])
+        known = [cell for cell in cells if cell.context == cells[0].context or cell == cells[-1]]
+        points = [fit.Point(cell.batch, least[cell], found[cell].ms / 1e3) for cell in known]
+        own_fit = fit.fit(points)
         errors = []
-        for cell in asked:
-            predicted = own_fit.seconds(least[cell]) * 1e3
+        for cell in (each for each in cells if each not in known):
+            predicted = own_fit.seconds(cell.batch, least[cell]) * 1e3
             summary[f"{cell.key}/predicted_ms"] = predicted
             errors.append(100 * abs(predicted / found[cell].ms - 1))
-        summary |= {f"{phase}_start_ms": own_fit.start_s * 1e3, f"{phase}_slow": own_fit.slow}
+        summary[f"{phase}_slow"] = own_fit.slow
         summary |= {f"{phase}_error_percent": statistics.fmean(errors), f"{phase}_error_percent_worst": max(errors)}
     return summary, samples
 
