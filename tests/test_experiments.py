@@ -22,7 +22,10 @@ REPEATS = (
     *("compress_ablation", "compress_resnet18_cifar10", "compress_vgg16_cifar10"),
 )
 """Which differ from another experiment in numbers alone."""
-LONG = ("compress_iteration", "decentral_finetune", "decentral_generate", "decentral_simulate_churn")
+LONG = (
+    *("compress_iteration", "decentral_finetune", "decentral_generate", "decentral_simulate_churn"),
+    *("bench_serve_compare", "bench_serve_rate"),
+)
 """Which take long, while another of the same list does not."""
 MEASURED = ("compress_iteration", "compress_ablation", "compress_replay")
 LOOKED_INTO = {

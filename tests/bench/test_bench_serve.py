@@ -9,6 +9,11 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import torch
+
+from llmsys import compose, lorafa, models, schema
+from llmsys.bench.serve import servers
+from rank_pool import briefly
 
 Run = Callable[..., "CompletedProcess[str]"]
 
@@ -78,9 +83,39 @@ def test_a_mistake_is_one_line(llmsys: Run, words: list[str], why: str) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("more", [["server.adapter=random:4"], ["server.adapter=random:4", "server.merge=true"],
-                                  ["model.quant=nf4"], ["model.attention=eager"]])  # fmt: skip
-def test_techniques_are_served(llmsys: Run, results: Path, more: list[str]) -> None:
-    done = llmsys("+exp=bench_serve_burst", "smoke=true", "task.repeats=1", *more)
+TECHNIQUES = {
+    "Q": ["model.quant=nf4"],
+    "adapter": ["server.adapter=random:4"],
+    "merged": ["server.adapter=random:4", "server.merge=true"],
+    "eager": ["model.attention=eager"],
+}
+
+
+@pytest.mark.parametrize("technique", briefly(TECHNIQUES, "Q", "adapter"))
+def test_techniques_are_served(llmsys: Run, results: Path, technique: str) -> None:
+    done = llmsys("+exp=bench_serve_burst", "smoke=true", "task.repeats=1", *TECHNIQUES[technique])
     assert done.returncode == 0, done.stderr
     assert record(results)["summary"]["ok"] == 4
+
+
+def test_adapters_say_the_same_merged_and_beside_the_weights(tmp_path: Path) -> None:
+    def fresh() -> Any:
+        cfg = schema.build(compose.compose(["model=llama_tiny"])).model
+        how: dict[str, Any] = {"objective": "causal_lm", "num_labels": 0, "device": torch.device("cpu")}
+        return models.load(cfg, **how, seed=0, folder=None).eval()
+
+    ids = torch.arange(4, 20)[None]
+    trained = lorafa.inject(fresh(), lorafa.LoRAFAConfig(r=4))
+    draw = torch.Generator().manual_seed(0)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1, generator=draw)
+    lorafa.save_adapter(trained, tmp_path)
+    said = []
+    for merge in (False, True):
+        own = schema.InProcessServer(adapter=str(tmp_path), merge=merge)
+        with torch.inference_mode():
+            said.append(servers.adapted(fresh(), own, 0)(input_ids=ids).logits)
+    with torch.inference_mode():
+        assert not torch.allclose(said[0], fresh()(input_ids=ids).logits, atol=1e-2)
+    assert torch.allclose(said[0], said[1], atol=1e-4)

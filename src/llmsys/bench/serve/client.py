@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmsys.bench.serve.load import Request
 from llmsys.bench.serve.outcome import Failed, Outcome
@@ -21,10 +21,13 @@ FINE_S = 0.002
 
 
 class Server(Protocol):
-    """Who answers. `stream` yields how many tokens have come, each time that some have; it may note in the outcome what
-    the server says. It raises `Failed` where a request does not end well."""
+    """Who answers. `ready` makes of a request what can be made before it is due. `stream` sends that, and yields how
+    many tokens have come, each time that some have; it may note in the outcome what the server says. It raises
+    `Failed` where a request does not end well."""
 
-    def stream(self, request: Request, outcome: Outcome) -> AsyncIterator[int]: ...
+    def ready(self, request: Request) -> Any: ...
+
+    def stream(self, ready: Any, request: Request, outcome: Outcome) -> AsyncIterator[int]: ...
 
 
 class Client:
@@ -82,13 +85,14 @@ class Client:
 
     async def _one(self, request: Request, outcome: Outcome, free: asyncio.Semaphore | None) -> None:
         try:
+            ready = self.server.ready(request)
             if not math.isnan(request.due_s):
                 await self._until(request.due_s)
             if free is None:
-                await self._asked(request, outcome)
+                await self._asked(ready, request, outcome)
             else:
                 async with free:
-                    await self._asked(request, outcome)
+                    await self._asked(ready, request, outcome)
         except asyncio.CancelledError as error:
             outcome.status, outcome.why = "cut", str(error)
         outcome.end_s = self.now
@@ -100,13 +104,13 @@ class Client:
         while self.now < due_s:
             await asyncio.sleep(0)
 
-    async def _asked(self, request: Request, outcome: Outcome) -> None:
+    async def _asked(self, ready: Any, request: Request, outcome: Outcome) -> None:
         outcome.sent_s = self.now
         if math.isnan(outcome.due_s):
             outcome.due_s = outcome.sent_s
         try:
             async with asyncio.timeout(None if self.request_s == math.inf else self.request_s):
-                async for count in self.server.stream(request, outcome):
+                async for count in self.server.stream(ready, request, outcome):
                     now = self.now
                     outcome.token_s += [now] * count
             if len(outcome.token_s) < request.new and outcome.counted == "ids":

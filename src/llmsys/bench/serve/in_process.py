@@ -56,7 +56,10 @@ class Continuous:
     def __exit__(self, *error: object) -> None:
         self._context.__exit__(*error)
 
-    async def stream(self, request: Request, outcome: Outcome) -> AsyncIterator[int]:
+    def ready(self, request: Request) -> None:
+        """Nothing: ids are handed over as they are."""
+
+    async def stream(self, ready: None, request: Request, outcome: Outcome) -> AsyncIterator[int]:
         """See `client.Server`."""
         came: asyncio.Queue[Any] = asyncio.Queue()
         name = f"{id(outcome)}"
@@ -111,7 +114,10 @@ class Static:
         self._waiting.put(None)
         self._thread.join()
 
-    async def stream(self, request: Request, outcome: Outcome) -> AsyncIterator[int]:
+    def ready(self, request: Request) -> None:
+        """Nothing: ids are handed over as they are."""
+
+    async def stream(self, ready: None, request: Request, outcome: Outcome) -> AsyncIterator[int]:
         """See `client.Server`."""
         came: asyncio.Queue[int | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from llmsys.bench.serve.load import Request
 from llmsys.bench.serve.outcome import Failed, Outcome
 from llmsys.bench.serve.sse import Events
 
 DONE = b"[DONE]"
+HEADERS = {"Content-Type": "application/json"}
 SHOWN = 300
 """Characters of an error that are kept."""
 
@@ -36,11 +38,15 @@ class Remote:
         body: Mapping[str, Any] | None = None,
     ) -> None:
         self.url, self.model, self.text, self.more = url.rstrip("/"), model, text, dict(body or {})
+        self._where = URL(self.url + self.path)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Remote:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -72,13 +78,16 @@ class Remote:
         outcome.counted = "pieces"
         return int(bool(choice["text"]))
 
-    async def stream(self, request: Request, outcome: Outcome) -> AsyncIterator[int]:
+    def ready(self, request: Request) -> bytes:
+        """See `client.Server`."""
+        return json.dumps(self.body(request)).encode()
+
+    async def stream(self, ready: bytes, request: Request, outcome: Outcome) -> AsyncIterator[int]:
         """See `client.Server`."""
         assert self._session is not None
-        data, events = json.dumps(self.body(request)).encode(), Events()
+        events = Events()
         try:
-            headers = {"Content-Type": "application/json"}
-            async with self._session.post(self.url + self.path, data=data, headers=headers) as answer:
+            async with self._session.post(self._where, data=ready, headers=HEADERS) as answer:
                 if answer.status != 200:
                     said = (await answer.content.read(SHOWN)).decode(errors="replace")
                     raise Failed("error", f"HTTP {answer.status}: {said}")

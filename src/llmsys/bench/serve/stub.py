@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 MOST_BYTES = 256 << 20
+EVENT = b'data: {"choices": [{"index": 0, "text": " t", "token_ids": [%d]}]%s}\n\n'
 
 
 class Stub:
@@ -51,10 +52,10 @@ class Stub:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             if at == count // 2 and fault and await self._wrong(fault, answer, request):
                 return answer
-            event: dict[str, object] = {"choices": [{"index": 0, "text": " t", "token_ids": [at]}]}
-            if not at:
-                event["times"] = {"ttft_s": time.perf_counter() - there}
-            await answer.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            times = b"" if at else b', "times": {"ttft_s": %.7f}' % (time.perf_counter() - there)
+            await answer.write(
+                b'data: {"choices": [{"index": 0, "text": " t", "token_ids": [%d]}]%s}\n\n' % (at, times)
+            )
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
         last = json.dumps({"choices": [], "usage": usage}).encode()
         await answer.write(b"data: " + last + b"\n\ndata: [DONE]\n\n")
