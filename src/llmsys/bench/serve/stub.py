@@ -53,9 +53,7 @@ class Stub:
             if at == count // 2 and fault and await self._wrong(fault, answer, request):
                 return answer
             times = b"" if at else b', "times": {"ttft_s": %.7f}' % (time.perf_counter() - there)
-            await answer.write(
-                b'data: {"choices": [{"index": 0, "text": " t", "token_ids": [%d]}]%s}\n\n' % (at, times)
-            )
+            await answer.write(EVENT % (at, times))
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
         last = json.dumps({"choices": [], "usage": usage}).encode()
         await answer.write(b"data: " + last + b"\n\ndata: [DONE]\n\n")
