@@ -169,7 +169,9 @@ class _Serving:
             summary |= (
                 {"bandwidth_percent": 100 * statistics.fmean(shares), "peak_gbps": memory.per_s / 1e9} if shares else {}
             )
-        samples = figures.latencies(every)
+        latencies = figures.latencies(every)
+        del latencies["itl_ms"]  # one for each token: `requests.jsonl` has their times
+        samples = {key: [round(each, 4) for each in values] for key, values in latencies.items()}
         samples["output_tokens_per_s"] = [each.get("output_tokens_per_s", 0.0) for each in repeats]
         notes = dict(running.notes)
         if "peak_gbps" in summary:
