@@ -32,7 +32,7 @@ from llmsys.track.jsonl import JsonLines
 
 _NO_HOST_MEMORY = ("allocate memory", "not enough memory", "std::bad_alloc", "can't start new thread")
 _NO_DEVICE_MEMORY = ("cuda error: out of memory", "cublas_status_alloc_failed")
-_NO_DISK = (errno.ENOSPC, errno.EDQUOT)
+_NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RESERVE_BYTES = 256 * 1024
 """Kept on disk during a run and freed before the record is written, so that a full disk can still be recorded."""
 

@@ -85,3 +85,12 @@ def test_a_mistake_is_one_line(llmsys: Run, words: list[str], said: str) -> None
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert said in line
+
+
+@pytest.mark.slow
+def test_where_too_few_are_left_of_those_that_were_started_the_run_ends_and_says_so(llmsys: Run, results: Path) -> None:
+    """Nobody else can come."""
+    done = llmsys("+exp=decentral_train", "smoke=true", "train.steps=40", "task.providers=2", "task.stages=2",
+                  "task.reserve=0", "task.faults=[stage1 SIGKILL 3]")  # fmt: skip
+    assert done.returncode == 1
+    assert "gone, and the other providers do not hold the job" in done.stdout + done.stderr

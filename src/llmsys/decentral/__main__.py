@@ -45,7 +45,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (Refused, ConnectionError, ValueError, OSError, MissingPackage) as error:
-        print(f"llmsys.decentral: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"llmsys.decentral: {said}", file=sys.stderr)
         return 1
 
 
@@ -64,7 +67,9 @@ def _broker(parser: argparse.ArgumentParser) -> None:
 def _serve(given: argparse.Namespace) -> int:
     if bool(given.overrides) == bool(given.queue):
         raise ValueError("broker: takes an experiment, +exp=decentral_train ..., or --queue FOLDER")
+    credentials.address("--listen", given.listen)
     folder: Path = given.credentials.resolve()
+    credentials.there(folder)
     own = {"token_file": folder / credentials.TOKEN}
     if (folder / credentials.CERTIFICATE).exists():
         own |= {"certificate": folder / credentials.CERTIFICATE, "key": folder / credentials.KEY}
@@ -166,6 +171,10 @@ def _provider(parser: argparse.ArgumentParser) -> None:
 
 
 def _provide(given: argparse.Namespace) -> int:
+    if not given.name.isascii() or not 0 < len(given.name) <= 64:
+        raise ValueError(f"--name {given.name[:64]}: must be text of 64 characters at most, all in ASCII")
+    if not given.patience >= 0:
+        raise ValueError(f"--patience {given.patience}: must be 0 or more")
     machine = Machine(
         name=given.name,
         tflops=given.tflops,
@@ -225,8 +234,14 @@ def _end_with_stdin() -> None:
 
 
 def _credentials(given: argparse.Namespace) -> tuple[str, Credentials | None]:
+    credentials.address("--join", given.join)
     token = given.token_file.read_text(encoding="utf-8").strip()
-    return token, None if given.certificate is None else Credentials(certificate=given.certificate.read_bytes())
+    if given.certificate is None:
+        return token, None
+    certificate = given.certificate.read_bytes()
+    if b"-----BEGIN CERTIFICATE-----" not in certificate:
+        raise ValueError(f"--certificate {given.certificate}: is none; it is the broker's {credentials.CERTIFICATE}")
+    return token, Credentials(certificate=certificate)
 
 
 # --- status ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
     """Writes `certificate.pem` for these names and addresses, its `key.pem`, a `token` and a `trusted-token`, of those
     who may see what a job keeps private, into `folder`; all but the first are for nobody else to read. FileExistsError
     where one is there, ValueError for no host."""
-    if not hosts:
+    if not hosts or not all(hosts):
         raise ValueError("--host: none; it is the name or the address by which providers dial")
     certificate, key = pair(hosts, days)
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,6 +31,20 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
     for name in (TOKEN, TRUSTED):
         _write(folder / name, secrets.token_urlsafe(24).encode() + b"\n", 0o600)
     _write(folder / CERTIFICATE, certificate, 0o644)
+
+
+def there(folder: Path) -> None:
+    """ValueError where no broker can show or ask for anything by what is there."""
+    if not (folder / TOKEN).exists():
+        raise ValueError(f"--credentials {folder}: has no {TOKEN}; `certificate {folder} --host NAME` makes one")
+
+
+def address(key: str, text: str) -> tuple[str, int]:
+    """Host and port. ValueError for what is none."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) >= 2**16:
+        raise ValueError(f"{key} {text}: must be HOST:PORT, e.g. 127.0.0.1:7077")
+    return host, int(port)
 
 
 def pair(hosts: Sequence[str], days: int = DAYS) -> tuple[bytes, bytes]:

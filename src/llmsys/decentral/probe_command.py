@@ -36,9 +36,9 @@ def run(given: argparse.Namespace) -> int:
     from llmsys.decentral import probe_report
     from llmsys.decentral.probe import Probe
 
-    host, _, port = given.listen.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"--listen {given.listen}: must be HOST:PORT, e.g. 127.0.0.1:7077")
+    host, port = credentials.address("--listen", given.listen)
+    if given.fleet is not None and not given.fleet.resolve().parent.is_dir():
+        raise ValueError(f"--fleet {given.fleet}: there is no such folder")
     if given.rows < 1 or given.length < 1 or given.providers < 1:
         raise ValueError("--rows, --length, --providers: must be 1 or more")
     known = sorted(path.stem for path in (compose.CONF / "model").glob("*.yaml"))
@@ -49,6 +49,7 @@ def run(given: argparse.Namespace) -> int:
     words = ["+exp=decentral_plan", f"train.length={given.length}", f"train.micro_batch={given.rows}"]
     models = [schema.build(compose.compose([*words, f"model={name}"])).model for name in names]
     folder: Path = given.credentials
+    credentials.there(folder)
     token = (folder / credentials.TOKEN).read_text(encoding="utf-8").strip()
     few = folder / credentials.TRUSTED
     trusted = few.read_text(encoding="utf-8").strip() if few.exists() else ""
@@ -62,9 +63,7 @@ def run(given: argparse.Namespace) -> int:
 
     async def measured() -> list[Any]:
         probe = Probe(token, given.rows, said, trusted)
-        return await probe.run(
-            host, int(port), given.providers, given.wait, own, lambda p: said(f"listens on {host}:{p}")
-        )
+        return await probe.run(host, port, given.providers, given.wait, own, lambda p: said(f"listens on {host}:{p}"))
 
     found = asyncio.run(measured())
     predicted = [each for model in models for each in probe_report.predictions(found, model, given.rows, given.length)]

@@ -73,6 +73,10 @@ class Processes:
         elif what == "SIGCONT":
             self.stopped.discard(name)
 
+    def gone(self) -> list[str]:
+        """Who has ended, or was stopped, and does not come back by itself."""
+        return [name for name, each in self.processes.items() if each.poll() is not None or name in self.stopped]
+
     def wrong(self) -> dict[str, str]:
         """What was said by those that ended badly, and not by a signal, by name."""
         bad = [name for name, each in self.processes.items() if (each.poll() or 0) > 0]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmsys.decentral.ray_runtime import Nodes
 
 MIB = 2**20
+ALONE_S = 5.0
 KNOWN = "broker.json"
 """What whoever dials again knows of a broker: its port, the token, and the name of the job. There as long as the job is
 not done."""
@@ -61,6 +62,7 @@ class Running:
         self.ended_s: dict[int, float] = {}
         self.hit: dict[int, float] = {}  # when somebody was, by the step that had just been committed
         self.sent: dict[str, int] = {}  # bytes, by provider
+        self.alone_s = 0.0  # since when nobody holds the job, and nobody will come
         self.warned = 0  # of what checks have found
 
     def run(self) -> None:
@@ -108,8 +110,13 @@ class Running:
                     started.signal(name, what)
                     self.hit[step] = time.perf_counter()
 
+            def looking() -> None:
+                self._looking()
+                if isinstance(started, Processes):
+                    self._nobody_comes(started.gone())
+
             trusted = _token(task.trusted_token_file) if task.trusted_token_file else ""
-            serving = Serving(self.coordinator, token, committed, self._looking, trusted)
+            serving = Serving(self.coordinator, token, committed, looking, trusted)
             try:
                 asyncio.run(serving.run(host, port, credentials, ready))
             except JobLost:
@@ -131,6 +138,15 @@ class Running:
         for each in verdicts[self.warned :]:
             self.context.log.warning("%s", each)
         self.warned = len(verdicts)
+
+    def _nobody_comes(self, gone: list[str]) -> None:
+        """JobLost where processes that we have started are gone, and those that are left hold no job, for a while."""
+        waits = self.coordinator.state.plan is None and bool(gone) and not self.coordinator.finished
+        self.alone_s = (self.alone_s or time.monotonic()) if waits else 0.0
+        if waits and time.monotonic() > self.alone_s + ALONE_S:
+            who = ", ".join(gone)
+            raise JobLost(f"{who}: gone, and the other providers do not hold the job: more of them (task.providers), "
+                          "or larger ones (task.mem_gib)")  # fmt: skip
 
     def _known(self, port: int, *, going_on: bool) -> tuple[str, int, str]:
         """The token, the port and, of a job that goes on, its name, which whoever dials again knows already."""

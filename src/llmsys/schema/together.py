@@ -103,7 +103,7 @@ class Together(Task):
         if not self.mem_gib >= 0:
             raise ValueError(f"task.mem_gib={self.mem_gib}: must be 0 or more")
         host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or int(port) >= 2**16:
             raise ValueError(f"task.listen={self.listen}: must be host:port, e.g. 127.0.0.1:0")
         if bool(self.certificate) != bool(self.key):
             missing = "key" if self.certificate else "certificate"
