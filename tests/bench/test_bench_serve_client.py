@@ -4,6 +4,7 @@ and no server is left behind. Real servers on real sockets."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -12,13 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from serve_harness import stub, task
 
+from llmsys.bench.serve import words
 from llmsys.bench.serve.client import Client
 from llmsys.bench.serve.life import Life, NotUp, free_port
 from llmsys.bench.serve.load import draw
 from llmsys.bench.serve.outcome import Outcome
-from llmsys.bench.serve.remote import Remote
+from llmsys.bench.serve.remote import TGI, Remote
 
 SMALL = task(requests=6, prompt_tokens=4, output_tokens=6)
 
@@ -79,6 +82,42 @@ def test_no_more_are_under_way_than_were_asked_for(tmp_path: Path) -> None:
         count += step
         most = max(most, count)
     assert most == 2
+
+
+@pytest.mark.parametrize(("ends", "status"), [(True, "ok"), (False, "closed")])
+def test_tgi_has_a_token_an_event_and_says_how_many_at_the_end(ends: bool, status: str) -> None:
+    """By its own protocol, as its documentation has it, on a real socket."""
+    asked = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked.append(await request.json())
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        for at in range(6 if ends else 3):
+            event = {"index": at + 1, "token": {"id": 7, "text": " t7", "special": False}, "details": None}
+            if at == 5:
+                event |= {"generated_text": " t7" * 6, "details": {"generated_tokens": 6, "input_length": 4}}
+            await stream.write(b"data:" + json.dumps(event).encode() + b"\n\n")
+        await stream.write_eof()
+        return stream
+
+    async def run() -> list[Outcome]:
+        app, port = web.Application(), free_port()
+        app.add_routes([web.post("/generate_stream", answer)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        try:
+            async with TGI(f"http://127.0.0.1:{port}", "tgi", words.text) as remote:
+                return await Client(remote).run(draw(SMALL, 64))
+        finally:
+            await runner.cleanup()
+
+    for each in asyncio.run(run()):
+        assert (each.status, len(each.token_s)) == (status, 6 if ends else 3)
+        assert each.told == ((4, 6) if ends else (-1, -1))
+    assert {len(each["inputs"].split()) for each in asked} == {4}
+    assert {each["parameters"]["max_new_tokens"] for each in asked} == {6}
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
