@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmsys import compose, lorafa, models, schema
-from llmsys.bench.serve import servers
+from llmsys.bench.serve import served
 from rank_pool import briefly
 
 Run = Callable[..., "CompletedProcess[str]"]
@@ -115,7 +115,7 @@ def test_adapters_say_the_same_merged_and_beside_the_weights(tmp_path: Path) -> 
     for merge in (False, True):
         own = schema.InProcessServer(adapter=str(tmp_path), merge=merge)
         with torch.inference_mode():
-            said.append(servers.adapted(fresh(), own, 0)(input_ids=ids).logits)
+            said.append(served.adapted(fresh(), own, 0)(input_ids=ids).logits)
     with torch.inference_mode():
         assert not torch.allclose(said[0], fresh()(input_ids=ids).logits, atol=1e-2)
     assert torch.allclose(said[0], said[1], atol=1e-4)

@@ -18,9 +18,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import aiohttp
-
 from llmsys.dispatch.child import kill_tree
+from llmsys.errors import MissingPackage
+
+try:
+    import aiohttp
+except ModuleNotFoundError as error:
+    raise MissingPackage(f"task=bench_serve: needs {error.name}: pip install 'llmsys[serve]'") from None
 
 SHOWN = 5
 """Last lines of a server's log that are told where it does not come up."""

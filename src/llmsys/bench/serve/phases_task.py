@@ -18,7 +18,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.bench.serve import fit, servers, work
+from llmsys.bench.serve import fit, served, work
 from llmsys.bench.serve.phases import DECODE, PREFILL, Cell, Passes, measure
 from llmsys.table import piped
 from llmsys.train import peaks
@@ -40,7 +40,7 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
                          f"has positions for: model.max_length={model.max_length}")  # fmt: skip
     cells = [Cell(phase, b, c) for phase in (PREFILL, DECODE) for b in task.batches for c in task.contexts]
     with reproducible(config.train.seed, context.threads, config.train.deterministic):
-        made = servers.load(config, context)
+        made = served.load(config, context)
         arithmetic, memory = peaks.peak_flops(config, context.device), peaks.measured_memory(config, context.device)
         found: dict[Cell, Passes] = {}
         for cell in cells:

@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmsys import schema
-from llmsys.bench.serve import words
+from llmsys.bench.serve import served, words
 from llmsys.bench.serve.client import Server
 from llmsys.bench.serve.life import Life, free_port
 from llmsys.bench.serve.remote import TGI, Remote
@@ -68,7 +67,7 @@ async def _in_process(
     from llmsys.bench.serve.in_process import Continuous, Static
 
     begun = time.perf_counter()
-    model = load(config, context)
+    model = served.load(config, context)
     static = own.batching == "static"
     with Static(model, own.max_batch) if static else Continuous(model, own.max_batch, own.page, longest) as server:
         took = time.perf_counter() - begun
@@ -84,7 +83,7 @@ async def _remote(config: schema.Config, own: schema.HttpServer, context: Contex
             yield Running(server=remote, pid=lambda: 0, metrics=f"{own.url.rstrip('/')}/metrics")
         return
     folder, port = context.out / "served", free_port()
-    store(config, context, folder)
+    served.store(config, context, folder)
     known = {"python": own.python or sys.executable, "model": str(folder), "host": HOST, "port": str(port)}
     known["dtype"] = DTYPES[config.model.dtype]
     command = [_filled(word, known) for word in (*own.command, *own.arguments)]
@@ -124,41 +123,3 @@ def _filled(word: str, known: dict[str, str]) -> str:
     for key, value in known.items():
         word = word.replace("{" + key + "}", value)
     return word
-
-
-def load(config: schema.Config, context: Context) -> Any:
-    """The model, on the run's device. ValueError for one that generates no text."""
-    from llmsys import models
-    from llmsys.models import weights
-
-    folder = weights.find(config.model, config.results, context.run_folder)
-    how: dict[str, Any] = {"objective": "causal_lm", "num_labels": 0, "device": context.device}
-    model: Any = models.load(config.model, **how, seed=config.train.seed, folder=folder).eval()
-    own = config.server
-    return adapted(model, own, config.train.seed) if isinstance(own, schema.ModelServer) and own.adapter else model
-
-
-def adapted(model: Any, own: schema.ModelServer, seed: int) -> Any:
-    """With `own.adapter`, merged or beside the weights. What `load_adapter` and `merge` raise."""
-    from llmsys import lorafa
-
-    kind, _, rank = own.adapter.partition(":")
-    if kind == "random":
-        lorafa.inject(model, lorafa.LoRAFAConfig(r=int(rank), seed=seed))
-    else:
-        lorafa.load_adapter(model, own.adapter)
-    return lorafa.merge(model, keep=False) if own.merge else model
-
-
-def store(config: schema.Config, context: Context, folder: Path) -> None:
-    """The model as a folder of Hugging Face's, with the tokenizer of words."""
-    if isinstance(config.model, schema.Transformer) and config.model.quant != "none":
-        raise ValueError(
-            f"model.quant={config.model.quant}: is for server=transformers; other servers are told their own"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    model = load(config, context)
-    model.config.eos_token_id = model.generation_config.eos_token_id = None  # no text ends before its length
-    model.save_pretrained(folder)
-    assert isinstance(config.model, schema.Transformer)
-    words.write(folder, config.model.vocab_size)
