@@ -59,7 +59,7 @@ def test_a_tighter_limit_never_serves_more() -> None:
 def test_what_does_not_fit_is_left_out_with_the_reason() -> None:
     found = advice.answer(asked("model=llama2_70b", "hardware=rtx4090x8"))
     reasons = dict(found.left_out)
-    assert "GiB of a card that has 24" in reasons["1 x rtx4090"]
+    assert "GiB of a card that has 23.6" in reasons["1 x rtx4090"]
     assert any(each.cards == 8 and each.quant == "nf4" for each in found.ranking)
 
 

@@ -143,6 +143,7 @@ def settings(record: Record) -> Settings:
         plain = dataclasses.asdict(schema.build(record.config))
     except (ValueError, TypeError):  # of another version of this package, or not of one
         plain = _with_defaults(record.config)
+    plain.pop("server", None)  # nothing of training; older records have none
     return _flat(plain)
 
 

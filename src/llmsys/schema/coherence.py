@@ -13,6 +13,7 @@ from llmsys.schema.machine import OnRay
 from llmsys.schema.measured import Iteration, Measured
 from llmsys.schema.model import ConvNet, Transformer
 from llmsys.schema.modules import Modules, Ops
+from llmsys.schema.serve import HttpServer, Serve
 from llmsys.schema.task import Ledger, Simulate
 from llmsys.schema.together import DecentralAttack, DecentralGenerate, Together
 from llmsys.schema.train import CLOSED_FORM, Adapter, DeepSpeed, LoRA, accumulation, data_world
@@ -50,6 +51,7 @@ def _check(config: Config) -> None:
     _engine(config)
     _compress(config)
     _network(config)
+    _answered(config)
     _ledger(config)
     _simulate(config)
     _measured(config)
@@ -281,6 +283,12 @@ def _together(config: Config) -> None:
             raise ValueError(f"{key}={value}: {config.task.kind} is for {key}={only}")
     if config.method.kind in CLOSED_FORM:
         raise ValueError(f"method.kind={config.method.kind}: takes no steps, and {config.task.kind} is about steps")
+
+
+def _answered(config: Config) -> None:
+    own = config.server
+    if isinstance(config.task, Serve) and isinstance(own, HttpServer) and bool(own.url) == bool(own.command):
+        raise ValueError("server: needs either server.url, of one that runs, or server.command, which starts one")
 
 
 def _network(config: Config) -> None:

@@ -80,8 +80,6 @@ class HttpServer(ModelServer):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("server.prompts", self.prompts, PROMPTS)
-        if bool(self.url) == bool(self.command):
-            raise ValueError("server: needs either server.url, of one that runs, or server.command, which starts one")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"server.url={self.url}: must begin with http:// or https://")
         if self.command and not any("{port}" in word for word in self.command):

@@ -101,6 +101,7 @@ def _core(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    /,  # what transformers says in `kwargs` may have such names
     *,
     cos: Tensor,
     sin: Tensor,
