@@ -24,7 +24,7 @@ REPEATS = (
 """Which differ from another experiment in numbers alone."""
 LONG = (
     *("compress_iteration", "decentral_finetune", "decentral_generate", "decentral_simulate_churn"),
-    *("bench_serve_compare", "bench_serve_rate"),
+    *("bench_serve_burst", "bench_serve_compare", "bench_serve_rate"),
 )
 """Which take long, while another of the same list does not."""
 MEASURED = ("compress_iteration", "compress_ablation", "compress_replay")

@@ -17,7 +17,7 @@ from llmsys.figures import PAPERS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LONG = ("compress", "lorafa")
+LONG = ("bench", "compress", "lorafa")
 """Whose cells take the longest: the short suite runs none of them."""
 COUNT = """
 import json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -29,7 +30,7 @@ def lines(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("server", ["transformers", "static"])
+@pytest.mark.parametrize("server", briefly(["transformers", "static"], "transformers"))
 def test_an_engine_in_process_gives_every_token(llmsys: Run, results: Path, server: str) -> None:
     """More requests than it takes at a time, of unequal lengths."""
     words = ["task.requests=5", "server.max_batch=2", "task.lengths=uniform", "task.spread=0.5"]
@@ -67,13 +68,23 @@ def test_a_server_that_dies_ends_the_run_with_what_it_has(llmsys: Run, results: 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["model=bert_tiny", "data=code_packages"], "model=bert_tiny: generates no text"),
-        (["task.output_tokens=5000"], "a request has 5008 tokens, and model=llama_6m at most"),
         (["server=openai"], "needs either server.url"),
         (["server=openai", "server.command=[run]"], "says nowhere {port}"),
         (["server.merge=true"], "server.merge=true: needs server.adapter"),
         (["server.adapter=random:x"], "server.adapter=random:x: must be a folder, or a rank"),
-        (["server.faults=['rain:2']", "server=stub"], "server.faults=rain:2: fault=rain: must be one of"),
+        (["server=stub", "server.faults=['rain:2']"], "server.faults=rain:2: fault=rain: must be one of"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(words: list[str], why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        schema.build(compose.compose(["+exp=bench_serve_burst", *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["model=bert_tiny", "data=code_packages"], "model=bert_tiny: generates no text"),
+        (["task.output_tokens=5000"], "a request has 5008 tokens, and model=llama_6m at most"),
     ],
 )
 def test_a_mistake_is_one_line(llmsys: Run, words: list[str], why: str) -> None:
@@ -91,7 +102,7 @@ TECHNIQUES = {
 }
 
 
-@pytest.mark.parametrize("technique", briefly(TECHNIQUES, "Q", "adapter"))
+@pytest.mark.parametrize("technique", briefly(TECHNIQUES, "adapter"))
 def test_techniques_are_served(llmsys: Run, results: Path, technique: str) -> None:
     done = llmsys("+exp=bench_serve_burst", "smoke=true", "task.repeats=1", *TECHNIQUES[technique])
     assert done.returncode == 0, done.stderr

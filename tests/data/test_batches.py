@@ -75,7 +75,7 @@ def test_a_cut_example_always_keeps_a_response(prompt: int, text: int) -> None:
         assert kept_prompt[-1] == prompt - 1, "the words that ask for the response"
 
 
-@pytest.mark.parametrize("length", [pytest.param(4, marks=pytest.mark.slow), 16, 64, 1024])
+@pytest.mark.parametrize("length", [*(pytest.param(few, marks=pytest.mark.slow) for few in (4, 16)), 64, 1024])
 def test_every_row_of_real_pairs_has_a_loss(length: int) -> None:
     cfg = schema.Data(kind="code_docstrings", max_train=300, max_val=100)
     encoded = encode(data.open(cfg), length).train
