@@ -46,8 +46,8 @@ def together(units: Iterator[Unit[T] | None]) -> Iterator[T]:
 
     def start(unit: Unit[T]) -> None:
         thread = threading.Thread(target=work, args=(unit,), daemon=True)
+        threads.add(thread)  # first: Ctrl-C may come right behind the start, and it would be waited for by nobody
         thread.start()
-        threads.add(thread)
 
     try:
         waiting: list[Unit[T] | None] = []
@@ -90,7 +90,8 @@ def together(units: Iterator[Unit[T] | None]) -> Iterator[T]:
         if threads:  # whoever was handed something wants no more
             stop.ask()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # Ctrl-C may have come before its start
+                thread.join()
 
 
 @dataclass(frozen=True)
