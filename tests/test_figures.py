@@ -24,7 +24,7 @@ UNIT = re.compile(
     r"|^tokens/s|^ms of a step$|^learning rate$"  # a rate of learning has no unit
 )
 REPEATED = [
-    *(("bench", name) for name in ("pareto", "phases", "modules")),
+    *(("bench", name) for name in ("pareto", "phases", "modules", "throughput")),
     *(("compress", name) for name in ("iterations", "ablation", "convergence")),
     *(("decentral", "goodput"), ("lorafa", "quality")),
 ]

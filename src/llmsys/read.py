@@ -25,6 +25,8 @@ def content(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]
     from llmsys.models import fingerprint
 
     found = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
+    if isinstance(typed.task, schema.Serve) and typed.task.speeds is not None:
+        found |= _of_run("speeds", typed.task.speeds, "bench_serve_modules", inputs)
     if continued := resume.source(config):
         inputs["resume"], found["resume"] = str(continued[0]), continued[1]
     return found

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,6 +17,7 @@ import torch
 
 from llmsys import compose, lorafa, models, schema
 from llmsys.bench.serve import served
+from llmsys.dispatch.child import descendants
 from rank_pool import briefly
 
 Run = Callable[..., "CompletedProcess[str]"]
@@ -27,7 +31,8 @@ def record(results: Path) -> dict[str, Any]:
 
 def lines(results: Path) -> list[dict[str, Any]]:
     (path,) = results.glob("*/*/requests.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [each for each in found if each["repeat"] >= 0]  # -1: of warming up
 
 
 @pytest.mark.parametrize("server", briefly(["transformers", "static"], "transformers"))
@@ -63,6 +68,71 @@ def test_a_server_that_dies_ends_the_run_with_what_it_has(llmsys: Run, results: 
     assert "1 of 3 repeats were begun" in made["error"]
     assert "the server ended with code" in made["error"]
     assert made["summary"]["ok"] >= 1
+
+
+def test_a_server_that_dies_while_it_warms_up_is_what_the_run_says(llmsys: Run, results: Path) -> None:
+    done = llmsys("+exp=bench_serve_stub", "smoke=true", "server.faults=['die:1']", "task.warmup=2")
+    assert done.returncode == 1
+    made = record(results)
+    assert (made["status"], made["reason"]) == ("failed", "server")
+    assert "the server ended with code" in made["error"]
+    assert made["summary"]["requests"] == 0
+
+
+def test_a_load_stands_beside_its_prediction_and_what_our_client_adds(llmsys: Run, results: Path) -> None:
+    """Predicted from passes that were measured here; nothing but passes is in it, so that it is more than there was."""
+    timed = llmsys("+exp=bench_serve_modules", "smoke=true")
+    assert timed.returncode == 0, timed.stderr
+    (path,) = results.glob("bench_serve_modules/*/record.json")
+    words = ["task.check_client=true", f"task.speeds={path.parent}", "server=static", "task.output_tokens=8"]
+    done = llmsys("+exp=bench_serve_burst", "smoke=true", *words)
+    assert done.returncode == 0, done.stderr
+    (path,) = results.glob("bench_serve_burst/*/record.json")
+    made = json.loads(path.read_text())
+    summary = made["summary"]
+    assert made["notes"]["predicted"].startswith("by the passes of ")
+    assert 0.2 * summary["output_tokens_per_s"] < summary["predicted/output_tokens_per_s"]
+    assert summary["predicted/ttft_ms_p50"] <= summary["predicted/e2e_ms_p50"]
+    assert 0 < summary["client/added_ms_p50"] <= summary["client/added_ms_p99"]
+    assert summary["client/lag_ms_p99"] >= 0
+    text = (path.parent / "serve.md").read_text()
+    assert "Our client adds" in text
+    assert "| first token p50, ms |" in text
+
+
+def test_a_rate_that_the_stub_always_keeps_is_said_to_have_no_bound(llmsys: Run, results: Path) -> None:
+    """Until our own client cannot send as fast; then no rate of the server's is known."""
+    words = ["task.arrivals=constant", "task.rate=500", "task.concurrency=0", "task.max_rate=true", "task.probe_s=0.2"]
+    done = llmsys("+exp=bench_serve_stub", "smoke=true", *words, "task.slo_e2e_ms=60000", "task.output_tokens=1")
+    assert done.returncode == 0, done.stderr
+    made = record(results)
+    assert (made["summary"]["max_rate_bounded"], made["summary"]["max_rate_confirmed"]) == (0, 0)
+    assert "more was not asked for" in made["notes"]["max_rate_per_s"]
+
+
+def test_a_killed_run_leaves_no_server(results: Path) -> None:
+    """SIGKILL, while a request is under way."""
+    words = ["+exp=bench_serve_stub", "smoke=true", "server.ttft_ms=60000", f"results={results}"]
+    run = subprocess.Popen([sys.executable, "-m", "llmsys", *words], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (servers := [pid for pid in descendants(run.pid) if b"serve.stub" in command(pid)]):
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        run.kill()
+        run.wait()
+    while any(b"serve.stub" in command(pid) for pid in servers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.mark.parametrize(

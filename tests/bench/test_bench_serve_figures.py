@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 
 import pytest
 from serve_harness import outcome, task
 
 from llmsys.bench.serve import figures, rate
+from llmsys.bench.serve.outcome import Outcome
 from llmsys.bench.serve.sse import Events
 
 FIRST = outcome(0, due=0.0, sent=0.001, tokens=(0.101, 0.111, 0.131))
@@ -45,36 +48,97 @@ def test_goodput_counts_who_kept_all_of_it(slo: dict[str, float], good: int) -> 
 
 
 def test_a_queue_is_who_waits_for_a_first_token_and_who_is_under_way() -> None:
-    queue = figures.queued([FIRST, SECOND, BROKEN], marks=2000)
-    at = {round(each.at_s, 2): (each.waiting, each.under_way) for each in queue}
-    assert (at[0.05], at[0.12], at[0.3], at[0.55], at[0.7], at[0.9]) == ((1, 1), (0, 1), (0, 0), (2, 2), (1, 2), (0, 2))
+    queue = [(round(each.at_s, 3), each.waiting, each.under_way) for each in figures.queued([FIRST, SECOND, BROKEN])]
+    ended = [(1.0, 0, 1), (2.0, 0, 0)]
+    assert queue == [(0.001, 1, 1), (0.101, 0, 1), (0.131, 0, 0), (0.5, 2, 2), (0.6, 1, 2), (0.8, 0, 2), *ended]
+
+
+def test_a_queue_that_is_short_of_a_moment_is_seen() -> None:
+    brief = [outcome(at, sent=1.0, tokens=(1.0001, 60.0)) for at in range(7)]
+    found = figures.of([outcome(9, sent=0.0, tokens=(0.1, 100.0)), *brief], task())
+    assert (found["waiting_max"], found["under_way_max"]) == (7, 8)
+    thin = figures.thinned(figures.queued([outcome(at, sent=float(at), tokens=(at + 0.5,)) for at in range(1000)]), 50)
+    assert len(thin["queue_s"]) == len(thin["queue_waiting"]) == 50
+    assert (thin["queue_s"][0], thin["queue_s"][-1]) == (0.0, 999.5)
+
+
+def test_who_waits_for_a_place_in_our_client_has_waited() -> None:
+    """A request that was due at 0 and sent at 10 has not kept a second, however fast the server was then."""
+    late = outcome(0, due=0.0, sent=10.0, tokens=(10.1, 10.2))
+    assert figures.of([late], task(slo_ttft_ms=1000))["good_share"] == 0
+    assert figures.of([late], task(slo_e2e_ms=1000))["good_share"] == 0
+    free = outcome(0, due=math.nan, sent=10.0, tokens=(10.1, 10.2))
+    found = figures.of([free], task(slo_ttft_ms=1000))
+    assert found["good_share"] == 1
+    assert not [key for key in found if key.startswith("lag")]  # it was due at no time
+    assert json.loads(json.dumps(free.to_json(), allow_nan=False))["due_s"] is None
+
+
+def test_of_text_the_server_says_how_many_tokens_it_was() -> None:
+    text = outcome(0, sent=0.0, tokens=(1.0, 2.0, 3.0), counted="pieces", told=(20, 5), wanted=5)
+    found = figures.of([text], task())
+    assert (found["input_tokens_per_s"], found["output_tokens_per_s"]) == pytest.approx((20 / 3, 5 / 3))
+    assert found["tpot_ms_p50"] == pytest.approx(500)  # four tokens in two seconds
 
 
 def test_repeats_that_differ_by_more_than_five_percent_are_flagged() -> None:
-    steady = figures.together([{"output_tokens_per_s": value, "ok": 3} for value in (100, 101, 99)])
-    assert (steady["output_tokens_per_s"], steady["ok"], steady["unsteady"]) == (100, 9, 0)
+    def loads(*rates: float) -> list[list[Outcome]]:
+        return [[outcome(at, sent=0.0, tokens=(1 / rate, 2 / rate)) for at in range(3)] for rate in rates]
+
+    steady = figures.together(loads(100, 101, 99), task())
+    assert (steady["output_tokens_per_s"], steady["ok"], steady["unsteady"]) == (pytest.approx(300), 9, 0)
     assert steady["output_tokens_per_s_half_percent"] == pytest.approx(4.3027 / 3**0.5, rel=1e-3)  # t with 2 degrees
-    assert figures.together([{"output_tokens_per_s": value} for value in (100, 120, 80)])["unsteady"] == 1
+    assert figures.together(loads(100, 120, 80), task())["unsteady"] == 1
+
+
+def test_percentiles_of_repeats_are_of_all_their_requests_and_the_most_is_the_most() -> None:
+    """The mean of two maxima would be 55 ms, and of two medians too."""
+    quick = [outcome(at, sent=0.0, tokens=(0.010,)) for at in range(30)]
+    slow = [outcome(at, sent=0.0, tokens=(0.100,)) for at in range(10)]
+    found = figures.together([quick, slow], task())
+    assert (found["ttft_ms_max"], found["ttft_ms_p50"]) == pytest.approx((100, 10))
+    assert (found["waiting_max"], found["requests"]) == (30, 40)
+    assert figures.together([], task()) == {"requests": 0, "ok": 0}
 
 
 @pytest.mark.parametrize("most", [0.3, 3.7, 40.0])
 def test_the_highest_rate_is_found_to_the_percent_asked_for(most: float) -> None:
     asked = []
 
-    async def good(wanted: float) -> bool:
-        asked.append(wanted)
+    async def good(wanted: float, draws: int) -> bool:
+        asked.append((wanted, draws))
         return wanted <= most
 
     found = asyncio.run(rate.highest(good, 1.0, 5.0))
-    assert found <= most <= found * 1.05
+    assert found.rate <= most <= found.rate * 1.05
+    assert (found.bounded, found.confirmed) == (True, True)
+    assert asked[-1] == (found.rate, 1)  # by another draw than that of the search
     assert len(asked) < rate.MOST_PROBES
 
 
+def test_a_rate_that_no_other_draw_keeps_is_not_confirmed() -> None:
+    async def good(wanted: float, draws: int) -> bool:
+        return wanted <= (8.0 if not draws else 1.0)
+
+    found = asyncio.run(rate.highest(good, 1.0, 5.0))
+    assert (found.bounded, found.confirmed) == (True, False)
+    assert found.rate < 8.0
+
+
+def test_what_cannot_be_sent_fast_enough_has_no_bound() -> None:
+    async def good(wanted: float, draws: int) -> bool:
+        if wanted > 100:
+            raise rate.TooFast
+        return True
+
+    assert asyncio.run(rate.highest(good, 1.0, 5.0)) == rate.Found(64.0, bounded=False, confirmed=False)
+
+
 def test_where_nothing_is_kept_the_highest_rate_is_none() -> None:
-    async def good(wanted: float) -> bool:
+    async def good(wanted: float, draws: int) -> bool:
         return False
 
-    assert asyncio.run(rate.highest(good, 1.0, 5.0)) == 0.0
+    assert asyncio.run(rate.highest(good, 1.0, 5.0)).rate == 0.0
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from serve_harness import task
 
-from llmsys.bench.serve.load import FIRST, draw, read_trace
+from llmsys.bench.serve.load import FIRST, draw, probe, read_trace, warming
 
 VOCABULARY = 512
 
@@ -66,7 +66,31 @@ def test_a_trace_is_replayed_by_arrival(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("arrival_s,input_tokens,output_tokens\n2.5,7,3\n0.5,9,4\n")
     own = task(arrivals="trace", trace=str(path))
-    assert [(each.due_s, len(each.prompt), each.new) for each in draw(own, VOCABULARY)] == [(0.5, 9, 4), (2.5, 7, 3)]
+    assert [(each.due_s, len(each.prompt), each.new) for each in draw(own, VOCABULARY)] == [(0.0, 9, 4), (2.0, 7, 3)]
+
+
+def test_a_trace_is_as_long_as_asked_for_or_whole_and_warming_up_does_not_wait_for_its_arrivals(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    rows = [f"{1_700_000_000 + at},7,3" for at in range(100)]
+    path.write_text("\n".join(["arrival_s,input_tokens,output_tokens", *rows]))
+    own = task(arrivals="trace", trace=str(path), warmup=3, requests=0)
+    assert [each.due_s for each in draw(own, VOCABULARY)] == [float(at) for at in range(100)]
+    assert len(draw(task(arrivals="trace", trace=str(path), requests=10), VOCABULARY)) == 10
+    assert [(each.due_s, len(each.prompt)) for each in warming(own, VOCABULARY)] == [(0.0, 7)] * 3
+
+
+def test_probes_hold_a_rate_and_differ_in_nothing_else_but_their_prompts() -> None:
+    own = task(requests=10, max_rate=True, slo_e2e_ms=1.0, probe_s=20.0, lengths="lognormal", spread=0.5, warmup=0)
+    slow, fast = probe(own, VOCABULARY, 0, 10.0), probe(own, VOCABULARY, 1, 40.0)
+    assert (len(slow), len(fast)) == (200, 800)
+    assert [each.due_s for each in slow] == pytest.approx([4 * each.due_s for each in fast[:200]])
+    assert [(len(e.prompt), e.new) for e in slow] == [(len(e.prompt), e.new) for e in fast[:200]]
+    assert not {each.prompt[:4] for each in slow} & {each.prompt[:4] for each in fast}
+    assert fast[-1].due_s == pytest.approx(20.0, rel=0.1)
+    other = probe(own, VOCABULARY, 2, 10.0, draws=1)
+    assert [each.due_s for each in other] != pytest.approx([each.due_s for each in slow])
+    longest = max(len(each.prompt) + each.new for each in draw(own, VOCABULARY))
+    assert max(len(each.prompt) + each.new for each in slow) <= longest  # what was checked before anything began
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmsys import compose, models, schema
 from llmsys.bench.serve import words, work
 from llmsys.bench.serve.fit import Point, fit
+from llmsys.bench.serve.predict import Batching
 from llmsys.bench.serve.share import share
 
 
@@ -82,9 +83,37 @@ def test_the_share_of_one_request_alone_is_its_passes_over_its_time() -> None:
     cfg = shape()
     alone = outcome(tokens=(0.5, 1.0, 1.5), sent=0.25, input=10)
     passes = work.whole(work.by_row(cfg, 1, 10)).nbytes + 2 * work.whole(work.by_row(cfg, 1, 1, 12)).nbytes
-    assert share([alone], cfg) == pytest.approx(passes / 1.25)
-    two = [alone, outcome(1, tokens=(0.5, 1.0, 1.5), sent=0.25, input=10)]
-    assert share([alone], cfg) < share(two, cfg) < 2 * share([alone], cfg)  # together they read the weights once
+    assert share([alone], cfg, None) == pytest.approx(passes / 1.25)
+    assert share([alone], cfg, Batching(static=True, sequences=1, tokens=0)) == pytest.approx(passes / 1.25)
+
+
+def test_those_that_are_served_together_read_the_weights_once_and_are_not_charged_twice() -> None:
+    """A lower bound is of the fewest passes that there can be: 64 prompts in one, or in four of 16 sequences."""
+    cfg, many = shape(), 64
+    weights = work.whole(work.by_row(cfg, 0, 1)).nbytes
+    loads = [outcome(at, tokens=(1.0, 2.0), sent=0.0, input=10) for at in range(many)]
+    once = many * (
+        work.whole(work.by_row(cfg, 1, 10)).nbytes + work.whole(work.by_row(cfg, 1, 1, 11)).nbytes - 2 * weights
+    )
+    for how, passes in (
+        (None, 2),  # one that reads, one that decodes
+        (Batching(sequences=64, tokens=64 * 10), 2),
+        (Batching(sequences=64, tokens=64), 10),
+        (Batching(static=True, sequences=64, tokens=0), 2),
+        (Batching(static=True, sequences=16, tokens=0), 4 + 1),  # as they say that all were under way at a time
+    ):
+        assert share(loads, cfg, how) == pytest.approx((once + passes * weights) / 2.0), how
+
+
+def test_quantised_weights_are_as_large_as_they_are_loaded() -> None:
+    for quant in ("none", "nf4", "int8"):
+        cfg = shape(f"model.quant={quant}")
+        made = models.load(cfg, objective="causal_lm", num_labels=0, device=torch.device("cpu"), seed=0, folder=None)
+        held = sum(each.numel() * each.element_size() for each in made.parameters())
+        scales = sum(
+            each.numel() * each.element_size() for name, each in made.named_buffers() if "inv_freq" not in name
+        )
+        assert work.weight_bytes(cfg) == pytest.approx(held + scales, rel=0.02), quant
 
 
 def test_a_text_of_words_has_as_many_tokens_as_ids(tmp_path: Path) -> None:

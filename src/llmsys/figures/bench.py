@@ -7,6 +7,7 @@ from typing import Any
 
 from llmsys.bench import workloads
 from llmsys.bench.report import pictures
+from llmsys.bench.serve import pictures as serving
 from llmsys.bench.workloads import Workload
 from llmsys.job import Record
 
@@ -50,3 +51,13 @@ def modules(records: Sequence[Record]) -> Drawn:
     if not timed:
         raise ValueError("no record of bench_modules: python -m llmsys +exp=bench_modules")
     return pictures.modules(timed[0]), timed[:1]
+
+
+def latencies(records: Sequence[Record]) -> Drawn:
+    served = serving.same_load(records)
+    return serving.latencies(served), served
+
+
+def throughput(records: Sequence[Record]) -> Drawn:
+    served = serving.same_load(records)
+    return serving.throughput(served), served

@@ -25,6 +25,7 @@ def _of(paper: str, name: str) -> str:
 
 
 BENCH = ("bench_pretrain", "bench_finetune", "bench_engines", "bench_modules", "bench_calibrate")
+SERVED = ("bench_serve_compare",)
 QUALITY = ("lorafa_quality", "lorafa_minilm_lr", "lorafa_minilm_seeds")
 PAPERS: dict[str, dict[str, Entry]] = {
     "bench": {
@@ -50,6 +51,16 @@ PAPERS: dict[str, dict[str, Entry]] = {
             question="Where does the time of a step go, by module?",
             experiments=("bench_modules",),
             draw=_of("bench", "modules"),
+        ),
+        "latencies": Entry(
+            question="How long do requests wait for their tokens, by server?",
+            experiments=SERVED,
+            draw=_of("bench", "latencies"),
+        ),
+        "throughput": Entry(
+            question="How many tokens a second does each server make, and how many could it?",
+            experiments=SERVED,
+            draw=_of("bench", "throughput"),
         ),
     },
     "decentral": {

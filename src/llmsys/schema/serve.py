@@ -65,7 +65,8 @@ class HttpServer(ModelServer):
     config, {dtype} that of the weights (float32), {host} and {port} where it is to listen; `arguments` go behind it. It
     has `start_s` seconds until `health` answers 200. `env`: for the command. `model`: its name to the server; empty:
     what {model} is. `prompts`: as token ids, or, to servers that take none, as text. `body`: more of each request; null
-    takes away what is there."""
+    takes away what is there. `sequences` and `pass_tokens`: so many requests at a time, and tokens of prompts in one
+    pass, are what it does as it is started; for predictions, of which there is none where they are 0."""
 
     url: str = ""
     command: list[str] = field(default_factory=list)
@@ -76,10 +77,14 @@ class HttpServer(ModelServer):
     model: str = ""
     prompts: str = "ids"
     body: dict[str, Any] = field(default_factory=dict)
+    sequences: int = 0
+    pass_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("server.prompts", self.prompts, PROMPTS)
+        at_least("server.sequences", self.sequences, 0)
+        at_least("server.pass_tokens", self.pass_tokens, 0)
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"server.url={self.url}: must begin with http:// or https://")
         if self.command and not any("{port}" in word for word in self.command):
@@ -124,17 +129,21 @@ class Serve(Task):
     next one when one of `concurrency` has ended; `trace`: as the CSV file `trace` says, with columns arrival_s,
     input_tokens, output_tokens. With `concurrency` more than that are never under way, whatever `arrivals` says.
 
-    `requests` of them, each of `prompt_tokens` in and `output_tokens` out, with `lengths`: fixed; uniform, up to
-    `spread` times as many more or fewer; lognormal, these medians, and `spread` the deviation of their logarithm. The
-    first `shared_prefix` tokens of all prompts are the same. What is drawn depends on `seed` and the number of the
-    repeat, and nothing else.
+    `requests` of them (of a trace the first ones, 0: all), each of `prompt_tokens` in and `output_tokens` out, with
+    `lengths`: fixed; uniform, up to `spread` times as many more or fewer; lognormal, these medians, and `spread` the
+    deviation of their logarithm. The first `shared_prefix` tokens of all prompts are the same. What is drawn depends on
+    `seed` and the number of the repeat, and nothing else.
 
     `repeats`: the load so many times, with prompts of their own. `warmup` requests before, which do not count. A
     request has `request_s` seconds, a repeat `repeat_s`.
 
     `slo_ttft_ms`, `slo_tpot_ms`, `slo_e2e_ms`: what a request has to keep to count as good; 0: anything. With
     `max_rate` the highest Poisson rate is searched at which a share of `attained` of all requests is good, to
-    `max_rate_percent`.
+    `max_rate_percent`; each rate is held for `probe_s` seconds at least.
+
+    `speeds`: a folder or `record.json` of a run of `bench_serve_modules` on this machine, from whose passes the load is
+    predicted; null: from the rooflines of the device, which is the least that it can take. `check_client`: before the
+    server is started, what our own client adds to such a load is measured against the stub.
     """
 
     kind: str = "bench_serve"
@@ -160,17 +169,21 @@ class Serve(Task):
     max_rate: bool = False
     attained: float = 0.9
     max_rate_percent: float = 10.0
+    probe_s: float = 10.0
+    check_client: bool = True
+    speeds: str | None = None
 
     def __post_init__(self) -> None:
         one_of("task.arrivals", self.arrivals, ARRIVALS)
         one_of("task.lengths", self.lengths, LENGTHS)
-        for key in ("requests", "prompt_tokens", "output_tokens", "repeats"):
+        for key in ("prompt_tokens", "output_tokens", "repeats"):
             at_least(f"task.{key}", getattr(self, key), 1)
+        at_least("task.requests", self.requests, 0 if self.arrivals == "trace" else 1)
         for key in ("concurrency", "shared_prefix", "warmup", "rate", "spread", "seed"):
             at_least(f"task.{key}", getattr(self, key), 0)
         for key in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"):
             at_least(f"task.{key}", getattr(self, key), 0)
-        for key in ("burstiness", "request_s", "repeat_s", "max_rate_percent"):
+        for key in ("burstiness", "request_s", "repeat_s", "max_rate_percent", "probe_s"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"task.{key}={getattr(self, key)}: must be positive")
         if self.arrivals in ("constant", "poisson") and not self.rate and not self.max_rate:
@@ -187,6 +200,8 @@ class Serve(Task):
             raise ValueError(f"task.attained={self.attained}: must lie in (0, 1]")
         if self.max_rate and not (self.slo_ttft_ms or self.slo_tpot_ms or self.slo_e2e_ms):
             raise ValueError("task.max_rate=true: needs what a request has to keep, e.g. task.slo_ttft_ms=500")
+        if self.speeds == "":
+            raise ValueError("task.speeds: empty; it is a run's folder, results/bench_serve_modules/<run id>")
 
 
 @dataclass(kw_only=True)

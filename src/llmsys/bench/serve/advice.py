@@ -183,7 +183,7 @@ def vllm(choice: Choice, config: schema.Config) -> str:
     assert isinstance(task, schema.Advise)
     assert isinstance(model, schema.Transformer)
     words = ["vllm", "serve", '"${MODEL:?the folder or hub id of the weights}"']
-    words += ["--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[model.dtype]]
+    words += ["--dtype", work.DTYPES[model.dtype]]
     words += ["--max-num-seqs", str(choice.batch), "--max-model-len", str(task.prompt_tokens + task.output_tokens)]
     words += ["--tensor-parallel-size", str(choice.cards)] if choice.cards > 1 else []
     words += ["--quantization", "bitsandbytes"] if choice.quant == "nf4" else []

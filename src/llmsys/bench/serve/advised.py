@@ -78,11 +78,13 @@ def markdown(made: advice.Answer, config: schema.Config, written: str) -> str:
             "tokens/s",
             "of a card",
             "GiB of a card",
+            "$ a million tokens",
             "binds",
         )
         rows = [[f"{each.cards} x {each.title}", each.techniques, str(each.batch), f"{each.ttft_ms:.1f}",
                  f"{each.tpot_ms:.2f}", f"{each.tokens_per_s:,.0f}", f"{each.tokens_per_s / each.cards:,.0f}",
-                 f"{each.memory_gib:.1f}", each.binds] for each in made.ranking]  # fmt: skip
+                 f"{each.memory_gib:.1f}", "" if each.usd_per_million is None else f"{each.usd_per_million:.2f}",
+                 each.binds] for each in made.ranking]  # fmt: skip
         parts.append("\n".join(piped(head, rows)))
     else:
         parts.append("**Nothing that is known serves it so.**")

@@ -1,13 +1,14 @@
 """A load, sent as it is due: an asyncio task for each request, which notes when it was sent and when each token came.
 
-Nothing is computed while a load runs: the client keeps times, and what they say is found afterwards. What it adds to
-them itself is measured against a server whose times are known (`stub`), and is printed beside the figures.
+While a load runs the client keeps times, and no more; what they say is found afterwards. What it adds to them itself is
+measured against a server whose times are known (`stub`), and is printed beside the figures.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from llmsys.bench.serve.load import Request
 from llmsys.bench.serve.outcome import Failed, Outcome
 
+log = logging.getLogger("llmsys")
 FINE_S = 0.002
 """The event loop wakes up a millisecond late; the last of a wait is asked for again and again."""
 
@@ -59,10 +61,11 @@ class Client:
         free = asyncio.Semaphore(self.most) if self.most else None
         gc.collect()
         gc.freeze()  # a collection would be a pause of all streams
+        made = [self.server.ready(each) for each in requests]
         self.begun = time.perf_counter()
         tasks = [
-            asyncio.create_task(self._one(request, outcome, free))
-            for request, outcome in zip(requests, self.outcomes, strict=True)
+            asyncio.create_task(self._one(ready, request, outcome, free))
+            for ready, request, outcome in zip(made, requests, self.outcomes, strict=True)
         ]
         try:
             _, late = await asyncio.wait(tasks, timeout=None if self.all_s == math.inf else self.all_s)
@@ -83,9 +86,8 @@ class Client:
         if late:
             await asyncio.wait(late)
 
-    async def _one(self, request: Request, outcome: Outcome, free: asyncio.Semaphore | None) -> None:
+    async def _one(self, ready: Any, request: Request, outcome: Outcome, free: asyncio.Semaphore | None) -> None:
         try:
-            ready = self.server.ready(request)
             if not math.isnan(request.due_s):
                 await self._until(request.due_s)
             if free is None:
@@ -106,16 +108,24 @@ class Client:
 
     async def _asked(self, ready: Any, request: Request, outcome: Outcome) -> None:
         outcome.sent_s = self.now
-        if math.isnan(outcome.due_s):
-            outcome.due_s = outcome.sent_s
         try:
             async with asyncio.timeout(None if self.request_s == math.inf else self.request_s):
                 async for count in self.server.stream(ready, request, outcome):
                     now = self.now
                     outcome.token_s += [now] * count
-            if len(outcome.token_s) < request.new and outcome.counted == "ids":
-                raise Failed("closed", f"{len(outcome.token_s)} of {request.new} tokens came")
+            self._all_came(request, outcome)
         except Failed as error:
             outcome.status, outcome.why = error.status, str(error)
         except TimeoutError:
             outcome.status, outcome.why = "timeout", f"not done in {self.request_s:g} s"
+        except Exception as error:
+            log.exception("request %d", request.index)
+            outcome.status, outcome.why = "error", f"{type(error).__name__}: {error}"
+
+    def _all_came(self, request: Request, outcome: Outcome) -> None:
+        """`Failed` for fewer tokens than were asked for: no server may do less work than another and look faster."""
+        said = f", and finish_reason is {outcome.finish}" if outcome.finish else ""
+        unknown = outcome.counted == "pieces" and outcome.told[1] < 0
+        short = outcome.finish == "stop" if unknown else outcome.tokens_out < request.new
+        if short or not outcome.token_s:
+            raise Failed("closed", f"{outcome.tokens_out} of {request.new} tokens came{said}")

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llmsys.bench.serve.load import Request
 from llmsys.bench.serve.outcome import Failed, Outcome
 
+TOKENS = 512
+"""Of prompts in one pass, at most; a longer prompt is read in one all the same."""
 NEVER = -1
 """As the id of the end-of-text token: no text ends before its length."""
 
@@ -40,7 +43,7 @@ class Continuous:
         how = ContinuousBatchingConfig(
             page_size=self.page,
             num_blocks=pages,
-            max_batch_tokens=max(512, self.longest),
+            max_batch_tokens=max(TOKENS, self.longest),
             max_requests_per_batch=self.most,
             allow_block_sharing=False,
             use_cuda_graph=None if self.model.device.type == "cuda" else False,
@@ -92,10 +95,13 @@ class Continuous:
                     raise Failed("error", "transformers' manager has ended") from None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Waiting:
+    """`gone`: nobody waits for it any more."""
+
     request: Request
     tell: Callable[[int | Exception], None]
+    gone: bool = False
 
 
 class Static:
@@ -104,6 +110,7 @@ class Static:
     def __init__(self, model: Any, most: int) -> None:
         self.model, self.most = model, most
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._asked: set[_Waiting] = set()
         self._thread = threading.Thread(target=self._run, name="static batches")
 
     def __enter__(self) -> Static:
@@ -111,6 +118,8 @@ class Static:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for each in self._asked:
+            each.gone = True
         self._waiting.put(None)
         self._thread.join()
 
@@ -126,18 +135,25 @@ class Static:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
                 loop.call_soon_threadsafe(came.put_nowait, what)
 
-        self._waiting.put(_Waiting(request=request, tell=tell))
-        for _ in range(request.new):
-            what = await came.get()
-            if isinstance(what, Exception):
-                raise Failed("error", f"{type(what).__name__}: {what}")
-            yield what
+        own = _Waiting(request=request, tell=tell)
+        self._asked.add(own)
+        self._waiting.put(own)
+        try:
+            for _ in range(request.new):
+                what = await came.get()
+                if isinstance(what, Exception):
+                    raise Failed("error", f"{type(what).__name__}: {what}")
+                yield what
+        finally:
+            own.gone = True
+            self._asked.discard(own)
 
     def _run(self) -> None:
         while (batch := [*self._batch()]) and batch[-1] is not None:
-            some = [each for each in batch if each is not None]
+            some = [each for each in batch if each is not None and not each.gone]
             try:
-                self._generate(some)
+                if some:
+                    self._generate(some)
             except Exception as error:  # noqa: BLE001  whatever the framework raises is these requests' end
                 for each in some:
                     each.tell(error)
@@ -156,11 +172,11 @@ class Static:
         prompts = [each.request.prompt for each in batch]
         ids = torch.tensor([[0] * (longest - len(each)) + [*each] for each in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        told = _Told(batch)
+        told, left = _Told(batch), StoppingCriteriaList([_Left(batch)])
         new = max(each.request.new for each in batch)
         how: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "eos_token_id": NEVER, "pad_token_id": 0}
         with torch.inference_mode():
-            self.model.generate(ids, attention_mask=mask, streamer=told, **how)
+            self.model.generate(ids, attention_mask=mask, streamer=told, stopping_criteria=left, **how)
 
 
 class _Told:
@@ -178,3 +194,13 @@ class _Told:
 
     def end(self) -> None:
         """Nothing is left to say."""
+
+
+class _Left(StoppingCriteria):
+    """Ends a batch for which nobody waits."""
+
+    def __init__(self, batch: Sequence[_Waiting]) -> None:
+        self.batch = batch
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        return torch.full((len(self.batch),), all(each.gone for each in self.batch), device=input_ids.device)

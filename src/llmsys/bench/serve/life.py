@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from llmsys.dispatch.child import kill_tree
+from llmsys.dispatch.child import descendants, kill_tree
 from llmsys.errors import MissingPackage
 
 try:
@@ -30,6 +31,8 @@ SHOWN = 5
 """Last lines of a server's log that are told where it does not come up."""
 END_S = 10.0
 LOOK_S = 0.1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+"""Of Linux's prctl(2): a signal when the parent ends; to be the parent of all below whose own has ended."""
 
 
 class NotUp(RuntimeError):
@@ -103,10 +106,34 @@ def free_port() -> int:
         return int(made.getsockname()[1])
 
 
+def _prctl(option: int, value: int) -> None:
+    """Where there is Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _die_with_the_keeper() -> None:
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_all() -> None:
+    """All below this process. Whoever left its own parent's group, or has none any more, is below it too."""
+    while below := [*descendants(os.getpid())]:
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
 def keep(command: Sequence[str]) -> int:
     """Runs it until it ends, or standard input does; its exit code, 127 where there is no such command."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_the_keeper
+        )
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
@@ -123,6 +150,7 @@ def keep(command: Sequence[str]) -> int:
     threading.Thread(target=end, daemon=True).start()
     code = child.wait()
     kill_tree(child)
+    _end_all()
     return code if code >= 0 else 128 - code
 
 

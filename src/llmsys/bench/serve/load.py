@@ -27,18 +27,52 @@ class Request:
     new: int
 
 
-def draw(task: schema.Serve, vocabulary: int, repeat: int = 0, rate: float = 0.0) -> list[Request]:
-    """The load of a repeat (-1: of warming up); `rate`: another one than the task's. ValueError, naming the file and
-    its line, for a trace that is none."""
+def draw(task: schema.Serve, vocabulary: int, repeat: int = 0) -> list[Request]:
+    """The load of a repeat. ValueError, naming the file and its line, for a trace that is none."""
     random = np.random.default_rng([task.seed, repeat + 1])
     if task.arrivals == "trace":
-        rows = read_trace(Path(task.trace))[: task.requests]
-        due: Sequence[float] = [row[0] for row in rows]
-        ins, outs = [row[1] for row in rows], [row[2] for row in rows]
-    else:
-        due = _due(task, random, rate or task.rate)
-        ins = _lengths(task, task.prompt_tokens, random)
-        outs = _lengths(task, task.output_tokens, random)
+        rows = read_trace(Path(task.trace))[: task.requests or None]
+        due: Sequence[float] = [row[0] - rows[0][0] for row in rows]
+        return _asked(task, vocabulary, due, [row[1] for row in rows], [row[2] for row in rows], random)
+    due = _due(task, random)
+    ins = _lengths(task, task.prompt_tokens, task.requests, random)
+    return _asked(task, vocabulary, due, ins, _lengths(task, task.output_tokens, task.requests, random), random)
+
+
+def warming(task: schema.Serve, vocabulary: int) -> list[Request]:
+    """`task.warmup` requests at once, as long as the first ones of the load, with prompts of their own."""
+    first = draw(task, vocabulary)
+    like = [first[at % len(first)] for at in range(task.warmup)]
+    ins, outs = [len(each.prompt) for each in like], [each.new for each in like]
+    return _asked(task, vocabulary, [0.0] * len(like), ins, outs, np.random.default_rng([task.seed, 0]))
+
+
+def probe(task: schema.Serve, vocabulary: int, number: int, rate: float, draws: int = 0) -> list[Request]:
+    """`rate` requests a second at random, for `task.probe_s` or longer. Each probe has prompts of its own, by `number`;
+    gaps, but for the rate, and lengths are the same for all of the same `draws`, so that a search compares rates and
+    not draws."""
+    count = max(len(draw(task, vocabulary)), math.ceil(rate * task.probe_s))
+    gaps, lengths, prompts = (np.random.default_rng([task.seed, kind, each]) for kind, each in
+                              ((PROBES, draws), (PROBES + 1, draws), (PROBES + 2, number)))  # fmt: skip
+    due = np.cumsum(gaps.gamma(task.burstiness, 1 / (rate * task.burstiness), count))
+    like = draw(task, vocabulary, draws)
+    own = [like[int(at)] for at in lengths.integers(0, len(like), count)]
+    return _asked(task, vocabulary, [*map(float, due - due[0])], [len(each.prompt) for each in own],
+                  [each.new for each in own], prompts)  # fmt: skip
+
+
+PROBES = 1 << 20
+"""In place of a repeat's number."""
+
+
+def _asked(
+    task: schema.Serve,
+    vocabulary: int,
+    due: Sequence[float],
+    ins: Sequence[int],
+    outs: Sequence[int],
+    random: np.random.Generator,
+) -> list[Request]:
     prefix = np.random.default_rng([task.seed]).integers(FIRST, vocabulary, task.shared_prefix)
     found = []
     for index, (due_s, count, new) in enumerate(zip(due, ins, outs, strict=True)):
@@ -48,24 +82,24 @@ def draw(task: schema.Serve, vocabulary: int, repeat: int = 0, rate: float = 0.0
     return found
 
 
-def _due(task: schema.Serve, random: np.random.Generator, rate: float) -> Sequence[float]:
+def _due(task: schema.Serve, random: np.random.Generator) -> Sequence[float]:
     if task.arrivals == "burst":
         return [0.0] * task.requests
     if task.arrivals == "concurrency":
         return [math.nan] * task.requests
     if task.arrivals == "constant":
-        return [at / rate for at in range(task.requests)]
-    gaps = random.gamma(task.burstiness, 1 / (rate * task.burstiness), task.requests)
+        return [at / task.rate for at in range(task.requests)]
+    gaps = random.gamma(task.burstiness, 1 / (task.rate * task.burstiness), task.requests)
     return [float(each) for each in np.cumsum(gaps)]
 
 
-def _lengths(task: schema.Serve, middle: int, random: np.random.Generator) -> list[int]:
+def _lengths(task: schema.Serve, middle: int, count: int, random: np.random.Generator) -> list[int]:
     if task.lengths == "fixed" or not task.spread:
-        return [middle] * task.requests
+        return [middle] * count
     if task.lengths == "uniform":
-        found = random.uniform(middle * (1 - task.spread), middle * (1 + task.spread), task.requests)
+        found = random.uniform(middle * (1 - task.spread), middle * (1 + task.spread), count)
     else:
-        found = middle * np.exp(random.normal(0.0, task.spread, task.requests))
+        found = middle * np.exp(random.normal(0.0, task.spread, count))
     return [max(1, round(float(each))) for each in found]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 OK = "ok"
 STATUSES = {
@@ -29,10 +29,11 @@ class Failed(Exception):
 
 @dataclass(kw_only=True)
 class Outcome:
-    """Seconds are of one clock, from the beginning of the load. `due_s`: when it was to be sent; `sent_s`: when it was;
-    `token_s`: for each token that came, when. A server that sends several at once has given them one time. `input`:
-    tokens of the prompt; `told`: how many tokens, in and out, the server says there were; -1: it does not say.
-    `counted`: what `token_s` has a time for: ids, or, from servers that show none, pieces of text."""
+    """Seconds are of one clock, from the beginning of the load. `due_s`: when it was to be sent, math.nan of one that
+    was to be sent when another had ended; `sent_s`: when it was; `token_s`: for each token that came, when. A server
+    that sends several at once has given them one time. `input`: tokens of the prompt; `told`: how many tokens, in and
+    out, the server says there were; -1: it does not say. `counted`: what `token_s` has a time for: ids, or, from
+    servers that show none, pieces of text. `finish`: why it says that this was all; empty as long as it has not."""
 
     index: int
     input: int
@@ -45,15 +46,29 @@ class Outcome:
     why: str = ""
     told: tuple[int, int] = (-1, -1)
     counted: str = "ids"
-    finished: bool = False
-    """The server has said that this was all."""
+    finish: str = ""
     server: dict[str, float] = field(default_factory=dict)
     """What the server says of its own times, where it does (the stub)."""
 
     @property
+    def tokens_in(self) -> int:
+        """By the ids that were sent; where there is only text as the server has counted them, if it says."""
+        return self.told[0] if self.counted == "pieces" and self.told[0] >= 0 else self.input
+
+    @property
+    def tokens_out(self) -> int:
+        """By the ids that came; where only text did, as the server has counted them, or else its pieces."""
+        return self.told[1] if self.counted == "pieces" and self.told[1] >= 0 else len(self.token_s)
+
+    @property
     def lag_s(self) -> float:
-        """Sent so much after it was due."""
+        """Sent so much after it was due; math.nan of one that had no time."""
         return self.sent_s - self.due_s
+
+    @property
+    def waited_s(self) -> float:
+        """From when it was due to when it was sent: in our client, as long as that had no place for it."""
+        return 0.0 if math.isnan(self.due_s) else self.lag_s
 
     @property
     def ttft_s(self) -> float:
@@ -63,7 +78,7 @@ class Outcome:
     @property
     def tpot_s(self) -> float:
         """Time per output token, of those after the first; 0 where there is but one."""
-        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1) if len(self.token_s) > 1 else 0.0
+        return (self.token_s[-1] - self.token_s[0]) / (self.tokens_out - 1) if self.tokens_out > 1 else 0.0
 
     @property
     def e2e_s(self) -> float:
@@ -76,8 +91,5 @@ class Outcome:
         return [b - a for a, b in zip(self.token_s, self.token_s[1:], strict=False)]
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def of_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**{**data, "told": tuple(data["told"])})
+        """A line of `requests.jsonl`; what is not known of time is null."""
+        return {**vars(self), "due_s": None if math.isnan(self.due_s) else self.due_s}

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llmsys.bench.serve.pace import DECODE
 from llmsys.profile.modules import ModuleSpans
 from llmsys.profile.taxonomy import FORWARD
 from llmsys.train.peaks import wait
-
-PREFILL, DECODE = "prefill", "decode"
 
 
 class Cell(NamedTuple):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
 from llmsys.bench.serve import fit, served, work
-from llmsys.bench.serve.phases import DECODE, PREFILL, Cell, Passes, measure
+from llmsys.bench.serve.pace import DECODE, PREFILL, Pace
+from llmsys.bench.serve.phases import Cell, Passes, measure
 from llmsys.table import piped
 from llmsys.train import peaks
 from llmsys.train.reproducible import reproducible
@@ -58,11 +59,11 @@ def _figures(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     summary: dict[str, float] = {"peak_tflops": flops_per_s / 1e12, "peak_gbps": bytes_per_s / 1e9}
     samples: dict[str, list[float]] = {}
-    least: dict[Cell, float] = {}
+    pace, least = Pace(model=model, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s), dict[Cell, float]()
     for cell, own in found.items():
         new, before = (1, cell.context) if cell.phase == DECODE else (cell.context, 0)
         rows = work.by_row(model, cell.batch, new, before)
-        least[cell] = sum(each.least_s(flops_per_s, bytes_per_s) for each in rows.values())
+        least[cell] = pace.least_s(cell.batch, new, before)
         summary |= {
             f"{cell.key}/ms": own.ms,
             f"{cell.key}/tokens_per_s": cell.batch * new / own.ms * 1e3,

@@ -1,27 +1,48 @@
 """The highest rate of requests at which enough of them keep what they have to: doubled until they do not, then halved
-between the two."""
+between the two, and then tried once more with requests that the search has not seen."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 MOST_PROBES = 24
+MOST_TRIES = 3
 LEAST = 0.01
 """Requests a second: what is not kept there is not kept at all."""
 
 
-async def highest(good: Callable[[float], Awaitable[bool]], first: float, percent: float) -> float:
-    """0.0 where not even the least is kept. `good(rate)` puts the server under that load; the answer was kept, and what
-    is more than `percent` above it was not, if fewer than `MOST_PROBES` were enough."""
+class TooFast(Exception):
+    """Requests could not be sent at a rate."""
+
+
+class Found(NamedTuple):
+    """`rate`: 0.0 where not even the least is kept. `bounded`: a rate above it was not kept; without that a server
+    can do more than could be asked of it. `confirmed`: by another draw."""
+
+    rate: float
+    bounded: bool
+    confirmed: bool
+
+
+async def highest(good: Callable[[float, int], Awaitable[bool]], first: float, percent: float) -> Found:
+    """`good(rate, draws)` puts the server under that load, of requests by the number `draws`; it raises `TooFast` where
+    that cannot be done. What is more than `percent` above the answer was not kept, if fewer than `MOST_PROBES` were
+    enough. Where another draw of it is not kept, lower rates are tried, by `percent` each time."""
     low, high, rate = 0.0, 0.0, first
     for _ in range(MOST_PROBES):
-        if await good(rate):
-            low = rate
-        else:
-            high = rate
-        if high and low and high <= low * (1 + percent / 100):
+        try:
+            kept = await good(rate, 0)
+        except TooFast:
             break
-        if high and not low and high <= LEAST:
+        low, high = (rate, high) if kept else (low, rate)
+        if high and (high <= low * (1 + percent / 100) if low else high <= LEAST):
             break
         rate = (low * high) ** 0.5 if low and high else rate * 2 if low else rate / 2
-    return low
+    if not low or not high:
+        return Found(low, bool(high), False)
+    for draws in range(1, MOST_TRIES + 1):
+        if await good(low, draws):
+            return Found(low, True, True)
+        low /= 1 + percent / 100
+    return Found(low, True, False)

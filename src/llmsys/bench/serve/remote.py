@@ -23,6 +23,9 @@ HEADERS = {"Content-Type": "application/json"}
 SHOWN = 300
 """Characters of an error that are kept."""
 
+PROTOCOL = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading an event raises that is none of the protocol's."""
+
 
 class Remote:
     """At `url`. `text(ids)`: the prompt as text, for servers that take no ids (None: they do). `body`: more of each
@@ -63,8 +66,7 @@ class Remote:
     def count(self, event: Mapping[str, Any], outcome: Outcome) -> int:
         """Tokens that an event brings. `Failed` for one that says an error, KeyError and the like for one that is none
         of the protocol's."""
-        if "error" in event:
-            raise Failed("error", str(event["error"])[:SHOWN])
+        _said(event)
         if usage := event.get("usage"):
             outcome.told = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
         if times := event.get("times"):
@@ -72,7 +74,7 @@ class Remote:
         if not event["choices"]:
             return 0
         (choice,) = event["choices"]
-        outcome.finished |= choice.get("finish_reason") is not None
+        outcome.finish = choice.get("finish_reason") or outcome.finish
         if choice.get("token_ids") is not None:
             return len(choice["token_ids"])
         outcome.counted = "pieces"
@@ -94,11 +96,11 @@ class Remote:
                 async for piece in answer.content.iter_any():
                     for event in events.feed(piece):
                         if event == DONE:
-                            outcome.finished = True
+                            outcome.finish = outcome.finish or "done"
                             continue
                         try:
                             count = self.count(json.loads(event), outcome)
-                        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        except PROTOCOL as error:
                             said = event[:SHOWN].decode(errors="replace")
                             raise Failed("malformed", f"{type(error).__name__}: {error}: {said}") from None
                         if count:
@@ -110,8 +112,14 @@ class Remote:
             raise Failed(status, f"{type(error).__name__}: {error}") from None
         except ValueError as error:
             raise Failed("malformed", str(error)) from None
-        if not outcome.finished:
+        if not outcome.finish:
             raise Failed("closed", "the stream ended before it said that it was done")
+
+
+def _said(event: Mapping[str, Any]) -> None:
+    """`Failed` for an event that says an error."""
+    if error := event.get("error"):
+        raise Failed("error", str(error)[:SHOWN])
 
 
 class TGI(Remote):
@@ -122,13 +130,13 @@ class TGI(Remote):
     def body(self, request: Request) -> dict[str, Any]:
         assert self.text is not None
         wanted = {"max_new_tokens": request.new, "do_sample": False, "details": True, "ignore_eos_token": True}
-        return {"inputs": self.text(request.prompt), "parameters": {**wanted, **self.more}}
+        told = {key: each for key, each in {**wanted, **self.more}.items() if each is not None}
+        return {"inputs": self.text(request.prompt), "parameters": told}
 
     def count(self, event: Mapping[str, Any], outcome: Outcome) -> int:
-        if "error" in event:
-            raise Failed("error", str(event["error"])[:SHOWN])
+        _said(event)
         if details := event.get("details"):
             outcome.told = int(details.get("input_length", -1)), int(details["generated_tokens"])
-            outcome.finished = True
+            outcome.finish = str(details.get("finish_reason") or "done")
         int(event["token"]["id"])
         return 1

@@ -9,16 +9,18 @@ from llmsys import schema
 from llmsys.bench.serve import words
 
 if TYPE_CHECKING:
+    import torch
+
     from llmsys.context import Context
 
 
-def load(config: schema.Config, context: Context) -> Any:
-    """The model, on the run's device. ValueError for one that generates no text."""
+def load(config: schema.Config, context: Context, device: torch.device | None = None) -> Any:
+    """The model, on the run's device or another. ValueError for one that generates no text."""
     from llmsys import models
     from llmsys.models import weights
 
     folder = weights.find(config.model, config.results, context.run_folder)
-    how: dict[str, Any] = {"objective": "causal_lm", "num_labels": 0, "device": context.device}
+    how: dict[str, Any] = {"objective": "causal_lm", "num_labels": 0, "device": device or context.device}
     model: Any = models.load(config.model, **how, seed=config.train.seed, folder=folder).eval()
     own = config.server
     return adapted(model, own, config.train.seed) if isinstance(own, schema.ModelServer) and own.adapter else model
@@ -37,13 +39,16 @@ def adapted(model: Any, own: schema.ModelServer, seed: int) -> Any:
 
 
 def store(config: schema.Config, context: Context, folder: Path) -> None:
-    """The model as a folder of Hugging Face's, with the tokenizer of words."""
+    """The model as a folder of Hugging Face's, with the tokenizer of words. It is made in the host's memory: the
+    device's is for the server."""
+    import torch
+
     if isinstance(config.model, schema.Transformer) and config.model.quant != "none":
         raise ValueError(
             f"model.quant={config.model.quant}: is for server=transformers; other servers are told their own"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    model = load(config, context)
+    model = load(config, context, torch.device("cpu"))
     model.config.eos_token_id = model.generation_config.eos_token_id = None  # no text ends before its length
     model.save_pretrained(folder)
     assert isinstance(config.model, schema.Transformer)

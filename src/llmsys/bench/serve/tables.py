@@ -18,6 +18,15 @@ LATENCIES = (
     ("added by client and line", "added_ms"),
 )
 
+PREDICTED = {
+    "output_tokens_per_s": "tokens out/s",
+    "ttft_ms_p50": "first token p50, ms",
+    "ttft_ms_p99": "first token p99, ms",
+    "tpot_ms_p50": "per token p50, ms",
+    "e2e_ms_p50": "whole request p50, ms",
+    "e2e_ms_p99": "whole request p99, ms",
+}
+
 
 def line(one: Figures) -> str:
     """Of one load, for the log."""
@@ -31,12 +40,21 @@ def markdown(
     notes: Mapping[str, str],
 ) -> str:  # fmt: skip
     """Throughput, latencies, how requests ended; the search for a rate, where there was one."""
-    parts = [f"# Serving: {title}", _throughput(summary, repeats), _latencies(summary), _ended(summary)]
+    parts = [
+        f"# Serving: {title}",
+        _throughput(summary, repeats),
+        _latencies(summary),
+        _ended(summary),
+        _predicted(summary),
+    ]
     if probes:
+        how = "" if summary["max_rate_confirmed"] else ", **and that is not certain**"
         head = ("requests/s", "kept", "first token p99, ms", "per token p99, ms")
         rows = [[f"{at:.3g}", f"{one['good_share']:.1%}", *(_ms(one, f"{key}_p99") for key in ("ttft_ms", "tpot_ms"))]
                 for at, one in sorted(probes)]  # fmt: skip
-        parts.append(f"## Highest rate: {summary['max_rate_per_s']:.3g} requests/s\n\n" + "\n".join(piped(head, rows)))
+        parts.append(
+            f"## Highest rate: {summary['max_rate_per_s']:.3g} requests/s{how}\n\n" + "\n".join(piped(head, rows))
+        )
     if notes:
         parts.append("\n".join(f"- {key}: {note}" for key, note in notes.items()))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -51,7 +69,8 @@ def _throughput(summary: Figures, repeats: Sequence[Figures]) -> str:
     text = "\n".join(piped(head, rows))
     if "output_tokens_per_s_half_percent" in summary:
         half, cv = summary["output_tokens_per_s_half_percent"], summary["output_tokens_per_s_cv_percent"]
-        text += f"\n\nTokens out: ± {half:.1f} % (95 % interval of the mean), repeats deviate by {cv:.1f} %"
+        text += f"\n\nTokens out: ± {half:.1f} % (95 % interval of the mean, within one start of the server), "
+        text += f"repeats deviate by {cv:.1f} %"
         text += f": **more than {UNSTEADY:.0%}, the machine was not quiet**." if summary["unsteady"] else "."
     return text
 
@@ -60,13 +79,27 @@ def _latencies(summary: Figures) -> str:
     head = ("ms", *(f"p{at}" for at in PERCENTILES), "most")
     rows = [[name, *(_ms(summary, f"{key}_p{at}") for at in PERCENTILES), _ms(summary, f"{key}_max")]
             for name, key in LATENCIES if f"{key}_p50" in summary]  # fmt: skip
-    return "\n".join(piped(head, rows)) if rows else ""
+    text = "\n".join(piped(head, rows)) if rows else ""
+    if "client/added_ms_p50" in summary:
+        text += f"\n\nOur client adds {_ms(summary, 'client/added_ms_p50')} ms to a first token (p50; p99 "
+        text += f"{_ms(summary, 'client/added_ms_p99')}), measured against a stub under the same arrivals"
+        text += (
+            f", and sends {_ms(summary, 'client/lag_ms_p99')} ms late (p99)." if "client/lag_ms_p99" in summary else "."
+        )
+    return text
 
 
 def _ended(summary: Figures) -> str:
-    rows = [[status, f"{summary[status]:g}", what] for status, what in STATUSES.items()
+    rows = [[status, f"{summary.get(status, 0):g}", what] for status, what in STATUSES.items()
             if summary.get(status) or status == OK]  # fmt: skip
     return "\n".join(piped(("ended", "requests", "which means"), rows))
+
+
+def _predicted(summary: Figures) -> str:
+    rows = [[name, f"{summary[f'predicted/{key}']:.4g}", f"{summary[key]:.4g}",
+             f"{100 * (summary[f'predicted/{key}'] / summary[key] - 1):+.0f} %"]
+            for key, name in PREDICTED.items() if summary.get(key) and f"predicted/{key}" in summary]  # fmt: skip
+    return "\n".join(piped(("", "predicted", "measured", "off by"), rows)) if rows else ""
 
 
 def _ms(figures: Figures, key: str) -> str:

@@ -10,9 +10,12 @@
     waiting_max, under_way_max                                   without a token yet; in all
     added_ms_p50, ...                                            of the stub: a first token came so much later than the
                                                                  server says that it sent it
+    client/added_ms_p50, client/lag_ms_p99, ...                  of our client alone, see `check`
     bandwidth_percent                                            see `share`; `peak_gbps` of the device
+    predicted/output_tokens_per_s, predicted/ttft_ms_p50, ...    of the same loads, see `predict`
+    predicted/output_tokens_per_s, predicted/ttft_ms_p50, ...    of the same loads, see `predict`
     server_start_s, host_peak_gib, device_peak_gib, cache_used_max
-    max_rate_per_s                                               where it was searched
+    max_rate_per_s, max_rate_bounded, max_rate_confirmed         where it was searched, see `rate.Found`
 
 `requests.jsonl` has a line for each request, written as it ends, with the time of each token.
 """
@@ -22,17 +25,20 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.bench.serve import figures, rate, servers, tables
+from llmsys.bench.serve import check, figures, pace, rate, servers, tables
 from llmsys.bench.serve.client import Client
-from llmsys.bench.serve.load import Request, draw
+from llmsys.bench.serve.load import Request, draw, probe, read_trace, warming
 from llmsys.bench.serve.outcome import OK, Outcome
+from llmsys.bench.serve.predict import predict
 from llmsys.bench.serve.share import share
 from llmsys.bench.serve.watch import Watch
 from llmsys.train import peaks
@@ -42,18 +48,22 @@ if TYPE_CHECKING:
 
 REQUESTS = "requests.jsonl"
 SETTLED_S = 2.0
+LATE_MS = 10.0
+"""A load of which more than a hundredth is sent later than this is none of its rate."""
 WARMING, SEARCHING = -1, 10_000
 """In place of a repeat's number: loads that are none of them, and are drawn anew."""
 
 
 def serve(config: schema.Config, context: Context) -> dict[str, Any]:
-    """The record. ValueError for requests that the model has no positions for, and what `servers.started` raises."""
+    """The record. ValueError for requests that the model has no positions for, what `pace.of_record` does not take, and
+    what `servers.started` raises."""
     task, model = config.task, config.model
     assert isinstance(task, schema.Serve)
     if not isinstance(model, schema.Transformer) or model.objective != "causal_lm":
         raise ValueError(f"model={model.name}: generates no text; e.g. model=llama_6m")
     loads = [draw(task, model.vocab_size, repeat) for repeat in range(task.repeats)]
-    longest = max(len(each.prompt) + each.new for load in loads for each in load)
+    others = [draw(task, model.vocab_size, draws) for draws in range(rate.MOST_TRIES + 1) if task.max_rate]
+    longest = max(len(each.prompt) + each.new for load in (*loads, *others) for each in load)
     if longest > model.max_length:
         raise ValueError(f"task.prompt_tokens and task.output_tokens: a request has {longest} tokens, and "
                          f"model={model.name} at most {model.max_length}: model.max_length")  # fmt: skip
@@ -66,36 +76,48 @@ class _Serving:
         assert isinstance(config.task, schema.Serve)
         assert isinstance(config.model, schema.Transformer)
         self.task, self.config, self.context, self.file = config.task, config, context, file
-        self.vocabulary = config.model.vocab_size
+        self.model, self.vocabulary = config.model, config.model.vocab_size
+        speeds = context.inputs.get("speeds")
+        self.pace = None if speeds is None else pace.of_record(Path(speeds), config.model)
+        self.loads: list[list[Outcome]] = []
+        self.others: list[Outcome] = []
+        """Those of warming up and of the search that did not end well: no figure is of them."""
         self.probes: list[tuple[float, dict[str, float]]] = []
+        self.summary: dict[str, float] = {}
+        self.notes: dict[str, str] = {}
 
     async def run(self, loads: Sequence[Sequence[Request]], longest: int) -> dict[str, Any]:
         task, context = self.task, self.context
-        found: list[list[Outcome]] = []
+        if task.check_client and not isinstance(self.config.server, schema.StubServer):
+            context.beat(phase="checking the client")
+            self.summary |= await check.client(task, loads[0], context)
         async with servers.started(self.config, context, longest) as running:
-            watch = Watch(running.pid, running.metrics, context.beat)
+            watch = Watch(running.pid, running.metrics, self._device_bytes(), context.beat)
             looking = asyncio.create_task(watch.run())
             try:
-                if task.warmup:
-                    context.beat(phase="warming up")
-                    await self._load(running, draw(task, self.vocabulary, WARMING)[: task.warmup], WARMING)
-                self._reset()
+                context.beat(phase="warming up")
+                outcomes = await self._load(running, warming(task, self.vocabulary), WARMING)
+                await self._settled(running, outcomes)
+                self.others += [each for each in outcomes if each.status != OK]
+                watch.reset()
                 for repeat, load in enumerate(loads):
                     if running.ended():
                         break
                     context.beat(phase=f"repeat {repeat + 1} of {len(loads)}")
-                    found.append(await self._load(running, load, repeat))
-                    await self._settled(running, found[-1])
-                    one = figures.of(found[-1], task)
+                    self.loads.append(await self._load(running, load, repeat))
+                    await self._settled(running, self.loads[-1])
+                    one = figures.of(self.loads[-1], task)
                     context.track({"step": repeat, **one})
                     context.log.info("repeat %d: %s", repeat, tables.line(one))
-                most = await self._search(running) if task.max_rate and not running.ended() else None
+                self._watched(watch)
+                if task.max_rate and not running.ended():
+                    await self._search(running)
                 gone = running.ended()
             finally:
                 looking.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await looking
-        return self._record(found, running, watch, most, gone)
+        return self._record(running, gone, loads)
 
     async def _settled(self, running: servers.Running, outcomes: Sequence[Outcome]) -> None:
         """A server whose lines broke may be about to end: its process is given a moment to say so."""
@@ -107,84 +129,113 @@ class _Serving:
 
     async def _load(self, running: servers.Running, load: Sequence[Request], repeat: int) -> list[Outcome]:
         task = self.task
-        searched = repeat >= SEARCHING
 
         def ended(outcome: Outcome) -> None:
             self.context.beat()
-            if repeat != WARMING:
-                self.file.write(json.dumps({"repeat": repeat, **outcome.to_json()}) + "\n")
-                self.file.flush()
+            self.file.write(json.dumps({"repeat": repeat, **outcome.to_json()}) + "\n")
+            self.file.flush()
 
-        most = 0 if searched else task.concurrency
+        most = 0 if repeat >= SEARCHING else task.concurrency
         client = Client(running.server, most=most, request_s=task.request_s, all_s=task.repeat_s, ended=ended)
         return await client.run(load)
 
-    async def _search(self, running: servers.Running) -> float:
+    async def _search(self, running: servers.Running) -> None:
         task = self.task
-        poisson = schema.Serve(**{**vars(task), "arrivals": "poisson", "trace": "", "rate": 1.0})
 
-        async def good(wanted: float) -> bool:
+        async def good(wanted: float, draws: int) -> bool:
             if running.ended():
                 return False
             self.context.beat(phase=f"{wanted:.3g} requests a second")
-            number = SEARCHING + len(self.probes)
-            one = figures.of(await self._load(running, draw(poisson, self.vocabulary, number, wanted), number), task)
+            number = len(self.probes)
+            load = probe(task, self.vocabulary, number, wanted, draws)
+            outcomes = await self._load(running, load, SEARCHING + number)
+            await self._settled(running, outcomes)
+            self.others += [
+                each for each in outcomes if each.status not in (OK, "timeout", "cut")
+            ]  # these are overload
+            one = figures.of(outcomes, task)
             self.probes.append((wanted, one))
+            if one.get("lag_ms_p99", 0.0) > LATE_MS:
+                raise rate.TooFast
             return one["good_share"] >= task.attained
 
-        return await rate.highest(good, task.rate or 1.0, task.max_rate_percent)
+        found = await rate.highest(good, task.rate or 1.0, task.max_rate_percent)
+        self.summary |= {"max_rate_per_s": found.rate, "max_rate_bounded": int(found.bounded),
+                         "max_rate_confirmed": int(found.confirmed)}  # fmt: skip
+        if not found.bounded:
+            self.notes["max_rate_per_s"] = "more was not asked for: our client was late, and the server was not"
+        elif not found.confirmed:
+            self.notes["max_rate_per_s"] = "other draws of the same rate were not kept: it is not to be relied on"
 
-    def _reset(self) -> None:
+    def _device_bytes(self) -> Callable[[], int]:
+        """On a GPU what is used there beyond what is now, by whomever; 0 elsewhere."""
         import torch
 
-        if self.context.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.context.device)
+        device = self.context.device
+        if device.type != "cuda":
+            return lambda: 0
+        before = torch.cuda.mem_get_info(device)[0]
+        return lambda: max(0, before - torch.cuda.mem_get_info(device)[0])
 
-    def _record(
-        self,
-        found: Sequence[Sequence[Outcome]],
-        running: servers.Running,
-        watch: Watch,
-        most: float | None,
-        gone: str,
-    ) -> dict[str, Any]:
-        import torch
-
-        task, context = self.task, self.context
-        repeats = [figures.of(each, task) for each in found]
-        summary = {**figures.together(repeats), **running.summary, "loads": len(repeats)}
+    def _watched(self, watch: Watch) -> None:
         if watch.peak_bytes:
-            summary["host_peak_gib"] = watch.peak_bytes / 2**30
-        if context.device.type == "cuda" and isinstance(self.config.server, schema.InProcessServer):
-            summary["device_peak_gib"] = torch.cuda.max_memory_allocated(context.device) / 2**30
-        if watch.cache:
-            summary["cache_used_max"] = max(used for _, used in watch.cache)
-        if most is not None:
-            summary["max_rate_per_s"] = most
-        every = [each for one in found for each in one]
-        if not isinstance(self.config.server, schema.StubServer) and not getattr(self.config.server, "url", ""):
-            memory = peaks.measured_memory(self.config, context.device)
-            assert isinstance(self.config.model, schema.Transformer)
-            shares = [share(one, self.config.model) / memory.per_s for one in found]
-            summary |= (
-                {"bandwidth_percent": 100 * statistics.fmean(shares), "peak_gbps": memory.per_s / 1e9} if shares else {}
-            )
+            self.summary["host_peak_gib"] = watch.peak_bytes / 2**30
+        if watch.device_bytes:
+            self.summary["device_peak_gib"] = watch.device_bytes / 2**30
+        if watch.cache_used >= 0:
+            self.summary["cache_used_max"] = watch.cache_used
+
+    def _record(self, running: servers.Running, gone: str, loads: Sequence[Sequence[Request]]) -> dict[str, Any]:
+        task, context = self.task, self.context
+        repeats = [figures.of(each, task) for each in self.loads]
+        summary = {**figures.together(self.loads, task), **running.summary, "loads": len(repeats), **self.summary}
+        notes = {**running.notes, **self.notes}
+        if running.here and repeats:
+            summary |= self._against_the_device(running, loads[: len(repeats)], notes)
+        every = [each for one in self.loads for each in one]
         latencies = figures.latencies(every)
         del latencies["itl_ms"]  # one for each token: `requests.jsonl` has their times
         samples = {key: [round(each, 4) for each in values] for key, values in latencies.items()}
         samples["output_tokens_per_s"] = [each.get("output_tokens_per_s", 0.0) for each in repeats]
-        notes = dict(running.notes)
-        if "peak_gbps" in summary:
-            notes["peak_gbps"] = memory.source
-        counted = {each.counted for each in every if each.token_s}
-        if counted - {"ids"}:
-            notes["tokens"] = "the server shows no ids: pieces of text are counted, which may have several tokens each"
-        title = f"{self.config.model.name} by {self.config.server.name}"
+        samples |= figures.thinned(figures.queued(self.loads[0])) if self.loads else {}
+        if any(each.counted != "ids" for each in every if each.token_s):
+            notes["tokens"] = "the server shows no ids: pieces of text have times, and its own count is the count"
+        if any(each.tokens_in != each.input for each in every):
+            notes["input"] = "by its count the server has read other numbers of tokens than were meant"
+        if task.arrivals == "trace":
+            notes["trace"] = f"{len(loads[0])} of {len(read_trace(Path(task.trace)))} rows"
+        if len(every) < 100:
+            notes["p99"] = f"of {len(every)} requests it is nearly the largest value"
+        title = f"{self.model.name} by {self.config.server.name}"
         text = tables.markdown(summary, repeats, self.probes, title, notes)
         (context.out / "serve.md").write_text(text, encoding="utf-8")
         made: dict[str, Any] = {"summary": summary, "samples": {k: v for k, v in samples.items() if v}, "notes": notes,
                                 "files": {"tables": "serve.md", "requests": REQUESTS}}  # fmt: skip
-        return {**made, **_ending(every, len(found), task, gone)}
+        return {**made, **_ending([*self.others, *every], len(repeats), task, gone)}
+
+    def _against_the_device(
+        self, running: servers.Running, loads: Sequence[Sequence[Request]], notes: dict[str, str]
+    ) -> dict[str, float]:
+        """The share of the memory's bandwidth, and what the same loads would be, were there nothing but passes; `notes`
+        gets where these are from."""
+        device, how = self.context.device, running.batching
+        memory = peaks.measured_memory(self.config, device)
+        notes["peak_gbps"] = memory.source
+        shares = [share(one, self.model, how) / memory.per_s for one in self.loads]
+        found = {"bandwidth_percent": 100 * statistics.fmean(shares), "peak_gbps": memory.per_s / 1e9}
+        if how is None:
+            notes["predicted"] = "nothing: server.sequences and server.pass_tokens say how it makes its batches"
+            return found
+        own = self.pace
+        if own is None:
+            flops = peaks.peak_flops(self.config, device)
+            own = pace.Pace(model=self.model, flops_per_s=flops.per_s, bytes_per_s=memory.per_s)
+            notes["predicted"] = f"at best, each pass on its roofline: {flops.source}; {memory.source}"
+        else:
+            notes["predicted"] = f"by the passes of {self.task.speeds}, and nothing between them"
+        how = dataclasses.replace(how, under_way=self.task.concurrency)
+        said = figures.together([predict(each, own, how) for each in loads], self.task)
+        return {**found, **{f"predicted/{key}": said[key] for key in tables.PREDICTED if key in said}}
 
 
 def _ending(every: Sequence[Outcome], done: int, task: schema.Serve, server: str) -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,27 +24,37 @@ def resident(pid: int) -> int:
             total += int(Path(f"/proc/{each}/statm").read_text().split()[1])
         except (OSError, IndexError, ValueError):
             continue  # ended meanwhile, or no Linux
-    return total * 4096
+    return total * os.sysconf("SC_PAGE_SIZE")
 
 
 class Watch:
-    """Looks twice a second: `pid()` of whom; `metrics`: where a server tells of itself, as Prometheus reads it.
-    `looking()` is called each time."""
+    """Looks twice a second: `pid()` of whom; `metrics`: where a server tells of itself, as Prometheus reads it;
+    `device()`: bytes in use on the device. `looking()` is called each time."""
 
-    def __init__(self, pid: Callable[[], int], metrics: str = "", looking: Callable[[], None] = lambda: None) -> None:
-        self.pid, self.metrics, self.looking = pid, metrics, looking
-        self.peak_bytes = 0
-        self.cache: list[tuple[float, float]] = []
-        """Share of the cache that is used, at such a time."""
+    def __init__(
+        self,
+        pid: Callable[[], int],
+        metrics: str = "",
+        device: Callable[[], int] = lambda: 0,
+        looking: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.pid, self.metrics, self.device, self.looking = pid, metrics, device, looking
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was before."""
+        self.peak_bytes = self.device_bytes = 0
+        self.cache_used = -1.0
+        """The most of its cache that a server says it has used, a share; -1: it says nothing."""
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        begun = time.perf_counter()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             while True:
                 self.looking()
                 if pid := self.pid():
                     self.peak_bytes = max(self.peak_bytes, await asyncio.to_thread(resident, pid))
+                self.device_bytes = max(self.device_bytes, self.device())
                 if self.metrics:
                     try:
                         async with session.get(self.metrics) as answer:
@@ -53,5 +63,5 @@ class Watch:
                     except (aiohttp.ClientError, OSError, TimeoutError):
                         found = None  # of a server that tells nothing, or has died
                     if found:
-                        self.cache.append((time.perf_counter() - begun, float(found[1])))
+                        self.cache_used = max(self.cache_used, float(found[1]))
                 await asyncio.sleep(EACH_S)

@@ -4,7 +4,7 @@ keys and values of all that came before it.
 
 T = B n new tokens of B sequences with k keys each (those before and the new ones), D model width, M MLP width, V
 vocabulary, H and K heads of queries and of keys, W width of a head, w bytes of an activation and of the cache, p of a
-weight, N blocks:
+weight (`cost.shapes`: packed, with its scales), N blocks:
 
     linear layer      2 T in out FLOPs          w T (in + out) + p in out bytes
     attention         4 W H pairs               w (2 T H W + 2 B K W k): queries, results, the cache, once each
@@ -24,10 +24,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llmsys import schema
+from llmsys.cost import shapes
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
-NF4 = 0.5 + 4 / 64
-"""Bytes of a weight in 4 bits, with a scale of 4 bytes for each run of 64."""
+BYTES = {"fp32": 4.0, "bf16": 2.0}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""As servers call them."""
 
 
 class Work(NamedTuple):
@@ -47,14 +48,13 @@ def by_row(model: schema.Transformer, batch: int, new: int, before: int = 0) -> 
     if model.objective != "causal_lm":
         raise ValueError(f"model={model.name}: generates no text; e.g. model=llama_6m")
     w = BYTES[model.dtype]
-    p = NF4 if model.quant == "nf4" else w
     tokens, keys, blocks = batch * new, before + new, model.num_layers
     d, m, heads, kv = model.hidden_size, model.intermediate_size, model.num_heads, model.num_kv_heads
-    width = model.head_dim or d // heads
+    width = model.head_width
     pairs = batch * (new * keys - new * (new - 1) / 2)
 
-    def linear(rows: float, ins: int, outs: int, weight: float = p) -> Work:
-        return Work(2.0 * rows * ins * outs, w * rows * (ins + outs) + weight * ins * outs)
+    def linear(rows: float, ins: int, outs: int, quant: str = model.quant) -> Work:
+        return Work(2.0 * rows * ins * outs, w * rows * (ins + outs) + _weight(ins * outs, outs, quant, w))
 
     gated = model.family == "llama"
     block = {
@@ -74,7 +74,7 @@ def by_row(model: schema.Transformer, batch: int, new: int, before: int = 0) -> 
     found = {row: Work(blocks * each.flops, blocks * each.nbytes) for row, each in block.items()}
     found["norm"] = Work(0.0, found["norm"].nbytes + 2 * w * tokens * d)
     found["embedding"] = Work(0.0, 2 * w * tokens * d)
-    found["logits"] = linear(batch, d, model.vocab_size, w)
+    found["logits"] = linear(batch, d, model.vocab_size, "none")
     return found
 
 
@@ -83,18 +83,17 @@ def whole(rows: dict[str, Work]) -> Work:
     return Work(sum(each.flops for each in rows.values()), sum(each.nbytes for each in rows.values()))
 
 
+def _weight(numel: int, rows: int, quant: str, w: float) -> float:
+    return w * numel if quant == "none" else shapes.packed_bytes(numel, quant) + shapes.scale_bytes(numel, rows, quant)
+
+
 def cache_bytes(model: schema.Transformer, tokens: int) -> float:
     """Of keys and values of so many tokens."""
-    width = model.head_dim or model.hidden_size // model.num_heads
-    return 2.0 * model.num_layers * model.num_kv_heads * width * tokens * BYTES[model.dtype]
+    return 2.0 * model.num_layers * model.num_kv_heads * model.head_width * tokens * BYTES[model.dtype]
 
 
 def weight_bytes(model: schema.Transformer) -> float:
-    """Of all linear layers, the table of tokens and the head, which may be one."""
-    w = BYTES[model.dtype]
-    p = NF4 if model.quant == "nf4" else w
-    d, width = model.hidden_size, model.head_dim or model.hidden_size // model.num_heads
-    attention = d * (2 * model.num_heads + 2 * model.num_kv_heads) * width
-    mlp = (3 if model.family == "llama" else 2) * d * model.intermediate_size
-    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * d
-    return model.num_layers * (attention + mlp) * p + tables * w
+    """Of all parameters, those of linear layers as they are packed."""
+    w, layers = BYTES[model.dtype], shapes.linears(model)
+    packed = sum(_weight(each.n_in * each.n_out, each.n_out, model.quant, w) for each in layers)
+    return w * (shapes.num_params(model) - sum(each.n_in * each.n_out for each in layers)) + packed

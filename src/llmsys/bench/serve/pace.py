@@ -1,0 +1,63 @@
+"""How long passes of a model take: on their rooflines, or as they were measured on a machine (`fit`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmsys import schema
+from llmsys.bench.serve import work
+from llmsys.bench.serve.fit import Fit, Point, fit
+from llmsys.job import Record
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Of `model` on a device of these peaks. `fits`: by phase; without them a pass takes what its roofline says, which
+    is the least that it can take."""
+
+    model: schema.Transformer
+    flops_per_s: float
+    bytes_per_s: float
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+
+    def least_s(self, batch: int, new: int, before: int) -> float:
+        """On the rooflines of its rows, one after the other."""
+        rows = work.by_row(self.model, batch, new, before)
+        return sum(each.least_s(self.flops_per_s, self.bytes_per_s) for each in rows.values())
+
+    def prefill_s(self, batch: int, tokens: int) -> float:
+        """Of `batch` prompts of so many tokens each."""
+        return self._seconds(PREFILL, batch, self.least_s(batch, tokens, 0))
+
+    def decode_s(self, batch: int, before: int) -> float:
+        """Of one more token of `batch` sequences, `before` of which are in the cache."""
+        return self._seconds(DECODE, batch, self.least_s(batch, 1, before))
+
+    def _seconds(self, phase: str, batch: int, least_s: float) -> float:
+        return self.fits[phase].seconds(batch, least_s) if self.fits else least_s
+
+
+def of_record(path: Path, model: schema.Transformer) -> Pace:
+    """As a run of `bench_serve_modules` has measured it. ValueError for a record that is of another task or model."""
+    record = Record.read(path.parent)
+    assert record is not None, path
+    if record.task != "bench_serve_modules" or record.status != "ok":
+        raise ValueError(
+            f"task.speeds={path}: must be a finished run of bench_serve_modules, and is one of {record.task}"
+        )
+    theirs = schema.build(record.config).model
+    assert isinstance(theirs, schema.Transformer)
+    if work.by_row(theirs, 2, 3, 5) != work.by_row(model, 2, 3, 5):
+        raise ValueError(f"task.speeds={path}: passes of model={theirs.name} in {theirs.dtype} were measured, of other "
+                         f"sizes than model={model.name} in {model.dtype}")  # fmt: skip
+    own = record.summary
+    points: dict[str, list[Point]] = {PREFILL: [], DECODE: []}
+    for key in (each for each in own if each.endswith("/least_ms")):
+        phase, cell = key.split("/")[:2]
+        points[phase].append(Point(int(cell.partition("x")[0]), own[key] / 1e3, own[f"{phase}/{cell}/ms"] / 1e3))
+    return Pace(model=model, flops_per_s=own["peak_tflops"] * 1e12, bytes_per_s=own["peak_gbps"] * 1e9,
+                fits={phase: fit(found) for phase, found in points.items()})  # fmt: skip
