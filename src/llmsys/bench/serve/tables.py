@@ -97,9 +97,9 @@ def _ended(summary: Figures) -> str:
 
 def _predicted(summary: Figures) -> str:
     rows = [[name, f"{summary[f'predicted/{key}']:.4g}", f"{summary[key]:.4g}",
-             f"{100 * (summary[f'predicted/{key}'] / summary[key] - 1):+.0f} %"]
+             f"{summary[key] / summary[f'predicted/{key}']:.3g}"]
             for key, name in PREDICTED.items() if summary.get(key) and f"predicted/{key}" in summary]  # fmt: skip
-    return "\n".join(piped(("", "predicted", "measured", "off by"), rows)) if rows else ""
+    return "\n".join(piped(("", "predicted", "measured", "measured / predicted"), rows)) if rows else ""
 
 
 def _ms(figures: Figures, key: str) -> str:
