@@ -67,7 +67,7 @@ def main(port: int, token: str, events: Path, out: Path, what: str, count: int) 
     if noted:
         coordinator.rebuild(noted, noted[-1][0].at_s)
     with contextlib.closing(EventLog(events)) as log:
-        coordinator.journal.note = log.note
+        coordinator.journal.note, coordinator.journal.noted = log.note, log.sync
         asyncio.run(Serving(coordinator, token).run(port=port))
     made = {"texts": own.texts()} if what == "generate" else {"losses": losses_of(coordinator)}
     out.write_text(json.dumps({**made, "again": coordinator.again}))

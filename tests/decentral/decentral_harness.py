@@ -108,6 +108,11 @@ def staged(
     return loss, gradients, updates, sent
 
 
+def crossing(graph: Graph, stages: Sequence[Stage]) -> int:
+    """Bytes of a micro-batch that go forward from stage to stage."""
+    return sum(graph.by_name[name].nbytes for stage in stages for name in stage.sends)
+
+
 def _keys(stage: Stage) -> tuple[str, ...]:
     return (*stage.parameters, *stage.constants, *stage.variables)
 

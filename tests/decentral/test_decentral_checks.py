@@ -4,6 +4,7 @@ too, honest ones never are, and nobody can know before what will be checked."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import random
@@ -34,7 +35,8 @@ from llmsys.decentral.checking import Cheated
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
 from llmsys.decentral.cut import Stage
-from llmsys.decentral.events import Event
+from llmsys.decentral.event_log import EventLog, read
+from llmsys.decentral.events import Event, Joined
 from llmsys.decentral.graph import Graph
 from llmsys.decentral.local import Local
 from llmsys.decentral.planes import Arrays, Rules
@@ -310,6 +312,30 @@ def test_whoever_was_sent_away_is_not_taken_back_by_its_name() -> None:
     assert cheat not in local.coordinator.state.present
 
 
+def test_a_broker_that_is_rebuilt_knows_who_has_cheated(tmp_path: Path) -> None:
+    """And that the model is not to be trusted; whoever was found out does not come back in."""
+    cheat, path = roles()[0][1], tmp_path / "events.jsonl"
+    local = checked({cheat: Cheats(Zeroes)}, 8, on_cheat="go_on")
+    with contextlib.closing(EventLog(path)) as log:
+        local.coordinator.journal.note = log.note
+        for each in local.machines.values():
+            log.note(Joined(at_s=0.0, provider=each[0]), {"life": each[1]})
+        while not local.coordinator.checks.cheats or cheat in local.coordinator.state.present:
+            local.round()
+    before, machine = local.coordinator.checks, local.machines[cheat][0]
+    again = Coordinator(local.coordinator.state.job, training("llama", 8, checks=1.0, on_cheat="go_on"))
+    again.rebuild(read(path), local.now)
+    own = again.checks
+    assert (own.cheats, own.doubtful, own.verdicts) == (before.cheats, before.doubtful, before.verdicts)
+    assert own.counts() == before.counts()
+    assert own.checked == before.checked
+    local.rebuilt(again)
+    local.join(machine, TorchPlane())
+    local.run()
+    assert cheat not in again.state.present
+    assert own.doubtful is not None
+
+
 def test_whoever_lies_of_another_is_sent_away_and_the_other_stays() -> None:
     """A third one is asked. Nothing is wrong with the model, so that the job goes on as if nothing had been."""
     owners, pool = roles()
@@ -483,6 +509,14 @@ def test_whoever_is_asked_and_says_nothing_is_not_waited_for(what: str) -> None:
     assert local.coordinator.checks.checked.total() >= STAGES
     assert local.coordinator.checks.cheats == {}
     assert losses(local) == undisturbed("llama", 8)
+
+
+def test_where_nothing_is_checked_nothing_is_noted_of_copies() -> None:
+    """It would be of every step, to the end of the job."""
+    local = together("llama", 3, 2, 4)
+    local.run()
+    assert local.coordinator.recovery.copies.kept.copies
+    assert not local.coordinator.checks._givers
 
 
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def test_who_comes_from_a_job_that_broke_off_brings_nothing_of_it_into_the_next(
     local.run()
     assert losses(local) == undisturbed("llama", STEPS)
     assert second.happened["Committed"] == STEPS
-    assert second.astray == 0
+    assert second.restarts.astray == 0
 
 
 def test_a_ledger_sums_finished_runs_each_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

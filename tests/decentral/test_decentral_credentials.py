@@ -24,6 +24,10 @@ PROVIDER = ("provider", "--join", "127.0.0.1:1", "--tflops=1", "--mem-gib=1")
     ("words", "why"),
     [
         (["status", "--join", "localhost", "--token-file", "token"], "--join localhost: must be HOST:PORT"),
+        (["status", "--join", "127.0.0.1:0", "--token-file", "token"], "--join 127.0.0.1:0: must be HOST:PORT"),
+        (["status", "--join", "broker.example.org:1", "--token-file", "token"],
+         "--join broker.example.org:1: beyond loopback the broker's certificate.pem is needed: --certificate FILE"),
+        ([*PROVIDER, "--token-file", "token", "--join", "192.0.2.7:1"], "--join 192.0.2.7:1: beyond loopback"),
         (["status", "--join", "127.0.0.1:1", "--token-file", "none"], "none: No such file or directory"),
         (["status", "--join", "127.0.0.1:1", "--token-file", "token", "--certificate", "token"],
          "--certificate token: is none; it is the broker's certificate.pem"),

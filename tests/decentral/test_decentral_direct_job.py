@@ -45,7 +45,7 @@ class Watched:
                 self.processes.start(each, f"127.0.0.1:{port}", more=self.more.get(each.name, ()))
 
         with self.processes, contextlib.closing(EventLog(self.folder / "events.jsonl")) as log:
-            self.coordinator.journal.note = log.note
+            self.coordinator.journal.note, self.coordinator.journal.noted = log.note, log.sync
             asyncio.run(asyncio.wait_for(self.serving.run(ready=ready), 120))
         found = losses_of(self.coordinator)
         assert found == undisturbed("llama", len(found))
@@ -79,7 +79,7 @@ def test_no_frame_goes_by_the_broker_once_lines_are_up_and_nobody_is_told_a_secr
     own.run()
     coordinator = own.coordinator
     assert coordinator.counters["relayed"] == own.marked["relayed"]
-    assert coordinator.again == coordinator.astray == 0
+    assert coordinator.again == coordinator.restarts.astray == 0
     last = own.serving.status()["providers"]
     for name in coordinator.owners:
         assert 0 < last[name]["direct_mib"] < last[name]["sent_mib"]
@@ -108,7 +108,7 @@ def test_an_owner_that_is_hit_in_mid_step_costs_no_step(tmp_path: Path, what: st
     assert hit[0] not in own.coordinator.owners
     assert own.coordinator.again <= 1
     assert own.coordinator.happened["Lost"] == 1
-    assert own.coordinator.astray == 0
+    assert own.coordinator.restarts.astray == 0
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,19 @@ from decentral_running import job, losses_of, machines, mem_gib, training, undis
 
 import alone
 from llmsys.decentral.coordinator import Coordinator
+from llmsys.decentral.cut import Stage
 from llmsys.decentral.exports import Exports
-from llmsys.decentral.fleet import Provider
+from llmsys.decentral.fleet import Provider as Machine
+from llmsys.decentral.graph import Graph
 from llmsys.decentral.hub import Hub, hello_of
+from llmsys.decentral.link import Line, provide, stay
+from llmsys.decentral.planes import Arrays, Rules
+from llmsys.decentral.planes.torch_stage import TorchPlane, TorchStage
 from llmsys.decentral.processes import Processes
+from llmsys.decentral.provider import Provider
 from llmsys.decentral.serve import Serving
-from llmsys.decentral.wire import Frame, Malformed, encode
+from llmsys.decentral.whereabouts import JobLost
+from llmsys.decentral.wire import BROKER, Array, Frame, Malformed, encode, header
 
 STEPS = 8
 TOKEN = "for this test"
@@ -39,7 +48,7 @@ class Machines:
         self.processes: dict[str, subprocess.Popen[str]] = {}
 
     def start(
-        self, machine: Provider, port: int, *more: str, token: Path | None = None, python: Path | str = sys.executable
+        self, machine: Machine, port: int, *more: str, token: Path | None = None, python: Path | str = sys.executable
     ) -> subprocess.Popen[str]:
         words = ["--join", f"127.0.0.1:{port}", "--token-file", str(token or self.token), "--name", machine.name]
         words += ["--tflops", str(machine.tflops), "--mem-gib", str(machine.mem_gib)]
@@ -101,6 +110,53 @@ def test_a_signal_to_the_owner_of_a_stage(providers: Machines, what: str, count:
             assert process.wait(10) == 0, process.stderr
 
 
+class Hangs(TorchPlane):
+    """Computes until it hangs in the second micro-batch of a step, as a kernel may; `ended` ends that."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step, self.ended = step, threading.Event()
+
+    def stage(self, graph: Graph, stage: Stage, given: Arrays, rules: Rules) -> TorchStage:
+        own, plane = super().stage(graph, stage, given, rules), self
+        forward = own.forward
+
+        def hang(step: int, micro_batch: int, inputs: Arrays, received: Arrays) -> dict[str, Array]:
+            if (step, micro_batch) == (plane.step, 1):
+                plane.ended.wait(60)
+            return forward(step, micro_batch, inputs, received)
+
+        own.forward = hang  # type: ignore[method-assign]
+        return own
+
+
+def test_who_computes_and_comes_to_no_end_is_as_good_as_gone(providers: Machines) -> None:
+    """Its signs of life go on, from another thread. They say for how long it is at one thing."""
+    coordinator = Coordinator(job("llama"), dataclasses.replace(training("llama", STEPS), hung_s=1.5))
+    own, plane = machines(mem_gib("llama", 2), 3), Hangs(4)
+    threads = []
+
+    def ready(port: int) -> None:
+        def live() -> None:
+            line = Line(f"127.0.0.1:{port}", TOKEN, own[0], "1", None)
+            with contextlib.suppress(ConnectionError):
+                provide(Provider(own[0].name, plane), line)
+
+        threads.append(threading.Thread(target=live))
+        threads[0].start()
+        for each in own[1:]:
+            providers.start(each, port)
+
+    try:
+        asyncio.run(asyncio.wait_for(Serving(coordinator, TOKEN).run(ready=ready), 60))
+    finally:
+        plane.ended.set()
+        threads[0].join()
+    assert losses_of(coordinator) == undisturbed("llama", STEPS)
+    assert own[0].name not in coordinator.owners
+    assert any("at one thing for more than task.hung_s=1.5 s" in each for each in coordinator.refusals)
+
+
 def test_a_provider_without_torch_beside_one_with(providers: Machines, tmp_path: Path) -> None:
     """Half the pipeline is computed by somebody who has numpy, onnxruntime, safetensors and grpcio, and what they
     require; the other half by torch."""
@@ -143,10 +199,10 @@ def test_a_broker_that_is_killed_and_started_again_loses_nothing(providers: Mach
 def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("another")
-    coordinator = Coordinator(job("llama"), training("llama", 1))
+    joined: list[object] = []
 
     async def serve() -> tuple[int, str]:
-        hub = Hub(TOKEN, lambda *given: pytest.fail("joined"), lambda *given: None, lambda name: None)
+        hub = Hub(TOKEN, lambda *given: joined.append(given), lambda *given: None, lambda name: None)
         await hub.listen("127.0.0.1", 0)
         process = providers.start(machines(1.0, 1)[0], hub.port, token=wrong)
         try:
@@ -158,7 +214,7 @@ def test_a_provider_with_another_token_is_not_let_in(providers: Machines, tmp_pa
     code, said = asyncio.run(asyncio.wait_for(serve(), 60))
     assert code == 1
     assert said.strip().splitlines()[-1].endswith("the token is not this broker's")
-    assert not coordinator.state.present
+    assert not joined
 
 
 def test_only_who_shows_the_trusted_token_is_trusted(providers: Machines, tmp_path: Path) -> None:
@@ -171,7 +227,7 @@ def test_only_who_shows_the_trusted_token_is_trusted(providers: Machines, tmp_pa
     async def serve() -> None:
         there = asyncio.Event()
 
-        def joined(machine: Provider, life: str, reach: object) -> None:
+        def joined(machine: Machine, life: str, reach: object) -> None:
             found[machine.name] = machine.trusted
             if len(found) == 2:
                 there.set()
@@ -191,6 +247,21 @@ def test_only_who_shows_the_trusted_token_is_trusted(providers: Machines, tmp_pa
 def test_a_name_that_cannot_be_shown_is_none(name: str) -> None:
     body = {"name": name, "tflops": 1.0, "mem_gib": 1.0, "up_mbit": 1.0, "down_mbit": 1.0, "life": "1"}
     said = Frame(kind="hello", sender=name, to="broker", body=body)
+    with pytest.raises(Malformed):
+        hello_of(encode(said))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"tflops": 10**400}, {"tflops": True}, {"tflops": 1e300}, {"up_mbit": 1e-310}, {"down_mbit": "5"},
+     {"efficiency": 1e-320}, {"host_gib": None}, {"host_gbps": 10**400}, {"watts": 1e308}, {"mem_gib": [1]}],
+)  # fmt: skip
+def test_a_number_that_cannot_be_computed_with_is_none(given: dict[str, object]) -> None:
+    """It would end the broker once it plans."""
+    body = {"name": "p", "tflops": 1, "mem_gib": 1.0, "up_mbit": 1.0, "down_mbit": 1.0, "life": "1"}
+    machine, *_ = hello_of(encode(Frame(kind="hello", sender="p", to="broker", body={**body, "watts": None})))
+    assert type(machine.tflops) is float
+    said = Frame(kind="hello", sender="p", to="broker", body={**body, **given})
     with pytest.raises(Malformed):
         hello_of(encode(said))
 
@@ -231,6 +302,59 @@ def test_beyond_loopback_a_certificate_is_needed() -> None:
         asyncio.run(hub.listen("0.0.0.0", 0))
 
 
+def test_one_that_waits_for_a_job_dials_a_broker_again_that_is_begun_again() -> None:
+    """It has been told nothing yet, but was let in; of each reason it speaks once, however often it dials."""
+    lives, said, dialled = list[str](), list[str](), list[Line]()
+    own = machines(1.0, 1)[0]
+
+    async def until(true: Callable[[], bool]) -> None:
+        while not true():
+            await asyncio.sleep(0.01)
+
+    async def serve() -> None:
+        hub = Hub(TOKEN, lambda machine, life, reach: lives.append(life), lambda *given: None, lambda name: None)
+        await hub.listen("127.0.0.1", 0)
+        port = hub.port
+
+        def dial() -> Line:
+            dialled.append(Line(f"127.0.0.1:{port}", TOKEN, own, "1", None))
+            return dialled[-1]
+
+        given = (Provider(own.name, TorchPlane()), dial, lambda: 60.0, said.append)
+        there = asyncio.create_task(asyncio.to_thread(stay, *given))
+        await until(lambda: bool(lives))
+        await hub.close()
+        await until(lambda: len(dialled) > 4)
+        await hub.listen("127.0.0.1", port)
+        await until(lambda: len(lives) > 1)
+        hub.send(own.name, encode(Frame(kind="stop", sender=BROKER, to=own.name)))
+        await there
+        await hub.close()
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    assert lives == ["1", "1"]
+    assert said[0].endswith("the broker has gone")
+    assert len(said) == len(set(said)) < len(dialled) - 1
+
+
+def test_whoever_is_connected_is_let_go_where_looking_finds_that_the_job_is_lost() -> None:
+    coordinator = Coordinator(dataclasses.replace(job("llama"), least=2), training("llama", 1))
+    lines: list[Line] = []
+
+    def looking() -> None:
+        if coordinator.state.present:
+            raise JobLost("nobody else will come")
+
+    def ready(port: int) -> None:
+        lines.append(Line(f"127.0.0.1:{port}", TOKEN, machines(1.0, 1)[0], "1", None))
+
+    with pytest.raises(JobLost, match="nobody else will come"):
+        asyncio.run(asyncio.wait_for(Serving(coordinator, TOKEN, looking=looking).run(ready=ready), 60))
+    heard = [header(data)["kind"] for data in iter(lambda: lines[0].inbox.get(timeout=20), None)]
+    assert heard == ["stop"]
+    lines[0].close()
+
+
 def test_a_provider_whose_broker_goes_ends_and_says_so(providers: Machines) -> None:
     async def serve() -> subprocess.Popen[str]:
         there = asyncio.Event()
@@ -244,7 +368,9 @@ def test_a_provider_whose_broker_goes_ends_and_says_so(providers: Machines) -> N
     process = asyncio.run(asyncio.wait_for(serve(), 60))
     _, said = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "the broker has gone" in said.splitlines()[-1]
+    first, *_, last = [each for each in said.splitlines() if each.startswith("llmsys.decentral: 127.0.0.1:")]
+    assert first.endswith(": the broker has gone; it dials again")
+    assert not last.endswith("again")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +29,17 @@ from decentral_running import (
 
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.event_log import EventLog, read
-from llmsys.decentral.events import Committed
+from llmsys.decentral.events import Committed, Event
 from llmsys.decentral.holdings import Holdings
 from llmsys.decentral.local import Local, Stalled
 from llmsys.decentral.planes.layout import packed, unpacked
 from llmsys.decentral.planes.torch_stage import TorchPlane
+from llmsys.decentral.running import Running
+from llmsys.decentral.status import status
 from llmsys.decentral.whereabouts import JobLost, Stuck
 from llmsys.decentral.wire import BROKER, Frame, Malformed, decode, encode, header
 from llmsys.errors import NotANumber
+from llmsys.schema import Together
 from rank_pool import briefly
 
 STEPS = 6
@@ -164,6 +169,33 @@ def test_when_too_few_are_left_it_waits_for_somebody_and_goes_on() -> None:
     assert losses(local) == undisturbed("llama", STEPS)
 
 
+def test_a_spare_that_is_gone_is_said_to_be_gone_before_there_is_another_plan() -> None:
+    local = together("llama", 4, 2, STEPS)
+    local.coordinator.journal.state = local.coordinator.state.with_(job=dataclasses.replace(job("llama"), reserve=1))
+    advance(local, 2)
+    while local.coordinator.state.phase != "computing":
+        local.round()
+    (spare,) = local.coordinator.state.present - local.coordinator.state.owners
+    assert status(local.coordinator, local.now)["providers"][spare]["role"] == "pool"
+    epoch = local.coordinator.state.epoch
+    local.kill(spare)
+    local.coordinator.tick(local.now)
+    assert local.coordinator.state.epoch == epoch
+    assert status(local.coordinator, local.now)["providers"][spare]["role"] == "gone"
+
+
+def test_a_broker_that_goes_on_speaks_of_its_own_steps_where_it_speaks_of_bytes() -> None:
+    """What was sent before it was begun again it does not know."""
+    local = together("llama", 3, 2, STEPS)
+    local.run()
+    own = job("llama")
+    running = Running(Together(), None, own.chain, own.work, None, None)  # type: ignore[arg-type]
+    running.coordinator = local.coordinator
+    running.sent, running.ended_s = {"p0": 6 * 2**20, "p1": 2 * 2**20}, {STEPS - 1: 1.0, STEPS: 2.0}
+    summary, _ = running.figures()
+    assert (summary["steps"], summary["moved_mib"], summary["per_step_mib"]) == (STEPS, 8, 4)
+
+
 def test_what_nobody_can_compute_again_is_said() -> None:
     """Both who kept a copy of a stage go with its owner, at once."""
     local = together("llama", 4, 2, STEPS, copies=1, owner_keeps=False)
@@ -215,15 +247,57 @@ def test_the_brokers_copies_serve_where_they_are_older_than_what_neighbours_kept
         local.kill(name)
     local.run()
     assert losses(local) == undisturbed("llama", STEPS)
-    assert local.coordinator.astray == 0
+    assert local.coordinator.restarts.astray == 0
+
+
+def test_copies_that_do_not_arrive_are_not_sent_on_and_on() -> None:
+    """A slow line's sender would keep them all. What is lost on the way is not waited for without end."""
+    sent = set[int]()
+
+    def carry(to: str, data: bytes) -> tuple[bytes, ...]:
+        head = header(data)
+        if head["kind"] != "state" or "keep" not in head["body"] or head["step"] == 0:
+            return (data,)
+        sent.add(head["step"])
+        return ()
+
+    local = together("llama", 3, 2, 40, copy_every=1, owner_keeps=False)
+    local.carry = carry
+    local.run()
+    assert sent == {1, 2, 17, 18, 33, 34}
+    assert losses(local) == undisturbed("llama", 40)
 
 
 def test_a_copy_of_which_a_piece_is_missing_is_none() -> None:
     made, state = Holdings(), {"p/a": packed(torch.ones(2)), "c/b": packed(torch.zeros(1))}
-    assert not made.keep((1, 0), 3, {"p/z": state["p/a"]}, piece=1, of=2)
+    nbytes = {"p/a": 8, "p/z": 8, "c/b": 4}
+    assert not made.keep((1, 0), 3, {"p/z": state["p/a"]}, nbytes, piece=1, of=2)
     assert not made.copies
-    assert made.keep((1, 0), 3, state, piece=0, of=2)
+    assert made.keep((1, 0), 3, state, nbytes, piece=0, of=2)
     assert set(made.copies[1, 0][3]) == {"p/a", "p/z"}
+
+
+@pytest.mark.parametrize(
+    ("names", "size", "piece", "of", "why"),
+    [
+        (["p/a", "p/other"], 2, 0, 1, "p/other: is none of its names"),
+        (["p/a", "p/z"], 3, 0, 1, "p/a: is none of its names, or is larger"),
+        (["p/a"], 2, 0, 1, "p/z: is in none of its pieces"),
+        (["p/z"], 2, 1, 10**9, "piece 1 of 1000000000"),
+        (["p/z"], 2, -1, 2, "piece -1 of 2"),
+        (["p/z", "c/b"], 2, 1, 3, "p/z: is in two pieces"),
+    ],
+)
+def test_nobody_keeps_more_of_a_copy_than_the_broker_has_said_that_there_is(
+    names: list[str], size: int, piece: int, of: int, why: str
+) -> None:
+    made, nbytes = Holdings(), {"p/a": 8, "p/z": 8, "c/b": 8}
+    made.keep((1, 0), 2, {"p/z": packed(torch.ones(2))}, nbytes, piece=0, of=3)
+    with pytest.raises(ValueError, match=why):
+        made.keep(
+            (1, 0), 2 if of == 3 else 3, dict.fromkeys(names, packed(torch.ones(size))), nbytes, piece=piece, of=of
+        )
+    assert not made.copies
 
 
 def test_a_loss_that_is_no_number_ends_the_job_before_it_is_applied() -> None:
@@ -233,6 +307,8 @@ def test_a_loss_that_is_no_number_ends_the_job_before_it_is_applied() -> None:
     assert local.coordinator.state.step == 1
 
 
+FAR = 2**50
+"""A step that is none; what is said of it is said as if it had come."""
 HOSTILE = [
     ("prepared", {"squares": {}, "results": [1.0]}),
     ("prepared", {"squares": {"x": 1.0}, "results": []}),
@@ -244,7 +320,12 @@ HOSTILE = [
     ("state", {"keep": [1, 0], "piece": 0, "of": 10**9}),
     ("state", {}),
     ("have", {"stages": [[1]], "copies": 3, "constants": []}),
+    *(("have", {"stages": [[1, 0, since, []]], "copies": [], "constants": []}) for since in (-2, 0.5, 2**40, FAR)),
+    ("have", {"stages": [[1, -1, 0, []]], "copies": [], "constants": []}),
+    ("have", {"stages": [], "copies": [[1, 0, [FAR]]], "constants": []}),
+    *(("held", {"since": since}) for since in (-1, 2**40, FAR)),
     ("revived", {"cutting": 9, "stage": 9, "since": 0}),
+    *(("revived", {"cutting": 1, "stage": 0, "since": since}) for since in (0, FAR)),
 ]
 
 
@@ -258,7 +339,7 @@ def test_nothing_that_a_provider_says_ends_the_job_or_changes_the_model(
     advance(local, 2)
     own = local.coordinator
     name = own.owners[0] if who == "owner" else next(iter(own.state.present - set(own.owners)))
-    step = 2**50 if kind == "copied" or "keep" in body else own.state.step
+    step = FAR if kind == "copied" or "keep" in body or str(FAR) in str(body) else own.state.step
     tensors = {"p/model.norm.weight": packed(torch.ones(7))} if kind == "state" else {}
     frame = Frame(kind=kind, epoch=own.state.epoch, step=step, sender=name, to=BROKER, body=body, tensors=tensors)
     own.hear(name, encode(frame), local.now)
@@ -285,6 +366,49 @@ def test_what_goes_between_stages_is_not_taken_from_anybody_else() -> None:
     local.run()
     assert losses(local) == undisturbed("llama", STEPS)
     assert any("is not from" in each for each in local.coordinator.refusals)
+
+
+@pytest.mark.parametrize(("seed", "stages", "copies"), [(1, 3, False), (5, 4, True)])
+@pytest.mark.parametrize("how", ["before", "beside"])
+def test_state_is_taken_only_from_whom_the_broker_has_asked_for_it(
+    how: str, seed: int, stages: int, copies: bool
+) -> None:
+    """Owners go, and others give what those lack who take their stages over, or compute them again. Somebody else gives
+    it, too, all of it zeros: as soon as they have been told what is theirs, or before and behind what is given. Nor is
+    it anybody else's to say that all begins, or what never changes."""
+    storm, every = Storm(seed, STEPS, least=stages + 1), 1 + seed % 4
+    local = together("llama", stages + 3, stages, STEPS, storm, copy_every=every, owner_keeps=False)
+    model = {f"p/{key}": each for key, each in local.coordinator.training.tensors.items()}
+    lied: list[tuple[str, bool]] = []
+
+    def lie(frame: Frame, to: str, body: Mapping[str, object]) -> bytes:
+        asked = (frame.sender, to, frame.body.get("giver"))
+        liar = next(name for name in local.providers if name not in asked)
+        given = {**model, **frame.tensors, "c/more": model["p/model.norm.weight"]}
+        zeros = {name: dataclasses.replace(each, data=bytes(len(each.data))) for name, each in given.items()}
+        lied.append((to, "copy" in body))
+        return encode(dataclasses.replace(frame, kind="state", sender=liar, to=to, body=body, tensors=zeros))
+
+    def carry(to: str, data: bytes) -> list[bytes]:
+        frame = decode(data)
+        given = frame.kind == "state" and BROKER not in (frame.sender, to) and "keep" not in frame.body
+        if how == "beside" and given:
+            return [lie(frame, to, frame.body), data, lie(frame, to, {**frame.body, "begin": True})]
+        if how == "before" and frame.kind == "plan" and frame.step and frame.body["stage"]:
+            return [data, lie(dataclasses.replace(frame, tensors={}), to, {"begin": True})]
+        if how == "before" and frame.kind == "revive":
+            place, first = [frame.body["cutting"], frame.body["stage"]["index"]], frame.body["after"]
+            return [data, lie(dataclasses.replace(frame, tensors={}, step=first), to, {"copy": place})]
+        return [data]
+
+    local.carry = carry
+    local.run()
+    assert {copy for _, copy in lied} >= {False, copies}
+    assert losses(local) == undisturbed("llama", STEPS)
+    assert local.coordinator.restarts.astray == 0
+    said = [each for own in local.providers.values() for each in own.counters.refusals]
+    assert any("was not asked for it" in each for each in said)
+    assert not any("c/more" in own.here.constants for own in local.providers.values())
 
 
 def test_only_the_stage_that_computes_them_says_what_came_of_a_step_and_only_of_the_one_under_way() -> None:
@@ -350,8 +474,9 @@ def test_who_is_measured_loses_nothing_of_a_job_whose_broker_has_died() -> None:
 
 def test_what_never_changes_is_not_changed_by_others() -> None:
     made = Holdings()
-    made.note({"c/mask": packed(torch.ones(2)), "p/a": packed(torch.ones(2))})
-    made.note({"c/mask": packed(torch.zeros(2)), "c/other": packed(torch.zeros(2))})
+    names = {"c/mask", "c/other", "p/a"}
+    made.note({"c/mask": packed(torch.ones(2)), "p/a": packed(torch.ones(2)), "c/none": packed(torch.ones(2))}, names)
+    made.note({"c/mask": packed(torch.zeros(2)), "c/other": packed(torch.zeros(2))}, names)
     assert made.constants == {"c/mask": packed(torch.ones(2)), "c/other": packed(torch.zeros(2))}
 
 
@@ -467,6 +592,39 @@ def test_who_does_not_come_back_to_a_broker_that_was_rebuilt_is_lost(tmp_path: P
     local.rebuilt(again)
     local.run()
     assert gone not in again.state.present
+    assert losses(local) == undisturbed("llama", STEPS)
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_who_is_left_applies_what_a_broker_had_committed_that_died_with_one_of_them(tmp_path: Path, stage: int) -> None:
+    """Nobody has been told of the commit: the stages of those who come back are not computed again for all that."""
+    path, revived = tmp_path / "events.jsonl", set[int]()
+    log = EventLog(path)
+
+    def note(event: Event, more: Mapping[str, Any]) -> None:
+        log.note(event, more)
+        if isinstance(event, Committed) and event.step == 4:
+            raise _Died
+
+    local = together("llama", 4, 3, STEPS, note=note)
+    with contextlib.closing(log), pytest.raises(_Died):
+        local.run()
+    assert len(local.coordinator.owners) == 3
+    gone = local.coordinator.owners[stage]
+    del local.providers[gone], local.inboxes[gone]
+
+    def carry(to: str, data: bytes) -> tuple[bytes]:
+        frame = decode(data)
+        if frame.kind == "revive":
+            revived.add(int(frame.body["stage"]["index"]))
+        return (data,)
+
+    again = Coordinator(job("llama"), training("llama", STEPS))
+    again.rebuild(read(path), local.now)
+    local.carry = carry
+    local.rebuilt(again)
+    local.run()
+    assert revived <= {stage}
     assert losses(local) == undisturbed("llama", STEPS)
 
 

@@ -344,7 +344,9 @@ def test_one_that_comes_is_a_spare_until_it_helps() -> None:
     weak = Provider(name="weak", tflops=0.01, mem_gib=1.0, up_mbit=1000, down_mbit=1000)
     strong = Provider(name="strong", tflops=2.0, mem_gib=1.0, up_mbit=1000, down_mbit=1000)
     for joined, ways in ((weak, ("none",)), (strong, ("insert", "replica"))):
-        more = Planner(Costs(own.chain, own.fleet.joined_by(joined), own.work))
+        more = Planner(
+            Costs(own.chain, dataclasses.replace(own.fleet, providers=(*own.fleet.providers, joined)), own.work)
+        )
         found = after_join(more, before, 2)
         assert found.how in ways, joined.name
         assert found.plan.per_s >= before.per_s

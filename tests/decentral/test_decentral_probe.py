@@ -63,7 +63,7 @@ def test_lines_are_measured_as_they_are_and_so_is_the_device(tmp_path: Path) -> 
 
     found = {each.machine.name: each for each in asyncio.run(asyncio.wait_for(serve(), 120))}
     assert set(found) == {"fast", "slow"}
-    assert [each for each in said if each.startswith("stopped: left out")] or "stopped" not in found
+    assert [each for each in said if "left out" in each] == ["stopped: left out: has gone"]
     assert found["fast"].up_mbit == pytest.approx(16, rel=0.25)
     assert found["fast"].down_mbit == pytest.approx(64, rel=0.25)
     assert found["slow"].up_mbit == pytest.approx(4, rel=0.25)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +86,32 @@ def test_a_mistake_or_nothing_left_is_one_line(
     assert main(["provider", *own, "--quota-file", str(path), *words]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
+
+
+def test_a_file_that_cannot_be_written_any_more_is_said_once_and_the_quota_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its disk is gone, with the folder."""
+    monkeypatch.setattr("llmsys.decentral.quota.LOOK_S", 1e-3)
+    monkeypatch.setattr("llmsys.decentral.quota.WRITE_S", 0.0)
+    folder, left, tried = tmp_path / "disk", threading.Event(), threading.Semaphore(0)
+    folder.mkdir()
+    watch = Watch(Quota(tflop=3), folder / "quota.json")
+    write = watch.write
+
+    def writing() -> None:
+        tried.release()
+        write()
+
+    watch.write = writing  # type: ignore[method-assign]
+    shutil.rmtree(folder)
+    watch.begin(lambda what: left.set())
+    for _ in range(3):
+        assert tried.acquire(timeout=20)
+    watch.meter.flops += 3e12
+    assert left.wait(20)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"llmsys.decentral: --quota-file {folder / 'quota.json'}: No such file or directory; ")
 
 
 def test_flops_by_its_own_count_are_those_that_it_is_credited_with() -> None:

@@ -98,4 +98,4 @@ def test_a_storm(tmp_path: Path, seed: int, count: int) -> None:
     assert len(found) == coordinator.state.step >= count // 10
     assert found == undisturbed("llama", len(found))
     assert coordinator.happened["Committed"] == len(found)  # none twice
-    assert coordinator.again <= sum(made.happened.values()) + coordinator.astray
+    assert coordinator.again <= sum(made.happened.values()) + coordinator.restarts.astray

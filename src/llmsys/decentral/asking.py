@@ -11,7 +11,7 @@ from llmsys.decentral.broker import State
 from llmsys.decentral.cost import GIB
 from llmsys.decentral.cutting import neighbours
 from llmsys.decentral.holdings import Place
-from llmsys.decentral.planes import CONSTANT, Arrays
+from llmsys.decentral.planes import Arrays
 from llmsys.decentral.recovery import Recovery
 from llmsys.decentral.whereabouts import owners, trusted
 
@@ -91,8 +91,7 @@ class Asking:
             "near": {str(other): who for other, who in check.near.items()},
         }
         self._tell(name, "check", body=body)
-        constants = {CONSTANT + key: self.recovery.training.tensors[key] for key in cutting.stages[at].constants}
-        new = {key: each for key, each in constants.items() if key not in self.recovery.told.holds.get(name, ())}
+        new = handing.constants(cutting, at, self.recovery.told.holds.get(name, ()))
         handing.over(name, {**check.copy, **new}, {"check": [number, at]}, check.after)
         for step in steps:
             handing.inputs(name, cutting, at, step)

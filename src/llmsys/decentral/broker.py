@@ -222,6 +222,15 @@ def _with_reserve(state: State) -> Plan | None:
     return None if found is None else dataclasses.replace(found, spares=(*found.spares, *pool))
 
 
+def spared(state: State, name: str) -> bool:
+    """Whether somebody has a stage, and the others hold the model without it."""
+    place, costs = state.place(name), state.costs
+    if place is None or name not in state.owners:
+        return False
+    others = dataclasses.replace(costs, absent=costs.absent | {place})
+    return Planner(others, thorough=False).best() is not None
+
+
 def _welcomed(state: State, now: float) -> tuple[Event, ...]:
     """The plan with those that have joined: in a new epoch where one of them has a stage now, else as spares."""
     assert state.plan is not None

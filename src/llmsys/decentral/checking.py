@@ -43,6 +43,7 @@ class Checking:
         self.undecided = 0
         self.doubtful: int | None = None
         self.verdicts: list[str] = []
+        self._told = (0, 0, 0)  # what is in the log: verdicts, and steps that were checked, or were not
         self.open: dict[Place, Check] = {}
         self.asking = Asking(recovery, tell)
         self._said: dict[tuple[Place, int, str], dict[str, Any]] = {}  # of a step, by its owner: before the commit
@@ -55,6 +56,23 @@ class Checking:
         """For a record."""
         found = {"checked": self.checked.total(), "unchecked": self.unchecked, "cheats": len(self.cheats)}
         return {**found, "undecided": self.undecided}
+
+    def news(self) -> dict[str, Any]:
+        """What was found since it was last asked for, for the log; empty where that is nothing."""
+        before, now = self._told, (len(self.verdicts), self.checked.total(), self.unchecked)
+        if now == before:
+            return {}
+        self._told = now
+        own = {"cheats": {**self.cheats}, "undecided": self.undecided, "doubtful": self.doubtful}
+        return {**own, "verdicts": self.verdicts[before[0] :], "checked": {**self.checked}, "unchecked": self.unchecked}
+
+    def rebuild(self, found: Mapping[str, Any]) -> None:
+        """As it was that found this."""
+        self.cheats, self.undecided = dict(found["cheats"]), found["undecided"]
+        self.doubtful, self.unchecked = found["doubtful"], found["unchecked"]
+        self.checked = collections.Counter(found["checked"])
+        self.verdicts += found["verdicts"]
+        self._told = (len(self.verdicts), self.checked.total(), self.unchecked)
 
     # --- what comes ---
 
@@ -76,6 +94,8 @@ class Checking:
 
     def copied(self, frame: Frame) -> None:
         """An owner's copy, for the broker."""
+        if not self.training.checks:
+            return  # nobody asks for it, and nothing would be forgotten
         self._givers[(int(frame.body["keep"][0]), int(frame.body["keep"][1])), frame.step] = frame.sender
 
     def opinion(self, frame: Frame) -> None:

@@ -8,44 +8,42 @@ a broker that dies is rebuilt from it. What providers have, it is told by them w
 from __future__ import annotations
 
 import collections
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llmsys.decentral import broker
 from llmsys.decentral.broker import State
 from llmsys.decentral.checking import Checking
 from llmsys.decentral.contributions import Accounts
-from llmsys.decentral.events import Began, Committed, Event, Held, Joined, Planned, Prepared
+from llmsys.decentral.events import Began, Committed, Event, Held, Joined, Judged, Planned, Prepared
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.hearing import Hearing
 from llmsys.decentral.journal import Journal, Note
 from llmsys.decentral.members import Members
-from llmsys.decentral.plan import Plan
 from llmsys.decentral.planes import Arrays
 from llmsys.decentral.reach import REACH, Directory, Reach
 from llmsys.decentral.recovery import Recovery
+from llmsys.decentral.restarts import Restarts
+from llmsys.decentral.steps import Steps
 from llmsys.decentral.training import Training, Update
-from llmsys.decentral.whereabouts import Stuck, owners
+from llmsys.decentral.whereabouts import owners
 from llmsys.decentral.wire import BROKER, Array, Frame, encode
-
-ASTRAY_S = 5.0
-"""So long nothing comes, and nobody has anything to do."""
-MOST_TRIES = 10
 
 
 class Coordinator:
-    """`note` is called with each event, and what goes with it, before anybody is told."""
+    """`note` is called with each event, and what goes with it; `noted` when `out` is about to be told: then it has to
+    last."""
 
     def __init__(
         self,
         job: broker.Job,
         training: Training,
         note: Note = lambda event, more: None,
+        noted: Callable[[], None] = lambda: None,
     ) -> None:
         self.training = training
         self.out: list[tuple[str, bytes]] = []
-        self.journal = Journal(job, note)
+        self.journal = Journal(job, note, noted)
         self.members = Members(self.journal, self._tell)
         self.directory = Directory()
         self.hearing = Hearing(
@@ -53,10 +51,10 @@ class Coordinator:
         )
         self.recovery = Recovery(training, self._tell)
         self.checks = Checking(self.recovery, self._tell)
+        self.steps = Steps(self.journal, self.members, self.recovery, self.checks, self._tell)
+        self.restarts = Restarts(self.journal, self.members, self.hearing, self.recovery, self._follow)
         self.updates = self.recovery.updates
         self.begun_s = 0.0  # on the clock of the job
-        self.astray = 0  # how often nothing came any more, and all began again
-        self.tries = 0  # the same, of the step that comes next
 
     def rebuild(self, noted: Iterable[tuple[Event, Mapping[str, Any]]], now: float) -> None:
         """As the broker was that noted these, whose clock is now at `now`. Its providers are to dial again; those that
@@ -70,7 +68,9 @@ class Coordinator:
                 own = {key: tuple(more[key]) for key in ("losses", "tokens")}
                 self.updates[event.step] = Update(rate=more["rate"], scale=more["scale"], **own)
             self.journal.replay(event, more)
-            if isinstance(event, Planned):
+            if isinstance(event, Judged):
+                self.checks.rebuild(more)
+            elif isinstance(event, Planned):
                 self.recovery.cut(self.state)
             elif isinstance(event, Began):
                 self.recovery.based()
@@ -157,11 +157,11 @@ class Coordinator:
     def _said(self, frame: Frame, now: float) -> None:
         body, name = frame.body, frame.sender
         if frame.kind == "have":
-            self.recovery.have(frame)
+            self.recovery.have(frame, self.state)
             self.checks.have(frame)
             self.recovery.move(self.state, self.members.leaving)
         elif frame.kind == "revived":
-            self.recovery.revived(frame)
+            self.recovery.revived(frame, self.state)
             self.recovery.move(self.state, self.members.leaving)
         elif frame.kind == "state" and "keep" in body:
             self.recovery.copies.keep(frame, self.state)
@@ -169,7 +169,8 @@ class Coordinator:
         elif frame.kind == "state":
             self.recovery.collect(frame, self.state)
         elif frame.kind == "refused":
-            self.refusals.append(f"{name}: {str(body['why'])[:500]}")
+            self.restarts.refused = (name, str(body["why"])[:500])
+            self.refusals.append(": ".join(self.restarts.refused))
         elif frame.kind == "unable":
             self.recovery.handing.unfit[name] = str(body["why"])[:500]
         elif frame.kind == "copied":
@@ -196,112 +197,50 @@ class Coordinator:
         if self.members.awaited is not None:
             if not self.members.all_back(now):
                 return
-            self._goes_on(now)
+            self.members.awaited = None
+            self.journal.heard(self.state.present, now)
+            self.steps.told_again()
+            self.restarts.after_rebuilding(now)
         self.members.let_go(now)
         self._replaced(now)
         self.recovery.tell_due(self.state, self.members.leaving)
         self.recovery.handing.unfit |= self.checks.unfit(self.state)
         self._sent_away(now)
-        self._nothing_came(now)
-        while not self.finished and (events := self._decided(now)):
+        if not self.finished:
+            self.restarts.nothing_came(now)
+        if found := self.checks.news():
+            self.journal.event(Judged(at_s=now), **found)
+        while not self.finished and (events := self.steps.decided(now)):
             for event in events:
-                if isinstance(event, Committed):
-                    told = self.recovery.told
-                    self.updates[event.step] = self.training.update(event.step, told.squares, told.results)
-                    self.journal.event(event, **dataclasses.asdict(self.updates[event.step]))
-                else:
-                    self.journal.event(event)
+                more = self.steps.update(event.step) if isinstance(event, Committed) else {}
+                self.journal.event(event, **more)
                 self._follow(event)
 
     def _sent_away(self, now: float) -> None:
         """Those who cannot run what is theirs: they are told why."""
-        handing = self.recovery.handing
+        handing, most_s = self.recovery.handing, self.training.hung_s
+        hang = [name for name, task_s in self.hearing.task_s.items() if task_s > most_s and name in self.state.present]
+        handing.unfit |= dict.fromkeys(hang, f"it is at one thing for more than task.hung_s={most_s:g} s")
         unfit, handing.unfit = handing.unfit, {}
         for name, why in unfit.items():
             self.refusals.append(f"{name}: {why}")
             self.members.send_away(name, why, now)
 
-    def _nothing_came(self, now: float) -> None:
-        """Everybody is there, nobody has anything to do, and the step is not done: something has gone astray, a frame
-        that was corrupted, say. All begin again, in a new epoch."""
-        own, waits = self.state, self.recovery.told
-        if own.plan is None or own.gone or self.finished or waits.due or waits.waiting:
-            self.moved(now)
-        if now > self.hearing.moved_s + ASTRAY_S:
-            self.moved(now)
-            self.astray, self.tries = self.astray + 1, self.tries + 1
-            if self.tries > MOST_TRIES:
-                last = self.refusals[-1] if self.refusals else "nobody has refused anything"
-                raise Stuck(f"step {own.step + 1}: begun again {MOST_TRIES} times, and nothing comes; {last}")
-            assert own.plan is not None
-            self._again(now, own.plan)
-
-    def _goes_on(self, now: float) -> None:
-        """All have dialled again whom a broker that was rebuilt has known: they begin in a new epoch."""
-        self.members.awaited = None
-        self.journal.heard(self.state.present, now)
-        if self.state.plan is not None and not self.state.gone:
-            if self.state.step and self.recovery.where.base is self.recovery.where.cutting:
-                self._commit(self.state.step)  # for whoever had not been told when the broker died
-            self._again(now, self.state.plan)
-
-    def _again(self, now: float, plan: Plan) -> None:
-        """The same plan, in a new epoch: all say anew what they have."""
-        self.moved(now)
-        spares = tuple(p for p in plan.spares if p not in self.state.absent)
-        same = dataclasses.replace(plan, spares=spares)
-        event = Planned(at_s=now, epoch=self.state.epoch + 1, plan=same, how="none")
-        self.journal.event(event)
-        self._follow(event)
-
     def _replaced(self, now: float) -> None:
-        """Those who have gone and had no stage: others keep what they kept; and where somebody waited for what they
-        were to give, all begin again, in a new epoch."""
-        plan, there = self.state.plan, self.state.present
-        self.members.silent(now)
-        lost = set(self.recovery.told.holds) - there - set(self.members.leaving) - {BROKER}
-        keeping = {name for names in self.recovery.copies.keepers.values() for name in names} - {BROKER}
-        if plan is None or self.state.gone or not (lost or keeping - there):
-            return
-        for name in lost:
-            del self.recovery.told.holds[name]
-        if lost and self.state.phase == broker.HOLDING and not self.state.done:
-            self._again(now, plan)
-        else:
+        """Those who have gone and had no stage: others keep what they kept."""
+        if self.restarts.replaced(now):
             self.recovery.copies.kept_by_others(self.state)
             self._introduce()
-
-    def _decided(self, now: float) -> tuple[Event, ...]:
-        found = broker.decide(self.state, now)
-        if found and isinstance(found[0], Began):
-            if self.state.step >= self.training.steps:
-                if self.checks.over(self.state, now):
-                    self.recovery.gather(self.state)
-                return ()
-            if not self.recovery.copies.guarded(self.state):
-                return ()
-        return found
 
     def _follow(self, event: Event) -> None:
         if isinstance(event, Planned):
             self.recovery.plan(self.state, self.members.leaving)
             self._introduce()
         elif isinstance(event, Began):
-            self._begin(now=event.at_s)
+            self.steps.begin(event.at_s)
         elif isinstance(event, Committed):
-            self.tries = 0
-            at_once = self._at_once()
-            self._commit(event.step, at_once=at_once)
-            if at_once:
-                self.journal.event(Held(at_s=event.at_s, names=self.state.owners, epoch=event.epoch, step=event.step))
-
-    def _at_once(self) -> bool:
-        """Whether owners hold the state after a commit as soon as they have heard of it: nobody waits for values of
-        shared parameters that another has. What is said to each arrives in its order, so the next step may be begun
-        with the same breath, a way there and back sooner. Not where somebody waits to be let go between two steps, or
-        owners are to say what they have computed before anybody is asked to check it."""
-        waited = self.members.asked or self.training.checks
-        return not waited and not any(stage.shares for stage in self.recovery.where.now.stages)
+            self.restarts.step_done()
+            self.steps.commit(event)
 
     def _introduce(self) -> None:
         """Tells owners of stages where they reach those whom they have something to say to; others, that they have
@@ -313,29 +252,6 @@ class Coordinator:
         for name in sorted(there):
             if (told := self.directory.of(name, others if name in order else ())) is not None:
                 self._tell(name, REACH, body=told)
-
-    # --- a step ---
-
-    def _begin(self, now: float) -> None:
-        own, copies = self.recovery, self.recovery.copies
-        own.based()
-        self.checks.step(self.state, now)
-        safe = copies.begin(self.state)
-        self.members.handed_over()
-        own.told.squares.clear()
-        order, step = self.owners, self.state.step + 1
-        for index, name in enumerate(order):
-            self._tell(name, "begin", step=step, body={"safe": safe})
-            own.handing.inputs(name, own.where.now, index, step)
-        for name in sorted(self.state.present - set(order)):
-            self._tell(name, "tidy", body={"safe": safe})
-
-    def _commit(self, step: int, *, at_once: bool = False) -> None:
-        """`at_once`: nobody has to say that it holds what comes of it."""
-        own = self.updates[step]
-        body = {"rate": own.rate, "scale": own.scale, "at_once": at_once}
-        for name in self.owners:
-            self._tell(name, "commit", step=step, body=body)
 
     def _tell(
         self,

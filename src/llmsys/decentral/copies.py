@@ -20,6 +20,9 @@ from llmsys.decentral.wire import BROKER, Frame
 
 COPYING = 0.5
 MOST_BETWEEN = 64
+ON_THEIR_WAY, LOST = 2, 16
+"""Steps whose copies are, at most: what is sent faster than a line carries it would fill its sender's memory; and so
+many times `every` steps later what has not come is lost."""
 
 
 def copies_every(state: State, cutting: Cutting, keepers: Mapping[str, Sequence[str]]) -> int:
@@ -29,8 +32,8 @@ def copies_every(state: State, cutting: Cutting, keepers: Mapping[str, Sequence[
     assert state.plan is not None
     (pipeline,) = state.plan.pipelines
     sent, kept = collections.Counter[str](), collections.Counter[str]()
-    for p, names, graph in zip(pipeline.order, cutting.names, cutting.parts, strict=True):
-        nbytes = sum(value_of(graph, name, cutting.rules).nbytes for name in names if not name.startswith(CONSTANT))
+    for p, each in zip(pipeline.order, cutting.nbytes, strict=True):
+        nbytes = sum(count for name, count in each.items() if not name.startswith(CONSTANT))
         owner = state.providers[p].name
         for keeper in keepers.get(owner, ()):
             sent[owner] += nbytes
@@ -53,6 +56,7 @@ class Copies:
         self.wanted: int | None = None
         self.safe = 0
         self.every = 1
+        self._sent: list[int] = []  # steps of which copies are on their way, as far as is known
 
     # --- a plan ---
 
@@ -60,6 +64,7 @@ class Copies:
         """A new epoch begins: who keeps what now, and what the broker itself has, as providers say what they have."""
         self.keepers = self.keepers_of(state)
         self.every = self.training.copy_every or copies_every(state, self.where.now, self.keepers)
+        self._sent.clear()
         told = self.where.told
         self.kept.partial.clear()
         for place, steps in self.kept.copies.items():
@@ -91,9 +96,10 @@ class Copies:
         for name in sorted(state.present):
             self._tell(name, "keepers", body={"keepers": keepers.get(name, []), "keeps": self.keeps(name, order)})
 
-    def keeps(self, name: str, order: Sequence[str]) -> dict[str, str]:
-        """Of which stages somebody keeps copies, and who has these."""
-        return {str(at): owner for at, owner in enumerate(order) if name in self.keepers[owner]}
+    def keeps(self, name: str, order: Sequence[str]) -> dict[str, tuple[str, dict[str, int]]]:
+        """Of which stages somebody keeps copies, who has these, and what is in them."""
+        nbytes = self.where.now.nbytes
+        return {str(at): (owner, nbytes[at]) for at, owner in enumerate(order) if name in self.keepers[owner]}
 
     # --- what comes ---
 
@@ -103,14 +109,14 @@ class Copies:
         place = (int(frame.body["keep"][0]), int(frame.body["keep"][1]))
         self._theirs(place, frame, state, [frame.sender])
         piece, of = int(frame.body["piece"]), int(frame.body["of"])
-        names, part = self.where.now.names[place[1]], self.where.now.parts[place[1]]
-        if not 0 <= piece < of <= len(names) or frame.step < max(self.kept.copies.get(place, {}), default=0):
-            raise ValueError(f"a copy of stage {place} after step {frame.step}: piece {piece} of {of}")
+        nbytes, part = self.where.now.nbytes[place[1]], self.where.now.parts[place[1]]
+        if frame.step < max(self.kept.copies.get(place, {}), default=0):
+            raise ValueError(f"a copy of stage {place} after step {frame.step}: one of a later step is here")
         for name, array in frame.tensors.items():
-            value = value_of(part, name, self.where.now.rules) if name in names else None
+            value = value_of(part, name, self.where.now.rules) if name in nbytes else None
             if value is None or (array.dtype, array.shape) != (value.dtype, value.shape):
                 raise ValueError(f"a copy of stage {place}: {name}: is none of its names, or is another")
-        if self.kept.keep(place, frame.step, frame.tensors, piece=piece, of=of):
+        if self.kept.keep(place, frame.step, frame.tensors, nbytes, piece=piece, of=of):
             self._copied(place, frame.step, BROKER)
 
     def copied(self, frame: Frame, state: State) -> None:
@@ -155,6 +161,24 @@ class Copies:
             self.kept.drop(max(own))
         told.since = {place: max(since, safe) for place, since in told.since.items()}
         return safe
+
+    def due(self, state: State) -> bool:
+        """A step begins: whether owners are to send copies of what it leaves. Each `every`-th time, unless those before
+        are late."""
+        step = state.step + 1
+        late = step - LOST * self.every
+        self._sent = [at for at in self._sent if at > late and not self._arrived(at, state)]
+        if step % self.every or len(self._sent) >= ON_THEIR_WAY:
+            return False
+        self._sent.append(step)
+        return True
+
+    def _arrived(self, step: int, state: State) -> bool:
+        there, copies = state.present | {BROKER}, self.where.told.copies
+        return all(
+            copies.get(place, {}).get(step, set()) >= there.intersection(self.keepers.get(owner, ()))
+            for place, owner in zip(self.where.places, owners(state), strict=True)
+        )
 
     def common_here(self) -> set[int]:
         """Steps of which the broker itself has all stages, as the model is cut now."""

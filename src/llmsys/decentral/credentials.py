@@ -33,17 +33,32 @@ def make(folder: Path, hosts: Sequence[str], days: int = DAYS) -> None:
     _write(folder / CERTIFICATE, certificate, 0o644)
 
 
-def there(folder: Path) -> None:
-    """ValueError where no broker can show or ask for anything by what is there."""
+def files(folder: Path) -> dict[str, Path]:
+    """Of what `make` has written there as much as there is, by the task's key. ValueError where there is no token,
+    OSError for a file that is missing beside another, or cannot be read."""
     if not (folder / TOKEN).exists():
         raise ValueError(f"--credentials {folder}: has no {TOKEN}; `certificate {folder} --host NAME` makes one")
+    found = {"token_file": folder / TOKEN}
+    if (folder / CERTIFICATE).exists():
+        found |= {"certificate": folder / CERTIFICATE, "key": folder / KEY}
+    if (folder / TRUSTED).exists():
+        found["trusted_token_file"] = folder / TRUSTED
+    for path in found.values():
+        path.read_bytes()
+    return found
 
 
-def address(key: str, text: str) -> tuple[str, int]:
-    """Host and port. ValueError for what is none."""
+def token_in(file: Path) -> str:
+    """What a file of one says. OSError where it cannot be read."""
+    return file.read_text(encoding="utf-8").strip()
+
+
+def address(key: str, text: str, *, any_port: bool = True) -> tuple[str, int]:
+    """Host and port, which is 0 where any is meant. ValueError for what is none, and for port 0 unless `any_port`."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) >= 2**16:
-        raise ValueError(f"{key} {text}: must be HOST:PORT, e.g. 127.0.0.1:7077")
+    digits = port.isascii() and port.isdigit() and len(port) <= 5
+    if not host or not digits or not (0 if any_port else 1) <= int(port) < 2**16:
+        raise ValueError(f"{key} {text[:256]}: must be HOST:PORT, e.g. 127.0.0.1:7077")
     return host, int(port)
 
 

@@ -118,16 +118,6 @@ def cut(graph: Graph, assignment: Mapping[str, int]) -> tuple[Stage, ...]:
     return tuple(_stage(graph, owner, runs, index) for index in range(count))
 
 
-def crossing(graph: Graph, stages: Sequence[Stage]) -> dict[tuple[int, int], int]:
-    """Bytes of a micro-batch that go forward from stage to stage."""
-    found: dict[tuple[int, int], int] = {}
-    for stage in stages:
-        for name, to in stage.sends.items():
-            place = (stage.index, to)
-            found[place] = found.get(place, 0) + graph.by_name[name].nbytes
-    return found
-
-
 def _owners(graph: Graph, assignment: Mapping[str, int]) -> dict[str, int]:
     owner: dict[str, int] = {}
     for node in graph.operators:

@@ -10,7 +10,7 @@ from llmsys.decentral.chain import Chain
 from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cut import Stage, cut, part
 from llmsys.decentral.graph import Graph
-from llmsys.decentral.planes import Rules, names_of
+from llmsys.decentral.planes import Rules, names_of, value_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,14 @@ class Cutting:
     def names(self) -> tuple[frozenset[str], ...]:
         """Of each stage's state."""
         return tuple(frozenset(names_of(stage, self.rules)) for stage in self.stages)
+
+    @functools.cached_property
+    def nbytes(self) -> tuple[dict[str, int], ...]:
+        """The same, with the bytes of each."""
+        return tuple(
+            {name: value_of(own, name, self.rules).nbytes for name in names_of(stage, self.rules)}
+            for stage, own in zip(self.stages, self.parts, strict=True)
+        )
 
 
 def lost(cutting: Cutting, missing: Iterable[str]) -> list[int]:

@@ -45,24 +45,17 @@ class Door:
     def at(cls, address: str, known: str = "") -> Self:
         """Beyond loopback with a certificate that is made now. ValueError for an address that is none, or that nobody
         could dial; MissingPackage where no certificate can be made."""
-        host, port = _split("--direct", address)
-        dialled = _split("--direct-as", known)[0] if known else host
+        host, port = credentials.address("--direct", address)
+        dialled = credentials.address("--direct-as", known, any_port=False)[0] if known else host
         if dialled in ("0.0.0.0", "[::]"):
             raise ValueError(
-                f"--direct={address}: nobody can dial that; say by which address with --direct-as HOST:PORT"
+                f"--direct {address}: nobody can dial that; say by which address with --direct-as HOST:PORT"
             )
         own = None
         if not {host, dialled} <= {*LOOPBACK}:
             certificate, key = credentials.pair([dialled.strip("[]")])
             own = Credentials(certificate=certificate, key=key)
         return cls(host=host, port=port, known=known, credentials=own)
-
-
-def _split(option: str, address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) >= 2**16 or (option == "--direct-as" and not int(port)):
-        raise ValueError(f"{option}={address}: must be HOST:PORT, e.g. 192.168.0.7:7078")
-    return host, int(port)
 
 
 class Listening:
@@ -101,7 +94,7 @@ class Listening:
                 server = grpc.ssl_server_credentials([(own.key, own.certificate)])
                 port = self._server.add_secure_port(address, server)
         except RuntimeError as error:
-            raise OSError(f"--direct={address}: {error}") from None
+            raise OSError(f"--direct {address}: {error}") from None
         certificate = "" if own is None else own.certificate.decode()
         self.reach = Reach(address=door.known or f"{door.host}:{port}", secret=self.key, certificate=certificate)
         await self._server.start()

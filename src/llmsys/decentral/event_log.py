@@ -20,14 +20,18 @@ from llmsys.decentral.order import Pipeline
 from llmsys.decentral.plan import Plan
 from llmsys.decentral.score import Score
 
-KEPT = (events.Joined, events.Left, events.Lost, events.Planned, events.Began, events.Committed)
+KEPT = (
+    *(events.Joined, events.Left, events.Lost, events.Planned),
+    *(events.Judged, events.Began, events.Committed),
+)
 EVENTS = "events.jsonl"
 """In the folder of a run."""
 _KINDS = {kind.__name__: kind for kind in KEPT}
 
 
 class EventLog:
-    """Appends to the file at `path`; a line is on disk when `note` returns. OSError where it cannot be written."""
+    """Appends to the file at `path`; what was noted is on disk when `sync` returns. OSError where it cannot be
+    written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,14 +39,21 @@ class EventLog:
         self._file = open(path, "a+b")  # noqa: SIM115  as long as the broker lives
         self._file.seek(0)
         self._file.truncate(self._file.read().rfind(b"\n") + 1)  # a line that was cut short was never acted upon
+        self._synced = True
 
     def note(self, event: Event, more: Mapping[str, Any]) -> None:
         """`more`: what goes with it that is no part of the broker's state."""
         if isinstance(event, KEPT):
             data = {"event": type(event).__name__, **dataclasses.asdict(event), "more": more}
             self._file.write(json.dumps(data).encode() + b"\n")
+            self._synced = False
+
+    def sync(self) -> None:
+        """All events that one thing has led to are written at once: a step that is committed, and the next one."""
+        if not self._synced:
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._synced = True
 
     def close(self) -> None:
         self._file.close()

@@ -82,6 +82,11 @@ class Planned(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judged(Event):
+    """Checks have found something; what, goes with it. It changes nothing of the state."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Began(OfStep):
     """All hold the state after `step - 1`, and have been told to compute `step`."""
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 GIB = 2**30
 
@@ -94,11 +94,6 @@ class Fleet:
     def __len__(self) -> int:
         return len(self.providers)
 
-    @functools.cached_property
-    def index(self) -> dict[str, int]:
-        """Place by name."""
-        return {each.name: at for at, each in enumerate(self.providers)}
-
     def joint(self, p: int, q: int) -> Between:
         """What is between two providers, by place."""
         return self.between_regions(self.providers[p].region, self.providers[q].region)
@@ -120,14 +115,3 @@ class Fleet:
         regions = {each.region for each in self.providers}
         both = {**{(b, a): each for (a, b), each in self.between.items()}, **self.between}
         return {(a, b): both.get((a, b), self.other) for a in regions for b in regions}
-
-    def without(self, names: Iterable[str]) -> Fleet:
-        """A fleet that these have left. ValueError for one that is not there."""
-        gone = set(names)
-        if unknown := gone - self.index.keys():
-            raise ValueError(f"provider {min(unknown)}: is not in the fleet")
-        return replace(self, providers=tuple(each for each in self.providers if each.name not in gone))
-
-    def joined_by(self, *providers: Provider) -> Fleet:
-        """A fleet that these have come to."""
-        return replace(self, providers=(*self.providers, *providers))

@@ -96,7 +96,7 @@ class _Generating:
             seed=config.train.seed,
         )
         self.traced = trace_decoder(model, task.rows, length, chosen=True, noise=bool(task.temperature))
-        self.chain = chain(self.traced.graph)
+        self.chain = owner.carried(chain(self.traced.graph), task, {"task.rows": task.rows})
         pinned = owner.pins(self.chain, task.private)
         work = Workload(train=False, micro_batches=task.streams, most=1, private=pinned, compress=task.compress)
         self.running = Running(task, context, self.chain, work, self.training, self.committed, self.bound)
@@ -114,6 +114,7 @@ class _Generating:
             exports=Exports(own.rules(), elsewhere),
             copies=self.task.copies,
             owner_keeps=self.task.owner_keeps,
+            hung_s=self.task.hung_s,
             copy_every=NEVER,
             vocabulary=own.vocabulary,
             rows=self.task.rows,

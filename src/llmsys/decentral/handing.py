@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting
 from llmsys.decentral.holdings import chunks
-from llmsys.decentral.planes import EXPORTERS, Arrays, key_of
+from llmsys.decentral.planes import CONSTANT, EXPORTERS, Arrays, key_of
 from llmsys.decentral.stage_work import INPUT
 from llmsys.decentral.training import Training
+from llmsys.decentral.wire import Array
 
 
 class Handing:
@@ -52,6 +53,11 @@ class Handing:
         except ValueError as error:
             self.unfit[name] = f"plane={plane}: {error}"
             return None
+
+    def constants(self, cutting: Cutting, index: int, held: Collection[str]) -> dict[str, Array]:
+        """Of a stage, those that somebody needs who holds the names `held`."""
+        own = {CONSTANT + key: self.training.tensors[key] for key in cutting.stages[index].constants}
+        return {name: each for name, each in own.items() if name not in held}
 
     def first(self, name: str, names: Sequence[str], *, begin: bool) -> None:
         """State as it is before the first step; `begin`: and that is all."""

@@ -9,7 +9,7 @@ from typing import Any
 from llmsys.decentral.journal import Journal
 from llmsys.decentral.members import Members
 from llmsys.decentral.reach import BETWEEN, PROBE, PROBED, REACH, Directory
-from llmsys.decentral.wire import BEAT, BROKER, Frame, Malformed, decode, header
+from llmsys.decentral.wire import BEAT, BROKER, TASK_S, Frame, Malformed, decode, header
 
 RELAYED = BETWEEN | {PROBE, PROBED}
 
@@ -29,11 +29,13 @@ class Hearing:
         self._said, self._passed_on = said, passed_on
         self.moved_s = 0.0  # when anything but a sign of life was last heard
         self.counters = {"malformed": 0, "foreign": 0, "stale": 0, "refused": 0, "relayed": 0}
+        self.task_s: dict[str, float] = {}  # for how long each is at what it does
         self.refusals: collections.deque[str] = collections.deque(maxlen=10)
 
-    def beat(self, name: str, now: float, *, busy: bool) -> None:
-        """A sign of life of somebody who has something to do, or has not."""
+    def beat(self, name: str, now: float, *, busy: bool, task_s: float = 0.0) -> None:
+        """A sign of life of somebody who has something to do, or has not; `task_s`: for how long with one thing."""
         self.moved_s = now if busy else self.moved_s
+        self.task_s[name] = task_s
         self.members.beat(name, now)
 
     def hear(self, sender: str, data: bytes, now: float) -> None:
@@ -52,7 +54,9 @@ class Hearing:
             self.counters["malformed"] += 1
             return
         if frame.kind == BEAT and frame.to == BROKER:
-            self.beat(sender, now, busy=frame.body.get("busy") is True)
+            task_s = frame.body.get(TASK_S)
+            task_s = task_s if isinstance(task_s, float) else 0.0
+            self.beat(sender, now, busy=frame.body.get("busy") is True, task_s=task_s)
             if REACH in frame.body:
                 known = self.journal.state.places
                 self._guarded(frame, lambda: self.directory.hear(sender, frame.body[REACH], known))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,11 @@ class Held:
     at: int
     since: int
     due: set[str] = field(default_factory=set)
+
+    @property
+    def names(self) -> list[str]:
+        """Of its state."""
+        return names_of(self.work.stage, self.work.rules)
 
     @property
     def lacks(self) -> set[str]:
@@ -60,24 +65,36 @@ class Holdings:
     constants: dict[str, Array] = field(default_factory=dict)
     partial: dict[tuple[Place, int], dict[int, dict[str, Array]]] = field(default_factory=dict)
 
-    def keep(self, place: Place, step: int, state: Mapping[str, Array], *, piece: int, of: int) -> bool:
-        """A piece of somebody's copy, one of so many; whether it is whole now. One that is not is none. ValueError for
-        one more of a stage that has `PARTIAL` such."""
+    def keep(
+        self, place: Place, step: int, state: Mapping[str, Array], nbytes: Mapping[str, int], *, piece: int, of: int
+    ) -> bool:
+        """A piece of somebody's copy, one of so many; whether it is whole now. One that is not is none. `nbytes`: of
+        the stage's state, by name. ValueError for what is not of it, or is larger, for a name in two pieces or in none,
+        and for one more of a stage that has `PARTIAL` such."""
+        if not 0 <= piece < of <= max(1, len(nbytes)):
+            raise ValueError(f"a copy of stage {place} after step {step}: piece {piece} of {of}")
+        for name, each in state.items():
+            if len(each.data) > nbytes.get(name, -1):
+                raise ValueError(f"a copy of stage {place}: {name[:64]}: is none of its names, or is larger")
         if (place, step) not in self.partial and sum(each == place for each, _ in self.partial) >= PARTIAL:
             raise ValueError(f"copies of stage {place}: {PARTIAL} are not whole")
-        own = self.partial.setdefault((place, step), {})
+        own = {at: part for at, part in self.partial.get((place, step), {}).items() if at != piece}
+        if twice := set(state).intersection(*[{name for part in own.values() for name in part}]):
+            raise ValueError(f"a copy of stage {place}: {min(twice)}: is in two pieces")
         own[piece] = {name: each for name, each in state.items() if not name.startswith(CONSTANT)}
-        whole = set(own) == set(range(of))
-        if whole:
-            del self.partial[place, step]
-            self.copies.setdefault(place, {})[step] = {
-                name: each for part in own.values() for name, each in part.items()
-            }
-        return whole
+        if set(own) != set(range(of)):
+            self.partial[place, step] = own
+            return False
+        self.partial.pop((place, step), None)
+        whole = {name: each for part in own.values() for name, each in part.items()}
+        if lacking := {name for name in nbytes if not name.startswith(CONSTANT)} - set(whole):
+            raise ValueError(f"a copy of stage {place}: {min(lacking)}: is in none of its pieces")
+        self.copies.setdefault(place, {})[step] = whole
+        return True
 
-    def note(self, state: Mapping[str, Array]) -> None:
-        """Keeps what of it never changes, and is not here yet."""
-        new = {name: each for name, each in state.items() if name.startswith(CONSTANT)}
+    def note(self, state: Mapping[str, Array], names: Collection[str]) -> None:
+        """Keeps what of it is of a stage with these names, never changes, and is not here yet."""
+        new = {name: each for name, each in state.items() if name.startswith(CONSTANT) and name in names}
         self.constants = {**new, **self.constants}
 
     def have(self, step: int) -> dict[str, Any]:
@@ -96,7 +113,7 @@ class Holdings:
         found = {name: each for name, each in self.constants.items() if name in wanted}
         for held in self.stages.values():
             if held.at == step:
-                own = (wanted & set(names_of(held.work.stage, held.work.rules))) - held.lacks - set(found)
+                own = (wanted & set(held.names)) - held.lacks - set(found)
                 found |= held.work.executor.state(sorted(own))
         for steps in self.copies.values():
             found |= {name: steps[step][name] for name in wanted - set(found) if name in steps.get(step, {})}

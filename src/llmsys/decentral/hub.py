@@ -20,6 +20,10 @@ from llmsys.decentral.reach import LOOPBACK, REACH, Reach
 from llmsys.decentral.wire import BROKER, Frame, Malformed, decode, encode, header
 
 NAME = 64
+NUMBERS = ("tflops", "efficiency", "mem_gib", "up_mbit", "down_mbit", "host_gib", "host_gbps", "usd_per_hour", "watts")
+"""That a provider says of itself."""
+LEAST, MOST = 1e-9, 1e9
+"""Of these, where one is not 0: what is computed of them is neither 0 nor infinite."""
 GRACE_S = 5.0
 """For what has been said to arrive, when a broker ends."""
 
@@ -148,7 +152,7 @@ def hello_of(data: bytes) -> tuple[Machine, str, Reach | None]:
     life = given.pop("life", "")
     try:
         reach = Reach.of_json(given.pop(REACH)) if REACH in given else None
-        machine = Machine(**given)
+        machine = _bounded(Machine(**given))
     except (TypeError, ValueError, OverflowError) as error:
         raise Malformed(str(error)) from None
     texts = all(isinstance(each, str) for each in (machine.name, machine.region, machine.plane))
@@ -159,6 +163,19 @@ def hello_of(data: bytes) -> tuple[Machine, str, Reach | None]:
     if machine.name != frame.sender or machine.name == BROKER or not isinstance(life, str):
         raise Malformed(f"provider {machine.name}: is not who it says")
     return machine, life, reach
+
+
+def _bounded(machine: Machine) -> Machine:
+    """With numbers that can be computed with, as floats. ValueError for others."""
+    found: dict[str, Any] = {}
+    for key in NUMBERS:
+        value = getattr(machine, key)
+        if value is None and key in ("usd_per_hour", "watts"):
+            continue
+        if type(value) not in (int, float) or not (value == 0 or LEAST <= value <= MOST):
+            raise ValueError(f"{key}={value!r:.40}: must be a number from {LEAST:g} to {MOST:g}")
+        found[key] = float(value)
+    return dataclasses.replace(machine, **found)
 
 
 def kind_of(data: bytes) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsys import compose, dispatch, messages, schema, wiring
+from llmsys.decentral import credentials
 from llmsys.decentral.event_log import EVENTS, last_step, read
 from llmsys.decentral.queued import DONE, FAILED, RUNNING, VARIABLE, moved, put, waiting, words_of
 from llmsys.dispatch.show import Show
@@ -58,14 +59,12 @@ def composed(words: Sequence[str], where: Sequence[str] = ANYWHERE) -> dict[str,
 
 
 class Queue:
-    """Of `folder`; jobs listen at `address`, with these `credentials`, which are words too; `until_empty`: and no
-    longer. ValueError for an address that would not be the same for all."""
+    """Of `folder`; jobs listen at `address`, with credentials that `words` name; `until_empty`: and no longer.
+    ValueError for an address that would not be the same for all."""
 
-    def __init__(self, folder: Path, address: str, credentials: Sequence[str], *, until_empty: bool = False) -> None:
-        host, _, port = address.rpartition(":")
-        if not (host and port.isdigit() and int(port)):
-            raise ValueError(f"--listen {address}: must be host:port, the same for all jobs, e.g. 127.0.0.1:7077")
-        self.address, self.where = (host, int(port)), (*DIALLED, f"task.listen={address}", *credentials)
+    def __init__(self, folder: Path, address: str, words: Sequence[str], *, until_empty: bool = False) -> None:
+        self.address = credentials.address("--listen", address, any_port=False)
+        self.where = (*DIALLED, f"task.listen={address}", *words)
         self.folder, self.until_empty = folder.resolve(), until_empty
 
     def run(self) -> None:

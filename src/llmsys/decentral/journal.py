@@ -16,14 +16,15 @@ Note = Callable[[Event, Mapping[str, Any]], None]
 
 
 class Journal:
-    """`note` is called with each event, and what goes with it, before anything follows from it."""
+    """`note` is called with each event, and what goes with it; `noted`, before anybody is told of what follows from
+    them."""
 
-    def __init__(self, job: broker.Job, note: Note) -> None:
+    def __init__(self, job: broker.Job, note: Note, noted: Callable[[], None]) -> None:
         self.state = State(job=job)
         self.accounts, self.traffic = Accounts(job.chain, job.work), Traffic()
         self.happened: collections.Counter[str] = collections.Counter()  # events that are in the log, by their kind
         self.again = 0  # steps that were under way when a plan ended
-        self.note = note
+        self.note, self.noted = note, noted
 
     def event(self, event: Event, **more: Any) -> None:
         if carried := self.traffic.taken(event, frozenset(self.state.places)):

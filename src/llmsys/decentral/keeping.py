@@ -16,36 +16,43 @@ class Keeping:
     def __init__(self, here: Holdings, give: Callable[..., None]) -> None:
         self.here, self._give = here, give
         self.keepers: tuple[str, ...] = ()
-        self.keeps: dict[Place, str] = {}  # of which stages, and from whom
-        self.every = 1
+        self.keeps: dict[Place, tuple[str, dict[str, int]]] = {}  # of which stages, from whom, and bytes by name
+        self.due = 0  # the step after which they are sent
         self._cutting = 0
         self._copied: dict[str, tuple[Place, int]] = {}  # by keeper, what it has been sent last
         self._sent: dict[str, tuple[int, Place, int]] = {}  # the same, and in which epoch
 
     def plan(self, body: Mapping[str, Any]) -> None:
         """Of a new plan; whoever keeps on keeping has what it was sent."""
-        self._cutting, self.every = int(body["cutting"]), int(body["every"])
+        self._cutting = int(body["cutting"])
         self.told(body)
         self._copied = {name: self._copied[name] for name in self.keepers if name in self._copied}
 
     def told(self, body: Mapping[str, Any]) -> None:
         """Who keeps its copies from now on, and whose it keeps."""
-        self.keeps = {(self._cutting, int(at)): str(owner) for at, owner in body["keeps"].items()}
+        self.keeps = {
+            (self._cutting, int(at)): (str(owner), {str(name): int(count) for name, count in nbytes.items()})
+            for at, (owner, nbytes) in body["keeps"].items()
+        }
         self.keepers = tuple(str(each) for each in body["keepers"])
 
     def keep(self, frame: Frame) -> Place | None:
         """A piece of somebody's copy: of which stage, once it is whole. ValueError for what is not to be kept here."""
         body = frame.body
         place = (int(body["keep"][0]), int(body["keep"][1]))
-        if self.keeps.get(place) != frame.sender:
+        owner, nbytes = self.keeps.get(place, ("", {}))
+        if owner != frame.sender:
             raise ValueError(f"a copy of stage {place}: is not {frame.sender}'s to give, or not for here")
-        whole = self.here.keep(place, frame.step, frame.tensors, piece=int(body["piece"]), of=int(body["of"]))
+        piece, of = int(body["piece"]), int(body["of"])
+        whole = self.here.keep(place, frame.step, frame.tensors, nbytes, piece=piece, of=of)
+        self.here.note(frame.tensors, nbytes)
         return place if whole else None
 
     def send_due(self, place: Place, own: Held, epoch: int) -> None:
-        """To all of them after each `every`-th step; to who has not had this stage yet, in any case."""
+        """To all of them after a step of which the broker has said so; to who has not had this stage yet, in any
+        case."""
         due = [name for name in self.keepers if self._copied.get(name, (None,))[0] != place]
-        if own.at % self.every == 0:
+        if own.at == self.due:
             due = [name for name in self.keepers if self._copied.get(name) != (place, own.at)]
         self._send(place, own, epoch, due)
 

@@ -16,7 +16,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from llmsys.decentral.pieces import LAST, PIECE_BYTES, Direction, Joined, Slow, 
 from llmsys.decentral.provider import Provider
 from llmsys.decentral.quota import Meter
 from llmsys.decentral.reach import BETWEEN, REACH, Reach
-from llmsys.decentral.wire import BEAT, BROKER, Frame, decode, encode
+from llmsys.decentral.wire import BEAT, BROKER, TASK_S, Frame, decode, encode
 
 if TYPE_CHECKING:
     from llmsys.decentral.direct import Direct
@@ -97,7 +97,7 @@ class Line:
         if slow is not None:
             self._up = Direction(slow.up_mbit, slow.delay_ms / 2e3)
             self._down = Direction(slow.down_mbit, slow.delay_ms / 2e3)
-        self._receiving_s = -math.inf
+        self._receiving_s, self.began_s = -math.inf, math.inf
         self.address, self.token, self.machine, self.life = address, token, machine, life
         self.credentials = credentials
         self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -122,6 +122,15 @@ class Line:
             return
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._direct.say, frame.to, frame.epoch, data)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """A task of its provider, which a sign of life says the age of: one that hangs is as alive as any other."""
+        self.began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.began_s = math.inf
 
     def close(self) -> None:
         """What has been said is sent before."""
@@ -155,11 +164,11 @@ class Line:
             said = slowed(self._metered(let_in), self._up)
             call = channel.stream_stream(METHOD)(said, metadata=(("token", self.token),))
             if WELCOME in dict(await call.initial_metadata()):
+                self.heard = True
                 self.meter.here()
                 let_in.set()
             joined = Joined()
             async for piece in call:
-                self.heard = True
                 self.meter.nbytes += len(piece)
                 self._receiving_s = time.monotonic()
                 data = joined.add(piece)
@@ -187,9 +196,9 @@ class Line:
             except TimeoutError:
                 due = time.monotonic() + BEAT_S
                 busy = self.busy() or not self.inbox.empty() or time.monotonic() < self._receiving_s + BEAT_S
-                body: dict[str, Any] = {"busy": busy}
+                body: dict[str, Any] = {"busy": busy, TASK_S: max(0.0, time.monotonic() - self.began_s)}
                 if direct is not None:
-                    body = {"busy": busy or direct.busy, REACH: direct.said()}
+                    body |= {"busy": busy or direct.busy, REACH: direct.said()}
                 yield LAST + encode(Frame(kind=BEAT, sender=self.machine.name, to=BROKER, body=body))
                 continue
             if data is None:
@@ -217,9 +226,11 @@ def provide(provider: Provider, line: Line) -> None:
             data = line.inbox.get_nowait()
         except queue.Empty:
             before = provider.counters.flops
-            if provider.work():
+            with line.at_work():
+                worked = provider.work()
+            if worked:
                 line.meter.flops += provider.counters.flops - before
-                _flush(provider, line)
+                provider.tell(line.say)
                 continue
             data = line.inbox.get()
         if data is None:
@@ -229,25 +240,36 @@ def provide(provider: Provider, line: Line) -> None:
         if data is LEAVE:
             provider.say_leave()
         else:
-            provider.hear(data)
-        _flush(provider, line)
+            with line.at_work():
+                provider.hear(data)
+        provider.tell(line.say)
     line.close()
 
 
-def stay(provider: Provider, dial: Callable[[], Line], patience_s: Callable[[], float]) -> None:
-    """As `provide`; when the line ends it is dialled again for so long: a broker that has died is rebuilt."""
-    lost_s = -math.inf
+def stay(
+    provider: Provider,
+    dial: Callable[[], Line],
+    patience_s: Callable[[], float],
+    why: Callable[[str], None] = lambda text: None,
+) -> None:
+    """As `provide`; when the line ends it is dialled again for so long: a broker that has died is rebuilt. `why` is
+    told of each reason once, until it is let in again."""
+    lost_s, told = -math.inf, set[str]()
     while True:
         line = dial()
         try:
             return provide(provider, line)
         except Refused:
             raise
-        except ConnectionError:
+        except ConnectionError as error:
             now_s = time.monotonic()
-            lost_s = now_s if line.heard else lost_s
+            if line.heard:
+                lost_s, told = now_s, set()
             if now_s - lost_s > patience_s():
                 raise
+            if str(error) not in told:
+                told.add(str(error))
+                why(str(error))
         time.sleep(AGAIN_S)
 
 
@@ -269,9 +291,3 @@ async def asked(address: str, token: str, credentials: Credentials | None) -> Ma
         refused = error.code() == grpc.StatusCode.UNAUTHENTICATED
         raise (Refused if refused else ConnectionError)(f"{address}: {error.details()}") from None
     raise ConnectionError(f"{address}: no answer")
-
-
-def _flush(provider: Provider, line: Line) -> None:
-    said, provider.out = provider.out, []
-    for frame in said:
-        line.say(frame)

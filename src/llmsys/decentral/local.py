@@ -122,9 +122,10 @@ class Local:
 
     def _collect(self, provider: Provider) -> None:
         """What it says reaches the broker."""
-        said, provider.out = provider.out, []
-        for frame in said:
-            for data in self.carry(BROKER, encode(frame)):
+        said: list[bytes] = []
+        provider.tell(lambda frame: said.append(encode(frame)))
+        for each in said:
+            for data in self.carry(BROKER, each):
                 self.coordinator.hear(provider.name, data, self.now)
 
     def _deliver(self) -> bool:

@@ -6,9 +6,11 @@ labels, so that each one's loss is traced with a weight, which comes with its da
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from llmsys.decentral.cost import Costs, Workload
 from llmsys.decentral.fleet import Fleet, Provider
 from llmsys.decentral.plan import Planner
 from llmsys.decentral.trace import Traced, trace
+from llmsys.decentral.training import TENSOR_BYTES
 from llmsys.lorafa import traceable
 from llmsys.train.evaluate import label_count, token_count
 from llmsys.train.loop import Loop
@@ -78,6 +81,21 @@ def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, tensor in state.items():
             own[key.removeprefix(WITHIN)].copy_(tensor)
+
+
+def carried(own: Chain, task: schema.Together, size: Mapping[str, int]) -> Chain:
+    """Cut only where a frame carries what a micro-batch sends, either way. ValueError where several stages are asked
+    for and that is nowhere: which settings to lower, of those that make its `size`."""
+    inner = own.places[1:-1]
+    nbytes = np.maximum(own.ahead, own.back)[inner]
+    places = inner[nbytes <= TENSOR_BYTES]
+    if task.stages > 1 and len(inner) and not len(places):
+        given = ", ".join(f"{key}={value}" for key, value in size.items())
+        raise ValueError(
+            f"{given}: wherever the model is cut, a micro-batch sends {nbytes.min() / 2**20:.0f} MiB at once, and at "
+            f"most {TENSOR_BYTES >> 20} are carried: lower {' or '.join(size)}"
+        )
+    return dataclasses.replace(own, places=np.concatenate([own.places[:1], places, own.places[-1:]]))
 
 
 def pins(own: Chain, layers: Sequence[int]) -> tuple[int, int]:

@@ -47,9 +47,6 @@ class Cards:
     def at(self, mbit: float, delay_ms: float = 0.0) -> Cards:
         return dataclasses.replace(self, mbit=mbit, delay_ms=delay_ms)
 
-    def reaching(self, efficiency: float) -> Cards:
-        return dataclasses.replace(self, card=dataclasses.replace(self.card, efficiency=efficiency))
-
     def unlimited(self) -> Cards:
         """As if memory were no limit."""
         return dataclasses.replace(self, card=dataclasses.replace(self.card, mem_gib=1e9))

@@ -25,12 +25,17 @@ class _Nobody(Exception):
 
 class Presence:
     """`dial(life, busy)` opens a line; one that has ended is dialled again for `patience_s`, or, of one that is
-    `staying`, until it is told to go."""
+    `staying`, until it is told to go. `why` as of `link.stay`."""
 
     def __init__(
-        self, dial: Callable[[str, Callable[[], bool]], Line], patience_s: float, *, staying: bool = False
+        self,
+        dial: Callable[[str, Callable[[], bool]], Line],
+        patience_s: float,
+        *,
+        staying: bool = False,
+        why: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.dial, self.patience_s, self.staying = dial, patience_s, staying
+        self.dial, self.patience_s, self.staying, self.why = dial, patience_s, staying, why
         self._line: Line | None = None
         self._ending = self._paused = self._interrupted = False
         self._again = threading.Event()
@@ -51,7 +56,7 @@ class Presence:
                 return self._line
 
             try:
-                stay(provider, dial, lambda: math.inf if self.staying and not self._ending else self.patience_s)
+                stay(provider, dial, self._patience_s, self.why)
             except _Nobody:
                 return
             self._line = None
@@ -63,6 +68,9 @@ class Presence:
                 if self._ending:
                     return
             self._paused = False
+
+    def _patience_s(self) -> float:
+        return math.inf if self.staying and not self._ending else self.patience_s
 
     def leave(self) -> None:
         """As it says above; in any thread."""

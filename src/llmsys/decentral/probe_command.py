@@ -48,15 +48,11 @@ def run(given: argparse.Namespace) -> int:
             raise ValueError(f"--models {name}: must be of {', '.join(known)}")
     words = ["+exp=decentral_plan", f"train.length={given.length}", f"train.micro_batch={given.rows}"]
     models = [schema.build(compose.compose([*words, f"model={name}"])).model for name in names]
-    folder: Path = given.credentials
-    credentials.there(folder)
-    token = (folder / credentials.TOKEN).read_text(encoding="utf-8").strip()
-    few = folder / credentials.TRUSTED
-    trusted = few.read_text(encoding="utf-8").strip() if few.exists() else ""
-    own = None
-    if (folder / credentials.CERTIFICATE).exists():
-        certificate, key = ((folder / name).read_bytes() for name in (credentials.CERTIFICATE, credentials.KEY))
-        own = Credentials(certificate=certificate, key=key)
+    files, own = credentials.files(given.credentials), None
+    token = credentials.token_in(files["token_file"])
+    trusted = credentials.token_in(files["trusted_token_file"]) if "trusted_token_file" in files else ""
+    if "certificate" in files:
+        own = Credentials(certificate=files["certificate"].read_bytes(), key=files["key"].read_bytes())
 
     def said(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

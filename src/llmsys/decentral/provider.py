@@ -18,18 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsys.decentral import arrivals, measure
-from llmsys.decentral.compression import Codecs
-from llmsys.decentral.cut import Stage
-from llmsys.decentral.graph import Graph
+from llmsys.decentral.giving import Giving
 from llmsys.decentral.holdings import Held, Holdings, Place, chunks
 from llmsys.decentral.keeping import Keeping
 from llmsys.decentral.measure import MEASURE, MEASURED
-from llmsys.decentral.noise import Noise
 from llmsys.decentral.opinion import Opinions
-from llmsys.decentral.packing import Packing
-from llmsys.decentral.planes import Plane, Rules
+from llmsys.decentral.planes import Plane
+from llmsys.decentral.planes.guarded import Failed, why
 from llmsys.decentral.revival import Revivals
-from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork
+from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork, work_of
 from llmsys.decentral.wire import BROKER, Array, Frame, Malformed, decode
 
 MOST_SAID = 100
@@ -65,10 +62,11 @@ class Provider:
         self.job = job
         self.epoch = self.step = 0
         self.here = Holdings()
-        self.revivals = Revivals(self.here, self._made, self._send)
-        self.opinions = Opinions(self.here, self._made, lambda body: self._say("opinion", body=body))
+        self.revivals = Revivals(self.here, self._work_of, self._send)
+        self.opinions = Opinions(self.here, self._work_of, lambda body: self._say("opinion", body=body))
         self.live: Place | None = None
         self.peers: dict[int, str] = {}
+        self.giving = Giving(self.here)
         self.keeping = Keeping(self.here, self._give_away)
         self.said: tuple[str, int, int] | None = None
 
@@ -97,13 +95,16 @@ class Provider:
             self.counters.stale += 1
             return
         self._obey(frame)
-        self._settle()
+        try:
+            self._settle()
+        except Exception as error:  # noqa: BLE001  as in `work`: no frame is at fault
+            self._unable(why(error), self.epoch)
 
     def _obey(self, frame: Frame) -> None:
         orders: Mapping[str, Callable[[Frame], None]] = {
             "plan": self._plan, "revive": self.revivals.told, "resend": self._resend, "give": self._give,
-            "state": self._state, "begin": self._begin, "commit": self._commit, "tidy": self._tidy,
-            "stop": self._stop, "copy": self._asked_to_copy, "check": self.opinions.told,
+            "expect": self.giving.expect, "state": self._state, "begin": self._begin, "commit": self._commit,
+            "tidy": self._tidy, "stop": self._stop, "copy": self._asked_to_copy, "check": self.opinions.told,
             "keepers": lambda each: self.keeping.told(each.body), MEASURE: self._measure,
         }  # fmt: skip
         from_broker = frame.kind not in (*KINDS, "state")
@@ -120,15 +121,18 @@ class Provider:
                 raise ValueError(f"{frame.kind[:40]}: no such frame")
         except Exception as error:  # noqa: BLE001  whatever somebody sends, or a plane's framework raises
             self.counters.refused += 1
-            why = f"{frame.kind}: {type(error).__name__}: {error}"
-            self.counters.refusals.append(why)
-            if frame.sender == BROKER and frame.kind in ("plan", "revive"):  # or all would wait for it
-                self._unable(why, frame.epoch)
+            said = f"{frame.kind}: {why(error)}"
+            self.counters.refusals.append(said)
+            awaited = frame.sender == BROKER and frame.kind in ("plan", "revive")  # all would wait for it
+            if awaited or isinstance(error, Failed):
+                self._unable(said, frame.epoch)
             elif len(self.counters.refusals) < MOST_SAID:
-                self._say("refused", body={"why": why[:500]})
+                self._say("refused", body={"why": said[:500]})
 
     def _unable(self, why: str, epoch: int) -> None:
-        """It cannot do what is its own to do: others have to."""
+        """It cannot do what is its own to do, and does no more of it: others have to."""
+        self.live = None
+        self.revivals.open.clear()
         said = self._frame("unable", BROKER, self.step, {"why": why[:500]}, {})
         self.out.append(dataclasses.replace(said, epoch=epoch))
 
@@ -140,11 +144,12 @@ class Provider:
             return  # told before
         place = None if body["stage"] is None else (int(body["cutting"]), int(body["stage"]["index"]))
         old = self.here.stages.get(place) if place else None
-        made = None if place is None or (old and old.at == frame.step) else self._made(frame)
+        made = None if place is None or (old and old.at == frame.step) else self._work_of(frame)
         self.epoch, self.step = frame.epoch, frame.step
         self.revivals.open.clear()
         self.opinions.open.clear()
         self.here.partial.clear()
+        self.giving.givers.clear()
         for held in self.here.stages.values():
             held.work.give_up()
         self.live, self.said = place, None
@@ -152,18 +157,11 @@ class Provider:
         self.keeping.plan(body)
         if place is not None and made is not None:
             self.here.stages[place] = Held(work=made, at=frame.step, since=frame.step)
-        self._fill()
+        self.giving.fill(self.live, self.step)
         self._say("have", body={**self.here.have(self.step), "stack": self.plane.stack})
 
-    def _made(self, frame: Frame) -> StageWork:
-        body = frame.body
-        rules = Rules.of_json(body["rules"])
-        graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
-        executor = self.plane.stage(graph, stage, frame.tensors, rules)
-        noise = None if body["noise"] is None else Noise(**{**body["noise"], "names": tuple(body["noise"]["names"])})
-        packing = Packing(graph, stage, rules, Codecs.of_json(body["codecs"]), noise)
-        count, claiming = int(body["count"]), body["claims"] is True
-        return StageWork(graph, stage, executor, rules, packing, count=count, claiming=claiming)
+    def _work_of(self, frame: Frame) -> StageWork:
+        return work_of(frame, self.plane)
 
     def _begin(self, frame: Frame) -> None:
         """Of stages only the one that it has now is kept."""
@@ -176,7 +174,9 @@ class Provider:
             raise ValueError(f"step {frame.step}: its state is not here")
         self.here.stages = {self.live: own}
         self.revivals.open.clear()
+        self.giving.givers.clear()
         own.work.begin(frame.step)
+        self.keeping.due = frame.step if frame.body["copy"] else self.keeping.due
         self.here.drop(int(frame.body["safe"]))
 
     def _stop(self, frame: Frame) -> None:
@@ -208,14 +208,10 @@ class Provider:
 
     def _data(self, frame: Frame) -> None:
         place, sent = arrivals.sent(frame)
-        if place in self.revivals.open:
-            revival = self.revivals.open[place]
-            arrivals.checked(frame, revival.held.work.stage, {**revival.near, **revival.peers})
-            revival.held.work.put(sent)
-        elif place in self.opinions.open:
-            opinion = self.opinions.open[place]
-            arrivals.checked(frame, opinion.held.work.stage, opinion.near)
-            opinion.held.work.put(sent)
+        replay = self.revivals.open.get(place) or self.opinions.open.get(place)
+        if replay is not None:
+            arrivals.checked(frame, replay.held.work.stage, replay.near)
+            replay.held.work.put(sent)
         elif place == self.live:
             own = self.here.stages[place]
             if not own.at <= frame.step <= own.at + 2:
@@ -231,9 +227,7 @@ class Provider:
         try:
             return self._worked()
         except Exception as error:  # noqa: BLE001  its plane's framework may raise anything
-            self.live = None
-            self.revivals.open.clear()
-            self._unable(f"{type(error).__name__}: {error}", self.epoch)
+            self._unable(why(error), self.epoch)
             return True
         finally:
             self.busy = False
@@ -241,7 +235,7 @@ class Provider:
     def _worked(self) -> bool:
         if (revived := self.revivals.finished()) is not None:
             place, held = revived
-            self._fill()
+            self.giving.fill(self.live, self.step)
             self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
             self._settle()
             return True
@@ -292,21 +286,8 @@ class Provider:
     # --- state ---
 
     def _give(self, frame: Frame) -> None:
-        """Of its state what is asked for: of a stage, or of a copy that it keeps."""
-        body = frame.body
-        if "copy" in body:
-            place = (int(body["copy"][0]), int(body["copy"][1]))
-            found: Mapping[str, Array] = self.here.copies[place][frame.step]
-            extra = {"copy": list(place)}
-        else:
-            found, extra = self.here.found(body["names"], frame.step), {}
-        self._give_away(found, str(body["who"]), frame.step, extra)
-
-    def _fill(self) -> None:
-        """What the stage that it has now lacks and is here already, in another stage or in a copy."""
-        own = self.here.stages.get(self.live) if self.live else None
-        if own is not None and own.at == self.step and own.lacks:
-            own.put(self.here.there(own.lacks, self.step))
+        found, extra = self.giving.asked(frame)
+        self._give_away(found, str(frame.body["who"]), frame.step, extra)
 
     def _give_away(self, state: Mapping[str, Array], to: str, step: int, body: Mapping[str, Any]) -> None:
         pieces = [*chunks(state)]
@@ -315,21 +296,19 @@ class Provider:
             self.out.append(self._frame("state", to, step, {**body, **place}, piece))
 
     def _state(self, frame: Frame) -> None:
-        """State that was asked for; or somebody's copy to keep."""
+        """State, from whom the broker has asked for it; or somebody's copy to keep."""
         body = frame.body
-        self.here.note(frame.tensors)
         if "keep" in body:
             if (place := self.keeping.keep(frame)) is not None:
                 self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
-            self.revivals.put(place, frame.step, frame)
+            self.revivals.given(place, frame)
         elif "check" in body and frame.sender == BROKER:
             self.opinions.put((int(body["check"][0]), int(body["check"][1])), frame.step, frame.tensors)
-        elif self.live is not None and frame.step == self.step:
-            self.here.stages[self.live].put(frame.tensors)
-            if body.get("begin"):
-                self.here.stages[self.live].work.executor.begin()
+        else:
+            at_this_step = self.live is not None and frame.step == self.step
+            self.giving.take(frame, self.here.stages[self.live] if at_this_step and self.live else None)
 
     def _settle(self) -> None:
         """Says once that the state of its stage is here; and sends the copy of it that is due."""
@@ -350,6 +329,17 @@ class Provider:
         self.keeping.send(self.live, self.here.stages[self.live], self.epoch)
 
     # --- what goes ---
+
+    def tell(self, say: Callable[[Frame], None]) -> None:
+        """Hands what goes `out` to `say`. What that raises a ValueError for, as no frame carries it, this provider
+        cannot say the next time either."""
+        while self.out:
+            out, self.out = self.out, []
+            for frame in out:
+                try:
+                    say(frame)
+                except ValueError as error:
+                    self._unable(f"{frame.kind}: {error}", self.epoch)
 
     def say_leave(self) -> None:
         """It wants to go; until it is told to `stop`, it does its part."""

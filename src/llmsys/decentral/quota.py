@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -96,7 +97,7 @@ class Watch:
         threading.Thread(target=self._look, args=(leave,), name="quota", daemon=True).start()
 
     def _look(self, leave: Callable[[str], None]) -> None:
-        wrote, said = time.monotonic(), False
+        wrote, said, told = time.monotonic(), False, False
         while True:
             time.sleep(LOOK_S)
             if not said and (found := self.quota.reached(self.meter)):
@@ -104,7 +105,13 @@ class Watch:
                 leave(found)
             if time.monotonic() > wrote + WRITE_S:
                 wrote = time.monotonic()
-                self.write()
+                try:
+                    self.write()
+                except OSError as error:  # a full disk: the quota counts all the same
+                    if not told:
+                        told = True
+                        print(f"llmsys.decentral: --quota-file {self.path}: {error.strerror or error}; what is used is "
+                              "counted, and cannot be written", file=sys.stderr, flush=True)  # fmt: skip
 
     def write(self) -> None:
         used = self.meter

@@ -15,6 +15,7 @@ from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from llmsys.decentral.credentials import address
 from llmsys.decentral.stage_work import INPUT, KINDS
 
 BETWEEN = frozenset({*KINDS, "state"} - {INPUT})
@@ -41,9 +42,9 @@ class Reach:
     def __post_init__(self) -> None:
         if not all(isinstance(each, str) and each.isascii() for each in (self.address, self.secret, self.certificate)):
             raise ValueError("an address, a secret and a certificate are texts, in ASCII")
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 2**16 or len(self.address) > 256:
-            raise ValueError(f"{self.address[:256]}: must be host:port")
+        host, _ = address("a peer's address", self.address, any_port=False)
+        if len(self.address) > 256:
+            raise ValueError(f"{self.address[:64]}: and so on, which is no host")
         if not self.certificate and host not in LOOPBACK:
             raise ValueError(f"{self.address}: beyond loopback a certificate is needed")
         if not self.secret or len(self.secret) > 256 or len(self.certificate) > 64 << 10:

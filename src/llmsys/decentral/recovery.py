@@ -86,7 +86,7 @@ class Recovery:
             self.move(state, leaving)
 
     def _stage(self, name: str, index: int | None, order: Sequence[str]) -> dict[str, Any]:
-        common = {"cutting": self.where.now.number, "peers": list(order), "every": self.copies.every}
+        common = {"cutting": self.where.now.number, "peers": list(order)}
         common["keeps"] = self.copies.keeps(name, order)
         if index is None:
             return {**common, "stage": None, "keepers": [], "rules": None}
@@ -95,20 +95,24 @@ class Recovery:
 
     # --- what is where ---
 
-    def have(self, frame: Frame) -> None:
-        """What a provider says that it has."""
+    def have(self, frame: Frame, state: State) -> None:
+        """What a provider says that it has. ValueError for a stage that is none, and for what is of a step that has
+        not been committed."""
         body, name, told, cuttings = frame.body, frame.sender, self.told, self.where.cuttings
-        holds = told.holds.setdefault(name, set())
+        holds = told.holds.setdefault(name, set())  # nobody waits for what cannot be
+        last = min(frame.step, state.step)
         for number, index, since, lacks in body["stages"]:
             if number in cuttings:  # else it is of a plan that nobody asks for any more
+                _checked(cuttings[number], index, since, -1, last)
                 if since >= 0:
                     told.stages[number, index] = name
-                    told.since[number, index] = int(since)
+                    told.since[number, index] = since
                 holds |= cuttings[number].names[index] - set(lacks)
         for number, index, steps in body["copies"]:
             if number in cuttings:
                 for step in steps:
-                    told.copies.setdefault((number, index), {}).setdefault(int(step), set()).add(name)
+                    _checked(cuttings[number], index, step, 0, last)
+                    told.copies.setdefault((number, index), {}).setdefault(step, set()).add(name)
                 if frame.step in steps:
                     holds |= {each for each in cuttings[number].names[index] if not each.startswith(CONSTANT)}
         holds |= set(body["constants"])
@@ -120,16 +124,21 @@ class Recovery:
             for who in steps.values():
                 who.discard(name)
 
-    def revived(self, frame: Frame) -> None:
-        """A stage that was lost is there again."""
-        body, name, told = frame.body, frame.sender, self.told
+    def revived(self, frame: Frame, state: State) -> None:
+        """A stage that was lost is there again. ValueError from who was not asked for it."""
+        body, name, told, base = frame.body, frame.sender, self.told, self.where.base
         place = (int(body["cutting"]), int(body["stage"]))
-        told.stages[place], told.since[place] = name, int(body["since"])
-        told.holds[name] |= self.where.cuttings[place[0]].names[place[1]]
+        if base is None or place[0] != base.number or told.reviving.get(place[1]) != name:
+            raise ValueError(f"revived: stage {place}: is not theirs")
+        _checked(base, place[1], body["since"], 0, state.step)
+        told.stages[place], told.since[place] = name, body["since"]
+        told.holds[name] |= base.names[place[1]]
 
     def held(self, frame: Frame, state: State) -> None:
-        """An owner has the state of its stage."""
-        self.told.since[self.where.now.number, owners(state).index(frame.sender)] = int(frame.body["since"])
+        """An owner has the state of its stage. ValueError where that is of a step that has not been committed."""
+        cutting, at, since = self.where.now, owners(state).index(frame.sender), frame.body["since"]
+        _checked(cutting, at, since, 0, min(frame.step, state.step))
+        self.told.since[cutting.number, at] = since
 
     def move(self, state: State, leaving: Collection[str]) -> None:
         """Asks for what owners lack and somebody has, and has computed again what nobody has. As far as all who are
@@ -151,6 +160,7 @@ class Recovery:
                 if source == BROKER:
                     self.handing.over(name, self.copies.kept.found(names, state.step), {})
                 else:
+                    self._tell(name, "expect", body={"names": names, "who": source})
                     self._tell(source, "give", body={"names": names, "who": name})
                 told.asked[name] |= set(names)
             nowhere = wanted - everything
@@ -217,3 +227,12 @@ class Recovery:
             return set()  # what has been generated is here already
         keys = {PARAMETER: [key for key in own.parameters if key not in own.shares], VARIABLE: own.variables}
         return {prefix + key for prefix, names in keys.items() for key in names}
+
+
+def _checked(cutting: Cutting, index: Any, step: Any, least: int, last: int) -> None:
+    """ValueError unless both are whole numbers, of a stage, and of a step from `least` to `last`: all would wait for
+    what is said to be of a later one."""
+    if type(index) is not int or not 0 <= index < len(cutting.stages):
+        raise ValueError(f"stage {index!r:.40}: is none")
+    if type(step) is not int or not least <= step <= last:
+        raise ValueError(f"stage {index}: step {step!r:.40}: must be from {least} to {last}")

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from llmsys.decentral.holdings import Held, Holdings, Place
+from llmsys.decentral.replay import Replay, Replays, named, place_of
 from llmsys.decentral.stage_work import Sent, StageWork
-from llmsys.decentral.wire import Frame
+from llmsys.decentral.wire import BROKER, Frame
 
 
-@dataclass(kw_only=True)
-class Revival:
-    """A stage as it is after `held.at`, on its way to `until`. `updates` of each step; `peers` who compute others again
-    that it sends to, by stage; `near`: who have its other neighbours."""
-
-    held: Held
-    until: int
-    updates: Mapping[int, tuple[float, float]]
-    peers: Mapping[int, str]
-    near: Mapping[int, str]
-
-
-class Revivals:
-    """`made(frame)` is the work of the stage that a frame describes; `send(place, sent, peers)`."""
+class Revivals(Replays[Replay]):
+    """`send(place, sent, peers)`."""
 
     def __init__(
         self,
@@ -31,35 +19,33 @@ class Revivals:
         made: Callable[[Frame], StageWork],
         send: Callable[[Place, Iterable[Sent], Mapping[int, str]], None],
     ) -> None:
-        self.here, self._made, self._send = here, made, send
-        self.open: dict[Place, Revival] = {}
+        super().__init__(here, made)
+        self._send = send
+        self.givers: dict[Place, set[str]] = {}  # of the copies that they begin with, beside the broker
 
     def told(self, frame: Frame) -> None:
         """To begin one; what it was told before, or has done, it leaves alone."""
-        body = frame.body
-        place = (int(body["cutting"]), int(body["stage"]["index"]))
+        body, place = frame.body, place_of(frame.body)
         after, until = int(body["after"]), int(body["until"])
-        peers, near = ({int(stage): str(name) for stage, name in body[key].items()} for key in ("peers", "near"))
         there, now = self.here.stages.get(place), self.open.get(place)
-        if now is not None and (now.held.since, now.until, now.peers) == (after, until, peers):
+        self.givers[place] = {str(body["giver"]), *(self.givers.get(place, ()) if now is not None else ())}
+        if now is not None and (now.after, now.until, now.peers) == (after, until, named(body, "peers")):
             return
         if there is not None and there.at == until and there.since <= after and not there.lacks:
             return
-        updates = {after + 1 + at: (float(rate), float(scale)) for at, (rate, scale) in enumerate(body["updates"])}
-        held = Held(work=self._made(frame), at=after, since=after)
-        self.open[place] = Revival(held=held, until=until, updates=updates, peers=peers, near=near)
-        if after in self.here.copies.get(place, {}):
-            held.work.executor.put(self.here.copies[place][after])
+        self.open[place] = Replay.told(frame, self._made, self.here)
+        self.put(place, after, self.here.copies.get(place, {}).get(after, {}))
 
-    def put(self, place: Place, step: int, frame: Frame) -> None:
-        """Of a copy that one begins with."""
-        if self.open[place].held.at == step:
-            self.open[place].held.work.executor.put(frame.tensors)
+    def given(self, place: Place, frame: Frame) -> None:
+        """Of the copy that one begins with. ValueError from who was not asked for it."""
+        if frame.sender != BROKER and frame.sender not in self.givers.get(place, ()):
+            raise ValueError(f"a copy of stage {place}: {frame.sender} was not asked for it")
+        self.put(place, frame.step, frame.tensors)
 
     def finished(self) -> tuple[Place, Held] | None:
         """One that has come to its end: its stage is here now as if it had always been."""
         for place, each in self.open.items():
-            if each.held.at == each.until and _ready(each):
+            if each.held.at == each.until and each.ready:
                 del self.open[place]
                 self.here.stages[place] = each.held
                 return place, each.held
@@ -67,24 +53,8 @@ class Revivals:
 
     def work(self) -> StageWork | None:
         """The next task of any; of which, if there was one."""
-        ready = ((place, each) for place, each in [*self.open.items()] if _ready(each))
-        return next((each.held.work for place, each in ready if self._worked(place, each)), None)
-
-    def _worked(self, place: Place, revival: Revival) -> bool:
-        held, work = revival.held, revival.held.work
-        if held.at == revival.until:
-            return False
-        if work.step != held.at + 1:
-            work.begin(held.at + 1)
-        sent = work.work()
-        if sent is None:
-            return False
-        self._send(place, sent, revival.peers)
-        if work.computed:
-            self._send(place, work.apply(*revival.updates[work.step]), revival.peers)
-            held.applied()
-        return True
-
-
-def _ready(revival: Revival) -> bool:
-    return not revival.held.work.executor.missing and revival.held.settled()
+        for place, each in [*self.open.items()]:
+            if (sent := each.work()) is not None:
+                self._send(place, sent, each.peers)
+                return each.held.work
+        return None

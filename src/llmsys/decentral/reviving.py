@@ -12,7 +12,6 @@ from llmsys.decentral.broker import State
 from llmsys.decentral.copies import Copies
 from llmsys.decentral.cutting import Cutting, lost, neighbours
 from llmsys.decentral.handing import Handing
-from llmsys.decentral.planes import CONSTANT
 from llmsys.decentral.training import Update
 from llmsys.decentral.whereabouts import JobLost, Whereabouts, owners, trusted
 from llmsys.decentral.wire import BROKER
@@ -51,6 +50,7 @@ class Reviving:
                     "updates": [[self.updates[s].rate, self.updates[s].scale] for s in range(after + 1, until + 1)],
                     "peers": {str(other): name for other, name in who.items()},
                     "near": {str(other): name for other, name in resending[at].items()},
+                    "giver": _giver(who[at], kept[at][after]),
                 },
                 tensors=programs[at],
             )
@@ -65,15 +65,14 @@ class Reviving:
 
     def _copy(self, base: Cutting, at: int, after: int, name: str, kept_by: Collection[str]) -> None:
         """To whoever computes a stage again, the state from which it begins."""
-        constants = {CONSTANT + key: self.handing.training.tensors[key] for key in base.stages[at].constants}
-        copy = {"copy": [base.number, at]}
-        self._tell(name, "state", step=after, body={**copy, "piece": 0, "of": 1}, tensors=constants)
-        if name in kept_by:
-            return
-        if near_by := set(kept_by) - {BROKER}:
-            self._tell(min(near_by), "give", step=after, body={**copy, "who": name})
-        else:
-            self.handing.over(name, self.copies.kept.copies[base.number, at][after], copy, after)
+        copy, giver = {"copy": [base.number, at]}, _giver(name, kept_by)
+        state = self.handing.constants(base, at, self.where.told.holds.get(name, ()))
+        if giver == BROKER:
+            state |= self.copies.kept.copies[base.number, at][after]
+        if state:
+            self.handing.over(name, state, copy, after)
+        if giver not in (BROKER, name):
+            self._tell(giver, "give", step=after, body={**copy, "who": name})
 
     def _from_where(
         self, base: Cutting, lost: Collection[int], until: int
@@ -112,3 +111,8 @@ class Reviving:
     def _resending(self, base: Cutting, at: int, every: Collection[int]) -> dict[int, str]:
         """Of its neighbours those that are there, and by whom."""
         return {other: self.where.told.stages[base.number, other] for other in neighbours(base, at) - set(every)}
+
+
+def _giver(name: str, kept_by: Collection[str]) -> str:
+    """Of those who keep a copy who gives it to somebody: itself, or the broker where nobody else can."""
+    return name if name in kept_by else min(set(kept_by) - {BROKER}, default=BROKER)

@@ -20,6 +20,7 @@ from llmsys.decentral.chain import Chain
 from llmsys.decentral.compression import NONE
 from llmsys.decentral.coordinator import Coordinator
 from llmsys.decentral.cost import Workload
+from llmsys.decentral.credentials import address, token_in
 from llmsys.decentral.event_log import EVENTS, EventLog, last_step, read
 from llmsys.decentral.fleet import Between
 from llmsys.decentral.link import Credentials
@@ -69,14 +70,14 @@ class Running:
         """The broker, until the job is done. One that was killed goes on from its events, where its providers are not
         this machine's processes, which ended with it."""
         task, context = self.task, self.context
-        host, _, wanted = task.listen.rpartition(":")
+        host, wanted = address("task.listen", task.listen)
         own = Path(task.certificate).read_bytes() if task.certificate else None
         credentials = None if own is None else Credentials(certificate=own, key=Path(task.key).read_bytes())
         events = context.out / EVENTS
         if task.start == "process" or not (context.out / KNOWN).exists():  # begun anew, or done before
             events.unlink(missing_ok=True)
         noted = read(events)
-        token, port, name = self._known(int(wanted), going_on=bool(noted))
+        token, port, name = self._known(wanted, going_on=bool(noted))
         with (
             ThreadPoolExecutor(1, thread_name_prefix="export") as elsewhere,
             contextlib.closing(EventLog(events)) as log,
@@ -85,7 +86,7 @@ class Running:
             machines = owner.machines(task, self.chain, self.work) if started is not None else []
             pool: dict[str, Any] = {"least": task.providers, "reserve": task.reserve, "name": name}
             job = Job(chain=self.chain, work=self.work, other=Between(delay_ms=task.delay_ms), **pool)
-            self.coordinator = Coordinator(job, self.training(elsewhere), log.note)
+            self.coordinator = Coordinator(job, self.training(elsewhere), log.note, log.sync)
             self.made(self.coordinator)
             if noted:
                 context.log.warning("going on after step %d, by %s", last_step(noted), events.name)
@@ -114,8 +115,10 @@ class Running:
                 self._looking()
                 if isinstance(started, Processes):
                     self._nobody_comes(started.gone())
+                elif started is not None:
+                    started.again()
 
-            trusted = _token(task.trusted_token_file) if task.trusted_token_file else ""
+            trusted = token_in(Path(task.trusted_token_file)) if task.trusted_token_file else ""
             serving = Serving(self.coordinator, token, committed, looking, trusted)
             try:
                 asyncio.run(serving.run(host, port, credentials, ready))
@@ -153,7 +156,7 @@ class Running:
         path = self.context.out / KNOWN
         before = json.loads(path.read_text()) if path.exists() and self.task.start != "process" else {}
         if self.task.token_file:
-            token = _token(self.task.token_file)
+            token = token_in(Path(self.task.token_file))
         else:
             token = str(before.get("token", secrets.token_hex(16)))
         name = before.get("job", "") if going_on else secrets.token_hex(8)
@@ -199,7 +202,7 @@ class Running:
             "lost": seen["Lost"] + seen["Left"],
             "stages": len(own.owners),
             "moved_mib": moved / MIB,
-            "per_step_mib": moved / MIB / len(steps),
+            "per_step_mib": moved / MIB / max(1, len(self.ended_s)),  # both of this process alone
         }
         if own.training.checks:
             summary |= own.checks.counts()
@@ -231,7 +234,3 @@ class Running:
         if checks.unchecked:
             found["unchecked"] = "no copies or logs to begin with, or nobody free with the same stack and room for it"
         return found
-
-
-def _token(file: str) -> str:
-    return Path(file).read_text(encoding="utf-8").strip()

@@ -56,6 +56,8 @@ class Serving:
                     await asyncio.wait_for(self._over.wait(), LOOK_S)
                 except TimeoutError:
                     continue
+        except JobLost as error:  # of what is looked at here: raised below, once all are let go
+            self._error = error
         finally:
             if self.coordinator.finished or isinstance(self._error, JobLost):
                 for name in [*self.hub.queues]:
@@ -119,6 +121,7 @@ class Serving:
             self._over.set()
 
     def _send(self) -> None:
+        self.coordinator.journal.noted()
         said, self.coordinator.out = self.coordinator.out, []
         for name, data in said:
             self.hub.send(name, data)

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsys.decentral.claims import Claims, hashed
+from llmsys.decentral.compression import Codecs
 from llmsys.decentral.cut import Stage
 from llmsys.decentral.graph import Graph
+from llmsys.decentral.noise import Noise
 from llmsys.decentral.packing import AHEAD, BACK, SHARED, Packing
-from llmsys.decentral.planes import PARAMETER, Executor, Rules
+from llmsys.decentral.planes import PARAMETER, Executor, Plane, Rules
+from llmsys.decentral.planes.guarded import Guarded
 from llmsys.decentral.schedule import orders
-from llmsys.decentral.wire import Array
+from llmsys.decentral.wire import Array, Frame
 
 VALUE, INPUT = "value", "input"
 """What travels as well: shared parameters' new values, and the job's own inputs."""
@@ -251,3 +254,15 @@ class StageWork:
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def work_of(frame: Frame, plane: Plane) -> StageWork:
+    """That of the stage which a broker's frame tells of. ValueError, KeyError and the like for what is none."""
+    body = frame.body
+    rules = Rules.of_json(body["rules"])
+    graph, stage = Graph.of_json(body["graph"]), Stage.of_json(body["stage"])
+    executor = Guarded(plane.stage(graph, stage, frame.tensors, rules))
+    noise = None if body["noise"] is None else Noise(**{**body["noise"], "names": tuple(body["noise"]["names"])})
+    packing = Packing(graph, stage, rules, Codecs.of_json(body["codecs"]), noise)
+    count, claiming = int(body["count"]), body["claims"] is True
+    return StageWork(graph, stage, executor, rules, packing, count=count, claiming=claiming)

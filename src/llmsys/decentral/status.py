@@ -23,9 +23,9 @@ def status(own: Coordinator, now: float) -> dict[str, Any]:
         return own.directory.said.get(name, Said()) if name in state.present else Said()
 
     def role(name: str) -> str:
-        if name in order:
-            return "stage"
-        return "pool" if name in pool else "there" if name in state.present else "gone"
+        if name not in state.present:  # of those that have gone the plan may still speak
+            return "gone"
+        return "stage" if name in order else "pool" if name in pool else "there"
 
     return {
         "step": state.step,
@@ -35,7 +35,7 @@ def status(own: Coordinator, now: float) -> dict[str, Any]:
         "loss": last.loss if last is not None and last.losses else None,
         "steps_per_s": state.step / now if now > 0 else 0.0,
         "steps_again": own.again,
-        "astray": own.astray,
+        "astray": own.restarts.astray,
         "counters": dict(own.counters),
         "refusals": list(own.refusals),
         "checks": {**own.checks.counts(), "found": own.checks.verdicts[-10:]},

@@ -56,7 +56,8 @@ class _Job:
         self.config, self.context, self.task, self.ready = config, context, task, ready
         self.loop, self.batches = ready.loop, owner.Batches(ready.loop)
         self.traced = owner.traced(self.loop.model, self.batches.of(1)[0])
-        self.chain = chain(self.traced.graph)
+        size = {"train.micro_batch": own.micro_batch, "train.length": own.length}
+        self.chain = owner.carried(chain(self.traced.graph), task, size)
         work = Workload(
             micro_batches=own.global_batch // own.micro_batch,
             most=1,
@@ -82,6 +83,7 @@ class _Job:
             exports=Exports(self.rules, elsewhere),
             copies=task.copies,
             owner_keeps=task.owner_keeps,
+            hung_s=task.hung_s,
             copy_every=task.copy_every,
             checks=task.checks,
             on_cheat=task.on_cheat,

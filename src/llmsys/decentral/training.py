@@ -27,7 +27,7 @@ class Training:
     programs of their own; None: providers with such planes are sent away. `vocabulary`, `rows` of each
     stream: of what is generated (`rules.streams`). `noise` on what private stages send to others. A share of `checks`
     of what stages compute is computed again (`checking`); where that shows that the model is not what it should be,
-    the job ends, if `on_cheat` is `stop`."""
+    the job ends, if `on_cheat` is `stop`. Who is at one task for more than `hung_s` seconds hangs."""
 
     graph: Graph
     chain: Chain
@@ -43,6 +43,7 @@ class Training:
     copy_every: int = 1
     checks: float = 0.0
     on_cheat: str = "stop"
+    hung_s: float = 600.0
     vocabulary: int = 0
     rows: int = 0
     noise: Noise | None = None

@@ -34,8 +34,9 @@ HEADER_BYTES = 4 << 20
 FRAME_BYTES = 512 << 20
 """Nor has a frame: what is larger is sent in several."""
 DIMENSIONS = 16
-BROKER, BEAT = "broker", "beat"
-"""Who sends what no provider does, by the name that none of them has; and the kind of a sign of life."""
+BROKER, BEAT, TASK_S = "broker", "beat", "task_s"
+"""Who sends what no provider does, by the name that none of them has; the kind of a sign of life; and what that says of
+how long its sender is at what it does."""
 
 
 class Malformed(ValueError):

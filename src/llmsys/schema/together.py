@@ -37,6 +37,9 @@ class Together(Task):
     as each line needs it (adaptive). `noise`: of so many times a hidden state's standard deviation, is added to what
     private stages send on to others, in training and generation.
 
+    `hung_s`: a provider that is at one task for longer (to compile its stage is one) hangs: it is sent away, and others
+    take over.
+
     `listen`: host and port; beyond loopback with `certificate` and `key`, files that
     `python -m llmsys.decentral certificate` makes. `token_file`: with what providers must show; empty: drawn anew.
     `faults`: of those that are started, who is hit by which signal once a step is committed: `p1 SIGKILL 5`, or
@@ -62,6 +65,7 @@ class Together(Task):
     mem_gib: float = 0.0
     copies: int = 1
     owner_keeps: bool = True
+    hung_s: float = 600.0
     listen: str = "127.0.0.1:0"
     certificate: str = ""
     key: str = ""
@@ -78,7 +82,7 @@ class Together(Task):
             at_least(f"task.{key}", getattr(self, key), least)
         if self.stages > self.providers:
             raise ValueError(f"task.stages={self.stages}: task.providers={self.providers} are fewer")
-        for key in ("tflops", "up_mbit", "down_mbit"):
+        for key in ("tflops", "up_mbit", "down_mbit", "hung_s"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"task.{key}={getattr(self, key)}: must be positive")
         if not self.delay_ms >= 0:
