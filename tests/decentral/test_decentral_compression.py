@@ -288,7 +288,7 @@ def test_a_frame_with_another_codec_than_was_agreed_is_refused_and_counted() -> 
     assert done
     refused = [each for one in local.providers.values() for each in one.counters.refusals]
     assert any("int8" in each and "was agreed" in each for each in refused), refused
-    assert local.coordinator.astray == 1
+    assert local.coordinator.restarts.astray == 1
     quiet = together("int8", STEPS)
     quiet.run()
     assert losses(local) == losses(quiet)

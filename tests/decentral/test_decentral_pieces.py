@@ -82,6 +82,6 @@ def test_a_slow_line_is_no_reason_to_be_given_up(tmp_path: Path, direct: bool) -
         took = time.monotonic() - begin
     assert losses_of(coordinator) == undisturbed("llama", steps)
     assert coordinator.happened["Lost"] == 1
-    assert coordinator.astray == 0
+    assert coordinator.restarts.astray == 0
     assert took > 5.0  # it was slow, after all
     assert bool(coordinator.directory.carried) == direct
