@@ -3,8 +3,9 @@ goes by gRPC all the same: Ray starts them, watches their processes and starts t
 
     ray start --address=HOST:PORT --resources='{"provider": 1}'
 
-They are detached, so that a broker that is started again finds them; each ends when it is let go, or when no broker has
-answered for `PATIENCE_S`. A process that has merely stopped Ray does not notice; the broker does.
+They are detached, so that a broker that is started again finds them. Each ends, and its part of the resource is free
+again, when it is let go, or when no broker has answered for `PATIENCE_S`; those of a broker that ends with an error are
+killed, since nobody begins that one again. A process that has merely stopped Ray does not notice; the broker does.
 """
 
 from __future__ import annotations
@@ -12,37 +13,59 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import uuid
 from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.reach import LOOPBACK
-from llmsys.decentral.whereabouts import JobLost
 
 RESOURCE = "provider"
 PATIENCE_S = 60.0
+FREE_S = 5.0
+"""For what an earlier run's had to be free again: Ray hears of it a moment after they have ended."""
+LOOK_S = 0.2
 NAMESPACE = "llmsys"
 ANYWHERE = "auto"
 
 
 class _Actor:
-    """A provider's process. Ray runs `run` again in another one, as another life, when this one dies."""
+    """A provider's process. Ray runs `run` again in another one, as another life, when this one dies. Calls are done
+    one by one, but for those of `pid`. It ends where nobody has called for `patience_s`: Ray starts it again also when
+    whoever would call is dead."""
 
-    def __init__(self) -> None:
-        self._alone = threading.Lock()
+    def __init__(self, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self._itself = ray.get_runtime_context().current_actor
+        self._called = False
+        self._why: str | None = None
+        timer = threading.Timer(patience_s, self._nobody_calls)
+        timer.daemon = True
+        timer.start()
 
     def run(self, machine: dict[str, Any], address: str, token: str, certificate: bytes | None) -> str:
-        """Until it is let go; why it was sent away, if it was. At once where another call is at it: it dials again."""
-        if not self._alone.acquire(blocking=False):
-            return ""
+        """Until it is let go; why it was sent away, if it was. Then the actor ends. A broker that is started again
+        calls while the first call is at it, which dials again; its own is answered after that, by the same word."""
+        self._called = True
         try:
-            return self._run(machine, address, token, certificate)
+            if self._why is None:
+                self._why = self._run(machine, address, token, certificate)
+            return self._why
         finally:
-            self._alone.release()
+            self._itself.end.remote()  # not here: what this call returns would be lost
+
+    @ray.method(max_task_retries=0)
+    def end(self) -> None:
+        """As it wishes to, so that Ray does not start it again."""
+        ray.actor.exit_actor()
+
+    def _nobody_calls(self) -> None:
+        if not self._called:
+            self._itself.end.remote()
 
     def _run(self, machine: dict[str, Any], address: str, token: str, certificate: bytes | None) -> str:
         from llmsys.decentral.link import Credentials, Line, stay
@@ -54,22 +77,29 @@ class _Actor:
         plane.warm()
         work, life = Work(own.name, plane), uuid.uuid4().hex
         credentials = None if certificate is None else Credentials(certificate=certificate)
-        stay(work, lambda: Line(address, token, own, life, credentials, busy=lambda: work.busy), lambda: PATIENCE_S)
+
+        def dial() -> Line:
+            return Line(address, token, own, life, credentials, busy=lambda: work.busy)
+
+        stay(work, dial, lambda: self.patience_s)
         return work.why
 
+    @ray.method(concurrency_group="beside")
     def pid(self) -> int:
         return os.getpid()
 
 
 class Nodes:
     """Of the cluster at `address` (auto: this machine's, or RAY_ADDRESS's); `run`: whose providers they are. Leave its
-    block, and those that are left end. ValueError where no cluster answers, or its nodes have too few `provider`."""
+    block, and those that are left end. ValueError where no cluster answers, or its nodes have too few `provider`, or
+    too few that no other run has taken."""
 
     def __init__(self, run: str, token: str, count: int, *, threads: int = 1, certificate: bytes | None = None,
                  address: str = ANYWHERE) -> None:  # fmt: skip
         self.run, self.token, self.threads, self.certificate = run, token, threads, certificate
         self.actors: dict[str, Any] = {}
         self._runs: dict[str, Any] = {}
+        self._left: dict[str, tuple[Provider, str]] = {}  # by an earlier broker; how they are started
         self._ours = not ray.is_initialized()
         if self._ours:
             where = os.environ.get("RAY_ADDRESS", ANYWHERE) if address == ANYWHERE else address
@@ -85,6 +115,22 @@ class Nodes:
                 f"task.providers={count}: the cluster's nodes have {there} of the resource {RESOURCE}; "
                 f"ray start --resources='{{\"{RESOURCE}\": 1}}'"
             )
+        deadline = time.monotonic() + FREE_S
+        while (ours := int(ray.available_resources().get(RESOURCE, 0)) + len(self._there())) < count:
+            if time.monotonic() > deadline:
+                self.close()
+                raise ValueError(
+                    f"task.providers={count}: the cluster's nodes have {there} of the resource {RESOURCE}, and other "
+                    f"runs all but {ours} of them; where a broker was stopped or killed its own end within "
+                    f"{PATIENCE_S:.0f} s"
+                )
+            time.sleep(LOOK_S)
+
+    def _there(self) -> set[str]:
+        """Names of this run's actors, which an earlier broker has left."""
+        every = ray.util.list_named_actors(all_namespaces=True)
+        names = {each["name"] for each in every if each["namespace"] == NAMESPACE}
+        return {each for each in names if each.startswith(f"{self.run}-")}
 
     def start(self, machine: Provider, address: str) -> None:
         """Returns at once. One that is there already, and waits for its broker, is left alone. ValueError where other
@@ -95,9 +141,12 @@ class Nodes:
             raise ValueError(
                 f"task.listen={host}: the cluster has other machines, which cannot dial that: this one's own"
             )
+        own = f"{self.run}-{machine.name}"
+        if own in self._there():
+            self._left[machine.name] = machine, address
         variables = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        made = ray.remote(_Actor).options(
-            name=f"{self.run}-{machine.name}",
+        made = ray.remote(concurrency_groups={"beside": 1})(_Actor).options(
+            name=own,
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
@@ -106,12 +155,24 @@ class Nodes:
             scheduling_strategy="SPREAD",
             max_restarts=-1,
             max_task_retries=-1,
-            max_concurrency=2,
             runtime_env={"env_vars": variables},
         )
-        actor = made.remote()
+        actor = made.remote(PATIENCE_S)
         self.actors[machine.name] = actor
         self._runs[machine.name] = actor.run.remote(asdict(machine), address, self.token, self.certificate)
+
+    def again(self) -> None:
+        """To be called now and then: one that an earlier broker has left, and that was just ending when it was found,
+        is started anew."""
+        for name, given in list(self._left.items()):
+            if ray.wait([self._runs[name]], timeout=0)[0]:
+                del self._left[name]
+                try:
+                    ray.get(self._runs[name])
+                except RayActorError:
+                    self.start(*given)
+                except RayError:
+                    continue  # `wrong` says it
 
     def pid(self, name: str) -> int:
         """Of the process that one is in now."""
@@ -141,7 +202,8 @@ class Nodes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Of a broker that did not end as it should they are left, for one that is started again."""
-        if kind is not None and not issubclass(kind, JobLost):
+        """Of a broker that was stopped they are left, for a while: `dispatch=ray` begins it again, as it does one that
+        was killed, unless the user has stopped it, and who did is not known here. After an error nobody does."""
+        if kind is not None and not issubclass(kind, Exception):
             self.actors.clear()
         self.close()
