@@ -100,6 +100,7 @@ def test_a_load_stands_beside_its_prediction_and_what_our_client_adds(llmsys: Ru
     assert "| first token p50, ms |" in text
 
 
+@pytest.mark.slow
 def test_a_rate_that_the_stub_always_keeps_is_said_to_have_no_bound(llmsys: Run, results: Path) -> None:
     """Until our own client cannot send as fast; then no rate of the server's is known."""
     words = ["task.arrivals=constant", "task.rate=500", "task.concurrency=0", "task.max_rate=true", "task.probe_s=0.2"]

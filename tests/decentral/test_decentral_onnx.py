@@ -70,7 +70,8 @@ def test_gradients_are_torchs_within_a_ten_thousandth(family: str) -> None:
         assert float((ours[name] - expected).float().norm()) <= 1e-4 * norm + 1e-9, name
 
 
-@pytest.mark.parametrize("planes", [("onnx", "torch"), pytest.param(("torch", "onnx"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("planes", [("onnx", "torch"), ("torch", "onnx")])
 def test_planes_in_one_pipeline_learn_what_one_process_does(planes: tuple[str, str]) -> None:
     local = together(planes, steps=8)
     local.run()
