@@ -32,7 +32,8 @@ from llmsys.decentral.wire import BROKER, Array, Frame, encode
 
 class Coordinator:
     """`note` is called with each event, and what goes with it; `noted` when `out` is about to be told: then it has to
-    last."""
+    last. `now`, here and in what this is made of: seconds on the clock of the job, which begins at 0 and goes on from
+    the last event where a broker was rebuilt."""
 
     def __init__(
         self,

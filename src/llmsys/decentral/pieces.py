@@ -49,7 +49,8 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Slow:
-    """A line of 10**6 bit/s each way; what goes over it arrives `delay_ms` after it was sent."""
+    """A line of 10**6 bit/s each way. Of `delay_ms` each of the two ways has half: what one behind such a line sends to
+    another behind such a line arrives `delay_ms` after it was sent."""
 
     up_mbit: float
     down_mbit: float
