@@ -91,8 +91,9 @@ class _Serving:
         if task.check_client and not isinstance(self.config.server, schema.StubServer):
             context.beat(phase="checking the client")
             self.summary |= await check.client(task, loads[0], context)
+        device = self._device_bytes()  # before there is a server on it
         async with servers.started(self.config, context, longest) as running:
-            watch = Watch(running.pid, running.metrics, self._device_bytes(), context.beat)
+            watch = Watch(running.pid, running.metrics, device, context.beat)
             looking = asyncio.create_task(watch.run())
             try:
                 context.beat(phase="warming up")
