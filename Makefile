@@ -3,8 +3,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests that a busy machine makes no difference to, two at a time; the others have signals and clocks, and go one by one.
-TOGETHER := $(addprefix tests/,bench cost data lorafa models sweep train)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test slow storm format docs clean
@@ -17,8 +15,8 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2 $(TOGETHER)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(TOGETHER))
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not alone and not slow and not gpu'
+	$(BIN)/python -m pytest -m 'alone and not slow and not gpu'
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

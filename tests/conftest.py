@@ -23,6 +23,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+ALONE = (
+    *("comm", "dispatch", "profile", "search", "test_benchmarks", "test_packaging", "test_track"),
+    "bench/test_bench_serve_client",
+)
+DECENTRAL = ("direct", "direct_job", "limits", "link", "probe", "queue", "quota", "storm", "train")
+"""Of their folders, those that `make test` runs one by one, behind all others, of which it runs two at a time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    alone = {*ALONE, *(f"decentral/test_decentral_{each}" for each in DECENTRAL)}
+    for item in items:
+        path = item.path.relative_to(here).with_suffix("")
+        if {path.parts[0], str(path)} & alone:
+            item.add_marker("alone")
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
