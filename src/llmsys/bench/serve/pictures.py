@@ -42,9 +42,9 @@ def latencies(records: Sequence[Record]) -> Any:
             axes.step(values, 100 * np.arange(1, len(values) + 1) / len(values), where="post", label=_name(record))
         axes.set_xlabel(f"{title} (ms)")
         axes.set_xscale("log")
+        axes.set_ylabel("share of requests (%)")
         axes.set_ylim(0, 100)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("share of requests (%)")
     panels[-1].legend(fontsize=8)
     figure.suptitle(_title(records[0]), fontsize=9)
     return figure
