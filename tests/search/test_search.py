@@ -100,6 +100,7 @@ def test_a_metric_that_no_record_has_ends_the_search_with_the_nearest_names(llms
     assert "[2/3]" not in done.stderr
 
 
+@pytest.mark.slow
 def test_trials_are_runs_of_which_bad_ones_are_given_up_and_the_next_session_goes_on(
     llmsys: LlmSys, results: Path
 ) -> None:
