@@ -250,6 +250,24 @@ def test_the_brokers_copies_serve_where_they_are_older_than_what_neighbours_kept
     assert local.coordinator.restarts.astray == 0
 
 
+def test_who_was_taken_to_hang_and_comes_again_begins_like_anybody() -> None:
+    """What it had said of a task before is of another life: nothing is held against the new one."""
+    local = together("llama", 3, 2, STEPS)
+    own = local.coordinator
+    name = own.owners[0] if own.state.plan else "p0"
+    machine = local.machines[name][0]
+    own.hearing.beat(name, local.now, busy=True, task_s=own.training.hung_s + 1)
+    own.tick(local.now)
+    assert name not in own.state.present
+    assert any("at one thing for more than" in each for each in own.refusals)
+    local.kill(name)
+    local.join(machine, TorchPlane())
+    own.tick(local.now)
+    assert name in own.state.present
+    local.run()
+    assert losses(local) == undisturbed("llama", STEPS)
+
+
 def test_copies_that_do_not_arrive_are_not_sent_on_and_on() -> None:
     """A slow line's sender would keep them all. What is lost on the way is not waited for without end."""
     sent = set[int]()
@@ -465,11 +483,11 @@ def test_who_is_measured_loses_nothing_of_a_job_whose_broker_has_died() -> None:
     local = together("llama", 2, 2, STEPS)
     advance(local, 2)
     provider = local.providers[local.coordinator.owners[0]]
-    before = (provider.live, provider.epoch, dict(provider.here.stages))
-    provider.job = "of a broker"
+    before = (provider.live, provider.says.epoch, dict(provider.here.stages))
+    provider.says.job = "of a broker"
     provider.take(Frame(kind="measure", sender=BROKER, to=provider.name, body={"id": 1, "bytes": 10}))
-    assert [each.kind for each in provider.out] == ["measured"]
-    assert (provider.live, provider.epoch, provider.here.stages) == before
+    assert [each.kind for each in provider.says.out] == ["measured"]
+    assert (provider.live, provider.says.epoch, provider.here.stages) == before
 
 
 def test_what_never_changes_is_not_changed_by_others() -> None:

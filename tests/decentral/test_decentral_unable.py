@@ -179,7 +179,7 @@ def test_a_provider_with_something_too_large_to_say_says_that(monkeypatch: pytes
         def close(self) -> None: ...
 
     provider = Provider("p0", TorchPlane())
-    provider.out = [Frame(kind="ahead", sender="p0", to="p1", tensors={"x": Array.of_bytes(bytes(1 << 10))})]
+    provider.says.out = [Frame(kind="ahead", sender="p0", to="p1", tensors={"x": Array.of_bytes(bytes(1 << 10))})]
     Wire.inbox.put(LEAVE)
     Wire.inbox.put(encode(Frame(kind="stop", sender=BROKER, to="p0")))
     provide(provider, Wire())  # type: ignore[arg-type]

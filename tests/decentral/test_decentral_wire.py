@@ -155,16 +155,16 @@ def test_a_frame_of_another_job_epoch_or_stage_changes_nothing() -> None:
     for _ in range(3):
         local.round()
     provider = local.providers["p1"]
-    before = (provider.epoch, provider.step, provider.live)
+    before = (provider.says.epoch, provider.says.step, provider.live)
     for more in (
-        {"job": "another"}, {"to": "p0"}, {"epoch": 0}, {"epoch": provider.epoch + 1},
-        {"epoch": provider.epoch, "body": {"cutting": 99, "stage": 0}},
-        {"epoch": provider.epoch, "kind": "commit", "sender": "p0", "step": 1},
-        {"epoch": provider.epoch, "kind": "input", "sender": "p0"},
-        {"epoch": provider.epoch, "kind": "nonsense", "sender": "broker"},
+        {"job": "another"}, {"to": "p0"}, {"epoch": 0}, {"epoch": provider.says.epoch + 1},
+        {"epoch": provider.says.epoch, "body": {"cutting": 99, "stage": 0}},
+        {"epoch": provider.says.epoch, "kind": "commit", "sender": "p0", "step": 1},
+        {"epoch": provider.says.epoch, "kind": "input", "sender": "p0"},
+        {"epoch": provider.says.epoch, "kind": "nonsense", "sender": "broker"},
     ):  # fmt: skip
         provider.hear(encode(a_frame(**{"to": "p1", **more})))
-    assert (provider.epoch, provider.step, provider.live) == before
+    assert (provider.says.epoch, provider.says.step, provider.live) == before
     found = provider.counters
     assert (found.foreign, found.stale, found.refused) == (2, 2, 4)
     local.run()

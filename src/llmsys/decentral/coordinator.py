@@ -127,6 +127,7 @@ class Coordinator:
         """A provider that has come, has begun anew, or is back from before the broker was rebuilt. `reach`: where its
         peers do, if they may."""
         self.directory.join(provider.name, reach)
+        self.hearing.task_s.pop(provider.name, None)  # of another life, or from before the line broke
         if self.members.join(provider, life, now):
             self.recovery.forgotten(provider.name)
 

@@ -106,11 +106,11 @@ class Local:
                 provider.hear(data)
                 done = True
                 self._collect(provider)
-                self._seen(name, "heard", provider.step)
+                self._seen(name, "heard", provider.says.step)
             if name in self.providers and name not in self.frozen and provider.work():
                 done = True
                 self._collect(provider)
-                self._seen(name, "work", provider.step + 1)
+                self._seen(name, "work", provider.says.step + 1)
             if name in self.providers and provider.stopped:
                 self.kill(name)
         self.coordinator.tick(self.now)

@@ -15,19 +15,19 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from llmsys.decentral import arrivals, measure
 from llmsys.decentral.giving import Giving
-from llmsys.decentral.holdings import Held, Holdings, Place, chunks
+from llmsys.decentral.holdings import Held, Holdings, Place
 from llmsys.decentral.keeping import Keeping
 from llmsys.decentral.measure import MEASURE, MEASURED
 from llmsys.decentral.opinion import Opinions
 from llmsys.decentral.planes import Plane
 from llmsys.decentral.planes.guarded import Failed, why
 from llmsys.decentral.revival import Revivals
+from llmsys.decentral.saying import Saying
 from llmsys.decentral.stage_work import INPUT, KINDS, Sent, StageWork, work_of
-from llmsys.decentral.wire import BROKER, Array, Frame, Malformed, decode
+from llmsys.decentral.wire import BROKER, Frame, Malformed, decode
 
 MOST_SAID = 100
 """Refusals that the broker is told of."""
@@ -54,20 +54,19 @@ class Provider:
         self.stopped, self.why = False, ""
         self.busy = False
         self.counters = Counters()
-        self.out: list[Frame] = []
+        self.says = Saying(name)
         self._of(job)
 
     def _of(self, job: str) -> None:
         """With nothing of another job."""
-        self.job = job
-        self.epoch = self.step = 0
+        self.says.job, self.says.epoch, self.says.step = job, 0, 0
         self.here = Holdings()
         self.revivals = Revivals(self.here, self._work_of, self._send)
-        self.opinions = Opinions(self.here, self._work_of, lambda body: self._say("opinion", body=body))
+        self.opinions = Opinions(self.here, self._work_of, lambda body: self.says.say("opinion", body=body))
         self.live: Place | None = None
         self.peers: dict[int, str] = {}
         self.giving = Giving(self.here)
-        self.keeping = Keeping(self.here, self._give_away)
+        self.keeping = Keeping(self.here, self.says.give)
         self.said: tuple[str, int, int] | None = None
 
     # --- what comes ---
@@ -86,19 +85,19 @@ class Provider:
             self._obey(frame)  # of whatever job, or none: nothing of one that broke off is lost by it
             return
         told = frame.sender == BROKER and frame.to == self.name and frame.kind in ("plan", "stop")
-        if told and frame.job != self.job:
+        if told and frame.job != self.says.job:
             self._of(frame.job)
-        if frame.to != self.name or frame.job != self.job:
+        if frame.to != self.name or frame.job != self.says.job:
             self.counters.foreign += 1
             return
-        if frame.epoch < self.epoch or (frame.epoch > self.epoch and frame.kind not in ("plan", "stop")):
+        if frame.epoch < self.says.epoch or (frame.epoch > self.says.epoch and frame.kind not in ("plan", "stop")):
             self.counters.stale += 1
             return
         self._obey(frame)
         try:
             self._settle()
         except Exception as error:  # noqa: BLE001  as in `work`: no frame is at fault
-            self._unable(why(error), self.epoch)
+            self._unable(why(error), self.says.epoch)
 
     def _obey(self, frame: Frame) -> None:
         orders: Mapping[str, Callable[[Frame], None]] = {
@@ -127,25 +126,25 @@ class Provider:
             if awaited or isinstance(error, Failed):
                 self._unable(said, frame.epoch)
             elif len(self.counters.refusals) < MOST_SAID:
-                self._say("refused", body={"why": said[:500]})
+                self.says.say("refused", body={"why": said[:500]})
 
     def _unable(self, why: str, epoch: int) -> None:
         """It cannot do what is its own to do, and does no more of it: others have to."""
         self.live = None
         self.revivals.open.clear()
-        said = self._frame("unable", BROKER, self.step, {"why": why[:500]}, {})
-        self.out.append(dataclasses.replace(said, epoch=epoch))
+        said = self.says.frame("unable", BROKER, self.says.step, {"why": why[:500]}, {})
+        self.says.out.append(dataclasses.replace(said, epoch=epoch))
 
     # --- plans ---
 
     def _plan(self, frame: Frame) -> None:
         body = frame.body
-        if frame.epoch == self.epoch:
+        if frame.epoch == self.says.epoch:
             return  # told before
         place = None if body["stage"] is None else (int(body["cutting"]), int(body["stage"]["index"]))
         old = self.here.stages.get(place) if place else None
         made = None if place is None or (old and old.at == frame.step) else self._work_of(frame)
-        self.epoch, self.step = frame.epoch, frame.step
+        self.says.epoch, self.says.step = frame.epoch, frame.step
         self.revivals.open.clear()
         self.opinions.open.clear()
         self.here.partial.clear()
@@ -157,20 +156,20 @@ class Provider:
         self.keeping.plan(body)
         if place is not None and made is not None:
             self.here.stages[place] = Held(work=made, at=frame.step, since=frame.step)
-        self.giving.fill(self.live, self.step)
-        self._say("have", body={**self.here.have(self.step), "stack": self.plane.stack})
+        self.giving.fill(self.live, self.says.step)
+        self.says.say("have", body={**self.here.have(self.says.step), "stack": self.plane.stack})
 
     def _work_of(self, frame: Frame) -> StageWork:
         return work_of(frame, self.plane)
 
     def _begin(self, frame: Frame) -> None:
         """Of stages only the one that it has now is kept."""
-        if self.live is None or frame.step != self.step + 1:
-            raise ValueError(f"step {frame.step}: the last one was {self.step}")
+        if self.live is None or frame.step != self.says.step + 1:
+            raise ValueError(f"step {frame.step}: the last one was {self.says.step}")
         own = self.here.stages[self.live]
         if own.work.step == frame.step:
             return  # told before
-        if own.lacks or own.at != self.step:
+        if own.lacks or own.at != self.says.step:
             raise ValueError(f"step {frame.step}: its state is not here")
         self.here.stages = {self.live: own}
         self.revivals.open.clear()
@@ -199,9 +198,9 @@ class Provider:
             raise ValueError(f"commit of step {frame.step}: it is at {own.at}")
         out = own.work.apply(float(frame.body["rate"]), float(frame.body["scale"]))
         own.applied()
-        self.step = own.at
+        self.says.step = own.at
         if frame.body.get("at_once"):  # and the broker takes it that it holds it
-            self.said = ("held", self.epoch, own.at)
+            self.said = ("held", self.says.epoch, own.at)
         self._send(self.live, out, self.peers)
 
     # --- data ---
@@ -227,7 +226,7 @@ class Provider:
         try:
             return self._worked()
         except Exception as error:  # noqa: BLE001  its plane's framework may raise anything
-            self._unable(why(error), self.epoch)
+            self._unable(why(error), self.says.epoch)
             return True
         finally:
             self.busy = False
@@ -235,8 +234,8 @@ class Provider:
     def _worked(self) -> bool:
         if (revived := self.revivals.finished()) is not None:
             place, held = revived
-            self.giving.fill(self.live, self.step)
-            self._say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
+            self.giving.fill(self.live, self.says.step)
+            self.says.say("revived", body={"cutting": place[0], "stage": place[1], "since": held.since})
             self._settle()
             return True
         if (work := self.revivals.work()) is not None:
@@ -250,7 +249,7 @@ class Provider:
         self._send(self.live, sent, self.peers)
         if own.work.computed:
             done = own.work.done()
-            self._say("prepared", step=done.step, body=done.told())
+            self.says.say("prepared", step=done.step, body=done.told())
         return True
 
     def _did(self, work: StageWork) -> None:
@@ -264,15 +263,15 @@ class Provider:
             if to is None:
                 continue
             body = {"cutting": place[0], "stage": each.to, "absent": list(each.absent)}
-            frame = self._frame(each.kind, to, each.step, body, each.arrays, each.micro_batch)
+            frame = self.says.frame(each.kind, to, each.step, body, each.arrays, each.micro_batch)
             if to == self.name:
                 self._data(frame)
             else:
-                self.out.append(frame)
+                self.says.out.append(frame)
 
     def _measure(self, frame: Frame) -> None:
         body, tensors = measure.answer(frame.body, self.plane)
-        self.out.append(self._frame(MEASURED, BROKER, self.step, body, tensors))
+        self.says.out.append(self.says.frame(MEASURED, BROKER, self.says.step, body, tensors))
 
     # --- what was lost ---
 
@@ -287,84 +286,54 @@ class Provider:
 
     def _give(self, frame: Frame) -> None:
         found, extra = self.giving.asked(frame)
-        self._give_away(found, str(frame.body["who"]), frame.step, extra)
-
-    def _give_away(self, state: Mapping[str, Array], to: str, step: int, body: Mapping[str, Any]) -> None:
-        pieces = [*chunks(state)]
-        for at, piece in enumerate(pieces):
-            place = {"piece": at, "of": len(pieces)}
-            self.out.append(self._frame("state", to, step, {**body, **place}, piece))
+        self.says.give(found, str(frame.body["who"]), frame.step, extra)
 
     def _state(self, frame: Frame) -> None:
         """State, from whom the broker has asked for it; or somebody's copy to keep."""
         body = frame.body
         if "keep" in body:
             if (place := self.keeping.keep(frame)) is not None:
-                self._say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
+                self.says.say("copied", step=frame.step, body={"cutting": place[0], "stage": place[1]})
         elif "copy" in body:
             place = (int(body["copy"][0]), int(body["copy"][1]))
             self.revivals.given(place, frame)
         elif "check" in body and frame.sender == BROKER:
             self.opinions.put((int(body["check"][0]), int(body["check"][1])), frame.step, frame.tensors)
         else:
-            at_this_step = self.live is not None and frame.step == self.step
+            at_this_step = self.live is not None and frame.step == self.says.step
             self.giving.take(frame, self.here.stages[self.live] if at_this_step and self.live else None)
 
     def _settle(self) -> None:
         """Says once that the state of its stage is here; and sends the copy of it that is due."""
         own = self.here.stages.get(self.live) if self.live else None
-        if own is None or self.live is None or own.at != self.step:
+        if own is None or self.live is None or own.at != self.says.step:
             return
         if own.work.step or not own.settled() or own.lacks:
             return
-        mark = ("held", self.epoch, own.at)
+        mark = ("held", self.says.epoch, own.at)
         if self.said != mark:
             self.said = mark
-            self._say("held", step=own.at, body={"since": own.since, "claim": own.work.claim(own.at)})
-        self.keeping.send_due(self.live, own, self.epoch)
+            self.says.say("held", step=own.at, body={"since": own.since, "claim": own.work.claim(own.at)})
+        self.keeping.send_due(self.live, own, self.says.epoch)
 
     def _asked_to_copy(self, frame: Frame) -> None:
         if self.live is None or self.here.stages[self.live].lacks:
             raise ValueError("copy: it has nothing to copy")
-        self.keeping.send(self.live, self.here.stages[self.live], self.epoch)
+        self.keeping.send(self.live, self.here.stages[self.live], self.says.epoch)
 
     # --- what goes ---
 
     def tell(self, say: Callable[[Frame], None]) -> None:
         """Hands what goes `out` to `say`. What that raises a ValueError for, as no frame carries it, this provider
         cannot say the next time either."""
-        while self.out:
-            out, self.out = self.out, []
+        while self.says.out:
+            out, self.says.out = self.says.out, []
             for frame in out:
                 try:
                     say(frame)
                 except ValueError as error:
-                    self._unable(f"{frame.kind}: {error}", self.epoch)
+                    self._unable(f"{frame.kind}: {error}", self.says.epoch)
 
     def say_leave(self) -> None:
         """It wants to go; until it is told to `stop`, it does its part."""
-        self._say("leave")
-
-    def _say(self, kind: str, *, step: int | None = None, body: Mapping[str, Any] | None = None) -> None:
-        self.out.append(self._frame(kind, BROKER, self.step if step is None else step, body or {}, {}))
-
-    def _frame(
-        self,
-        kind: str,
-        to: str,
-        step: int,
-        body: Mapping[str, Any],
-        tensors: Mapping[str, Array],
-        micro_batch: int = 0,
-    ) -> Frame:
-        return Frame(
-            kind=kind,
-            job=self.job,
-            epoch=self.epoch,
-            step=step,
-            micro_batch=micro_batch,
-            sender=self.name,
-            to=to,
-            body=body,
-            tensors=tensors,
-        )
+        self.says.say("leave")
