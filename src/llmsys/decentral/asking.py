@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from llmsys.decentral.cutting import neighbours
 from llmsys.decentral.holdings import Place
 from llmsys.decentral.planes import Arrays
 from llmsys.decentral.recovery import Recovery
+from llmsys.decentral.saying import Tell
 from llmsys.decentral.whereabouts import owners, trusted
 
 WAIT_S, SLOWER = 30.0, 20
@@ -43,9 +43,9 @@ class Check:
 
 
 class Asking:
-    """Of what `recovery` knows; `tell` as of `Recovery`. `stacks` that providers say they have, by name."""
+    """Of what `recovery` knows. `stacks` that providers say they have, by name."""
 
-    def __init__(self, recovery: Recovery, tell: Callable[..., None]) -> None:
+    def __init__(self, recovery: Recovery, tell: Tell) -> None:
         self.recovery, self._tell = recovery, tell
         self.draws: random.Random = random.SystemRandom()
         self.stacks: dict[str, str] = {}

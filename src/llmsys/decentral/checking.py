@@ -14,7 +14,7 @@ same on the same stack alone (`Plane.stack`): others are neither checked nor ask
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmsys.decentral.asking import Asking, Check
@@ -23,6 +23,7 @@ from llmsys.decentral.claims import hashed
 from llmsys.decentral.cutting import neighbours
 from llmsys.decentral.holdings import Place
 from llmsys.decentral.recovery import Recovery
+from llmsys.decentral.saying import Tell
 from llmsys.decentral.whereabouts import JobLost, owners
 from llmsys.decentral.wire import Frame
 
@@ -32,11 +33,11 @@ class Cheated(JobLost):
 
 
 class Checking:
-    """Of what `recovery` knows; `tell` as of `Recovery`. Counted in steps of a stage: `checked`, by owner, and
+    """Of what `recovery` knows. Counted in steps of a stage: `checked`, by owner, and
     `unchecked`, which were drawn and could not be. `cheats`: who was wrong, and why. `doubtful`: the first step after
     which the model is not to be trusted; `verdicts`: all that was found, in words."""
 
-    def __init__(self, recovery: Recovery, tell: Callable[..., None]) -> None:
+    def __init__(self, recovery: Recovery, tell: Tell) -> None:
         self.recovery, self.training, self._tell = recovery, recovery.training, tell
         self.checked, self.unchecked = collections.Counter[str](), 0
         self.cheats: dict[str, str] = {}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting
 from llmsys.decentral.holdings import Holdings, Place
 from llmsys.decentral.planes import CONSTANT, value_of
+from llmsys.decentral.saying import Tell
 from llmsys.decentral.training import Training
 from llmsys.decentral.whereabouts import Whereabouts, owners, trusted
 from llmsys.decentral.wire import BROKER, Frame
@@ -45,11 +46,11 @@ def copies_every(state: State, cutting: Cutting, keepers: Mapping[str, Sequence[
 
 
 class Copies:
-    """Of the stages of `where`; `tell` as of `Recovery`. `keepers` of each owner's; `kept`: the broker's own. Nobody
+    """Of the stages of `where`. `keepers` of each owner's; `kept`: the broker's own. Nobody
     asks to compute a lost stage again from what is older than step `safe`;
     checks do, from step `wanted` on."""
 
-    def __init__(self, training: Training, where: Whereabouts, tell: Callable[..., None]) -> None:
+    def __init__(self, training: Training, where: Whereabouts, tell: Tell) -> None:
         self.training, self.where, self._tell = training, where, tell
         self.keepers: dict[str, list[str]] = {}
         self.kept = Holdings()

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.cutting import Cutting
 from llmsys.decentral.holdings import chunks
 from llmsys.decentral.planes import CONSTANT, EXPORTERS, Arrays, key_of
+from llmsys.decentral.saying import Tell
 from llmsys.decentral.stage_work import INPUT
 from llmsys.decentral.training import Training
 from llmsys.decentral.wire import Array
 
 
 class Handing:
-    """Of `training`; `tell` as of `Recovery`. `unfit`: who cannot run what is theirs to run, and why."""
+    """Of `training`. `unfit`: who cannot run what is theirs to run, and why."""
 
-    def __init__(self, training: Training, tell: Callable[..., None]) -> None:
+    def __init__(self, training: Training, tell: Tell) -> None:
         self.training, self._tell = training, tell
         self.unfit: dict[str, str] = {}
 

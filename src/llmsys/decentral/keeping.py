@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmsys.decentral.holdings import Held, Holdings, Place
 from llmsys.decentral.planes import CONSTANT, Arrays, names_of
+from llmsys.decentral.saying import Give
 from llmsys.decentral.wire import BROKER, Frame
 
 
 class Keeping:
-    """Of what is `here`; `give(state, to, step, body)` sends state."""
+    """Of what is `here`."""
 
-    def __init__(self, here: Holdings, give: Callable[..., None]) -> None:
+    def __init__(self, here: Holdings, give: Give) -> None:
         self.here, self._give = here, give
         self.keepers: tuple[str, ...] = ()
         self.keeps: dict[Place, tuple[str, dict[str, int]]] = {}  # of which stages, from whom, and bytes by name

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llmsys.decentral import broker
 from llmsys.decentral.events import Joined, Left, Lost
 from llmsys.decentral.fleet import Provider
 from llmsys.decentral.journal import Journal
+from llmsys.decentral.saying import Tell
 
 BACK_S = 10.0
 """How long a broker that was rebuilt waits for providers to dial again."""
 
 
 class Members:
-    """Of `journal`'s job; `tell(name, kind, body=)` sends a frame."""
+    """Of `journal`'s job."""
 
-    def __init__(self, journal: Journal, tell: Callable[..., None]) -> None:
+    def __init__(self, journal: Journal, tell: Tell) -> None:
         self.journal, self._tell = journal, tell
         self.lives: dict[str, str] = {}
         self.connected: dict[str, Provider] = {}

@@ -7,7 +7,7 @@ lacks others give it. What nobody has is computed again (`reviving`), from copie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from llmsys.decentral.broker import State
@@ -17,16 +17,17 @@ from llmsys.decentral.cutting import Cutting, sources
 from llmsys.decentral.handing import Handing
 from llmsys.decentral.planes import CONSTANT, PARAMETER, VARIABLE, value_of
 from llmsys.decentral.reviving import Reviving
+from llmsys.decentral.saying import Tell
 from llmsys.decentral.training import Training, Update
 from llmsys.decentral.whereabouts import Told, Whereabouts, owners
 from llmsys.decentral.wire import BROKER, Array, Frame
 
 
 class Recovery:
-    """Of `training`; `tell(name, kind, step=, body=, tensors=, micro_batch=)` sends a frame. `state` is the broker's,
+    """Of `training`. `state` is the broker's,
     `leaving` are those without a stage who are still there to hand over what they have."""
 
-    def __init__(self, training: Training, tell: Callable[..., None]) -> None:
+    def __init__(self, training: Training, tell: Tell) -> None:
         self.training, self._tell = training, tell
         self.where = Whereabouts()
         self.updates: dict[int, Update] = {}

@@ -6,22 +6,23 @@ and ends where the stage had been, while the others do nothing again (Swift, arX
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from llmsys.decentral.broker import State
 from llmsys.decentral.copies import Copies
 from llmsys.decentral.cutting import Cutting, lost, neighbours
 from llmsys.decentral.handing import Handing
+from llmsys.decentral.saying import Tell
 from llmsys.decentral.training import Update
 from llmsys.decentral.whereabouts import JobLost, Whereabouts, owners, trusted
 from llmsys.decentral.wire import BROKER
 
 
 class Reviving:
-    """`tell` as of `Recovery`; `updates` of committed steps."""
+    """`updates` of committed steps."""
 
     def __init__(self, where: Whereabouts, copies: Copies, handing: Handing, updates: Mapping[int, Update],
-                 tell: Callable[..., None]) -> None:  # fmt: skip
+                 tell: Tell) -> None:  # fmt: skip
         self.where, self.copies, self.handing, self.updates, self._tell = where, copies, handing, updates, tell
 
     def begin(self, missing: Iterable[str], state: State) -> None:

@@ -1,12 +1,33 @@
-"""What a provider says, of the job, the epoch and the step that it is at."""
+"""How frames are said: by the broker, and by a provider of the job, the epoch and the step that it is at."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from llmsys.decentral.holdings import chunks
 from llmsys.decentral.wire import BROKER, Array, Frame
+
+
+class Tell(Protocol):
+    """Sends a frame of the broker's to `name`, of its job and epoch; `step` None: of the step that it is at."""
+
+    def __call__(
+        self,
+        name: str,
+        kind: str,
+        *,
+        step: int | None = None,
+        body: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Array] | None = None,
+        micro_batch: int = 0,
+    ) -> None: ...
+
+
+class Give(Protocol):
+    """Sends `state` to somebody, in pieces, each with `body`."""
+
+    def __call__(self, state: Mapping[str, Array], to: str, step: int, body: Mapping[str, Any]) -> None: ...
 
 
 class Saying:

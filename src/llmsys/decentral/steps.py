@@ -7,7 +7,6 @@ Before the commit nobody has applied anything, and after it each update is certa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from llmsys.decentral import broker
@@ -17,15 +16,14 @@ from llmsys.decentral.events import Began, Committed, Event, Held
 from llmsys.decentral.journal import Journal
 from llmsys.decentral.members import Members
 from llmsys.decentral.recovery import Recovery
+from llmsys.decentral.saying import Tell
 from llmsys.decentral.whereabouts import owners
 
 
 class Steps:
-    """Of `journal`'s job; `tell` as of `Recovery`."""
+    """Of `journal`'s job."""
 
-    def __init__(
-        self, journal: Journal, members: Members, recovery: Recovery, checks: Checking, tell: Callable[..., None]
-    ) -> None:
+    def __init__(self, journal: Journal, members: Members, recovery: Recovery, checks: Checking, tell: Tell) -> None:
         self.journal, self.members, self.recovery, self.checks = journal, members, recovery, checks
         self.training, self._tell = recovery.training, tell
 
