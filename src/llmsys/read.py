@@ -15,7 +15,9 @@ def content(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]
     """Hashes of the local files and folders that a run reads, by what they are to it; `inputs` gets those that it is to
     be told the place of."""
     if isinstance(typed.task, schema.Predicting):
-        found = {} if typed.task.speeds is None else _of_run("speeds", typed.task.speeds, "bench_calibrate", inputs)
+        served = isinstance(typed.task, schema.Advise) and typed.task.goal == "serve"
+        kind = "bench_serve_modules" if served else "bench_calibrate"
+        found = {} if typed.task.speeds is None else _of_run("speeds", typed.task.speeds, kind, inputs)
         return {**found, **_runs(typed, inputs)} if isinstance(typed.task, schema.Advise) else found
     if isinstance(typed.task, schema.Opportunities) and typed.task.modules is not None:
         return _of_run("modules", typed.task.modules, "bench_modules", inputs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
@@ -84,7 +85,9 @@ def check_question(config: schema.Config, inputs: Mapping[str, str]) -> None:
         importlib.import_module("llmsys.decentral.asked").check(config, inputs)
         return
     serving = isinstance(config.task, schema.Advise) and config.task.goal == "serve"
-    if not serving or config.hardware.name != "auto":  # then it is about every card that is known
+    if serving and "speeds" in inputs:
+        importlib.import_module("llmsys.bench.serve.advice").here(config, Path(inputs["speeds"]))
+    elif not serving or config.hardware.name != "auto":  # else it is about every card that is known
         importlib.import_module("llmsys.bench.predict.machine").of(config)
     if isinstance(config.task, schema.Advise):
         importlib.import_module("llmsys.bench.advise.space").check(config)

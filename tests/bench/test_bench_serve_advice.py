@@ -10,6 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
+from serve_harness import passes_recorded
 
 from llmsys import compose, models, schema
 from llmsys.bench.serve import advice, work
@@ -43,7 +44,9 @@ def test_a_decoding_step_of_one_request_reads_the_weights_at_the_memorys_speed()
     config = asked("hardware=a800x8", "task.prompt_tokens=1", "task.output_tokens=2")
     (one,) = [each for each in advice.answer(config).ranking if (each.cards, each.quant) == (1, "none")]
     assert one.memory_gib > 12.5
-    own = advice._Timed(config.model, advice.DEVICES["a800"], 1, 1, 2)  # type: ignore[arg-type]
+    device = advice.DEVICES["a800"]
+    assert isinstance(config.model, schema.Transformer)
+    own = advice.Timed(advice.on_roofline(config.model, device), device, 1, 1, 2)
     assert own.decode_s(1) * 1e3 == pytest.approx(13.2e9 / (2039e9 * 0.8) * 1e3, rel=0.05)
 
 
@@ -75,3 +78,49 @@ def test_the_command_answers_and_writes_the_line_of_vllm(
     assert f"--max-num-seqs {best['batch']} --max-model-len 768" in line
     assert ("--tensor-parallel-size" in line) == (best["cards"] > 1)
     assert ("--quantization bitsandbytes" in line) == (best["quant"] == "nf4")
+
+
+TINY = ("hardware=auto", "model=llama_tiny", "model.dtype=fp32", "task.prompt_tokens=8", "task.output_tokens=4")
+
+
+def tiny(*words: str) -> schema.Config:
+    return asked(*TINY, *words)
+
+
+def test_a_machine_that_was_measured_is_asked_about_alone_by_its_own_passes(tmp_path: Path) -> None:
+    """Of one request at a time by hand: a prefill of 8 tokens takes 2 ms, a step with 10 cached 1 ms and a bit."""
+    path = passes_recorded(tmp_path)
+    (one,) = advice.answer(tiny(), path).ranking
+    assert (one.title, one.card, one.cards, one.batch, one.binds) == ("a machine", advice.HERE, 1, 4, "measured")
+    (alone,) = advice.answer(tiny("slo_ttft_ms=3"), path).ranking
+    assert (alone.batch, alone.binds) == (1, "ttft")
+    assert alone.ttft_ms == pytest.approx(2.0)
+    assert 1.0 < alone.tpot_ms < 1.1
+    assert alone.tokens_per_s == pytest.approx(4 / (alone.ttft_ms + 4 * alone.tpot_ms) * 1e3)
+
+
+def test_a_machine_that_was_measured_and_is_too_slow_or_small_serves_nothing(tmp_path: Path) -> None:
+    for words, why in (
+        ("slo_tpot_ms=0.9", "a token alone takes 1.0 ms"),
+        ("hardware.mem_gib=0.00001", "one request needs"),
+    ):
+        found = advice.answer(tiny(words), passes_recorded(tmp_path))
+        assert not found.ranking
+        assert found.left_out[0][0] == "1 x a machine"
+        assert why in found.left_out[0][1]
+
+
+def test_the_command_asks_for_a_run_of_passes(
+    llmsys: Callable[..., CompletedProcess[str]], results: Path, tmp_path: Path
+) -> None:
+    words = ("+exp=bench_advise", "goal=serve", *TINY)
+    done = llmsys(*words, f"task.speeds={passes_recorded(tmp_path)}")
+    assert done.returncode == 0, done.stderr
+    assert "on 1 x a machine" in done.stdout
+    assert "No more were measured at a time" in done.stdout
+    done = llmsys(*words, f"task.speeds={tmp_path / 'nothing'}")
+    assert done.returncode
+    assert "no record.json there; it is a run of bench_serve_modules" in done.stderr
+    done = llmsys(*words, "hardware=a800x8", f"task.speeds={tmp_path}")
+    assert done.returncode
+    assert "is another machine, the one that was measured" in done.stderr

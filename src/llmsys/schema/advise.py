@@ -29,7 +29,8 @@ class Advise(Predicting):
     micro-batch and ranks make. Typed as `train.micro_batch` and `train.global_batch` they are taken from there.
     With `serve` the question is which hardware, tensor parallelism and weights serve the model at the most tokens a
     second: requests of `prompt_tokens` and `output_tokens`, whose first token has to come in `slo_ttft_ms`, and each
-    further one in `slo_tpot_ms`; 0: whenever. With `hardware=auto` all cards that are known are asked about.
+    further one in `slo_tpot_ms`; 0: whenever. With `hardware=auto` all cards that are known are asked about; with
+    `speeds`, then a run of `bench_serve_modules`, its machine alone.
     `records`: a folder with runs of the task `train`, of which those that are this model on this machine take the place
     of predictions; null: the folder `results`. `emit`: a folder for what to run, written anew each time.
     """

@@ -49,7 +49,7 @@ def calibrate(config: schema.Config, context: Context) -> dict[str, Any]:
     assert isinstance(task, schema.Calibrate)
     if not isinstance(model, schema.Transformer):
         raise ValueError(f"model={model.name}: a calibration is of a transformer's operators, e.g. model=llama_6m")
-    found = _memory(context.device)
+    found = memory(context.device)
     peak, whose = peak_flops(config, context.device)
     found[f"peak_tflops/{config.train.precision}"] = peak / 1e12
     probes = Probes(context.device, model, config.train.precision, task.most_s)
@@ -81,7 +81,8 @@ def calibrate(config: schema.Config, context: Context) -> dict[str, Any]:
     return {"summary": found, "samples": samples, "notes": notes}
 
 
-def _memory(device: torch.device) -> dict[str, float]:
+def memory(device: torch.device) -> dict[str, float]:
+    """GiB of the device, and of the host what is free."""
     host = host_available() / GIB
     if device.type == "cpu":
         return {"mem_gib": host, "host_gib": host}

@@ -1,5 +1,5 @@
 """Which hardware, how many cards of it, and which weights serve a model at the most tokens a second, under what a
-request has to keep. Predicted from rooflines (`work`), without torch.
+request has to keep. Predicted without torch: from rooflines (`work`), or from passes that were measured (`pace`).
 
 A pass takes on each of N cards with tensor parallelism
 
@@ -7,6 +7,8 @@ A pass takes on each of N cards with tensor parallelism
 
 c: the share of its peak that a card's large products reach (`cost.hardware`); m: SHARE of its memory's bandwidth. The
 all-reduces (Megatron-LM, arXiv 1909.08053) go over the card's links: 2 (N - 1) / N of the bytes, and LINE_S to start.
+Where passes were measured on a machine it is asked about alone: the weights that it had, one device, and no more
+sequences than were measured.
 
 A server of B sequences reads a new prompt while the others wait, so that in the time of B requests it does B prefills
 of one prompt each and as many decoding steps as a request has tokens: B O / (B prefill + O decode) tokens a second.
@@ -19,9 +21,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmsys import schema
 from llmsys.bench.serve import work
+from llmsys.bench.serve.pace import Pace, measured
 from llmsys.cost.hardware import DEVICES, Device
 
 SHARE = 0.8
@@ -32,12 +36,14 @@ GIB = 2**30
 TENSOR_PARALLEL = (1, 2, 4, 8)
 MOST = 1024
 """Sequences of one server."""
+HERE = "here"
+"""The card of a machine that was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """`cards` of one kind with tensor parallelism; `quant` of the weights; `batch` sequences at a time. `binds`: what
-    allows no more sequences: memory, ttft, tpot, or most (`MOST`)."""
+    allows no more sequences: memory, ttft, tpot, most (`MOST`), or measured: no more were at a time."""
 
     card: str
     title: str
@@ -65,20 +71,26 @@ class Answer:
     left_out: tuple[tuple[str, str], ...]
 
 
-def answer(config: schema.Config) -> Answer:
-    """ValueError where the model generates no text, or no hardware is known by the name that was given."""
-    task, model = config.task, config.model
+def answer(config: schema.Config, speeds: Path | None = None) -> Answer:
+    """`speeds`: the record of a run of `bench_serve_modules`, whose machine is asked about. ValueError where the model
+    generates no text, no hardware is known by the name that was given, or the record is of something else."""
+    task, model = config.task, _model(config)
     assert isinstance(task, schema.Advise)
-    if not isinstance(model, schema.Transformer):
-        raise ValueError(f"model={model.name}: generates no text; e.g. model=llama2_7b")
-    work.by_row(model, 1, 1)
+    if speeds is not None:
+        device, pace = here(config, speeds)
+        made = best(config, HERE, device, 1, pace)
+        if isinstance(made, Choice):
+            return Answer(ranking=(made,), left_out=())
+        return Answer(ranking=(), left_out=((f"1 x {device.title}", made),))
     name = config.hardware.name
     most = config.hardware.devices if name != "auto" else max(TENSOR_PARALLEL)
     found, left = list[Choice](), list[tuple[str, str]]()
     for card, device in DEVICES.items() if name == "auto" else [(name, DEVICES[name])]:
         for cards in (each for each in TENSOR_PARALLEL if each <= most):
             for quant in ("none", "nf4"):
-                made = best(config, card, device, cards, quant)
+                own = dataclasses.replace(model, quant=quant)
+                known = own.dtype in device.tflops
+                made = best(config, card, device, cards, on_roofline(own, device)) if known else f"no {own.dtype}"
                 if isinstance(made, Choice):
                     found.append(made)
                 else:
@@ -87,20 +99,46 @@ def answer(config: schema.Config) -> Answer:
     return Answer(ranking=tuple(found), left_out=tuple(left))
 
 
-def best(config: schema.Config, card: str, device: Device, cards: int, quant: str) -> Choice | str:
+def here(config: schema.Config, speeds: Path) -> tuple[Device, Pace]:
+    """The machine of a run of `bench_serve_modules`, and its passes. ValueError as `pace.of_record`, and where the
+    config names another one."""
+    name, model = config.hardware.name, _model(config)
+    if name != "auto":
+        raise ValueError(f"hardware.name={name}: task.speeds={speeds} is another machine, the one that was measured; "
+                         "take hardware=auto with it, or leave task.speeds out")  # fmt: skip
+    pace, record = measured(speeds, model)
+    gib = config.hardware.mem_gib or record.summary.get("mem_gib")
+    if gib is None:
+        raise ValueError(f"task.speeds={speeds}: does not say how much memory there is; hardware.mem_gib=24 does")
+    peak = {model.dtype: pace.flops_per_s / 1e12}
+    title, gb_per_s = str(record.env["device_name"]), pace.bytes_per_s / 1e9
+    return Device(title=title, mem_gib=gib, gb_per_s=gb_per_s, tflops=peak, pcie_gbps=0.0, source="measured"), pace
+
+
+def _model(config: schema.Config) -> schema.Transformer:
+    model = config.model
+    if not isinstance(model, schema.Transformer):
+        raise ValueError(f"model={model.name}: generates no text; e.g. model=llama2_7b")
+    work.by_row(model, 1, 1)
+    return model
+
+
+def on_roofline(model: schema.Transformer, device: Device) -> Pace:
+    """By what large products and decoding reach of the device's peaks."""
+    flops = device.peak(model.dtype) * device.reached(model.dtype)
+    return Pace(model=model, flops_per_s=flops, bytes_per_s=device.gb_per_s * 1e9 * SHARE)
+
+
+def best(config: schema.Config, card: str, device: Device, cards: int, pace: Pace) -> Choice | str:
     """With as many sequences as memory and the limits allow; why not, where that is none."""
-    task = config.task
+    task, model = config.task, pace.model
     assert isinstance(task, schema.Advise)
-    assert isinstance(config.model, schema.Transformer)
-    model = dataclasses.replace(config.model, quant=quant)
     if model.num_kv_heads % cards:
         return f"{model.num_kv_heads} heads of keys are not cut over {cards} cards"
-    if model.dtype not in device.tflops:
-        return f"no {model.dtype}"
-    own = _Timed(model, device, cards, task.prompt_tokens, task.output_tokens)
+    own = Timed(pace, device, cards, task.prompt_tokens, task.output_tokens)
     room = device.mem_gib * GIB * (1 - SPARE)
-    binds, batch = "memory", 0
-    for wanted in _sizes():
+    binds, batch, most = "memory", 0, pace.sequences or MOST
+    for wanted in _sizes(most):
         if own.memory_bytes(wanted) > room:
             break
         if task.slo_ttft_ms and own.ttft_s(wanted) * 1e3 > task.slo_ttft_ms:
@@ -109,7 +147,7 @@ def best(config: schema.Config, card: str, device: Device, cards: int, quant: st
         if task.slo_tpot_ms and own.tpot_s(wanted) * 1e3 > task.slo_tpot_ms:
             binds = "tpot"
             break
-        batch, binds = wanted, "most" if wanted == MOST else binds
+        batch, binds = wanted, binds if wanted < most else "measured" if pace.sequences else "most"
     if not batch:
         needs = own.memory_bytes(1) / GIB
         why = {"ttft": f"a first token alone takes {own.ttft_s(1) * 1e3:.0f} ms",
@@ -121,7 +159,7 @@ def best(config: schema.Config, card: str, device: Device, cards: int, quant: st
         card=card,
         title=device.title,
         cards=cards,
-        quant=quant,
+        quant=model.quant,
         batch=batch,
         ttft_ms=own.ttft_s(batch) * 1e3,
         tpot_ms=own.tpot_s(batch) * 1e3,
@@ -132,44 +170,45 @@ def best(config: schema.Config, card: str, device: Device, cards: int, quant: st
     )
 
 
-def _sizes() -> list[int]:
+def _sizes(most: int) -> list[int]:
     """Numbers of sequences that are tried: all small ones, then by steps of an eighth."""
     found = [1]
-    while found[-1] < MOST:
-        found.append(min(MOST, found[-1] + max(1, found[-1] // 8)))
+    while found[-1] < most:
+        found.append(min(most, found[-1] + max(1, found[-1] // 8)))
     return found
 
 
-class _Timed:
-    """Seconds and bytes, of one card among `cards`."""
+class Timed:
+    """Seconds and bytes, of one card among `cards`, by the `pace` of one alone."""
 
-    def __init__(self, model: schema.Transformer, device: Device, cards: int, prompt: int, new: int) -> None:
-        self.model, self.device, self.cards, self.prompt, self.new = model, device, cards, prompt, new
-        self.flops = device.peak(model.dtype) * device.reached(model.dtype)
-        self.bytes_per_s = device.gb_per_s * 1e9 * SHARE
+    def __init__(self, pace: Pace, device: Device, cards: int, prompt: int, new: int) -> None:
+        self.pace, self.model, self.device, self.cards, self.prompt, self.new = (
+            pace, pace.model, device, cards, prompt, new)  # fmt: skip
 
-    def pass_s(self, batch: int, new: int, before: int) -> float:
-        rows = work.by_row(self.model, batch, new, before)
-        own = sum(each.least_s(self.flops, self.bytes_per_s) for each in rows.values()) / self.cards
-        if self.cards == 1:
-            return own
-        nbytes = batch * new * self.model.hidden_size * work.BYTES[self.model.dtype]
-        share = 2 * (self.cards - 1) / self.cards
-        line = LINE_S + share * nbytes / (self.device.gbps(self.cards) * 1e9)
-        return own + 2 * self.model.num_layers * line
+    def prefill_s(self) -> float:
+        return self._cut(self.pace.prefill_s(1, self.prompt), self.prompt)
 
     def decode_s(self, batch: int) -> float:
         """A step, when requests are half done on average."""
-        return self.pass_s(batch, 1, self.prompt + self.new // 2)
+        return self._cut(self.pace.decode_s(batch, self.prompt + self.new // 2), batch)
+
+    def _cut(self, alone_s: float, tokens: int) -> float:
+        """Over the cards, a pass of so many new tokens that takes one card `alone_s`."""
+        if self.cards == 1:
+            return alone_s
+        nbytes = tokens * self.model.hidden_size * work.BYTES[self.model.dtype]
+        share = 2 * (self.cards - 1) / self.cards
+        line = LINE_S + share * nbytes / (self.device.gbps(self.cards) * 1e9)
+        return alone_s / self.cards + 2 * self.model.num_layers * line
 
     def ttft_s(self, batch: int) -> float:
-        return self.pass_s(1, self.prompt, 0) + (self.decode_s(batch) if batch > 1 else 0.0)
+        return self.prefill_s() + (self.decode_s(batch) if batch > 1 else 0.0)
 
     def tpot_s(self, batch: int) -> float:
-        return self.decode_s(batch) + self.pass_s(1, self.prompt, 0) * (batch - 1) / self.new
+        return self.decode_s(batch) + self.prefill_s() * (batch - 1) / self.new
 
     def tokens_per_s(self, batch: int) -> float:
-        return batch * self.new / (batch * self.pass_s(1, self.prompt, 0) + self.new * self.decode_s(batch))
+        return batch * self.new / (batch * self.prefill_s() + self.new * self.decode_s(batch))
 
     def memory_bytes(self, batch: int) -> float:
         """Of one card: its share of the weights and of the cache of whole requests."""

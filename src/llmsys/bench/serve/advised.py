@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +21,25 @@ ASSUMED = (
     f"Predicted from rooflines: kernels of decoding reach {advice.SHARE:.0%} of a memory's bandwidth, which is "
     "assumed, and products the share of their card's peak that is known; no engine's own time is in it."
 )
+MORE = {"measured": "No more were measured at a time.", "most": f"No more than {advice.MOST} are looked at."}
+"""What else than a limit has ended the search, by `Choice.binds`."""
+MEASURED = "Predicted from passes of this model that were measured there; no engine's own time is in it."
 
 
 def advised(config: schema.Config, context: LightContext) -> dict[str, Any]:
     """`advice.md`, `advice.json`, `vllm_serve.sh` in `task.emit`. Where nothing serves the model so, `fits` is 0."""
     task = config.task
     assert isinstance(task, schema.Advise)
-    made = advice.answer(config)
-    written = ""
+    speeds = context.inputs.get("speeds")
+    made = advice.answer(config, None if speeds is None else Path(speeds))
+    assumed = ASSUMED if speeds is None else MEASURED
+    written = list[str]()
     if task.emit and made.ranking:
         texts = {"vllm_serve.sh": advice.vllm(made.ranking[0], config)}
         emit.write(emit.Emitted(texts=texts, why_not={}), Path(task.emit).expanduser())
-        written = f"to run: vllm_serve.sh in {task.emit}"
-    (context.out / "advice.md").write_text(markdown(made, config, written), encoding="utf-8")
+        written = [f"to run: vllm_serve.sh in {task.emit}"]
+    text = markdown(made, config, [*written, assumed])
+    (context.out / "advice.md").write_text(text, encoding="utf-8")
     plain = {"goal": "serve", "ranking": [dataclasses.asdict(each) for each in made.ranking], "left_out": made.left_out}
     write_atomic(context.out / "advice.json", json.dumps(plain, indent=1) + "\n")
     files = {"tables": "advice.md", "cells": "advice.json"}
@@ -41,7 +48,7 @@ def advised(config: schema.Config, context: LightContext) -> dict[str, Any]:
         "combinations": len(made.ranking) + len(made.left_out),
     }
     if not made.ranking:
-        return {"summary": summary, "notes": {"assumed": ASSUMED}, "files": files}
+        return {"summary": summary, "notes": {"assumed": assumed}, "files": files}
     best = made.ranking[0]
     summary |= {
         "devices": best.cards,
@@ -51,12 +58,12 @@ def advised(config: schema.Config, context: LightContext) -> dict[str, Any]:
         "predicted_tpot_ms": best.tpot_ms,
         "predicted_memory_gib": best.memory_gib,
     }
-    notes = {"choice": f"{best.techniques} on {best.cards} x {best.title}", "binds": best.binds, "assumed": ASSUMED}
+    notes = {"choice": f"{best.techniques} on {best.cards} x {best.title}", "binds": best.binds, "assumed": assumed}
     return {"summary": summary, "notes": notes, "files": files}
 
 
-def markdown(made: advice.Answer, config: schema.Config, written: str) -> str:
-    """The answer first; then all that serve the model, by tokens a second of a card, and what does not."""
+def markdown(made: advice.Answer, config: schema.Config, said: Sequence[str]) -> str:
+    """The answer first; then all that serve the model, by tokens a second of a card; what does not; what is `said`."""
     task, name = config.task, config.model.name
     assert isinstance(task, schema.Advise)
     asked = f"{task.prompt_tokens} tokens in, {task.output_tokens} out"
@@ -68,7 +75,7 @@ def markdown(made: advice.Answer, config: schema.Config, written: str) -> str:
         best = made.ranking[0]
         parts.append(f"**{best.techniques} on {best.cards} x {best.title}**, {best.batch} requests at a time: "
                      f"{best.tokens_per_s:,.0f} tokens/s, of a card {best.tokens_per_s / best.cards:,.0f}. "
-                     f"{best.binds} allows no more.")  # fmt: skip
+                     f"{MORE.get(best.binds, f'{best.binds} allows no more.')}")  # fmt: skip
         head = (
             "",
             "letters",
@@ -90,4 +97,4 @@ def markdown(made: advice.Answer, config: schema.Config, written: str) -> str:
         parts.append("**Nothing that is known serves it so.**")
     if made.left_out:
         parts.append("\n".join(["Left out:", "", *(f"- {what}: {why}" for what, why in made.left_out)]))
-    return "\n\n".join([*parts, *([written] if written else []), ASSUMED]) + "\n"
+    return "\n\n".join([*parts, *said]) + "\n"

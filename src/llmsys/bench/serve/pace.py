@@ -24,6 +24,11 @@ class Pace:
     bytes_per_s: float
     fits: Mapping[str, Fit] = field(default_factory=dict)
 
+    @property
+    def sequences(self) -> int | None:
+        """The most that were measured at a time; None on rooflines."""
+        return self.fits[DECODE].bases[-1].batch if self.fits else None
+
     def least_s(self, batch: int, new: int, before: int) -> float:
         """On the rooflines of its rows, one after the other."""
         rows = work.by_row(self.model, batch, new, before)
@@ -43,6 +48,11 @@ class Pace:
 
 def of_record(path: Path, model: schema.Transformer) -> Pace:
     """As a run of `bench_serve_modules` has measured it. ValueError for a record that is of another task or model."""
+    return measured(path, model)[0]
+
+
+def measured(path: Path, model: schema.Transformer) -> tuple[Pace, Record]:
+    """As `of_record`, and what else the run has found."""
     record = Record.read(path.parent)
     assert record is not None, path
     if record.task != "bench_serve_modules" or record.status != "ok":
@@ -59,5 +69,6 @@ def of_record(path: Path, model: schema.Transformer) -> Pace:
     for key in (each for each in own if each.endswith("/least_ms")):
         phase, cell = key.split("/")[:2]
         points[phase].append(Point(int(cell.partition("x")[0]), own[key] / 1e3, own[f"{phase}/{cell}/ms"] / 1e3))
-    return Pace(model=model, flops_per_s=own["peak_tflops"] * 1e12, bytes_per_s=own["peak_gbps"] * 1e9,
+    pace = Pace(model=model, flops_per_s=own["peak_tflops"] * 1e12, bytes_per_s=own["peak_gbps"] * 1e9,
                 fits={phase: fit(found) for phase, found in points.items()})  # fmt: skip
+    return pace, record

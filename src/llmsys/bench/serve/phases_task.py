@@ -10,6 +10,7 @@ each `<phase>/<batch>x<context>`:
     <phase>_error_percent            mean over the cells that were predicted; `_worst` the largest
     <phase>_slow                     the fit
     peak_tflops, peak_gbps           of the device; `notes` says where they are from
+    mem_gib                          of the device; of a host what was free
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from llmsys import schema
+from llmsys.bench.predict import calibrate
 from llmsys.bench.serve import fit, served, work
 from llmsys.bench.serve.pace import DECODE, PREFILL, Pace
 from llmsys.bench.serve.phases import Cell, Passes, measure
@@ -49,6 +51,7 @@ def modules(config: schema.Config, context: Context) -> dict[str, Any]:
             found[cell] = measure(made, cell, *how)
             context.log.info("%s: %.3f ms", cell.key, found[cell].ms)
     summary, samples = _figures(model, found, arithmetic.per_s, memory.per_s)
+    summary["mem_gib"] = calibrate.memory(context.device)["mem_gib"]
     (context.out / "serve_modules.md").write_text(_markdown(model.name, found, summary), encoding="utf-8")
     return {"summary": summary, "samples": samples, "files": {"tables": "serve_modules.md"},
             "notes": {"peak_tflops": arithmetic.source, "peak_gbps": memory.source}}  # fmt: skip
