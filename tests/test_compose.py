@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -74,6 +75,18 @@ def test_every_experiment_opens_with_its_header(exp: str) -> None:
         assert any(line.startswith(field) for line in comments), field
     assert any("Time:" in line for line in comments)
     assert "EXPECTED" not in "".join(comments), "a placeholder"
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
+def test_the_commands_of_a_header_are_not_refused(exp: str) -> None:
+    """Of a sweep its first run; what is in brackets, as one may add it, is left out."""
+    text = (compose.CONF / "exp" / f"{exp}.yaml").read_text()
+    found = re.findall(r"^#.*python -m llmsys (-m )?(\+exp=[^;(\n]*)", text, re.MULTILINE)
+    assert found
+    for sweep, rest in found:
+        words = re.sub(r"<[^>]*>", "x", re.sub(r" \[.*", "", rest)).split()
+        first = [word if "[" in word else word.partition(",")[0] for word in words]
+        schema.build(compose.compose(first if sweep else words))
 
 
 def test_smoke_stands_for_the_experiment_s_own_list_and_what_else_is_said_wins() -> None:

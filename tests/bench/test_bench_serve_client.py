@@ -88,6 +88,17 @@ def test_no_more_are_under_way_than_were_asked_for(tmp_path: Path) -> None:
     assert most == 2
 
 
+def test_what_waits_for_a_place_is_not_sent_late(tmp_path: Path) -> None:
+    """A burst of which two may be under way: the last is sent long after it was due, and not by our client's fault."""
+    last = max(loaded(tmp_path, most=2), key=lambda each: each.sent_s)
+    assert last.held_s > 0
+    assert last.lag_s < last.waited_s / 2
+
+
+def test_a_load_of_no_requests_is_none() -> None:
+    assert asyncio.run(Client(Remote("http://127.0.0.1:1", "nobody")).run([])) == []
+
+
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 

@@ -74,6 +74,12 @@ def test_who_waits_for_a_place_in_our_client_has_waited() -> None:
     assert json.loads(json.dumps(free.to_json(), allow_nan=False))["due_s"] is None
 
 
+def test_a_server_that_read_other_tokens_than_were_meant_is_believed() -> None:
+    ids = outcome(0, sent=0.0, tokens=(1.0,), told=(20, 1), wanted=1)
+    assert ids.input == 8
+    assert figures.of([ids], task())["input_tokens_per_s"] == pytest.approx(20)
+
+
 def test_of_text_the_server_says_how_many_tokens_it_was() -> None:
     text = outcome(0, sent=0.0, tokens=(1.0, 2.0, 3.0), counted="pieces", told=(20, 5), wanted=5)
     found = figures.of([text], task())
@@ -131,7 +137,31 @@ def test_what_cannot_be_sent_fast_enough_has_no_bound() -> None:
             raise rate.TooFast
         return True
 
-    assert asyncio.run(rate.highest(good, 1.0, 5.0)) == rate.Found(64.0, bounded=False, confirmed=False)
+    found = asyncio.run(rate.highest(good, 1.0, 5.0))
+    assert found == rate.Found(64.0, bounded=False, confirmed=False, undecided=128.0)
+
+
+def test_a_rate_between_two_that_cannot_be_sent_is_undecided_and_ends_the_search() -> None:
+    """What lies between it and the rate that was not kept may be kept: the answer does not say that it is not."""
+
+    async def good(wanted: float, draws: int) -> bool:
+        if 5 < wanted < 7:
+            raise rate.TooFast
+        return wanted < 5
+
+    found = asyncio.run(rate.highest(good, 1.0, 5.0))
+    assert found == rate.Found(4.0, bounded=True, confirmed=True, undecided=pytest.approx(32**0.5))
+
+
+def test_a_rate_whose_other_draw_cannot_be_sent_is_an_answer_that_is_not_confirmed() -> None:
+    async def good(wanted: float, draws: int) -> bool:
+        if draws:
+            raise rate.TooFast
+        return wanted <= 8
+
+    found = asyncio.run(rate.highest(good, 1.0, 5.0))
+    assert 7.6 < found.rate <= 8
+    assert found == rate.Found(found.rate, bounded=True, confirmed=False, undecided=found.rate)
 
 
 def test_where_nothing_is_kept_the_highest_rate_is_none() -> None:

@@ -115,6 +115,7 @@ def test_a_trace_that_is_none_is_named_with_its_line(tmp_path: Path, text: str |
     ("settings", "why"),
     [
         ({"arrivals": "poisson"}, "task.rate=0: task.arrivals=poisson needs"),
+        ({"arrivals": "poisson", "max_rate": True, "slo_ttft_ms": 9}, "task.rate=0: task.arrivals=poisson needs"),
         ({"arrivals": "concurrency"}, "task.concurrency=0: "),
         ({"arrivals": "trace"}, "task.trace: a CSV file"),
         ({"shared_prefix": 128}, "task.shared_prefix=128: must be less"),

@@ -105,6 +105,16 @@ def test_those_that_are_served_together_read_the_weights_once_and_are_not_charge
         assert share(loads, cfg, how) == pytest.approx((once + passes * weights) / 2.0), how
 
 
+def test_a_server_that_waits_for_requests_has_not_read_its_weights_more_often() -> None:
+    """Two at a time, and nobody for ten seconds: each step of theirs is one pass."""
+    cfg = shape()
+    at_once = [outcome(at, tokens=(1.0, 2.0, 3.0), sent=0.0) for at in range(2)]
+    later = [outcome(at, tokens=(11.0, 12.0, 13.0), sent=10.0) for at in range(2, 4)]
+    one, both = share(at_once, cfg, None) * 3, share([*at_once, *later], cfg, None) * 13
+    weights = work.whole(work.by_row(cfg, 0, 1)).nbytes
+    assert both == pytest.approx(2 * one - weights)  # a prompt may be read with what the others decode
+
+
 def test_quantised_weights_are_as_large_as_they_are_loaded() -> None:
     for quant in ("none", "nf4", "int8"):
         cfg = shape(f"model.quant={quant}")

@@ -186,7 +186,7 @@ class Serve(Task):
         for key in ("burstiness", "request_s", "repeat_s", "max_rate_percent", "probe_s"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"task.{key}={getattr(self, key)}: must be positive")
-        if self.arrivals in ("constant", "poisson") and not self.rate and not self.max_rate:
+        if self.arrivals in ("constant", "poisson") and not self.rate:
             raise ValueError(f"task.rate=0: task.arrivals={self.arrivals} needs requests a second, e.g. task.rate=4")
         if self.arrivals == "concurrency" and not self.concurrency:
             raise ValueError("task.concurrency=0: task.arrivals=concurrency needs a number, e.g. task.concurrency=8")

@@ -6,6 +6,7 @@ A pass takes on each of N cards with tensor parallelism
     t = sum over rows of max(flops / N / (peak c), bytes / N / (bandwidth m)) + 2 all-reduces of T D activations a block
 
 c: the share of its peak that a card's large products reach (`cost.hardware`); m: SHARE of its memory's bandwidth. The
+NF4 weights of a pass with more than one row are widened in memory first, as bitsandbytes' kernels do. The
 all-reduces (Megatron-LM, arXiv 1909.08053) go over the card's links: 2 (N - 1) / N of the bytes, and LINE_S to start.
 Where passes were measured on a machine it is asked about alone: the weights that it had, one device, and no more
 sequences than were measured.
@@ -194,6 +195,8 @@ class Timed:
 
     def _cut(self, alone_s: float, tokens: int) -> float:
         """Over the cards, a pass of so many new tokens that takes one card `alone_s`."""
+        if tokens > 1 and not self.pace.fits:
+            alone_s += work.widened_bytes(self.model) / self.pace.bytes_per_s
         if self.cards == 1:
             return alone_s
         nbytes = tokens * self.model.hidden_size * work.BYTES[self.model.dtype]

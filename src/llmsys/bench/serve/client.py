@@ -55,6 +55,8 @@ class Client:
 
     async def run(self, requests: Sequence[Request]) -> list[Outcome]:
         """One outcome for each request, in their order; nothing that a server does is raised."""
+        if not requests:
+            return []
         self.outcomes = [
             Outcome(index=each.index, input=len(each.prompt), wanted=each.new, due_s=each.due_s) for each in requests
         ]
@@ -93,7 +95,9 @@ class Client:
             if free is None:
                 await self._asked(ready, request, outcome)
             else:
+                came = self.now
                 async with free:
+                    outcome.held_s = 0.0 if math.isnan(request.due_s) else self.now - came
                     await self._asked(ready, request, outcome)
         except asyncio.CancelledError as error:
             outcome.status, outcome.why = "cut", str(error)

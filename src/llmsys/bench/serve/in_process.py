@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -35,6 +36,9 @@ class Continuous:
         self.model, self.most, self.page, self.longest = model, most, page, longest
         self._context: Any = None
         self._manager: Any = None
+        self._names = itertools.count()
+        self._open: set[asyncio.Queue[Any]] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Continuous:
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -65,7 +69,10 @@ class Continuous:
     async def stream(self, ready: None, request: Request, outcome: Outcome) -> AsyncIterator[int]:
         """See `client.Server`."""
         came: asyncio.Queue[Any] = asyncio.Queue()
-        name = f"{id(outcome)}"
+        name = f"{next(self._names)}"  # none is used twice: what is cancelled may be so after the next one has begun
+        self._open.add(came)
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
         self._manager.register_result_handler(name, came.put_nowait)
         self._manager.add_request(
             list(request.prompt), request_id=name, max_new_tokens=request.new, streaming=True, eos_token_id=NEVER
@@ -73,7 +80,9 @@ class Continuous:
         seen = 0
         try:
             while seen < request.new:
-                result = await self._next(came)
+                result = await came.get()
+                if isinstance(result, Failed):
+                    raise result
                 if result.error:
                     raise Failed("error", str(result.error))
                 count = len(result.generated_tokens) - seen
@@ -83,16 +92,18 @@ class Continuous:
                 if result.is_finished() and seen < request.new:
                     raise Failed("closed", f"{seen} of {request.new} tokens came")
         finally:
+            self._open.discard(came)
             if seen < request.new:
                 self._manager.cancel_request(name)
 
-    async def _next(self, came: asyncio.Queue[Any]) -> Any:
-        while True:
-            try:
-                return await asyncio.wait_for(came.get(), 1.0)
-            except TimeoutError:
-                if not self._manager.is_running():
-                    raise Failed("error", "transformers' manager has ended") from None
+    async def _watch(self) -> None:
+        """Tells all that wait when the manager has ended."""
+        while self._open:
+            await asyncio.sleep(1.0)
+            if not self._manager.is_running():
+                for came in self._open:
+                    came.put_nowait(Failed("error", "transformers' manager has ended"))
+                return
 
 
 @dataclass(kw_only=True, eq=False)

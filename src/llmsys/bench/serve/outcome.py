@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 OK = "ok"
 STATUSES = {
@@ -47,13 +48,15 @@ class Outcome:
     told: tuple[int, int] = (-1, -1)
     counted: str = "ids"
     finish: str = ""
+    held_s: float = 0.0
+    """So long our client had no place for it, since `task.concurrency` were under way."""
     server: dict[str, float] = field(default_factory=dict)
     """What the server says of its own times, where it does (the stub)."""
 
     @property
     def tokens_in(self) -> int:
-        """By the ids that were sent; where there is only text as the server has counted them, if it says."""
-        return self.told[0] if self.counted == "pieces" and self.told[0] >= 0 else self.input
+        """As the server has counted them, if it says; else those that were meant."""
+        return self.told[0] if self.told[0] >= 0 else self.input
 
     @property
     def tokens_out(self) -> int:
@@ -62,13 +65,13 @@ class Outcome:
 
     @property
     def lag_s(self) -> float:
-        """Sent so much after it was due; math.nan of one that had no time."""
-        return self.sent_s - self.due_s
+        """Sent so much after it was due and there was a place for it; math.nan of one that had no time."""
+        return self.sent_s - self.due_s - self.held_s
 
     @property
     def waited_s(self) -> float:
-        """From when it was due to when it was sent: in our client, as long as that had no place for it."""
-        return 0.0 if math.isnan(self.due_s) else self.lag_s
+        """From when it was due to when it was sent."""
+        return 0.0 if math.isnan(self.due_s) else self.sent_s - self.due_s
 
     @property
     def ttft_s(self) -> float:
@@ -89,6 +92,11 @@ class Outcome:
     def itl_s(self) -> list[float]:
         """Between tokens, one after the other."""
         return [b - a for a, b in zip(self.token_s, self.token_s[1:], strict=False)]
+
+    def left(self, file: IO[str], repeat: int) -> None:
+        """As a line of `file`, of so manieth a load."""
+        file.write(json.dumps({"repeat": repeat, **self.to_json()}) + "\n")
+        file.flush()
 
     def to_json(self) -> dict[str, Any]:
         """A line of `requests.jsonl`; what is not known of time is null."""

@@ -26,8 +26,9 @@ def same_load(records: Sequence[Record]) -> list[Record]:
     for record in sorted(own, key=lambda each: each.started):
         if record.config["server"]["kind"] != "stub":
             load = {key: each for key, each in record.config["task"].items() if key not in ("repeats", "speeds")}
-            key = json.dumps([load, record.config["model"]], sort_keys=True)
-            loads.setdefault(key, {})[record.config["server"]["name"]] = record
+            where = [record.env.get(key) for key in ("host", "device_name")]
+            key = json.dumps([load, record.config["model"], where], sort_keys=True)
+            loads.setdefault(key, {})[_name(record)] = record
     if not loads:
         raise ValueError("no record of bench_serve: python -m llmsys +exp=bench_serve_compare")
     return [*max(loads.values(), key=len).values()]
@@ -40,7 +41,7 @@ def latencies(records: Sequence[Record]) -> Any:
     figure, panels = _figure(10.5, 3.8, len(PANELS))
     for axes, (key, title) in zip(panels, PANELS.items(), strict=True):
         for record in records:
-            values = np.sort(record.samples[key])
+            values = np.sort(record.samples.get(key, []))  # of one token a request there is no time between two
             axes.step(values, 100 * np.arange(1, len(values) + 1) / len(values), where="post", label=_name(record))
         axes.set_xlabel(f"{title} (ms)")
         axes.set_xscale("log")
@@ -64,7 +65,8 @@ def throughput(records: Sequence[Record]) -> Any:
         speeds.plot([at] * len(values), values, ".", color="black", markersize=4)
         if (predicted := record.summary.get("predicted/output_tokens_per_s")) is not None:
             speeds.plot([at - 0.4, at + 0.4], [predicted] * 2, "--", color="black", label="" if at else "predicted")
-        shares.bar(at, record.summary["bandwidth_percent"], width=0.6, color=f"C{at}", alpha=0.7)
+        if (reached := record.summary.get("bandwidth_percent")) is not None:  # not of a server that runs elsewhere
+            shares.bar(at, reached, width=0.6, color=f"C{at}", alpha=0.7)
     for axes, label in ((speeds, "tokens/s out"), (shares, "share of the memory's bandwidth (%)")):
         axes.set_xticks(range(len(records)), [_name(each) for each in records], fontsize=8)
         axes.set_ylabel(label)
@@ -77,7 +79,9 @@ def throughput(records: Sequence[Record]) -> Any:
 
 
 def _name(record: Record) -> str:
-    return str(record.config["server"]["name"]).replace("_", " ")
+    own = record.config["server"]
+    adapter = f" {own['adapter']}{' merged' if own.get('merge') else ''}" if own.get("adapter") else ""
+    return str(own["name"]).replace("_", " ") + adapter
 
 
 def _title(record: Record) -> str:

@@ -13,36 +13,43 @@ LEAST = 0.01
 
 
 class TooFast(Exception):
-    """Requests could not be sent at a rate."""
+    """Requests could not be sent at a rate: whether the server keeps it is not known."""
 
 
 class Found(NamedTuple):
-    """`rate`: 0.0 where not even the least is kept. `bounded`: a rate above it was not kept; without that a server
-    can do more than could be asked of it. `confirmed`: by another draw."""
+    """`rate`: 0.0 where none was kept. `bounded`: a rate above it was not kept; without that a server may do more than
+    was asked of it. `confirmed`: by another draw. `undecided`: a rate at which requests could not be sent, so that the
+    search has ended there; 0.0: none."""
 
     rate: float
     bounded: bool
     confirmed: bool
+    undecided: float = 0.0
 
 
 async def highest(good: Callable[[float, int], Awaitable[bool]], first: float, percent: float) -> Found:
     """`good(rate, draws)` puts the server under that load, of requests by the number `draws`; it raises `TooFast` where
     that cannot be done. What is more than `percent` above the answer was not kept, if fewer than `MOST_PROBES` were
-    enough. Where another draw of it is not kept, lower rates are tried, by `percent` each time."""
-    low, high, rate = 0.0, 0.0, first
+    enough and nothing is `undecided`. Where another draw of it is not kept, lower rates are tried, by `percent` each
+    time."""
+    low, high, rate, undecided = 0.0, 0.0, first, 0.0
     for _ in range(MOST_PROBES):
         try:
             kept = await good(rate, 0)
         except TooFast:
+            undecided = rate
             break
         low, high = (rate, high) if kept else (low, rate)
         if high and (high <= low * (1 + percent / 100) if low else high <= LEAST):
             break
         rate = (low * high) ** 0.5 if low and high else rate * 2 if low else rate / 2
     if not low or not high:
-        return Found(low, bool(high), False)
+        return Found(low, bool(high), False, undecided)
     for draws in range(1, MOST_TRIES + 1):
-        if await good(low, draws):
-            return Found(low, True, True)
+        try:
+            if await good(low, draws):
+                return Found(low, True, True, undecided)
+        except TooFast:
+            return Found(low, True, False, undecided or low)
         low /= 1 + percent / 100
-    return Found(low, True, False)
+    return Found(low, True, False, undecided)

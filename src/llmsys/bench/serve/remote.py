@@ -1,12 +1,14 @@
 """Servers that are spoken to by HTTP: OpenAI's completions, as most engines offer them, and TGI's own.
 
-Requests ask for greedy tokens, and that the end-of-text token ends nothing, so that every server does the same work.
+Requests ask for greedy tokens, and (but of TGI) that the end-of-text token ends nothing, so that every server does the
+same work.
 Tokens are counted by their ids where a server shows them (vLLM and SGLang do when asked), else by pieces of text that
 came, and beside them stands what the server says its count is.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,9 @@ from llmsys.bench.serve.sse import Events
 
 DONE = b"[DONE]"
 HEADERS = {"Content-Type": "application/json"}
+KEPT_S = 4.0
+"""A line that nobody uses is kept so long: uvicorn closes such lines after 5 s, and who sends just then is refused."""
+FULL = (errno.EMFILE, errno.ENFILE)
 SHOWN = 300
 """Characters of an error that are kept."""
 
@@ -46,7 +51,7 @@ class Remote:
 
     async def __aenter__(self) -> Remote:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
             timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -108,6 +113,9 @@ class Remote:
         except aiohttp.ClientPayloadError as error:
             raise Failed("closed", f"the stream broke off: {error}") from None
         except (aiohttp.ClientError, OSError) as error:
+            if getattr(error, "errno", None) in FULL:
+                why = "our client, and not the server: no more open files are allowed (ulimit -n)"
+                raise Failed("error", why) from None
             status = "closed" if outcome.token_s else "refused"
             raise Failed(status, f"{type(error).__name__}: {error}") from None
         except ValueError as error:
@@ -123,13 +131,14 @@ def _said(event: Mapping[str, Any]) -> None:
 
 
 class TGI(Remote):
-    """Text Generation Inference, whose stream has a token an event."""
+    """Text Generation Inference, whose stream has a token an event. Over HTTP it cannot be told to go on behind the
+    end-of-text token: such requests are `closed`."""
 
     path = "/generate_stream"
 
     def body(self, request: Request) -> dict[str, Any]:
         assert self.text is not None
-        wanted = {"max_new_tokens": request.new, "do_sample": False, "details": True, "ignore_eos_token": True}
+        wanted = {"max_new_tokens": request.new, "do_sample": False, "details": True}
         told = {key: each for key, each in {**wanted, **self.more}.items() if each is not None}
         return {"inputs": self.text(request.prompt), "parameters": told}
 

@@ -112,8 +112,8 @@ async def _started(
 ) -> AsyncIterator[Running]:
     """By its own command, of the weights that are written into `folder`: they can be as large as a disk has room for,
     and are gone with the server."""
-    port = free_port()
     await asyncio.to_thread(served.store, config, context, folder)
+    port = free_port()
     known = {"python": own.python or sys.executable, "model": str(folder), "host": HOST, "port": str(port)}
     known["dtype"] = work.DTYPES[config.model.dtype]
     command = [_filled(word, known) for word in (*own.command, *own.arguments)]

@@ -82,7 +82,7 @@ def _latencies(summary: Figures) -> str:
     text = "\n".join(piped(head, rows)) if rows else ""
     if "client/added_ms_p50" in summary:
         text += f"\n\nOur client adds {_ms(summary, 'client/added_ms_p50')} ms to a first token (p50; p99 "
-        text += f"{_ms(summary, 'client/added_ms_p99')}), measured against a stub under the same arrivals"
+        text += f"{_ms(summary, 'client/added_ms_p99')}), measured over HTTP against a stub under the same arrivals"
         text += (
             f", and sends {_ms(summary, 'client/lag_ms_p99')} ms late (p99)." if "client/lag_ms_p99" in summary else "."
         )

@@ -26,7 +26,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.bench.serve import check, figures, pace, rate, servers, tables
+from llmsys.bench.serve import check, figures, limits, pace, rate, servers, tables
 from llmsys.bench.serve.client import Client
 from llmsys.bench.serve.load import Request, draw, probe, read_trace, warming
 from llmsys.bench.serve.outcome import OK, Outcome
@@ -67,6 +66,7 @@ def serve(config: schema.Config, context: Context) -> dict[str, Any]:
     if longest > model.max_length:
         raise ValueError(f"task.prompt_tokens and task.output_tokens: a request has {longest} tokens, and "
                          f"model={model.name} at most {model.max_length}: model.max_length")  # fmt: skip
+    limits.many_files()
     with (context.out / REQUESTS).open("w", encoding="utf-8") as file:
         return asyncio.run(_Serving(config, context, file).run(loads, longest))
 
@@ -133,8 +133,7 @@ class _Serving:
 
         def ended(outcome: Outcome) -> None:
             self.context.beat()
-            self.file.write(json.dumps({"repeat": repeat, **outcome.to_json()}) + "\n")
-            self.file.flush()
+            outcome.left(self.file, repeat)
 
         most = 0 if repeat >= SEARCHING else task.concurrency
         client = Client(running.server, most=most, request_s=task.request_s, all_s=task.repeat_s, ended=ended)
@@ -156,17 +155,25 @@ class _Serving:
             ]  # these are overload
             one = figures.of(outcomes, task)
             self.probes.append((wanted, one))
-            if one.get("lag_ms_p99", 0.0) > LATE_MS:
+            kept = one["good_share"] >= task.attained
+            apart = not isinstance(self.config.server, schema.ModelServer)
+            if one.get("lag_ms_p99", 0.0) > LATE_MS and (kept or apart):  # in one process what is late is the service
                 raise rate.TooFast
-            return one["good_share"] >= task.attained
+            return kept
 
         found = await rate.highest(good, task.rate or 1.0, task.max_rate_percent)
         self.summary |= {"max_rate_per_s": found.rate, "max_rate_bounded": int(found.bounded),
                          "max_rate_confirmed": int(found.confirmed)}  # fmt: skip
-        if not found.bounded:
-            self.notes["max_rate_per_s"] = "more was not asked for: our client was late, and the server was not"
-        elif not found.confirmed:
-            self.notes["max_rate_per_s"] = "other draws of the same rate were not kept: it is not to be relied on"
+        said = []
+        if found.undecided:
+            said.append(f"at {found.undecided:.3g} a second our client was late, and the search ended: what the server "
+                        "makes of that rate is not known")  # fmt: skip
+        elif found.rate and not found.bounded:
+            said.append(f"more than {rate.MOST_PROBES} rates were not tried")
+        if found.bounded and found.rate and not found.confirmed:
+            said.append("another draw of the same rate was not kept, or not sent in time: it is not to be relied on")
+        if said:
+            self.notes["max_rate_per_s"] = "; ".join(said)
 
     def _device_bytes(self) -> Callable[[], int]:
         """On a GPU what is used there beyond what is now, by whomever; 0 elsewhere."""
@@ -234,6 +241,10 @@ class _Serving:
             notes["predicted"] = f"at best, each pass on its roofline: {flops.source}; {memory.source}"
         else:
             notes["predicted"] = f"by the passes of {self.task.speeds}, and nothing between them"
+            most = min(how.sequences, self.task.concurrency or how.sequences)
+            if own.sequences is not None and most > own.sequences:
+                notes["predicted"] += (f"; no more than {own.sequences} sequences at a time were measured there, and "
+                                       "what more of them take goes by their rooflines")  # fmt: skip
         how = dataclasses.replace(how, under_way=self.task.concurrency)
         said = figures.together([predict(each, own, how) for each in loads], self.task)
         return {**found, **{f"predicted/{key}": said[key] for key in tables.PREDICTED if key in said}}

@@ -87,6 +87,13 @@ def _weight(numel: int, rows: int, quant: str, w: float) -> float:
     return w * numel if quant == "none" else shapes.packed_bytes(numel, quant) + shapes.scale_bytes(numel, rows, quant)
 
 
+def widened_bytes(model: schema.Transformer) -> float:
+    """Written and read again where packed weights of all linear layers are widened before their products."""
+    if model.quant == "none":
+        return 0.0
+    return 2 * BYTES[model.dtype] * sum(each.n_in * each.n_out for each in shapes.linears(model))
+
+
 def cache_bytes(model: schema.Transformer, tokens: int) -> float:
     """Of keys and values of so many tokens."""
     return 2.0 * model.num_layers * model.num_kv_heads * model.head_width * tokens * BYTES[model.dtype]
