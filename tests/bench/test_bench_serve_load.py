@@ -100,13 +100,14 @@ def test_probes_hold_a_rate_and_differ_in_nothing_else_but_their_prompts() -> No
         ("arrival_s,input_tokens,output_tokens\n1,2,3\n1,x,3\n", "line 3: must be seconds and two numbers"),
         ("arrival_s,input_tokens,output_tokens\nnan,2,3\n", "line 2"),
         ("arrival_s,input_tokens,output_tokens\n", "has no rows"),
+        ("\udcff\udcfe", "is no CSV file"),
         (None, "No such file"),
     ],
 )
 def test_a_trace_that_is_none_is_named_with_its_line(tmp_path: Path, text: str | None, why: str) -> None:
     path = tmp_path / "trace.csv"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=f"^task.trace={path}: .*{why}"):
         read_trace(path)
 

@@ -109,7 +109,7 @@ def test_a_calibration_gives_back_the_passes_that_it_is_made_of(tmp_path: Path) 
     [
         ([], {"task": "train"}, "must be a finished run of bench_serve_modules"),
         ([], {"status": "failed"}, "must be a finished run of bench_serve_modules"),
-        (["model.num_layers=1"], {}, "of other sizes than model="),
+        (["model.num_layers=1"], {}, "another model were measured: model.num_layers=1 and not 2"),
     ],
 )
 def test_a_calibration_of_something_else_is_refused(

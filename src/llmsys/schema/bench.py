@@ -21,7 +21,8 @@ class Predicting(Task):
 
     def __post_init__(self) -> None:
         if self.speeds == "":
-            raise ValueError("task.speeds: empty; it is a run's folder, results/bench_calibrate/<run id>")
+            raise ValueError("task.speeds: empty; it is a run's folder, results/bench_calibrate/<run id>, or "
+                             "with goal=serve results/bench_serve_modules/<run id>")  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -104,10 +104,10 @@ def here(config: schema.Config, speeds: Path) -> tuple[Device, Pace]:
     """The machine of a run of `bench_serve_modules`, and its passes. ValueError as `pace.of_record`, and where the
     config names another one."""
     name, model = config.hardware.name, _model(config)
+    pace, record = measured(speeds, model)
     if name != "auto":
         raise ValueError(f"hardware.name={name}: task.speeds={speeds} is another machine, the one that was measured; "
                          "take hardware=auto with it, or leave task.speeds out")  # fmt: skip
-    pace, record = measured(speeds, model)
     gib = config.hardware.mem_gib or record.summary.get("mem_gib")
     if gib is None:
         raise ValueError(f"task.speeds={speeds}: does not say how much memory there is; hardware.mem_gib=24 does")

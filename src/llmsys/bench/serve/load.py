@@ -124,6 +124,8 @@ def read_trace(path: Path) -> list[tuple[float, int, int]]:
                 found.append(each)
     except OSError as error:
         raise ValueError(f"task.trace={path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"task.trace={path}: is no CSV file: {error}") from None
     if not found:
         raise ValueError(f"task.trace={path}: has no rows")
     return sorted(found)

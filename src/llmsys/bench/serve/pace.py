@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from llmsys import schema
@@ -53,7 +53,10 @@ def of_record(path: Path, model: schema.Transformer) -> Pace:
 
 def measured(path: Path, model: schema.Transformer) -> tuple[Pace, Record]:
     """As `of_record`, and what else the run has found."""
-    record = Record.read(path.parent)
+    try:
+        record = Record.read(path.parent)
+    except ValueError as error:
+        raise ValueError(f"task.speeds: not a record: {error}") from None
     assert record is not None, path
     if record.task != "bench_serve_modules" or record.status != "ok":
         raise ValueError(
@@ -62,8 +65,9 @@ def measured(path: Path, model: schema.Transformer) -> tuple[Pace, Record]:
     theirs = schema.build(record.config).model
     assert isinstance(theirs, schema.Transformer)
     if work.by_row(theirs, 2, 3, 5) != work.by_row(model, 2, 3, 5):
-        raise ValueError(f"task.speeds={path}: passes of model={theirs.name} in {theirs.dtype} were measured, of other "
-                         f"sizes than model={model.name} in {model.dtype}")  # fmt: skip
+        pairs = ((each.name, getattr(theirs, each.name), getattr(model, each.name)) for each in fields(model))
+        other = ", ".join(f"model.{key}={was} and not {now}" for key, was, now in pairs if was != now)
+        raise ValueError(f"task.speeds={path}: passes of another model were measured: {other}")
     own = record.summary
     points: dict[str, list[Point]] = {PREFILL: [], DECODE: []}
     for key in (each for each in own if each.endswith("/least_ms")):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsys.bench.serve import tables
 from llmsys.job import Record
 from llmsys.spread import spread
 
@@ -79,9 +80,7 @@ def throughput(records: Sequence[Record]) -> Any:
 
 
 def _name(record: Record) -> str:
-    own = record.config["server"]
-    adapter = f" {own['adapter']}{' merged' if own.get('merge') else ''}" if own.get("adapter") else ""
-    return str(own["name"]).replace("_", " ") + adapter
+    return tables.server(record.config["server"]).replace("_", " ")
 
 
 def _title(record: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llmsys.bench.serve.figures import PERCENTILES, UNSTEADY
 from llmsys.bench.serve.outcome import OK, STATUSES
@@ -28,6 +29,12 @@ PREDICTED = {
 }
 
 
+def server(own: Mapping[str, Any]) -> str:
+    """The name of `server=`, with its adapter."""
+    adapter = f" with {own['adapter']}{', merged' if own.get('merge') else ''}" if own.get("adapter") else ""
+    return f"{own['name']}{adapter}"
+
+
 def line(one: Figures) -> str:
     """Of one load, for the log."""
     parts = [f"{one['ok']:g} of {one['requests']:g} requests", f"{one.get('output_tokens_per_s', 0):.1f} tokens/s"]
@@ -49,9 +56,10 @@ def markdown(
     ]
     if probes:
         how = "" if summary["max_rate_confirmed"] else ", **and that is not certain**"
-        head = ("requests/s", "kept", "first token p99, ms", "per token p99, ms")
-        rows = [[f"{at:.3g}", f"{one['good_share']:.1%}", *(_ms(one, f"{key}_p99") for key in ("ttft_ms", "tpot_ms"))]
-                for at, one in sorted(probes)]  # fmt: skip
+        head = ("requests/s", "kept", "first token p99, ms", "per token p99, ms", "sent late by p99, ms")
+        keys = ("ttft_ms", "tpot_ms", "lag_ms")
+        rows = [[f"{at:.3g}", f"{one['good_share']:.1%}", *(_ms(one, f"{key}_p99") for key in keys)]
+                for at, one in sorted(probes, key=lambda probe: probe[0])]  # fmt: skip
         parts.append(
             f"## Highest rate: {summary['max_rate_per_s']:.3g} requests/s{how}\n\n" + "\n".join(piped(head, rows))
         )
@@ -71,7 +79,11 @@ def _throughput(summary: Figures, repeats: Sequence[Figures]) -> str:
         half, cv = summary["output_tokens_per_s_half_percent"], summary["output_tokens_per_s_cv_percent"]
         text += f"\n\nTokens out: ± {half:.1f} % (95 % interval of the mean, within one start of the server), "
         text += f"repeats deviate by {cv:.1f} %"
-        text += f": **more than {UNSTEADY:.0%}, the machine was not quiet**." if summary["unsteady"] else "."
+        text += (
+            f": **more than {UNSTEADY:.0%}: the machine was not quiet, or random loads differed**."
+            if summary["unsteady"]
+            else "."
+        )
     return text
 
 

@@ -214,7 +214,7 @@ class _Serving:
             notes["trace"] = f"{len(loads[0])} of {len(read_trace(Path(task.trace)))} rows"
         if len(every) < 100:
             notes["p99"] = f"of {len(every)} requests it is nearly the largest value"
-        title = f"{self.model.name} by {self.config.server.name}"
+        title = f"{self.model.name} by {tables.server(dataclasses.asdict(self.config.server))}"
         text = tables.markdown(summary, repeats, self.probes, title, notes)
         (context.out / "serve.md").write_text(text, encoding="utf-8")
         made: dict[str, Any] = {"summary": summary, "samples": {k: v for k, v in samples.items() if v}, "notes": notes,
