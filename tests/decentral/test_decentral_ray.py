@@ -271,21 +271,35 @@ def test_what_other_runs_have_taken_is_said_and_what_is_left_of_the_same_run_is_
     until_free(cluster)
 
 
-def test_a_provider_that_is_about_to_end_when_it_is_found_is_started_anew(cluster: Emulated) -> None:
-    """Else a broker that is started again would wait for it for ever."""
+def test_a_provider_that_is_about_to_end_when_it_is_found_goes_on(cluster: Emulated) -> None:
+    """Its end lies before the new call in its queue: Ray would try that call for ever."""
     with connected(cluster) as ray:
         with silent() as address:
             first = ray_runtime.Nodes("run", "token", 1)
             first.start(MACHINES[0], address)
             before = first.pid("p0")
             first.actors["p0"].end.remote()  # behind its run, which goes on
-            ray.get(first.actors["p0"].pid.remote())
             again = ray_runtime.Nodes("run", "token", 1)
             again.start(MACHINES[0], NOBODY)
             again.again()
             assert again.pid("p0") == before
+        assert ray.wait([again._runs["p0"]], timeout=60)[0]
+        assert "ConnectionError" in again.wrong()["p0"]
+    until_free(cluster)
+
+
+def test_a_provider_that_has_ended_after_it_was_found_is_started_anew(cluster: Emulated) -> None:
+    """Else a broker that is started again would wait for it for ever."""
+    with connected(cluster) as ray:
+        with silent() as address:
+            first = ray_runtime.Nodes("run", "token", 1)
+            first.start(MACHINES[0], address)
+            first.pid("p0")
+            again = ray_runtime.Nodes("run", "token", 1)
+            again.start(MACHINES[0], NOBODY)
+            ray.kill(first.actors["p0"])
         deadline = time.monotonic() + 60
-        while "p0" not in again.wrong() or "ConnectionError" not in again.wrong()["p0"]:
+        while "ConnectionError" not in again.wrong().get("p0", ""):
             assert time.monotonic() < deadline, again.wrong()
             again.again()
             time.sleep(0.1)

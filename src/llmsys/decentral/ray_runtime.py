@@ -35,13 +35,14 @@ ANYWHERE = "auto"
 
 class _Actor:
     """A provider's process. Ray runs `run` again in another one, as another life, when this one dies. Calls are done
-    one by one, but for those of `pid`. It ends where nobody has called for `patience_s`: Ray starts it again also when
-    whoever would call is dead."""
+    one by one, but for those of `awaited` and `pid`. It ends where nobody has called for `patience_s`: Ray starts it
+    again also when whoever would call is dead."""
 
     def __init__(self, patience_s: float) -> None:
         self.patience_s = patience_s
         self._itself = ray.get_runtime_context().current_actor
         self._called = False
+        self._awaited = 0
         self._why: str | None = None
         timer = threading.Timer(patience_s, self._nobody_calls)
         timer.daemon = True
@@ -56,12 +57,20 @@ class _Actor:
                 self._why = self._run(machine, address, token, certificate)
             return self._why
         finally:
+            self._awaited -= 1
             self._itself.end.remote()  # not here: what this call returns would be lost
 
     @ray.method(max_task_retries=0)
     def end(self) -> None:
-        """As it wishes to, so that Ray does not start it again."""
-        ray.actor.exit_actor()
+        """As it wishes to, so that Ray does not start it again. Not where a call of `run` is on its way: where one ends
+        with calls in its queue Ray tries these again and again, and its part of the resource is not free."""
+        if self._awaited <= 0:
+            ray.actor.exit_actor()
+
+    @ray.method(concurrency_group="beside")
+    def awaited(self) -> None:
+        """Said before `run` is called."""
+        self._awaited += 1
 
     def _nobody_calls(self) -> None:
         if not self._called:
@@ -159,6 +168,7 @@ class Nodes:
         )
         actor = made.remote(PATIENCE_S)
         self.actors[machine.name] = actor
+        actor.awaited.remote()
         self._runs[machine.name] = actor.run.remote(asdict(machine), address, self.token, self.certificate)
 
     def again(self) -> None:
