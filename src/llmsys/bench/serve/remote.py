@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from llmsys.bench.serve import at_once
 from llmsys.bench.serve.load import Request
 from llmsys.bench.serve.outcome import Failed, Outcome
 from llmsys.bench.serve.sse import Events
@@ -54,6 +55,7 @@ class Remote:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
             timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
+            request_class=at_once.REQUEST,
         )
         return self
 

@@ -56,8 +56,7 @@ class Stub:
             await answer.write(EVENT % (at, times))
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
         last = json.dumps({"choices": [], "usage": usage}).encode()
-        await answer.write(b"data: " + last + b"\n\ndata: [DONE]\n\n")
-        await answer.write_eof()
+        await answer.write_eof(b"data: " + last + b"\n\ndata: [DONE]\n\n")
         return answer
 
     async def _wrong(self, fault: str, answer: web.StreamResponse, request: web.Request) -> bool:

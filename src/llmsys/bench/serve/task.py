@@ -13,7 +13,6 @@
     client/added_ms_p50, client/lag_ms_p99, ...                  of our client alone, see `check`
     bandwidth_percent                                            see `share`; `peak_gbps` of the device
     predicted/output_tokens_per_s, predicted/ttft_ms_p50, ...    of the same loads, see `predict`
-    predicted/output_tokens_per_s, predicted/ttft_ms_p50, ...    of the same loads, see `predict`
     server_start_s, host_peak_gib, device_peak_gib, cache_used_max
     max_rate_per_s, max_rate_bounded, max_rate_confirmed         where it was searched, see `rate.Found`
 
