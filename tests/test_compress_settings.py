@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from llmsys import compose, job, main, schema
+from llmsys import compose, identity, job, main, schema
 from llmsys.compress import Aggregator, CompressConfig
 from llmsys.compress.hook import HookState
 from llmsys.rows import row
@@ -126,7 +126,7 @@ def test_a_run_without_compression_is_the_run_it_always_was() -> None:
     content = {"data": "", "weights": ""}
 
     def identifier(**more: object) -> str:
-        return job.run_id({**copy.deepcopy(config), **more}, device_name="a CPU", content=content)
+        return identity.run_id({**copy.deepcopy(config), **more}, device_name="a CPU", content=content)
 
     none = dataclasses.asdict(schema.Compress())
     assert identifier() == identifier(compress=none)
@@ -148,7 +148,7 @@ def test_a_compressed_run_is_the_run_it_always_was(kind: str) -> None:
 
     def of(**compress: object) -> tuple[str, dict[str, object]]:
         config = {**copy.deepcopy(record.config), "compress": compress}
-        found = job.run_id(config, device_name="a CPU", content={})
+        found = identity.run_id(config, device_name="a CPU", content={})
         return found, row(dataclasses.replace(record, config=config))
 
     assert of(**then) == of(**now) == of(**{**now, "error_feedback": True})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmsys import compose, job
+from llmsys import compose, identity, job
 from llmsys.files import MACHINE
 from llmsys.job import Record
 
@@ -25,7 +25,7 @@ def identifier(device_name: str = "a CPU", content: str = "", **changes: object)
             config[group][name] = value
         else:
             config[group] = value
-    return job.run_id(config, device_name=device_name, content={"data": content, "weights": ""})
+    return identity.run_id(config, device_name=device_name, content={"data": content, "weights": ""})
 
 
 def test_equal_settings_are_one_run() -> None:
@@ -73,7 +73,7 @@ def test_where_it_runs_and_who_is_told_does_not(change: dict[str, object]) -> No
 
 def test_a_record_from_before_there_were_sweeps_and_repeats_is_of_the_same_run() -> None:
     earlier = {key: value for key, value in CONFIG.items() if key not in ("sweep", "repeat")}
-    assert job.run_id(earlier, device_name="a CPU", content={"data": "", "weights": ""}) == identifier()
+    assert identity.run_id(earlier, device_name="a CPU", content={"data": "", "weights": ""}) == identifier()
 
 
 def test_the_content_of_a_local_file_counts(tmp_path: Path) -> None:

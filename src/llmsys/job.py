@@ -1,9 +1,4 @@
-"""A run before and after: `Job`, plain data that can be sent anywhere, and `Record`, what it left.
-
-A run's id is a hash of everything that can change its result: the full resolved config, the device's kind and
-model, and the content of local inputs. Rerunning a sweep therefore skips what is finished, and a CPU record never
-stands in for a GPU cell. Where a run is placed, who is told of it and how it may be reused are left out.
-"""
+"""A run before and after: `Job`, plain data that can be sent anywhere, and `Record`, what it left."""
 
 from __future__ import annotations
 
@@ -18,10 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmsys import device, read, schema, tasks, track, wiring
+from llmsys import device, identity, read, schema, tasks, track, wiring
 from llmsys.errors import Contradiction
 from llmsys.files import write_atomic
-from llmsys.schema.compress import as_before
 
 STATUSES = ("ok", "oom", "failed", "crashed", "timeout", "hang", "unsupported", "skipped", "interrupted")
 FINAL = ("ok", "oom", "unsupported")
@@ -30,28 +24,8 @@ UNFINISHED = "unfinished"
 """The reason in the record of an attempt that has begun and not ended."""
 HARMLESS = (*FINAL, "skipped")
 """A sweep in which every run ended so has exit code 0."""
-
-NOT_IDENTITY = (
-    "results",
-    "reuse",
-    "force",
-    "smoke",
-    "baselines",
-    "command",
-    "tracker",
-    "techniques",
-    "sweep",
-    "search",
-)
-_READ = ("speeds", "records", "modules", "emit")
-"""Settings of a task that name what it reads, whose content counts instead, or where it writes."""
-_PLACEMENT = {each.name for each in dataclasses.fields(schema.OnRay)} - {"memory_gib"}
-_LATER: dict[str, dict[str, Any]] = {
-    "train": {"optimizer": "adamw", "fp8": False},
-    "model": {"head_dim": 0, "qkv_bias": False, "qk_norm": False},
-    "hardware": {"mem_gbps": None, "host_gbps": None, "host_gib": None, "devices": 1, "nvlink": True},
-}
-"""Settings that came later, at which a run is what it was before there were any: records without them are of it."""
+ASKED = (schema.Predicting, schema.Planning, schema.Serve, schema.ServeModules)
+"""Tasks of which more can be said before they begin."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -211,28 +185,6 @@ def read_or_set_aside(out: Path) -> Record | None:
         return None
 
 
-def run_id(config: dict[str, Any], *, device_name: str, content: dict[str, str]) -> str:
-    """Twelve hex digits over what can change the result; `content` maps local inputs to hashes of what they hold."""
-    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    identity["train"] = {key: value for key, value in config["train"].items() if key != "resume"}
-    identity["data"] = {key: value for key, value in config["data"].items() if key != "path"}  # its content counts
-    if identity.get("compress", {}).get("kind") == "none":
-        del identity["compress"]  # as it was before there was the group: records without it are of the same runs
-    if config["task"]["kind"] != "bench_serve":
-        identity.pop("server", None)  # nobody else looks at it
-    if "compress" in identity:
-        identity["compress"] = as_before(identity["compress"])
-    if not identity.get("repeat"):
-        identity.pop("repeat", None)  # the first run of settings is the one that was made before there were repeats
-    identity["dispatch"] = {key: value for key, value in config["dispatch"].items() if key not in _PLACEMENT}
-    identity["model"] = {key: value for key, value in config["model"].items() if key != "config"}  # its shape counts
-    identity["task"] = {key: value for key, value in config["task"].items() if key not in _READ}
-    for group, plain in _LATER.items():
-        identity[group] = {k: v for k, v in identity[group].items() if k not in plain or v != plain[k]}
-    text = json.dumps([identity, device_name, content], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
     """The job of a composed config: checks it, resolves device and threads, hashes local inputs.
 
@@ -263,9 +215,9 @@ def make(config: dict[str, Any], inputs: dict[str, str] | None = None) -> Job:
             raise Contradiction(str(error)) from None
     inputs = dict(inputs or {})
     content = read.content(config, typed, inputs)
-    if isinstance(typed.task, (schema.Predicting, schema.Planning)):
+    if isinstance(typed.task, ASKED):
         wiring.check_question(typed, inputs)
-    identifier = run_id(config, device_name=device_name, content=content)
+    identifier = identity.run_id(config, device_name=device_name, content=content)
     out = Path(typed.results).expanduser().resolve() / typed.name / identifier
     return Job(config=config, run_id=identifier, out=str(out), inputs=inputs)
 

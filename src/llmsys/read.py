@@ -27,10 +27,32 @@ def content(config: dict[str, Any], typed: schema.Config, inputs: dict[str, str]
     from llmsys.models import fingerprint
 
     found = {"data": data.content_hash(typed.data), "weights": fingerprint.content_hash(typed.model, inputs)}
-    if isinstance(typed.task, schema.Serve) and typed.task.speeds is not None:
-        found |= _of_run("speeds", typed.task.speeds, "bench_serve_modules", inputs)
+    if isinstance(typed.task, (schema.Serve, schema.ServeModules)):
+        found |= _served(typed, inputs)
     if continued := resume.source(config):
         inputs["resume"], found["resume"] = str(continued[0]), continued[1]
+    return found
+
+
+def _served(typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
+    """Hashes of what a load, or passes, are asked by."""
+    task, server, found = typed.task, typed.server, dict[str, str]()
+    if isinstance(server, schema.ModelServer) and server.adapter_file:
+        path = Path(server.adapter_file).expanduser()
+        if not path.is_file():
+            raise ValueError(f"server.adapter={server.adapter}: has no {path.name}, as llmsys.lorafa.save_adapter "
+                             "leaves it; or a rank, of new ones: random:16")  # fmt: skip
+        inputs["adapter"] = str(path.parent.resolve())
+        found["adapter"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if isinstance(task, schema.Serve):
+        if task.speeds is not None:
+            found |= _of_run("speeds", task.speeds, "bench_serve_modules", inputs)
+        if task.trace:
+            path = Path(task.trace).expanduser()
+            if not path.is_file():
+                raise ValueError(f"task.trace={task.trace}: no such file; it is a CSV file of arrivals")
+            inputs["trace"] = str(path.resolve())
+            found["trace"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 

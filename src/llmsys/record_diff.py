@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llmsys.flat import flat
-from llmsys.job import NOT_IDENTITY, Record
+from llmsys.identity import NOT_IDENTITY
+from llmsys.job import Record
 from llmsys.rows import row
 from llmsys.table import piped
 

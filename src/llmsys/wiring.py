@@ -80,9 +80,13 @@ def grad_sync(config: schema.Config) -> GradSync:
 
 def check_question(config: schema.Config, inputs: Mapping[str, str]) -> None:
     """ValueError where a prediction is asked about a machine that is not described, or a plan of machines that are not,
-    or advice among letters that are not known, or for a folder to write to that is somebody else's."""
+    or advice among letters that are not known, or for a folder to write to that is somebody else's, or a model for
+    requests that it cannot answer."""
     if isinstance(config.task, schema.Planning):
         importlib.import_module("llmsys.decentral.asked").check(config, inputs)
+        return
+    if isinstance(config.task, (schema.Serve, schema.ServeModules)):
+        importlib.import_module("llmsys.bench.serve.asked").check(config, inputs)
         return
     serving = isinstance(config.task, schema.Advise) and config.task.goal == "serve"
     if serving and "speeds" in inputs:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from serve_harness import passes_recorded
 
-from llmsys import compose, lorafa, models, schema
+from llmsys import compose, job, lorafa, models, schema
 from llmsys.bench.serve import served
 from llmsys.dispatch.child import descendants
 from rank_pool import briefly
@@ -108,7 +109,7 @@ def test_a_rate_that_the_stub_always_keeps_is_said_to_have_no_bound(llmsys: Run,
     assert done.returncode == 0, done.stderr
     made = record(results)
     assert (made["summary"]["max_rate_bounded"], made["summary"]["max_rate_confirmed"]) == (0, 0)
-    assert "more was not asked for" in made["notes"]["max_rate_per_s"]
+    assert "a second our client was late" in made["notes"]["max_rate_per_s"]
 
 
 def test_a_killed_run_leaves_no_server(results: Path) -> None:
@@ -151,18 +152,70 @@ def test_a_setting_that_cannot_be_is_named(words: list[str], why: str) -> None:
         schema.build(compose.compose(["+exp=bench_serve_burst", *words]))
 
 
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (["model=bert_tiny", "data=code_packages"], "model=bert_tiny: generates no text"),
-        (["task.output_tokens=5000"], "a request has 5008 tokens, and model=llama_6m at most"),
-    ],
-)
-def test_a_mistake_is_one_line(llmsys: Run, words: list[str], why: str) -> None:
-    done = llmsys("+exp=bench_serve_burst", "smoke=true", *words)
+MISTAKES = [
+    ("burst", ["model=bert_tiny", "data=code_packages"], "model=bert_tiny: generates no text"),
+    (
+        "burst",
+        ["task.output_tokens=5000"],
+        "task.prompt_tokens and task.output_tokens: 5128 tokens, and",
+    ),
+    ("rate", ["task.output_tokens=600", "task.lengths=uniform", "task.spread=0.9"], "task.output_tokens: "),
+    ("burst", ["task.arrivals=trace", "task.trace=none.csv"], "task.trace=none.csv: no such file"),
+    ("burst", ["task.arrivals=trace", "task.trace={folder}/bad.csv"], "bad.csv: line 2: must be seconds and two"),
+    ("burst", ["task.arrivals=trace", "task.trace={folder}/long.csv"], "long.csv: 5004 tokens, and model=llama_6m"),
+    ("burst", ["server.adapter={folder}"], "has no adapter.safetensors"),
+    ("modules", ["server.adapter={folder}"], "has no adapter.safetensors"),
+    ("burst", ["server=vllm", "model.quant=nf4"], "model.quant=nf4: is for server=transformers"),
+    ("burst", ["task.speeds={folder}/record.json"], "passes of another model were measured"),
+    ("modules", ["task.contexts=[8,64,5000]"], "task.contexts, and one more token: 5001 tokens"),
+]
+
+
+@pytest.mark.parametrize(("exp", "words", "why"), MISTAKES)
+def test_a_mistake_is_said_before_anything_is_started(tmp_path: Path, exp: str, words: list[str], why: str) -> None:
+    rows = "arrival_s,input_tokens,output_tokens\n"
+    (tmp_path / "bad.csv").write_text(rows + "0,-1,4\n")
+    (tmp_path / "long.csv").write_text(rows + "0,5000,4\n")
+    passes_recorded(tmp_path)
+    asked = [each.replace("{folder}", str(tmp_path)) for each in words]
+    with pytest.raises(ValueError, match=re.escape(why)):
+        job.make(compose.compose([f"+exp=bench_serve_{exp}", *asked]))
+
+
+def test_a_mistake_is_one_line(llmsys: Run) -> None:
+    done = llmsys("+exp=bench_serve_burst", "smoke=true", "task.output_tokens=5000")
     assert done.returncode == 1
-    assert why in done.stdout + done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("llmsys: task.prompt_tokens and task.output_tokens: 5008")
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_run_is_what_its_trace_and_its_adapters_hold(tmp_path: Path) -> None:
+    """Wherever they lie: an edited trace is another load, and a copy of it is not."""
+
+    def identifier(folder: str, row: str = "0,8,4", adapter: bytes = b"one") -> str:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        (place / "load.csv").write_text(f"arrival_s,input_tokens,output_tokens\n{row}\n")
+        (place / "adapter.safetensors").write_bytes(adapter)
+        words = ["task.arrivals=trace", f"task.trace={place}/load.csv", f"server.adapter={place}"]
+        made = job.make(compose.compose(["+exp=bench_serve_burst", *words]))
+        assert made.inputs == {"trace": str(place / "load.csv"), "adapter": str(place)}
+        return made.run_id
+
+    first = identifier("a")
+    assert identifier("b") == first
+    assert identifier("a", row="0,8,5") != first
+    assert identifier("a", adapter=b"two") != first
+
+
+def test_passes_with_an_adapter_are_another_run() -> None:
+    """Of `bench_serve_modules`, which looks at nothing else of a server."""
+
+    def identifier(*words: str) -> str:
+        return job.make(compose.compose(["+exp=bench_serve_modules", *words])).run_id
+
+    assert identifier("server=stub") == identifier()
+    assert identifier("server.adapter=random:4") != identifier()
 
 
 TECHNIQUES = {
@@ -197,7 +250,7 @@ def test_adapters_say_the_same_merged_and_beside_the_weights(tmp_path: Path) -> 
     for merge in (False, True):
         own = schema.InProcessServer(adapter=str(tmp_path), merge=merge)
         with torch.inference_mode():
-            said.append(served.adapted(fresh(), own, 0)(input_ids=ids).logits)
+            said.append(served.adapted(fresh(), own, 0, own.adapter)(input_ids=ids).logits)
     with torch.inference_mode():
         assert not torch.allclose(said[0], fresh()(input_ids=ids).logits, atol=1e-2)
     assert torch.allclose(said[0], said[1], atol=1e-4)

@@ -96,7 +96,7 @@ def test_every_request_gets_all_of_its_tokens_in_their_order(known: pace.Pace, s
 
 
 def test_a_calibration_gives_back_the_passes_that_it_is_made_of(tmp_path: Path) -> None:
-    own = pace.of_record(passes_recorded(tmp_path), model())
+    own = pace.of_record(passes_recorded(tmp_path), model(), schema.InProcessServer())
     for batch in (1, 4):
         assert own.decode_s(batch, 8) == pytest.approx(PASSES[f"decode/{batch}x8"] / 1e3)
     assert own.decode_s(4, 32) > own.decode_s(4, 8) > own.decode_s(1, 8)
@@ -110,10 +110,19 @@ def test_a_calibration_gives_back_the_passes_that_it_is_made_of(tmp_path: Path) 
         ([], {"task": "train"}, "must be a finished run of bench_serve_modules"),
         ([], {"status": "failed"}, "must be a finished run of bench_serve_modules"),
         (["model.num_layers=1"], {}, "another model were measured: model.num_layers=1 and not 2"),
+        (["server.adapter=random:4"], {}, "with server.adapter=random:4 beside the weights, and not none"),
     ],
 )
 def test_a_calibration_of_something_else_is_refused(
     tmp_path: Path, words: list[str], more: dict[str, str], why: str
 ) -> None:
     with pytest.raises(ValueError, match=why):
-        pace.of_record(passes_recorded(tmp_path, *words, **more), model())
+        pace.of_record(passes_recorded(tmp_path, *words, **more), model(), schema.InProcessServer())
+
+
+@pytest.mark.parametrize(("words", "merge"), [(["server.adapter=random:4"], False), ([], True)])
+def test_passes_stand_for_those_with_the_same_adapter_and_merged_ones_for_none(
+    tmp_path: Path, words: list[str], merge: bool
+) -> None:
+    server = schema.InProcessServer(adapter="random:4", merge=merge)
+    assert pace.of_record(passes_recorded(tmp_path, *words), model(), server).fits

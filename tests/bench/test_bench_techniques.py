@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llmsys import compose, job, schema
+from llmsys import compose, identity, job, schema
 from llmsys.bench.expand import expanded, unexpanded
 from llmsys.bench.techniques import ADAPTERS, LETTERS, Techniques
 
@@ -229,9 +229,9 @@ def test_it_is_no_part_of_what_a_run_is() -> None:
     older = {key: value for key, value in chosen.config.items() if key != "techniques"}
     older["train"] = {key: value for key, value in older["train"].items() if key not in ("optimizer", "fp8")}
     before = {"device_name": "a CPU", "content": {}}
-    assert job.run_id(older, **before) == job.run_id(chosen.config, **before)  # type: ignore[arg-type]
+    assert identity.run_id(older, **before) == identity.run_id(chosen.config, **before)  # type: ignore[arg-type]
     other = {**chosen.config, "train": {**chosen.config["train"], "optimizer": "adamw_8bit"}}
-    assert job.run_id(other, **before) != job.run_id(older, **before)  # type: ignore[arg-type]
+    assert identity.run_id(other, **before) != identity.run_id(older, **before)  # type: ignore[arg-type]
 
 
 FILE = """# @package _global_

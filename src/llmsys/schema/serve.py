@@ -22,6 +22,11 @@ class Server:
     kind: str = "transformers"
     name: str = "transformers"
 
+    @property
+    def beside(self) -> str:
+        """The adapter that each pass takes time for; empty: none, or one that is merged into the weights."""
+        return ""
+
 
 @dataclass(kw_only=True)
 class ModelServer(Server):
@@ -39,6 +44,15 @@ class ModelServer(Server):
             raise ValueError(f"server.adapter={self.adapter}: must be a folder, or a rank: random:16")
         if self.merge and not self.adapter:
             raise ValueError("server.merge=true: needs server.adapter, which says what to merge")
+
+    @property
+    def beside(self) -> str:
+        return "" if self.merge else self.adapter
+
+    @property
+    def adapter_file(self) -> str:
+        """The file with the adapters; empty where there are none, or new ones."""
+        return f"{self.adapter}/adapter.safetensors" if self.adapter and not self.adapter.startswith("random:") else ""
 
 
 @dataclass(kw_only=True)

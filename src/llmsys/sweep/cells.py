@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmsys import job
+from llmsys import identity, job
 from llmsys.errors import Contradiction
 from llmsys.job import Job, Record
 from llmsys.profile import environment
@@ -32,7 +32,7 @@ def cell(config: Config, make: Make) -> Cell:
         return Cell(config, make(config))
     except Contradiction as error:
         resolved, device_name = job.resolved(config)
-        identifier = job.run_id(resolved, device_name=device_name, content={})
+        identifier = identity.run_id(resolved, device_name=device_name, content={})
         out = Path(config["results"]).expanduser().resolve() / config["name"] / identifier
         return Cell(config, Job(config=resolved, run_id=identifier, out=str(out)), str(error))
 

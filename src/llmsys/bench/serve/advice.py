@@ -104,7 +104,7 @@ def here(config: schema.Config, speeds: Path) -> tuple[Device, Pace]:
     """The machine of a run of `bench_serve_modules`, and its passes. ValueError as `pace.of_record`, and where the
     config names another one."""
     name, model = config.hardware.name, _model(config)
-    pace, record = measured(speeds, model)
+    pace, record = measured(speeds, model, config.server)
     if name != "auto":
         raise ValueError(f"hardware.name={name}: task.speeds={speeds} is another machine, the one that was measured; "
                          "take hardware=auto with it, or leave task.speeds out")  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llmsys import schema
+from llmsys.bench.serve import rate
 
 FIRST = 4
 """Tokens below it may be special: none is drawn."""
@@ -30,13 +31,24 @@ class Request:
 def draw(task: schema.Serve, vocabulary: int, repeat: int = 0) -> list[Request]:
     """The load of a repeat. ValueError, naming the file and its line, for a trace that is none."""
     random = np.random.default_rng([task.seed, repeat + 1])
+    return _asked(task, vocabulary, *_shape(task, random), random)
+
+
+def longest(task: schema.Serve) -> int:
+    """Tokens, in and out, of the longest request that a run can ask for. Raises as `draw`."""
+    draws = max(task.repeats, rate.MOST_TRIES + 1 if task.max_rate else 0)
+    shapes = [_shape(task, np.random.default_rng([task.seed, repeat + 1])) for repeat in range(draws)]
+    return max(each + new for _, ins, outs in shapes for each, new in zip(ins, outs, strict=True))
+
+
+def _shape(task: schema.Serve, random: np.random.Generator) -> tuple[Sequence[float], list[int], list[int]]:
+    """When the requests are due, and how many tokens go in and come out."""
     if task.arrivals == "trace":
         rows = read_trace(Path(task.trace))[: task.requests or None]
-        due: Sequence[float] = [row[0] - rows[0][0] for row in rows]
-        return _asked(task, vocabulary, due, [row[1] for row in rows], [row[2] for row in rows], random)
+        return [row[0] - rows[0][0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
     due = _due(task, random)
     ins = _lengths(task, task.prompt_tokens, task.requests, random)
-    return _asked(task, vocabulary, due, ins, _lengths(task, task.output_tokens, task.requests, random), random)
+    return due, ins, _lengths(task, task.output_tokens, task.requests, random)
 
 
 def warming(task: schema.Serve, vocabulary: int) -> list[Request]:
@@ -47,14 +59,14 @@ def warming(task: schema.Serve, vocabulary: int) -> list[Request]:
     return _asked(task, vocabulary, [0.0] * len(like), ins, outs, np.random.default_rng([task.seed, 0]))
 
 
-def probe(task: schema.Serve, vocabulary: int, number: int, rate: float, draws: int = 0) -> list[Request]:
-    """`rate` requests a second at random, for `task.probe_s` or longer. Each probe has prompts of its own, by `number`;
-    gaps, but for the rate, and lengths are the same for all of the same `draws`, so that a search compares rates and
-    not draws."""
-    count = max(len(draw(task, vocabulary)), math.ceil(rate * task.probe_s))
+def probe(task: schema.Serve, vocabulary: int, number: int, wanted: float, draws: int = 0) -> list[Request]:
+    """`wanted` requests a second at random, for `task.probe_s` or longer. Each probe has prompts of its own, by
+    `number`; gaps, but for the rate, and lengths are the same for all of the same `draws`, so that a search compares
+    rates and not draws."""
+    count = max(len(draw(task, vocabulary)), math.ceil(wanted * task.probe_s))
     gaps, lengths, prompts = (np.random.default_rng([task.seed, kind, each]) for kind, each in
                               ((PROBES, draws), (PROBES + 1, draws), (PROBES + 2, number)))  # fmt: skip
-    due = np.cumsum(gaps.gamma(task.burstiness, 1 / (rate * task.burstiness), count))
+    due = np.cumsum(gaps.gamma(task.burstiness, 1 / (wanted * task.burstiness), count))
     like = draw(task, vocabulary, draws)
     own = [like[int(at)] for at in lengths.integers(0, len(like), count)]
     return _asked(task, vocabulary, [*map(float, due - due[0])], [len(each.prompt) for each in own],

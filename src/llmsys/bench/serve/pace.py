@@ -46,12 +46,13 @@ class Pace:
         return self.fits[phase].seconds(batch, least_s) if self.fits else least_s
 
 
-def of_record(path: Path, model: schema.Transformer) -> Pace:
-    """As a run of `bench_serve_modules` has measured it. ValueError for a record that is of another task or model."""
-    return measured(path, model)[0]
+def of_record(path: Path, model: schema.Transformer, server: schema.Server) -> Pace:
+    """As a run of `bench_serve_modules` has measured it. ValueError for a record that is of another task or model, or
+    with other adapters beside the weights than `server` has."""
+    return measured(path, model, server)[0]
 
 
-def measured(path: Path, model: schema.Transformer) -> tuple[Pace, Record]:
+def measured(path: Path, model: schema.Transformer, server: schema.Server) -> tuple[Pace, Record]:
     """As `of_record`, and what else the run has found."""
     try:
         record = Record.read(path.parent)
@@ -62,8 +63,12 @@ def measured(path: Path, model: schema.Transformer) -> tuple[Pace, Record]:
         raise ValueError(
             f"task.speeds={path}: must be a finished run of bench_serve_modules, and is one of {record.task}"
         )
-    theirs = schema.build(record.config).model
+    config = schema.build(record.config)
+    theirs, was, now = config.model, config.server.beside, server.beside
     assert isinstance(theirs, schema.Transformer)
+    if was != now:
+        raise ValueError(f"task.speeds={path}: passes were measured with server.adapter={was or 'none'} beside the "
+                         f"weights, and not {now or 'none'}")  # fmt: skip
     if work.by_row(theirs, 2, 3, 5) != work.by_row(model, 2, 3, 5):
         pairs = ((each.name, getattr(theirs, each.name), getattr(model, each.name)) for each in fields(model))
         other = ", ".join(f"model.{key}={was} and not {now}" for key, was, now in pairs if was != now)

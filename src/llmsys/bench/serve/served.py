@@ -23,18 +23,21 @@ def load(config: schema.Config, context: Context, device: torch.device | None = 
     how: dict[str, Any] = {"objective": "causal_lm", "num_labels": 0, "device": device or context.device}
     model: Any = models.load(config.model, **how, seed=config.train.seed, folder=folder).eval()
     own = config.server
-    return adapted(model, own, config.train.seed) if isinstance(own, schema.ModelServer) and own.adapter else model
+    if not isinstance(own, schema.ModelServer) or not own.adapter:
+        return model
+    return adapted(model, own, config.train.seed, context.inputs.get("adapter", own.adapter))
 
 
-def adapted(model: Any, own: schema.ModelServer, seed: int) -> Any:
-    """With `own.adapter`, merged or beside the weights. What `load_adapter` and `merge` raise."""
+def adapted(model: Any, own: schema.ModelServer, seed: int, folder: str) -> Any:
+    """With `own.adapter`, which lies in `folder`, merged or beside the weights. What `load_adapter` and `merge`
+    raise."""
     from llmsys import lorafa
 
     kind, _, rank = own.adapter.partition(":")
     if kind == "random":
         lorafa.inject(model, lorafa.LoRAFAConfig(r=int(rank), seed=seed))
     else:
-        lorafa.load_adapter(model, own.adapter)
+        lorafa.load_adapter(model, folder)
     return lorafa.merge(model, keep=False) if own.merge else model
 
 
@@ -43,10 +46,6 @@ def store(config: schema.Config, context: Context, folder: Path) -> None:
     device's is for the server."""
     import torch
 
-    if isinstance(config.model, schema.Transformer) and config.model.quant != "none":
-        raise ValueError(
-            f"model.quant={config.model.quant}: is for server=transformers; other servers are told their own"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     model = load(config, context, torch.device("cpu"))
     model.config.eos_token_id = model.generation_config.eos_token_id = None  # no text ends before its length

@@ -34,7 +34,7 @@ from typing import IO, TYPE_CHECKING, Any
 from llmsys import schema
 from llmsys.bench.serve import check, figures, limits, pace, rate, servers, tables
 from llmsys.bench.serve.client import Client
-from llmsys.bench.serve.load import Request, draw, probe, read_trace, warming
+from llmsys.bench.serve.load import Request, draw, longest, probe, read_trace, warming
 from llmsys.bench.serve.outcome import OK, Outcome
 from llmsys.bench.serve.predict import predict
 from llmsys.bench.serve.share import share
@@ -53,21 +53,16 @@ WARMING, SEARCHING = -1, 10_000
 
 
 def serve(config: schema.Config, context: Context) -> dict[str, Any]:
-    """The record. ValueError for requests that the model has no positions for, what `pace.of_record` does not take, and
-    what `servers.started` raises."""
+    """The record. Raises what `servers.started` does; what can be said before a run begins, `asked.check` has said."""
     task, model = config.task, config.model
     assert isinstance(task, schema.Serve)
-    if not isinstance(model, schema.Transformer) or model.objective != "causal_lm":
-        raise ValueError(f"model={model.name}: generates no text; e.g. model=llama_6m")
+    assert isinstance(model, schema.Transformer)
+    if trace := context.inputs.get("trace"):
+        config = dataclasses.replace(config, task=(task := dataclasses.replace(task, trace=trace)))
     loads = [draw(task, model.vocab_size, repeat) for repeat in range(task.repeats)]
-    others = [draw(task, model.vocab_size, draws) for draws in range(rate.MOST_TRIES + 1) if task.max_rate]
-    longest = max(len(each.prompt) + each.new for load in (*loads, *others) for each in load)
-    if longest > model.max_length:
-        raise ValueError(f"task.prompt_tokens and task.output_tokens: a request has {longest} tokens, and "
-                         f"model={model.name} at most {model.max_length}: model.max_length")  # fmt: skip
     limits.many_files()
     with (context.out / REQUESTS).open("w", encoding="utf-8") as file:
-        return asyncio.run(_Serving(config, context, file).run(loads, longest))
+        return asyncio.run(_Serving(config, context, file).run(loads, longest(task)))
 
 
 class _Serving:
@@ -77,7 +72,7 @@ class _Serving:
         self.task, self.config, self.context, self.file = config.task, config, context, file
         self.model, self.vocabulary = config.model, config.model.vocab_size
         speeds = context.inputs.get("speeds")
-        self.pace = None if speeds is None else pace.of_record(Path(speeds), config.model)
+        self.pace = None if speeds is None else pace.of_record(Path(speeds), config.model, config.server)
         self.loads: list[list[Outcome]] = []
         self.others: list[Outcome] = []
         """Those of warming up and of the search that did not end well: no figure is of them."""
