@@ -25,7 +25,7 @@ NOT_IDENTITY = (
     "sweep",
     "search",
 )
-_READ = ("speeds", "records", "modules", "emit")
+_READ = ("speeds", "served", "records", "modules", "emit")
 """Settings of a task that name what it reads, whose content counts instead, or where it writes."""
 _PLACEMENT = {each.name for each in dataclasses.fields(schema.OnRay)} - {"memory_gib"}
 _LATER: dict[str, dict[str, Any]] = {

@@ -47,6 +47,8 @@ def _served(typed: schema.Config, inputs: dict[str, str]) -> dict[str, str]:
     if isinstance(task, schema.Serve):
         if task.speeds is not None:
             found |= _of_run("speeds", task.speeds, "bench_serve_modules", inputs)
+        if task.served is not None:
+            found |= _of_run("served", task.served, "bench_serve with task.speeds", inputs)
         if task.trace:
             path = Path(task.trace).expanduser()
             if not path.is_file():

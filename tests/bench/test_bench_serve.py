@@ -97,6 +97,13 @@ def test_a_load_stands_beside_its_prediction_and_what_our_client_adds(llmsys: Ru
     assert 0 < summary["client/added_ms_p50"] <= summary["client/added_ms_p99"]
     assert summary["client/lag_ms_p99"] >= 0
     text = (path.parent / "serve.md").read_text()
+    again = llmsys("+exp=bench_serve_burst", "smoke=true", *words[1:], f"task.served={path.parent}", "task.seed=1")
+    assert again.returncode == 0, again.stderr
+    (other,) = set(results.glob("bench_serve_burst/*/record.json")) - {path}
+    made = json.loads(other.read_text())
+    assert f"as {path.parent} has found of this server with 4 requests under way" in made["notes"]["predicted"]
+    nearer = made["summary"]["predicted/e2e_ms_p50"]  # another load of the same lengths: with what was measured there
+    assert nearer == pytest.approx(summary["slower"] * summary["predicted/e2e_ms_p50"], rel=0.02)
     assert "Our client adds" in text
     assert "| first token p50, ms |" in text
 
@@ -166,6 +173,7 @@ MISTAKES = [
     ("burst", ["server.adapter={folder}"], "has no adapter.safetensors"),
     ("modules", ["server.adapter={folder}"], "has no adapter.safetensors"),
     ("burst", ["server=vllm", "model.quant=nf4"], "model.quant=nf4: is for server=transformers"),
+    ("burst", ["task.served={folder}"], "needs task.speeds too"),
     ("burst", ["task.speeds={folder}/record.json"], "passes of another model were measured"),
     ("modules", ["task.contexts=[8,64,5000]"], "task.contexts, and one more token: 5001 tokens"),
 ]

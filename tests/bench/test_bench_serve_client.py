@@ -235,6 +235,18 @@ def test_nobody_listens(tmp_path: Path) -> None:
     assert {each.status for each in asyncio.run(run())} == {"refused"}
 
 
+def test_a_server_that_nobody_has_started_is_not_asked(llmsys: Callable[..., Any], results: Path) -> None:
+    """The run ends before its load, of which each request would have waited for an answer."""
+    url = f"http://127.0.0.1:{free_port()}"
+    done = llmsys("+exp=bench_serve_burst", "smoke=true", "server=openai", f"server.url={url}", "task.request_s=600")
+    assert done.returncode == 1
+    (path,) = results.rglob("record.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["reason"]) == ("failed", "NotUp")
+    assert f"server.url={url}: nobody listens there: " in record["error"]
+    assert (path.parent / "requests.jsonl").read_text() == ""
+
+
 SLEEPS = "import time; print('loading', flush=True); time.sleep(60)"
 
 

@@ -3,7 +3,9 @@ gives back the passes that it is made of."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from serve_harness import PASSES, passes_recorded
 
 from llmsys import compose, schema
-from llmsys.bench.serve import pace
+from llmsys.bench.serve import pace, slower
 from llmsys.bench.serve.fit import Fit, Point
 from llmsys.bench.serve.load import Request, draw
 from llmsys.bench.serve.outcome import Outcome
@@ -126,3 +128,43 @@ def test_passes_stand_for_those_with_the_same_adapter_and_merged_ones_for_none(
 ) -> None:
     server = schema.InProcessServer(adapter="random:4", merge=merge)
     assert pace.of_record(passes_recorded(tmp_path, *words), model(), server).fits
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("how", [CONTINUOUS, Batching(static=True, sequences=4, tokens=100, under_way=6)])
+def test_an_engine_that_takes_so_many_times_as_long_is_found_to(known: pace.Pace, how: Batching, factor: float) -> None:
+    """Whatever the load: one of which some wait, and one of which some do not. Batches form otherwise when passes are
+    longer, so that latencies jump."""
+    loads = [asked(*[0.0] * 12, new=20), asked(*[0.03 * at for at in range(12)], new=5)]
+    engine = dataclasses.replace(known, slower=factor)
+    measured = [predict(load, engine, how) for load in loads]
+    assert slower.of_loads(loads, measured, known, how) == pytest.approx(factor, rel=0.03)
+
+
+def test_what_no_factor_explains_has_none(known: pace.Pace) -> None:
+    load = asked(0.0)
+    (one,) = predict(load, known, CONTINUOUS)
+    one.token_s = [1e3 * each for each in one.token_s]
+    assert slower.of_loads([load], [[one]], known, CONTINUOUS) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "why"),
+    [
+        ([], {"task": "train"}, "must be a finished run of bench_serve"),
+        ([], {"status": "failed"}, "must be a finished run of bench_serve"),
+        (["server.max_batch=2"], {}, "another server: server.max_batch=2 and not 64"),
+        (["model.num_layers=1"], {}, "another model: model.num_layers=1 and not 2"),
+        (["server.python=/elsewhere"], {"summary": {}}, "has no slower: run it with task.speeds"),
+    ],
+)
+def test_another_engine_says_nothing_of_this_one(
+    tmp_path: Path, words: list[str], more: dict[str, object], why: str
+) -> None:
+    own = ["task=bench_serve", "model=llama_tiny"]
+    plain = {"schema": 1, "name": "x", "run_id": "a", "status": "ok", "task": "bench_serve", "env": {},
+             "config": compose.compose([*own, *words]), "summary": {"slower": 1.5, "under_way_max": 8}}  # fmt: skip
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**plain, **more}))
+    with pytest.raises(ValueError, match=why):
+        slower.of_record(path, schema.build(compose.compose(own)))

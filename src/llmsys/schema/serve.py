@@ -156,8 +156,10 @@ class Serve(Task):
     `max_rate_percent`; each rate is held for `probe_s` seconds at least.
 
     `speeds`: a folder or `record.json` of a run of `bench_serve_modules` on this machine, from whose passes the load is
-    predicted; null: from the rooflines of the device, which is the least that it can take. `check_client`: before the
-    server is started, what our own client adds to such a load is measured against the stub.
+    predicted; null: from the rooflines of the device, which is the least that it can take. `served`: one of a run of
+    `bench_serve` with `speeds`, of the same server: so many times as long as it has found there passes take in this
+    load's prediction too. `check_client`: before the server is started, what our own client adds to such a load is
+    measured against the stub.
     """
 
     kind: str = "bench_serve"
@@ -186,6 +188,7 @@ class Serve(Task):
     probe_s: float = 10.0
     check_client: bool = True
     speeds: str | None = None
+    served: str | None = None
 
     def __post_init__(self) -> None:
         one_of("task.arrivals", self.arrivals, ARRIVALS)
@@ -216,6 +219,9 @@ class Serve(Task):
             raise ValueError("task.max_rate=true: needs what a request has to keep, e.g. task.slo_ttft_ms=500")
         if self.speeds == "":
             raise ValueError("task.speeds: empty; it is a run's folder, results/bench_serve_modules/<run id>")
+        if self.served is not None and not (self.served and self.speeds):
+            raise ValueError(f"task.served={self.served}: must be the folder of a run of bench_serve with task.speeds, "
+                             "and needs task.speeds too, the passes of that run")  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmsys import schema
-from llmsys.bench.serve import load, pace
+from llmsys.bench.serve import load, pace, slower
 
 
 def check(config: schema.Config, inputs: Mapping[str, str]) -> None:
     """ValueError, in one line that names the key, for a model that generates no text or has too few positions, a trace
-    that is none, what `pace.of_record` does not take, and weights that a server cannot be given."""
+    that is none, what `pace.of_record` and `slower.of_record` do not take, and weights that no such server is given."""
     task, model, server = config.task, config.model, config.server
     if not isinstance(model, schema.Transformer) or model.objective != "causal_lm":
         raise ValueError(f"model={model.name}: generates no text; e.g. model=llama_6m")
@@ -25,6 +25,8 @@ def check(config: schema.Config, inputs: Mapping[str, str]) -> None:
             raise ValueError(f"model.quant={model.quant}: is for server=transformers; other servers are told their own")
         if speeds := inputs.get("speeds"):
             pace.of_record(Path(speeds), model, server)
+        if served := inputs.get("served"):
+            slower.of_record(Path(served), config)
     if most > model.max_length:
         raise ValueError(f"{keys}: {most} tokens, and model={model.name} has positions for model.max_length="
                          f"{model.max_length}")  # fmt: skip

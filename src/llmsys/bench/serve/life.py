@@ -24,12 +24,14 @@ from llmsys.errors import MissingPackage
 
 try:
     import aiohttp
+    from yarl import URL
 except ModuleNotFoundError as error:
     raise MissingPackage(f"task=bench_serve: needs {error.name}: pip install 'llmsys[serve]'") from None
 
 SHOWN = 5
 """Last lines of a server's log that are told where it does not come up."""
 END_S = 10.0
+CONNECT_S = 10.0
 LOOK_S = 0.1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of Linux's prctl(2): a signal when the parent ends; to be the parent of all below whose own has ended."""
@@ -97,6 +99,21 @@ class Life:
             self.process.wait(END_S + 5)
         except subprocess.TimeoutExpired:
             kill_tree(self.process)
+
+
+async def listening(url: str) -> None:
+    """NotUp where nobody takes a connection."""
+    where = URL(url)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            _, line = await asyncio.open_connection(where.host, where.port)
+    except TimeoutError:
+        raise NotUp(f"server.url={url}: nobody answers in {CONNECT_S:g} s") from None
+    except OSError as error:
+        raise NotUp(f"server.url={url}: nobody listens there: {error.strerror or error}") from None
+    line.close()
+    with contextlib.suppress(OSError):
+        await line.wait_closed()
 
 
 def free_port() -> int:

@@ -17,12 +17,13 @@ PREFILL, DECODE = "prefill", "decode"
 @dataclass(frozen=True, kw_only=True)
 class Pace:
     """Of `model` on a device of these peaks. `fits`: by phase; without them a pass takes what its roofline says, which
-    is the least that it can take."""
+    is the least that it can take. `slower`: so many times as long passes take in an engine (`slower.of_loads`)."""
 
     model: schema.Transformer
     flops_per_s: float
     bytes_per_s: float
     fits: Mapping[str, Fit] = field(default_factory=dict)
+    slower: float = 1.0
 
     @property
     def sequences(self) -> int | None:
@@ -43,7 +44,7 @@ class Pace:
         return self._seconds(DECODE, batch, self.least_s(batch, 1, before))
 
     def _seconds(self, phase: str, batch: int, least_s: float) -> float:
-        return self.fits[phase].seconds(batch, least_s) if self.fits else least_s
+        return self.slower * (self.fits[phase].seconds(batch, least_s) if self.fits else least_s)
 
 
 def of_record(path: Path, model: schema.Transformer, server: schema.Server) -> Pace:

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from llmsys.context import Context
 
 
+KEPT = (
+    "rope has, beside rotary embedding, what attention does around its kernel: it keeps the new keys and values, for "
+    "which transformers' plain cache copies all that it has."
+)
+
+
 def modules(config: schema.Config, context: Context) -> dict[str, Any]:
     """The record; what can be said before a run begins, `asked.check` has said."""
     task, model = config.task, config.model
@@ -102,8 +108,7 @@ def _markdown(name: str, found: dict[Cell, Passes], summary: dict[str, float]) -
         for cell in cells:
             own = {key: summary.get(f"{cell.key}/{key}") for key in ("ms", "tokens_per_s", "roofline_percent")}
             predicted = summary.get(f"{cell.key}/predicted_ms")
-            lines.append([f"{cell.batch}x{cell.context}", *(f"{value:.4g}" for value in own.values()),
-                          "" if predicted is None else f"{predicted:.4g}",
+            lines.append([f"{cell.batch}x{cell.context}", *map(_shown, own.values()), _shown(predicted),
                           f"{summary[f'{cell.key}/overhead_percent']:.1f}"])  # fmt: skip
         off = f"predictions of cells that were not fitted are off by {summary[f'{phase}_error_percent']:.1f} % (mean)"
         parts.append(f"## {phase}: {off}\n\n" + "\n".join(piped(head, lines)))
@@ -119,4 +124,10 @@ def _markdown(name: str, found: dict[Cell, Passes], summary: dict[str, float]) -
             table.append(values)
         shares = "\n".join(piped(("", *(f"{cell.batch}x{cell.context}" for cell in cells)), table))
         parts.append(f"% of the pass (% of the peak of arithmetic, of memory)\n\n{shares}")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, KEPT]) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from llmsys import schema
 from llmsys.bench.serve import served, words, work
 from llmsys.bench.serve.client import Server
-from llmsys.bench.serve.life import Life, free_port
+from llmsys.bench.serve.life import Life, free_port, listening
 from llmsys.bench.serve.predict import Batching
 from llmsys.bench.serve.remote import TGI, Remote
 
@@ -93,6 +93,7 @@ async def _remote(config: schema.Config, own: schema.HttpServer, context: Contex
     kind = TGI if own.kind == "tgi" else Remote
     said = words.text if own.prompts == "text" or kind is TGI else None
     if own.url:
+        await listening(own.url)
         async with kind(own.url, own.model or config.model.name, said, own.body) as remote:
             yield Running(server=remote, pid=lambda: 0, metrics=f"{own.url.rstrip('/')}/metrics")
         return

@@ -13,6 +13,7 @@
     client/added_ms_p50, client/lag_ms_p99, ...                  of our client alone, see `check`
     bandwidth_percent                                            see `share`; `peak_gbps` of the device
     predicted/output_tokens_per_s, predicted/ttft_ms_p50, ...    of the same loads, see `predict`
+    slower                                                       passes in this engine, of the model's own, see `slower`
     server_start_s, host_peak_gib, device_peak_gib, cache_used_max
     max_rate_per_s, max_rate_bounded, max_rate_confirmed         where it was searched, see `rate.Found`
 
@@ -25,21 +26,17 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llmsys import schema
-from llmsys.bench.serve import check, figures, limits, pace, rate, servers, tables
+from llmsys.bench.serve import against, check, figures, limits, rate, servers, tables
 from llmsys.bench.serve.client import Client
 from llmsys.bench.serve.load import Request, draw, longest, probe, read_trace, warming
 from llmsys.bench.serve.outcome import OK, Outcome
-from llmsys.bench.serve.predict import predict
-from llmsys.bench.serve.share import share
 from llmsys.bench.serve.watch import Watch
-from llmsys.train import peaks
 
 if TYPE_CHECKING:
     from llmsys.context import Context
@@ -71,8 +68,6 @@ class _Serving:
         assert isinstance(config.model, schema.Transformer)
         self.task, self.config, self.context, self.file = config.task, config, context, file
         self.model, self.vocabulary = config.model, config.model.vocab_size
-        speeds = context.inputs.get("speeds")
-        self.pace = None if speeds is None else pace.of_record(Path(speeds), config.model, config.server)
         self.loads: list[list[Outcome]] = []
         self.others: list[Outcome] = []
         """Those of warming up and of the search that did not end well: no figure is of them."""
@@ -193,7 +188,8 @@ class _Serving:
         summary = {**figures.together(self.loads, task), **running.summary, "loads": len(repeats), **self.summary}
         notes = {**running.notes, **self.notes}
         if running.here and repeats:
-            summary |= self._against_the_device(running, loads[: len(repeats)], notes)
+            done = loads[: len(repeats)]
+            summary |= against.device(self.config, context, running.batching, done, self.loads, notes)
         every = [each for one in self.loads for each in one]
         latencies = figures.latencies(every)
         del latencies["itl_ms"]  # one for each token: `requests.jsonl` has their times
@@ -214,34 +210,6 @@ class _Serving:
         made: dict[str, Any] = {"summary": summary, "samples": {k: v for k, v in samples.items() if v}, "notes": notes,
                                 "files": {"tables": "serve.md", "requests": REQUESTS}}  # fmt: skip
         return {**made, **_ending([*self.others, *every], len(repeats), task, gone)}
-
-    def _against_the_device(
-        self, running: servers.Running, loads: Sequence[Sequence[Request]], notes: dict[str, str]
-    ) -> dict[str, float]:
-        """The share of the memory's bandwidth, and what the same loads would be, were there nothing but passes; `notes`
-        gets where these are from."""
-        device, how = self.context.device, running.batching
-        memory = peaks.measured_memory(self.config, device)
-        notes["peak_gbps"] = memory.source
-        shares = [share(one, self.model, how) / memory.per_s for one in self.loads]
-        found = {"bandwidth_percent": 100 * statistics.fmean(shares), "peak_gbps": memory.per_s / 1e9}
-        if how is None:
-            notes["predicted"] = "nothing: server.sequences and server.pass_tokens say how it makes its batches"
-            return found
-        own = self.pace
-        if own is None:
-            flops = peaks.peak_flops(self.config, device)
-            own = pace.Pace(model=self.model, flops_per_s=flops.per_s, bytes_per_s=memory.per_s)
-            notes["predicted"] = f"at best, each pass on its roofline: {flops.source}; {memory.source}"
-        else:
-            notes["predicted"] = f"by the passes of {self.task.speeds}, and nothing between them"
-            most = min(how.sequences, self.task.concurrency or how.sequences)
-            if own.sequences is not None and most > own.sequences:
-                notes["predicted"] += (f"; no more than {own.sequences} sequences at a time were measured there, and "
-                                       "what more of them take goes by their rooflines")  # fmt: skip
-        how = dataclasses.replace(how, under_way=self.task.concurrency)
-        said = figures.together([predict(each, own, how) for each in loads], self.task)
-        return {**found, **{f"predicted/{key}": said[key] for key in tables.PREDICTED if key in said}}
 
 
 def _ending(every: Sequence[Outcome], done: int, task: schema.Serve, server: str) -> dict[str, str]:
