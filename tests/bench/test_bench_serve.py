@@ -148,6 +148,10 @@ def command(pid: int) -> bytes:
     ("words", "why"),
     [
         (["server=openai"], "needs either server.url"),
+        *[
+            (["server=openai", f"server.url={url}"], f"server.url={url}: must be http://")
+            for url in ("localhost:80", "http://", "http://:80", "http://host:many", "http://host:0")
+        ],
         (["server=openai", "server.command=[run]"], "says nowhere {port}"),
         (["server.merge=true"], "server.merge=true: needs server.adapter"),
         (["server.adapter=random:x"], "server.adapter=random:x: must be a folder, or a rank"),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from llmsys.bench.serve.at_once import Begun
 from llmsys.bench.serve.client import Client
 from llmsys.bench.serve.load import Request
 from llmsys.bench.serve.outcome import Outcome
@@ -78,6 +79,23 @@ def test_a_request_is_written_before_whatever_else_waits_for_the_event_loop() ->
     with listening() as (listener, url):
         assert asyncio.run(run(url))
         lines[0].close()
+
+
+def test_what_has_run_already_can_be_cancelled() -> None:
+    async def run() -> None:
+        async def nothing() -> None:
+            pass
+
+        async def something() -> None:
+            await asyncio.sleep(60)
+
+        for each in (nothing, something):
+            task = asyncio.create_task(Begun(each()))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
 
 
 def sent(url: str, request_s: float, then: Callable[[], object] = lambda: None) -> Outcome:

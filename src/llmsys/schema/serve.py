@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from llmsys.schema.fields import at_least, one_of
 from llmsys.schema.task import Task
@@ -99,8 +100,8 @@ class HttpServer(ModelServer):
         one_of("server.prompts", self.prompts, PROMPTS)
         at_least("server.sequences", self.sequences, 0)
         at_least("server.pass_tokens", self.pass_tokens, 0)
-        if self.url and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"server.url={self.url}: must begin with http:// or https://")
+        if self.url and not _reachable(self.url):
+            raise ValueError(f"server.url={self.url}: must be http://host:port, or https://")
         if self.command and not any("{port}" in word for word in self.command):
             raise ValueError(f"server.command={self.command}: says nowhere {{port}}, where it is to listen")
         if self.adapter and (self.url or not self.merge):
@@ -108,6 +109,14 @@ class HttpServer(ModelServer):
                              "them: server.merge=true; one that runs has its own")  # fmt: skip
         if not self.start_s > 0:
             raise ValueError(f"server.start_s={self.start_s}: must be positive")
+
+
+def _reachable(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 @dataclass(kw_only=True)

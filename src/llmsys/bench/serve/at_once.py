@@ -29,6 +29,8 @@ class Begun(Coroutine[Any, Any, None]):
         return self._rest.send(value)
 
     def throw(self, *error: Any) -> Any:
+        if self._done:  # there is nothing left that could be told
+            raise error[0]
         return self._rest.throw(*error)
 
     def close(self) -> None:
