@@ -32,24 +32,26 @@ def device(
     task, model = config.task, config.model
     assert isinstance(task, schema.Serve)
     assert isinstance(model, schema.Transformer)
-    memory = peaks.measured_memory(config, context.device)
-    notes["peak_gbps"] = memory.source
-    shares = [share(one, model, how) / memory.per_s for one in measured]
-    found = {"bandwidth_percent": 100 * statistics.fmean(shares), "peak_gbps": memory.per_s / 1e9}
+    speeds = context.inputs.get("speeds")
+    if speeds:
+        own = pace.of_record(Path(speeds), model, config.server)
+        notes["peak_gbps"] = f"as {task.speeds} has found it: the same for all servers"
+    else:
+        memory, flops = peaks.measured_memory(config, context.device), peaks.peak_flops(config, context.device)
+        own = pace.Pace(model=model, flops_per_s=flops.per_s, bytes_per_s=memory.per_s)
+        notes["peak_gbps"] = memory.source
+        notes["predicted"] = f"at best, each pass on its roofline: {flops.source}; {memory.source}"
+    shares = [share(one, model, how) / own.bytes_per_s for one in measured]
+    found = {"bandwidth_percent": 100 * statistics.fmean(shares), "peak_gbps": own.bytes_per_s / 1e9}
     if how is None:
         notes["predicted"] = "nothing: server.sequences and server.pass_tokens say how it makes its batches"
         return found
     how = dataclasses.replace(how, under_way=task.concurrency)
-    if speeds := context.inputs.get("speeds"):
-        own = pace.of_record(Path(speeds), model, config.server)
+    if speeds:
         if all(each.status == OK for one in measured for each in one):
             factor = slower.of_loads(loads, measured, own, how)
             found |= {} if factor is None else {slower.KEY: factor}
         own, notes["predicted"] = _passes(config, context, own, how)
-    else:
-        flops = peaks.peak_flops(config, context.device)
-        own = pace.Pace(model=model, flops_per_s=flops.per_s, bytes_per_s=memory.per_s)
-        notes["predicted"] = f"at best, each pass on its roofline: {flops.source}; {memory.source}"
     said = figures.together([predict(each, own, how) for each in loads], task)
     return {**found, **{f"predicted/{key}": said[key] for key in tables.PREDICTED if key in said}}
 
