@@ -92,6 +92,7 @@ def test_a_load_stands_beside_its_prediction_and_what_our_client_adds(llmsys: Ru
     made = json.loads(path.read_text())
     summary = made["summary"]
     assert made["notes"]["predicted"].startswith("by the passes of ")
+    assert made["notes"]["peak_gbps"].endswith("the same for all servers")  # and of this machine
     assert 0.2 * summary["output_tokens_per_s"] < summary["predicted/output_tokens_per_s"]
     assert summary["predicted/ttft_ms_p50"] <= summary["predicted/e2e_ms_p50"]
     assert 0 < summary["client/added_ms_p50"] <= summary["client/added_ms_p99"]

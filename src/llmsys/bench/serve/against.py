@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmsys import schema
+from llmsys import device, schema
 from llmsys.bench.serve import figures, pace, slower, tables
 from llmsys.bench.serve.load import Request
 from llmsys.bench.serve.outcome import OK, Outcome
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmsys.context import Context
 
 
-def device(
+def machine(
     config: schema.Config,
     context: Context,
     how: Batching | None,
@@ -34,8 +34,10 @@ def device(
     assert isinstance(model, schema.Transformer)
     speeds = context.inputs.get("speeds")
     if speeds:
-        own = pace.of_record(Path(speeds), model, config.server)
+        own, record = pace.measured(Path(speeds), model, config.server)
+        was, now = record.env.get("device_name"), device.resolve(config.hardware.device)[1]
         notes["peak_gbps"] = f"as {task.speeds} has found it: the same for all servers"
+        notes["peak_gbps"] += f"; it was measured on {was}, and this is {now}" if was != now else ""
     else:
         memory, flops = peaks.measured_memory(config, context.device), peaks.peak_flops(config, context.device)
         own = pace.Pace(model=model, flops_per_s=flops.per_s, bytes_per_s=memory.per_s)

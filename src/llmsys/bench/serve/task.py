@@ -189,7 +189,7 @@ class _Serving:
         notes = {**running.notes, **self.notes}
         if running.here and repeats:
             done = loads[: len(repeats)]
-            summary |= against.device(self.config, context, running.batching, done, self.loads, notes)
+            summary |= against.machine(self.config, context, running.batching, done, self.loads, notes)
         every = [each for one in self.loads for each in one]
         latencies = figures.latencies(every)
         del latencies["itl_ms"]  # one for each token: `requests.jsonl` has their times
