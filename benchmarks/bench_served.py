@@ -83,6 +83,8 @@ def main(given: Sequence[str]) -> Record:
                 how += ["task.check_client=false", *asked.words]
                 how += [f"server.python={asked.python}"] if server == "vllm_cpu" else []
                 served, first = ran(results, "bench_serve_compare", *how, f"task.concurrency={asked.known}")
+                if "slower" not in first.summary:
+                    parser.error(f"--servers {server}: of its batching nothing is known, and nothing predicted")
                 samples.setdefault(f"{server}/slower", []).append(first.summary["slower"])
                 for under_way in unseen:
                     words = (*how, f"task.concurrency={under_way}", f"task.served={served}")

@@ -180,6 +180,16 @@ def test_an_answer_that_is_not_what_was_asked_for_is_none(kind: str) -> None:
         assert (each.status, why in each.why) == (status, True), each
 
 
+def test_a_page_that_says_an_error_is_said_in_one_line() -> None:
+    """Of a web server that is no server of a model, which answers in HTML of many lines."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=501, text="<html>\n  <p>Unsupported\r\n  method</p>\n</html>\n")
+
+    for each in asked_of("/v1/completions", answer, lambda url: Remote(url, "x")):
+        assert (each.status, each.why) == ("error", "HTTP 501: <html> <p>Unsupported method</p> </html>")
+
+
 def test_a_static_batch_that_nobody_waits_for_is_not_done() -> None:
     """A load that was cut leaves nothing to do for the next one, and none is waited for at the end."""
     from llmsys.bench.serve.in_process import Static

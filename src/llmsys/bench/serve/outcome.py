@@ -20,10 +20,11 @@ STATUSES = {
 
 
 class Failed(Exception):
-    """A request that did not end well: `status` of `STATUSES`, and what was the matter."""
+    """A request that did not end well: `status` of `STATUSES`, and what was the matter, in one line whatever a server
+    sends (pages of HTML, say)."""
 
     def __init__(self, status: str, why: str) -> None:
-        super().__init__(why)
+        super().__init__(" ".join(why.split()))
         assert status in STATUSES
         self.status = status
 
